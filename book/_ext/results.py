@@ -1,0 +1,134 @@
+"""Roles and directives that bring what the runs wrote in ``book/runs`` into the pages.
+
+``{result}`reconstruction:r2_hidden.model:.2f` `` inserts one value, ``{compare}`NAME:KEY:KEY` ``
+says how two of them stand, ``results-table`` lists methods and ``run-table`` reads the manifests.
+A missing file or key is a warning that names both, which ends the build of the book.
+"""
+
+import json
+from pathlib import Path
+
+from docutils import nodes
+from docutils.parsers.rst import directives
+from sphinx.util import logging
+from sphinx.util.docutils import SphinxDirective, SphinxRole
+
+logger = logging.getLogger(__name__)
+RUNS = "book/runs"
+LABELS = {
+    "model": "MnemoDyn",
+    "zero": "Zero (the parcel's mean)",
+    "interpolation": "Linear interpolation in time",
+    "spatial_gaussian": "Spatial Gaussian",
+    "var": "VAR(1) Kalman smoother",
+    "fc": "Functional connectivity",
+}
+
+
+def lookup(place, name, key):
+    """Value at the dotted ``key`` of ``book/runs/NAME.json``; None after a warning if absent."""
+    path = f"{RUNS}/{name}.json"
+    place.env.note_dependency(path)
+    try:
+        value = json.loads(Path(place.env.srcdir, path).read_text(encoding="utf-8"))
+        for part in key.split("."):
+            value = value[int(part) if isinstance(value, list) else part]
+    except (OSError, LookupError, TypeError, ValueError) as error:
+        text = f"cannot take '{key}' from {path}: {error!r}"
+        logger.warning(text, location=place.get_location())
+        return None
+    return value
+
+
+def write(value, form=""):
+    """Text of a value, with a true minus sign, a space before % and no negative zero."""
+    if value is None:
+        return "?"
+    if isinstance(value, str):
+        return value
+    text = format(value, form or ("," if isinstance(value, int) else ".3g"))
+    text = text.lstrip("-") if not text.strip("-0.%") else text
+    return text.replace("-", "\N{MINUS SIGN}").replace("%", "\N{NO-BREAK SPACE}%")
+
+
+def table(head, rows, numeric=(), classes=()):
+    """Docutils table of texts; the columns whose index is in ``numeric`` are set to the right."""
+    group = nodes.tgroup("", *(nodes.colspec(colwidth=1) for _ in head), cols=len(head))
+    for part, lines in ((nodes.thead(), [head]), (nodes.tbody(), rows)):
+        for line in lines:
+            cells = [nodes.entry("", nodes.paragraph("", text)) for text in line]
+            for index in numeric:
+                cells[index]["classes"].append("number")
+            part += nodes.row("", *cells)
+        group += part
+    return nodes.table("", group, classes=["results", *classes])
+
+
+class Result(SphinxRole):
+    """``NAME:KEY`` or ``NAME:KEY:FORMAT``; the source stands in the value's tooltip."""
+
+    def run(self):
+        name, key, form = [*self.text.split(":", 2), "", ""][:3]
+        text, source = write(lookup(self, name, key), form), f"{RUNS}/{name}.json: {key}"
+        return [nodes.abbreviation("", text, explanation=source, classes=["result"])], []
+
+
+class Compare(SphinxRole):
+    """``NAME:KEY:KEY``: the first is above, below or, to two decimals, level with the second."""
+
+    def run(self):
+        name, *keys = self.text.split(":")
+        first, second = (round(lookup(self, name, key) or 0, 2) for key in keys)
+        word = ("level with", "above", "below")[(first > second) - (first < second)]
+        return [nodes.Text(word)], []
+
+
+class ResultsTable(SphinxDirective):
+    """``NAME VALUES [INTERVALS]``: a row a method; ``:head:`` names the column of values."""
+
+    required_arguments, optional_arguments = 2, 1
+    option_spec = dict.fromkeys(("name", "caption", "head"), directives.unchanged)
+
+    def run(self):
+        name, values, *intervals = self.arguments
+        rows = []
+        for method, value in (lookup(self, name, values) or {}).items():
+            ends = [lookup(self, name, f"{key}.{method}") or () for key in intervals]
+            spans = [" to ".join(write(end, ".2f") for end in pair) for pair in ends]
+            rows.append([LABELS.get(method, method), write(value, ".2f"), *spans])
+        heads = ["Method", self.options.get("head", values), *("95 % interval" for _ in intervals)]
+        result = table(heads, rows, range(1, len(heads)))
+        result.insert(0, nodes.title("", self.options.get("caption", "")))
+        self.add_name(result)
+        return [result]
+
+
+class RunTable(SphinxDirective):
+    """Two tables for the runs named: how each one went, and the versions it used."""
+
+    required_arguments, optional_arguments = 1, 9
+
+    def run(self):
+        keys, rows, used = ["status", "started", "seconds", "cpus", "commit", "dirty"], [], {}
+        for run in self.arguments:
+            facts = [lookup(self, f"{run}.manifest", key) for key in keys]
+            ended, start, seconds, cpus, commit, dirty = facts
+            start, commit = str(start)[:16].replace("T", " "), (commit or "none")[:10]
+            commit += " with changes" if dirty else ""
+            rows.append([run, str(ended), start, write(seconds, ".0f"), str(cpus), commit])
+            versions = lookup(self, f"{run}.manifest", "versions") or {}
+            versions["python"] = lookup(self, f"{run}.manifest", "python")
+            for package, version in versions.items():
+                used.setdefault(package, {})[version or "not installed"] = True
+        heads = ["Run", "Ended", "Started", "Seconds", "Cores", "Commit"]
+        versions = [[package, ", ".join(found)] for package, found in used.items()]
+        return [table(heads, rows, (3, 4), ["runs"]), table(["Package", "Version"], versions)]
+
+
+def setup(app):
+    """Register the roles and directives with Sphinx."""
+    app.add_role("result", Result())
+    app.add_role("compare", Compare())
+    app.add_directive("results-table", ResultsTable)
+    app.add_directive("run-table", RunTable)
+    return {"parallel_read_safe": True, "parallel_write_safe": True}

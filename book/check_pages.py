@@ -1,0 +1,161 @@
+"""Open every page of the built book in headless Chromium and report what is wrong with it.
+
+A developer's tool; it needs Playwright (``pip install playwright``) and a Chromium::
+
+    python book/check_pages.py _build/html --screenshots shots
+
+Pages are opened from a loopback server and from the file system, light and dark, wide and narrow.
+Reported are console errors, requests that leave the machine, broken links and anchors, images that
+are missing, unlabelled or wider than their column, pages that scroll sideways, mathematics left
+unset, and a search that finds nothing. Exit status 1 if there is anything to report.
+"""
+
+import argparse
+import sys
+import threading
+from functools import partial
+from html.parser import HTMLParser
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from urllib.parse import unquote, urldefrag, urlsplit
+
+from playwright.sync_api import sync_playwright
+
+FLAGS = [
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+    "--disable-dev-shm-usage",
+]
+LOOK = """() => {
+  const found = [];
+  const scrolls = e => {
+    for (; e && e.tagName !== 'ARTICLE'; e = e.parentElement)
+      if (['auto', 'scroll'].includes(getComputedStyle(e).overflowX)) return true;
+    return false;
+  };
+  for (const img of document.querySelectorAll('article img')) {
+    const name = img.getAttribute('src').slice(0, 80);
+    const alt = (img.getAttribute('alt') || '').trim();
+    if (!alt || /\\.(svg|png)$/.test(alt)) found.push('image without alt text: ' + name);
+    if (!img.naturalWidth) found.push('broken image: ' + name);
+    const right = e => e.getBoundingClientRect().right;
+    if (right(img) > right(img.closest('article')) + 1 && !scrolls(img))
+      found.push('image wider than its column: ' + name);
+  }
+  const over = document.documentElement.scrollWidth - window.innerWidth;
+  if (over > 1) found.push('page scrolls sideways by ' + over + ' px');
+  for (const math of document.querySelectorAll('article .math'))
+    if (!math.querySelector('mjx-container')) found.push('not set: ' + math.textContent);
+  if (document.querySelector('mjx-merror, [data-mjx-error]')) found.push('error in mathematics');
+  const text = document.querySelector('article')?.textContent || '';
+  if (/\\{(result|compare|doc|term|cite|numref)/.test(text)) found.push('a role was left as text');
+  return found;
+}"""
+
+
+class Page(HTMLParser):
+    """Links and anchors of one page."""
+
+    def __init__(self, path):
+        super().__init__()
+        self.links, self.anchors = set(), set()
+        self.feed(path.read_text(encoding="utf-8"))
+
+    def handle_starttag(self, tag, attributes):
+        attributes = dict(attributes)
+        self.anchors |= {attributes[key] for key in ("id", "name") if attributes.get(key)}
+        self.links |= {attributes[key] for key in ("href", "src") if attributes.get(key)}
+
+
+def broken_links(folder, pages):
+    """Report each local link without a target, and each anchor without an element."""
+    parsed = {path: Page(path) for path in pages}
+    for path, page in parsed.items():
+        for link in sorted(page.links):
+            url, anchor = urldefrag(link)
+            if urlsplit(url).scheme or url.startswith("//"):
+                continue
+            target = (path.parent / unquote(urlsplit(url).path)).resolve() if url else path
+            if not target.is_file():
+                yield f"{path.relative_to(folder)}: broken link {link}"
+            elif anchor and target in parsed and unquote(anchor) not in parsed[target].anchors:
+                yield f"{path.relative_to(folder)}: no such anchor {link}"
+
+
+def note_outside(found, request):
+    """Note a request that leaves this machine."""
+    if urlsplit(request.url).hostname not in (None, "127.0.0.1"):
+        found.append(f"asks for {request.url}")
+
+
+def note_error(found, message):
+    """Note an error on the console, but not that the redirecting page has no icon."""
+    if message.type == "error" and not message.location["url"].endswith("favicon.ico"):
+        found.append(message.text)
+
+
+def open_pages(folder, pages, base, chromium, screenshots):
+    """Open every page at one address, in two themes and two widths."""
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=chromium, args=FLAGS)
+        for theme in ("light", "dark"):
+            for width in (1280, 390):
+                context = browser.new_context(
+                    color_scheme=theme, viewport={"width": width, "height": 900}
+                )
+                tab, found = context.new_page(), []
+                tab.on("console", partial(note_error, found))
+                tab.on("pageerror", lambda e, f=found: f.append(str(e)))
+                tab.on("request", partial(note_outside, found))
+                for path in pages:
+                    name = path.relative_to(folder).as_posix()
+                    redirects = name == "index.html"
+                    tab.goto(f"{base}/{name}", wait_until="networkidle" if redirects else "load")
+                    tab.evaluate("window.MathJax?.startup?.promise.then(() => true)")
+                    found += tab.evaluate(LOOK)
+                    yield from (f"{name} ({base[:4]}, {theme}, {width}): {text}" for text in found)
+                    found.clear()
+                    if screenshots:
+                        shot = name.replace("/", "-").removesuffix(".html")
+                        file = screenshots / f"{shot}-{theme}-{width}-{base[:4]}.png"
+                        tab.screenshot(path=file, full_page=True)
+                tab.goto(f"{base}/search.html?q=wavelet")
+                try:
+                    tab.wait_for_selector("#search-results li a", timeout=5000)
+                except Exception:
+                    found.append("'wavelet' is not found")
+                tab.wait_for_timeout(500)  # summaries are fetched after the titles
+                yield from (f"search ({base[:4]}, {theme}, {width}): {text}" for text in found)
+                context.close()
+        browser.close()
+
+
+def main():
+    """Check the book and return the exit status."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("folder", type=Path, nargs="?", default=Path("_build/html"))
+    parser.add_argument("--screenshots", type=Path, help="folder for one picture per page and view")
+    parser.add_argument("--chromium", default="/usr/bin/chromium", help="its executable")
+    options = parser.parse_args()
+    folder = options.folder.resolve()
+    pages = sorted(p for p in folder.rglob("*.html") if "_static" not in p.parts)
+    if options.screenshots:
+        options.screenshots.mkdir(parents=True, exist_ok=True)
+    handler = type("Quiet", (SimpleHTTPRequestHandler,), {"log_message": lambda *_: None})
+    server = ThreadingHTTPServer(("127.0.0.1", 0), partial(handler, directory=folder))
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    reports = list(broken_links(folder, pages))
+    for base in (f"http://127.0.0.1:{server.server_port}", folder.as_uri()):
+        reports += open_pages(folder, pages, base, options.chromium, options.screenshots)
+    server.shutdown()
+    print("\n".join([*dict.fromkeys(reports), f"{len(pages)} pages, {len(reports)} reports"]))
+    return int(bool(reports))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,139 @@
+"""The ``mnemodyn`` command: run a notebook headless, or describe a checkpoint."""
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+_RUN = """\
+Run a notebook from start to end with the parameters you give, without opening it.
+
+OUTPUT is the executed notebook; OUTPUT's stem + .manifest.json, beside it, says with which
+parameters, versions and commit it ran, how long it took, and whether it came to its end.
+A notebook's parameters, their units and defaults stand in its cell tagged "parameters".
+"""
+_EXAMPLES = """\
+examples:
+  mnemodyn run notebooks/pretrain.ipynb runs/pretrain.ipynb
+  mnemodyn run notebooks/pretrain.ipynb runs/longer.ipynb -p epochs 50 -p learning_rate 3e-4
+  mnemodyn run notebooks/pretrain.ipynb runs/longer.ipynb -f my-parameters.yaml
+
+exit status: 0 done; 1 the notebook failed; 2 wrong usage or a refused parameter.
+"""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line and return its exit status.
+
+    Parameters
+    ----------
+    arguments : sequence of str, optional
+        Words after the program's name; those of the process by default.
+
+    Returns
+    -------
+    int
+        0 done, 1 the notebook or the checkpoint failed, 2 wrong usage or a refused parameter.
+
+    Raises
+    ------
+    SystemExit
+        From argparse: 0 after ``--help`` or ``--version``, 2 on wrong usage.
+    """
+    options = _parser().parse_args(arguments)
+    return options.command(options)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="mnemodyn",
+        description="Operator learning for resting-state fMRI: a reproducible research book.",
+        epilog="To build the whole book: make book",
+    )
+    parser.add_argument("--version", action="version", version="mnemodyn X")
+    commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
+
+    run = commands.add_parser(
+        "run",
+        help="run a notebook with given parameters",
+        description=_RUN,
+        epilog=_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    run.add_argument("notebook", metavar="NOTEBOOK", help="notebook to run; it is not changed")
+    run.add_argument("output", metavar="OUTPUT", help="where the executed notebook goes")
+    run.add_argument(
+        "-p",
+        "--parameter",
+        nargs=2,
+        action="append",
+        default=[],
+        metavar=("NAME", "VALUE"),
+        help="one parameter; may be repeated, and wins over -f. Lists as '[1, 2]'",
+    )
+    run.add_argument(
+        "-f",
+        "--parameters-file",
+        metavar="FILE",
+        help="YAML or JSON file of parameters, one 'name: value' a line; - is standard input",
+    )
+    run.set_defaults(command=_run)
+
+    info = commands.add_parser(
+        "info",
+        help="describe a checkpoint",
+        description="Print what a checkpoint holds (architecture, data, training) as JSON.",
+    )
+    info.add_argument("checkpoint", metavar="CHECKPOINT", help="folder of the checkpoint")
+    info.set_defaults(command=_info)
+    return parser
+
+
+def _run(options: argparse.Namespace) -> int:
+    from .running import NotebookFailed, ParameterError, run_notebook
+
+    try:
+        parameters = _file(options.parameters_file) if options.parameters_file else {}
+        parameters |= dict(options.parameter)
+        manifest = run_notebook(options.notebook, options.output, parameters)
+    except (ParameterError, FileNotFoundError) as error:
+        return _fail(error, 2)
+    except (NotebookFailed, OSError, ValueError, ImportError) as error:
+        return _fail(error, 1)
+    print(f"{manifest['notebook']} -> {manifest['output']} in {manifest['seconds']:.1f} s")
+    return 0
+
+
+def _file(name: str) -> dict:
+    from .running import ParameterError, read_yaml
+
+    if name != "-" and not Path(name).is_file():
+        raise ParameterError(f"there is no parameters file {name}")
+    try:
+        text = sys.stdin.read() if name == "-" else Path(name).read_text(encoding="utf-8")
+        content = read_yaml(text)
+    except ValueError as error:
+        raise ParameterError(f"{name}: {error}") from None
+    if not isinstance(content, dict):
+        raise ParameterError(f"{name} must hold a mapping 'name: value', got {content!r}")
+    return content
+
+
+def _info(options: argparse.Namespace) -> int:
+    try:
+        from .checkpoint import describe
+
+        print(json.dumps(describe(options.checkpoint), indent=2, ensure_ascii=False))
+    except (ImportError, OSError, RuntimeError, TypeError, ValueError) as error:
+        return _fail(error, 1)
+    return 0
+
+
+def _fail(error: Exception, status: int) -> int:
+    print(f"mnemodyn: {error}", file=sys.stderr)
+    return status
+
+
+if __name__ == "__main__":
+    sys.exit(main())

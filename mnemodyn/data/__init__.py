@@ -1,0 +1,1 @@
+"""Scans, their scaling and their participants."""

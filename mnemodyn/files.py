@@ -1,0 +1,116 @@
+"""Files written whole, fingerprints, and the one rule for where a relative path starts."""
+
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+
+def write_bytes(path: str | os.PathLike, content: bytes) -> Path:
+    """Write ``content`` so that a reader sees the old file or the new one, never a part.
+
+    Parameters
+    ----------
+    path : path-like
+        File to write; missing parent folders are made.
+    content : bytes
+
+    Returns
+    -------
+    pathlib.Path
+        ``path``.
+
+    Raises
+    ------
+    OSError
+        Where the folder cannot be made or written; the old file is then untouched.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # The same folder, because a rename is atomic only within one file system.
+    partial = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(partial, "wb") as stream:
+            stream.write(content)
+            stream.flush()
+            os.fsync(stream.fileno())
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+    return path
+
+
+def write_text(path: str | os.PathLike, text: str) -> Path:
+    """Write ``text`` as UTF-8, whole (see `write_bytes`)."""
+    return write_bytes(path, text.encode())
+
+
+def write_json(path: str | os.PathLike, content: Any) -> Path:
+    """Write ``content`` as indented JSON in its own order of keys, whole (see `write_text`).
+
+    NumPy scalars and arrays become numbers and lists, paths become text.
+
+    Raises
+    ------
+    ValueError
+        Where ``content`` holds a NaN or an infinity (JSON has neither: write None, and say why),
+        or something that has no form in JSON.
+    OSError
+        As `write_text`.
+    """
+    try:
+        text = json.dumps(content, indent=2, allow_nan=False, ensure_ascii=False, default=_plain)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"cannot write {path} as JSON: {error}") from None
+    return write_text(path, text + "\n")
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
+    if hasattr(value, "tolist"):  # NumPy and torch, neither of which is imported for this
+        return value.tolist()
+    raise TypeError(f"{type(value).__name__} has no form in JSON")
+
+
+def sha256(path: str | os.PathLike) -> str:
+    """Return the SHA-256 of a file's bytes as 64 hexadecimal digits.
+
+    Raises
+    ------
+    OSError
+        Where ``path`` cannot be read.
+    """
+    with open(path, "rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def find_root(start: str | os.PathLike | None = None) -> Path:
+    """Return the repository's root: the nearest folder at or above ``start`` with ``_toc.yml``.
+
+    Parameters
+    ----------
+    start : path-like, optional
+        Where to begin; the current folder by default. It is also the answer where no folder
+        above holds a ``_toc.yml``.
+    """
+    start = Path(start or ".").resolve()
+    return next((at for at in (start, *start.parents) if (at / "_toc.yml").is_file()), start)
+
+
+def resolve(path: str | os.PathLike) -> Path:
+    """Return ``path`` itself where it is absolute, else the path seen from `find_root`.
+
+    A notebook opened by hand runs in ``notebooks/`` and one run headless in the repository's
+    root; paths that go through here mean the same in both.
+
+    Raises
+    ------
+    ValueError
+        Where ``path`` is empty, which would quietly mean the root.
+    """
+    if not os.fspath(path):
+        raise ValueError("path must not be empty")
+    path = Path(path).expanduser()
+    return path if path.is_absolute() else find_root() / path

@@ -1,0 +1,95 @@
+"""What a network is made of."""
+
+from dataclasses import asdict, dataclass, fields
+
+__all__ = ["ModelConfig"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """Structure of a :class:`~mnemodyn.model.network.MnemoDyn`. An unknown or contradictory setting is an error.
+
+    Attributes
+    ----------
+    n_parcels : int
+        Parcels of a scan, P.
+    n_timepoints : int
+        Frames of the scans or windows it is trained on, T. Other lengths are accepted: see ``MnemoDyn``.
+    n_blocks : int
+        Operator blocks in the stack.
+    n_channels : int
+        Channels of the pyramid, K.
+    input_width : int
+        Width d of the field's first layer.
+    field_rank : int
+        Rank r of the field.
+    n_levels : int
+        Levels J of the wavelet pyramid.
+    kernel_size : int
+        Samples a banded operator joins, odd.
+    n_segments : int
+        Segments S of time with operators of their own.
+    n_dense_layers : int
+        Dense operators on the coarsest approximation.
+    wavelet : str
+        A PyWavelets wavelet with orthogonal filters.
+    activation : str
+        ``gelu``, ``silu`` or ``tanh``.
+    lift : bool
+        Add a linear map of (values, what is visible) to the drive. Not in the published block.
+    residual : bool
+        Each block adds to the stream instead of replacing it.
+    parcel_scale : bool
+        A learned factor a parcel on the output.
+    multiresolution : bool
+        Compute the multi-resolution loss.
+    """
+
+    n_parcels: int
+    n_timepoints: int
+    n_blocks: int = 2
+    n_channels: int = 64
+    input_width: int = 64
+    field_rank: int = 4
+    n_levels: int = 4
+    kernel_size: int = 5
+    n_segments: int = 1
+    n_dense_layers: int = 1
+    wavelet: str = "db2"
+    activation: str = "gelu"
+    lift: bool = True
+    residual: bool = True
+    parcel_scale: bool = False
+    multiresolution: bool = False
+
+    def __post_init__(self):
+        for f in fields(self):
+            value = getattr(self, f.name)
+            if type(value) is not f.type:
+                raise ValueError(f"{f.name} must be {f.type.__name__}, got {value!r}")
+            least = {"n_timepoints": 2, "n_dense_layers": 0}.get(f.name, 1)
+            if f.type is int and value < least:
+                raise ValueError(f"{f.name} must be >= {least}, got {value}")
+        if self.kernel_size % 2 == 0:
+            raise ValueError(f"kernel_size must be odd, got {self.kernel_size}")
+        if self.activation not in ("gelu", "silu", "tanh"):
+            raise ValueError(f"activation must be gelu, silu or tanh, got {self.activation!r}")
+        if 2**self.n_levels > self.n_timepoints:
+            raise ValueError(
+                f"n_levels {self.n_levels} halves a scan of n_timepoints {self.n_timepoints} below one sample"
+            )
+
+    @classmethod
+    def from_dict(cls, settings: dict) -> "ModelConfig":
+        """From a mapping, as read from a file or a notebook's parameters."""
+        known = [f.name for f in fields(cls)]
+        unknown = sorted(set(settings) - set(known))
+        if unknown:
+            raise ValueError(f"unknown model settings {unknown}; known are {known}")
+        missing = sorted({"n_parcels", "n_timepoints"} - set(settings))
+        if missing:
+            raise ValueError(f"model settings lack {missing}")
+        return cls(**settings)
+
+    def to_dict(self) -> dict:
+        return asdict(self)

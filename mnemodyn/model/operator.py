@@ -1,0 +1,181 @@
+"""One operator block: field, pyramid, coarse operator, banded operators, output."""
+
+import math
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from mnemodyn.model.config import ModelConfig
+from mnemodyn.model.control import control
+from mnemodyn.model.wavelet import dwt, idwt, level_lengths
+
+__all__ = ["ACTIVATIONS", "BandedOperator", "CoarseOperator", "Field", "OperatorBlock"]
+
+ACTIVATIONS = {"tanh": torch.tanh, "gelu": functional.gelu, "silu": functional.silu}
+
+
+class Field(nn.Module):
+    r"""The low-rank vector field, contracted with the control.
+
+    .. math:: z = \sigma(W_2 \sigma(W_1 x_t + b_1) + b_2), \quad H_t = \sigma(W_3 z + b_3), \quad
+              v_t[k] = P^{-1/2} \sum_p H_t[p, k]\, \dot X_t[p].
+
+    The factor keeps the drive at unit scale whatever the number of parcels. The reference writes it without.
+    """
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.activation = ACTIVATIONS[config.activation]
+        self.n_channels = config.n_channels
+        self.input = nn.Linear(config.n_parcels, config.input_width)
+        self.bottleneck = nn.Linear(config.input_width, config.field_rank)
+        self.expansion = nn.Linear(config.field_rank, config.n_parcels * config.n_channels)
+        for layer in (self.input, self.bottleneck, self.expansion):
+            nn.init.xavier_normal_(layer.weight)
+            nn.init.zeros_(layer.bias)
+        # Uncorrelated entries of H: xavier would count P * K outputs and make the field all but vanish.
+        nn.init.normal_(self.expansion.weight, std=config.field_rank**-0.5)
+
+    def forward(self, x: Tensor, derivative: Tensor) -> Tensor:
+        """Drive v from x and its derivative, both (batch, time, parcel); returns (batch, time, channel)."""
+        act = self.activation
+        z = act(self.bottleneck(act(self.input(x))))
+        h = act(self.expansion(z)).unflatten(-1, (x.shape[-1], self.n_channels))
+        return torch.einsum("btp,btpk->btk", derivative, h) * x.shape[-1] ** -0.5
+
+
+class CoarseOperator(nn.Module):
+    """Dense operators on the coarsest approximation: ``c[k] = act(c[k] @ M_i[k] + m_i[k])``, one matrix a channel.
+
+    The matrices join `n` coarse samples, as many as a scan of ``n_timepoints`` has. A longer scan is treated in
+    consecutive stretches of `n`, the last one aligned with the end; a shorter one as if it were followed by
+    silence (the leading part of the matrix).
+    """
+
+    def __init__(self, n: int, config: ModelConfig):
+        super().__init__()
+        self.n = n
+        self.activation = ACTIVATIONS[config.activation]
+        shape = (config.n_dense_layers, config.n_channels, n, n)
+        self.weight = nn.Parameter(torch.eye(n).expand(shape) + 0.1 * torch.randn(shape) * n**-0.5)
+        self.bias = nn.Parameter(torch.zeros(shape[:-1]))
+
+    def _stretch(self, c: Tensor) -> Tensor:
+        m = c.shape[-1]
+        for weight, bias in zip(self.weight, self.bias, strict=True):
+            # (channel, batch, m) @ (channel, m, n): one batched product for all channels.
+            c = torch.baddbmm(bias[:, None, :m], c, weight[:, :m, :m])
+            c = self.activation(c)
+        return c
+
+    def forward(self, c: Tensor) -> Tensor:
+        """Coefficients (batch, channel, m) to the same shape."""
+        m, n = c.shape[-1], self.n
+        c = c.transpose(0, 1)
+        if m <= n:
+            return self._stretch(c).transpose(0, 1)
+        whole = m // n * n
+        parts = [self._stretch(part) for part in c[..., :whole].split(n, dim=-1)]
+        if whole < m:
+            parts.append(self._stretch(c[..., m - n :])[..., whole - m :])
+        return torch.cat(parts, dim=-1).transpose(0, 1)
+
+
+class BandedOperator(nn.Module):
+    """Convolution 2K -> 2K at one level of the pyramid, with its own kernel in each segment of time.
+
+    A segment has ``ceil(n / n_segments)`` samples, n the level's length in a scan of ``n_timepoints``, and sees
+    zeros beyond its edges. In a scan of another length segments keep their length, and the kernels repeat in turn.
+    """
+
+    def __init__(self, n: int, config: ModelConfig):
+        super().__init__()
+        self.n_segments = config.n_segments
+        self.segment = math.ceil(n / config.n_segments)
+        self.activation = ACTIVATIONS[config.activation]
+        k2, width = 2 * config.n_channels, config.kernel_size
+        weight = torch.randn(config.n_segments, k2, k2, width) * (0.1 / math.sqrt(k2 * width))
+        # Details pass, approximations are left to c, which carries them already: the fresh pyramid inverts itself.
+        index = torch.arange(config.n_channels)
+        weight[:, index, index, width // 2] += 1
+        self.weight = nn.Parameter(weight)
+        self.bias = nn.Parameter(torch.zeros(config.n_segments, k2))
+
+    def forward(self, u: Tensor) -> Tensor:
+        """(batch, 2K, n) to the same shape."""
+        batch, k2, n = u.shape
+        s, width = self.n_segments, self.weight.shape[-1]
+        length = min(self.segment, n) if s == 1 else self.segment
+        turns = math.ceil(n / (s * length))
+        u = functional.pad(u, (0, turns * s * length - n))
+        if s == 1 and turns == 1:
+            u = functional.conv1d(u, self.weight[0], self.bias[0], padding=width // 2)
+        else:
+            u = u.view(batch, k2, turns, s, length).permute(0, 2, 3, 1, 4)
+            u = u.reshape(batch * turns, s * k2, length)
+            u = functional.conv1d(u, self.weight.flatten(0, 1), self.bias.flatten(), padding=width // 2, groups=s)
+            u = u.view(batch, turns, s, k2, length).permute(0, 3, 1, 2, 4).reshape(batch, k2, -1)
+        return self.activation(u[..., :n])
+
+
+class OperatorBlock(nn.Module):
+    """Path in, path out: the drive goes through the operators on its wavelet pyramid and is read out per parcel.
+
+    Parameters
+    ----------
+    config : ModelConfig
+    """
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.config = config
+        k, p = config.n_channels, config.n_parcels
+        lengths = level_lengths(config.n_timepoints, config.n_levels)
+        self.field = Field(config)
+        self.lift = nn.Linear(2 * p, k) if config.lift else None
+        self.coarse = CoarseOperator(lengths[-1], config)
+        self.banded = nn.ModuleList(BandedOperator(n, config) for n in lengths[1:])
+        self.output = nn.Linear(k, p)
+        if self.lift is not None:
+            # The mask's half starts at zero: at first nothing is said about what is hidden.
+            nn.init.normal_(self.lift.weight[:, :p], std=p**-0.5)
+            nn.init.zeros_(self.lift.weight[:, p:])
+            nn.init.zeros_(self.lift.bias)
+        nn.init.normal_(self.output.weight, std=0.1 * k**-0.5)
+        nn.init.zeros_(self.output.bias)
+        self.parcel_scale = nn.Parameter(torch.ones(p)) if config.parcel_scale else None
+
+    def forward(self, x: Tensor, t_r: float | Tensor, visible: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Output (batch, time, parcel), latents (batch, time, channel), and the multi-resolution loss.
+
+        `x` (batch, time, parcel) is the block's input, `visible` (batch, time, parcel) is 1.0 where the scan was
+        seen, and `t_r` is in seconds.
+        """
+        v = self.field(x, control(x, t_r))
+        if self.lift is not None:
+            v = v + self.lift(torch.cat([x, visible], dim=-1))
+        c, loss = self.pyramid(v.transpose(1, 2))
+        latents = c.transpose(1, 2)
+        y = self.output(latents)
+        if self.parcel_scale is not None:
+            y = y * self.parcel_scale
+        return y, latents, loss
+
+    def pyramid(self, v: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The operators between the transform of v (batch, channel, time) and its inverse."""
+        config = self.config
+        approximations, details = [v], []
+        for _ in range(config.n_levels):
+            a, d = dwt(approximations[-1], config.wavelet)
+            approximations.append(a)
+            details.append(d)
+        c = self.coarse(approximations[-1])
+        loss = v.new_zeros(()) if config.multiresolution else None
+        for level in reversed(range(config.n_levels)):
+            d, a = details[level], approximations[level + 1]
+            if loss is not None:
+                loss = loss + functional.mse_loss(c, a)
+            detail, approximation = self.banded[level](torch.cat([d, a], dim=1)).chunk(2, dim=1)
+            c = idwt(approximation + c, detail, config.wavelet, approximations[level].shape[-1])
+        return c, loss

@@ -1,0 +1,63 @@
+"""What is hidden from the network: seeded masks whose hidden share is known exactly."""
+
+import torch
+from torch import Tensor
+
+__all__ = ["hide_stretches", "n_hidden"]
+
+
+def n_hidden(n_timepoints: int, share: float) -> int:
+    """Frames hidden in every parcel: `share` of `n_timepoints`, rounded to a whole frame."""
+    return round(share * n_timepoints)
+
+
+def hide_stretches(shape: tuple[int, int, int], *, share: float, window: int, generator: torch.Generator) -> Tensor:
+    """Hide stretches of time, in every parcel its own.
+
+    In each parcel of each scan ``n_hidden(time, share)`` frames are hidden, no more and no fewer: whole windows and
+    one shorter one for the rest, in random order and without overlap, all placements equally likely. Two windows
+    may touch.
+
+    Parameters
+    ----------
+    shape : (batch, time, parcel)
+    share : float
+        Hidden share, between 0 and 1.
+    window : int
+        Length of a hidden window in frames.
+    generator : torch.Generator
+        Source of all randomness.
+
+    Returns
+    -------
+    Tensor of bool, shape (batch, time, parcel)
+        True where hidden.
+
+    Raises
+    ------
+    ValueError
+        If `share` hides no frame or all of them, or `window` is < 1.
+    """
+    batch, time, parcel = shape
+    hidden = n_hidden(time, share)
+    if not 0 < hidden < time:
+        raise ValueError(f"share must hide between 1 and {time - 1} of {time} frames, got {share} ({hidden} frames)")
+    if window < 1:
+        raise ValueError(f"window must be >= 1 frame, got {window}")
+    n_windows = -(-hidden // window)
+    # A row of tokens: the visible frames and the windows. Which tokens are windows is a random draw.
+    n_tokens = time - hidden + n_windows
+    rows = (batch, parcel)
+    tokens = torch.rand(*rows, n_tokens, generator=generator).argsort(-1)[..., :n_windows]
+    tokens = tokens.sort(-1).values
+    lengths = torch.full((*rows, n_windows), window)
+    lengths[..., 0] = hidden - window * (n_windows - 1)
+    order = torch.rand(*rows, n_windows, generator=generator).argsort(-1)
+    lengths = lengths.gather(-1, order)
+    # Before the i-th window stand (its token - i) visible frames and the windows before it.
+    start = tokens - torch.arange(n_windows) + lengths.cumsum(-1) - lengths
+    edges = torch.zeros(*rows, time + 1, dtype=torch.int32)
+    one = torch.ones_like(start, dtype=torch.int32)
+    edges.scatter_add_(-1, start, one)
+    edges.scatter_add_(-1, start + lengths, -one)
+    return (edges.cumsum(-1)[..., :time] > 0).transpose(1, 2).contiguous()

@@ -1,0 +1,533 @@
+"""Run a notebook with checked parameters, and record what came of it."""
+
+import ast
+import difflib
+import json
+import os
+import platform
+import re
+import signal
+import subprocess
+import tempfile
+import threading
+import time
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from .files import find_root, write_json, write_text
+
+_PACKAGES = (
+    "mnemodyn", "torch", "lightning", "numpy", "scipy", "pandas", "nibabel", "PyWavelets",
+    "torchcde", "matplotlib", "safetensors", "neurolib", "ipykernel", "papermill",
+)  # fmt: skip
+_ANSI = re.compile(r"\x1b\[[0-9;?]*[ -/]*[@-~]")
+_CELL_FILE = re.compile(r"\S*ipykernel_\d+/\d+\.py")  # a warning in a cell names its process
+_DIED = (
+    "the kernel died in this cell. Most often the system had no memory left and ended it: take "
+    "a smaller batch or shorter windows, or give the job more memory. If memory was free, "
+    "compiled code crashed."
+)
+_EXPECTED = {
+    bool: "true or false",
+    int: "a whole number",
+    float: "a finite number",
+    str: "text (in YAML, quote what reads as a number or as true/false: off, on, yes, no)",
+    list: "a list such as [1, 2]",
+    dict: "a mapping such as {a: 1}",
+}
+
+
+class ParameterError(ValueError):
+    """A notebook's parameters, or those passed to it, cannot be used."""
+
+
+class NotebookFailed(RuntimeError):
+    """A notebook did not run to its end; ``manifest`` is the record of it."""
+
+    def __init__(self, message: str, manifest: dict):
+        super().__init__(message)
+        self.manifest = manifest
+
+
+def read_yaml(text: str) -> Any:
+    """Read YAML with the scalars of YAML 1.2: ``off`` is text and ``1e-3`` is a number.
+
+    PyYAML follows YAML 1.1, where ``off``, ``no`` and ``on`` are booleans, ``1e-3`` is text,
+    ``010`` is 8 and ``12:30`` is 750.
+
+    Raises
+    ------
+    ValueError
+        Where ``text`` is not YAML; the message says at which line.
+    """
+    import yaml
+
+    class Loader(yaml.SafeLoader):
+        yaml_implicit_resolvers: dict = {}  # noqa: RUF012 (PyYAML's own name and form)
+
+    number = list("-+.0123456789")
+    for tag, pattern, first in (
+        ("null", r"null|Null|NULL|~|", ["n", "N", "~", ""]),
+        ("bool", r"true|True|TRUE|false|False|FALSE", list("tTfF")),
+        ("int", r"[-+]?(0|[1-9][0-9]*)", number),
+        ("float", r"[-+]?(\.[0-9]+|(0|[1-9][0-9]*)(\.[0-9]*)?)([eE][-+]?[0-9]+)?", number),
+    ):
+        whole = re.compile(f"(?:{pattern})$")
+        Loader.add_implicit_resolver(f"tag:yaml.org,2002:{tag}", whole, first)
+    try:
+        return yaml.load(text, Loader)
+    except yaml.YAMLError as error:
+        raise ValueError(f"not valid YAML: {' '.join(str(error).split())}") from None
+
+
+def read_parameters(notebook: Any) -> dict[str, Any]:
+    """Return the names and default values of a notebook's cell tagged ``parameters``.
+
+    They are read from the cell's syntax tree rather than with `papermill.inspect_notebook`, which
+    works line by line and misses a list written over several.
+
+    Parameters
+    ----------
+    notebook : nbformat.NotebookNode
+
+    Raises
+    ------
+    ParameterError
+        Where not exactly one code cell is tagged, or it does more than give names to literals.
+    """
+    tagged = [
+        cell.source
+        for cell in notebook.cells
+        if cell.cell_type == "code" and "parameters" in cell.metadata.get("tags", [])
+    ]
+    if len(tagged) != 1:
+        raise ParameterError(f"needs exactly one code cell tagged 'parameters', has {len(tagged)}")
+    found = {}
+    try:
+        for line in ast.parse(tagged[0]).body:
+            targets = line.targets if isinstance(line, ast.Assign) else [line.target]
+            value = ast.literal_eval(line.value)
+            if value is not None and type(value) not in _EXPECTED:
+                raise ValueError
+            found.update({target.id: value for target in targets})
+    except (AttributeError, ValueError, SyntaxError):
+        raise ParameterError(
+            "its cell tagged 'parameters' must only give names to literal values (text, numbers, "
+            "true/false, None, lists, dicts)"
+        ) from None
+    return found
+
+
+def check_parameters(known: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+    """Check ``given`` against the defaults ``known`` and convert it to their types.
+
+    Text is kept as it is for a text default and read as YAML for every other; a default of None
+    takes anything. A whole number will do for a float. Elements of a list are checked against
+    those of the default where these are of one type.
+
+    Returns
+    -------
+    dict
+        ``given``, converted.
+
+    Raises
+    ------
+    ParameterError
+        An unknown name, a value of another type or one that JSON cannot hold (NaN, infinities).
+    """
+    checked = {}
+    for name, value in given.items():
+        if name not in known:
+            near = difflib.get_close_matches(str(name), known, n=1)
+            hint = f"; did you mean {near[0]}?" if near else ""
+            raise ParameterError(
+                f"unknown parameter {name}{hint} (known: {', '.join(known) or 'none'})"
+            )
+        checked[name] = _convert(name, known[name], value)
+    return checked
+
+
+def _convert(name: str, default: Any, value: Any) -> Any:
+    kind = type(default)
+    given = value
+    if isinstance(value, os.PathLike):
+        value = os.fspath(value)
+    if isinstance(value, str) and kind is not str:
+        try:
+            value = read_yaml(value)
+        except ValueError:
+            kind = kind if default is not None else str  # not YAML: plain text is the only reading
+    if kind is float and type(value) is int:
+        value = float(value)
+    try:
+        json.dumps(value, allow_nan=False)
+        fits = default is None or type(value) is kind
+    except (TypeError, ValueError):
+        fits = False
+    if not fits:
+        expected = _EXPECTED.get(kind, "a value that JSON can hold")
+        raise ParameterError(
+            f"parameter {name} must be {expected}, got {given!r} ({type(given).__name__}); "
+            f"its default is {default!r}"
+        )
+    if kind is list and default and len({type(item) for item in default}) == 1:
+        return [_convert(f"{name}[{i}]", default[0], item) for i, item in enumerate(value)]
+    return value
+
+
+def run_notebook(
+    notebook: str | os.PathLike,
+    output: str | os.PathLike,
+    parameters: Mapping[str, Any] | None = None,
+    *,
+    kernel_name: str = "python3",
+) -> dict:
+    """Run ``notebook`` from start to end and keep it, executed, as ``output``.
+
+    The executed notebook holds nothing of the clock, the process or the machine: two runs with
+    equal results are equal byte for byte. Those facts go to ``<output stem>.manifest.json``
+    beside it. ``output`` is replaced only at the end, by a notebook that is complete or that ends
+    in the error it met.
+
+    Parameters
+    ----------
+    notebook : path-like
+        Notebook (nbformat 4) with one code cell tagged ``parameters``.
+    output : path-like
+        Where the executed notebook goes.
+    parameters : mapping, optional
+        Values that replace defaults, see `check_parameters`.
+    kernel_name : str, default "python3"
+        ``"python3"`` is always the interpreter of the caller, whatever kernels the machine has
+        registered under that name; any other name is looked up among the registered ones.
+
+    Returns
+    -------
+    dict
+        The manifest: ``notebook``, ``output``, ``parameters`` (all, with defaults), ``status``
+        (``"running"``, ``"done"`` or ``"failed"``), ``error`` (None or ``type``, ``message`` and
+        ``cell``, an index into ``output``), ``seconds``, ``cells`` (seconds of each),
+        ``started``, ``ended`` (UTC), ``versions``, ``commit``, ``dirty``, ``python``,
+        ``platform``, ``cpus``, ``threads``, ``peak_memory_mb``.
+
+    Raises
+    ------
+    FileNotFoundError
+        Where ``notebook`` does not exist.
+    ParameterError
+        Where it is not a notebook, or its parameters are refused; nothing is written then.
+    NotebookFailed
+        Where a cell raised, the kernel died, or the run was interrupted (Ctrl-C, SIGTERM). The
+        notebook up to there is kept as ``output``.
+    """
+    import nbformat
+
+    notebook, output = Path(notebook), Path(output)
+    if notebook.resolve() == output.resolve():
+        raise ParameterError(f"output must not be the notebook itself, got {output}")
+    source = _read(notebook)
+    try:
+        known = read_parameters(source)
+        given = check_parameters(known, parameters or {})
+    except ParameterError as error:
+        raise ParameterError(f"{notebook}: {error}") from None
+
+    record = output.with_suffix(".manifest.json")
+    partial = output.with_name(f".{output.stem}.running.ipynb")
+    started = datetime.now(UTC)
+    clock = time.monotonic()
+    manifest = {
+        "notebook": _shown(notebook),
+        "output": _shown(output),
+        "parameters": {**known, **given},
+        "status": "running",
+        "error": None,
+        "seconds": None,
+        "started": started.isoformat(timespec="seconds"),
+        **_surroundings(),
+    }
+    write_json(record, manifest)
+
+    failure = None
+    try:
+        _execute(source, partial, given, kernel_name)
+    except KeyboardInterrupt:
+        failure = {"type": "Interrupted", "message": "interrupted before its end", "cell": None}
+    except Exception as error:
+        failure = _describe(error)
+    executed, running, seconds = _tidy(partial)
+    if failure and executed and failure["cell"] is None:
+        failure["cell"] = running
+        if running is not None:  # the cell itself does not say why it stopped
+            name, message = failure["type"], failure["message"]
+            executed.cells[running].outputs.append(
+                nbformat.v4.new_output(
+                    "error", ename=name, evalue=message, traceback=[f"{name}: {message}"]
+                )
+            )
+    if executed:
+        write_text(output, nbformat.writes(executed) + "\n")
+    partial.unlink(missing_ok=True)
+    manifest |= {
+        "status": "failed" if failure else "done",
+        "error": failure,
+        "seconds": round(time.monotonic() - clock, 3),
+        "ended": datetime.now(UTC).isoformat(timespec="seconds"),
+        "cells": seconds,
+        "peak_memory_mb": _peak_memory(),
+    }
+    write_json(record, manifest)
+    if failure:
+        raise NotebookFailed(_message(manifest, executed), manifest)
+    return manifest
+
+
+def _read(path: Path) -> Any:
+    """Read a notebook, its missing cell ids filled in order rather than at random."""
+    import nbformat
+
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no notebook {path}")
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        for index, cell in enumerate(content["cells"]):
+            cell.setdefault("id", f"cell-{index}")
+        content["nbformat_minor"] = max(5, content["nbformat_minor"])
+        notebook = nbformat.reads(json.dumps(content), as_version=4)
+        nbformat.validate(notebook)
+    except (KeyError, TypeError, ValueError, AttributeError, nbformat.ValidationError) as error:
+        reason = str(error).splitlines()[0]
+        raise ParameterError(f"{path} is not a notebook of nbformat 4: {reason}") from None
+    return notebook
+
+
+def _execute(source: Any, partial: Path, parameters: dict, kernel_name: str) -> None:
+    import logging
+
+    with warnings.catch_warnings(), _terminating():
+        warnings.simplefilter("ignore")  # of papermill and its dependencies; not the notebook's
+        import papermill
+        from jupyter_client.kernelspec import KernelSpecManager
+        from jupyter_client.manager import AsyncKernelManager
+
+        class Manager(AsyncKernelManager):
+            """Talks over sockets in a private folder and finds this interpreter's kernel."""
+
+            def _transport_default(self) -> str:
+                return "ipc"  # no open port on a shared machine, none for two kernels to race for
+
+            def _ip_default(self) -> str:
+                return f"{folder}/kernel"  # or all kernels started in one folder share a socket
+
+            def _kernel_spec_manager_default(self) -> KernelSpecManager:
+                # With no folder to look in, "python3" is the kernel of sys.executable.
+                own = {"kernel_dirs": []} if kernel_name == "python3" else {}
+                return KernelSpecManager(parent=self, **own)
+
+        logging.getLogger("papermill").setLevel(logging.CRITICAL)
+        logging.getLogger("asyncio").setLevel(logging.CRITICAL)
+        with _kernel_environment() as folder:
+            papermill.execute_notebook(
+                source,
+                # papermill formats its paths, so that a brace in a folder's name would fail.
+                str(partial.absolute()).replace("{", "{{").replace("}", "}}"),
+                parameters,
+                kernel_name=kernel_name,
+                language="python",
+                progress_bar=False,
+                start_timeout=180,  # a busy node may take more than the usual 60 seconds
+                iopub_timeout=120,
+                kernel_manager_class=Manager,
+                extra_arguments=["--log-level=CRITICAL"],
+            )
+
+
+@contextmanager
+def _kernel_environment() -> Iterator[str]:
+    """Set what a kernel inherits so that it does the same on every machine, then put it back.
+
+    Yields
+    ------
+    str
+        A private temporary folder.
+    """
+    before = dict(os.environ)
+    with tempfile.TemporaryDirectory(prefix="mnemodyn-") as folder:
+        os.environ.setdefault("SOURCE_DATE_EPOCH", "0")  # no dates in figures
+        os.environ |= {
+            "MNEMODYN_HEADLESS": "1",
+            "PYTHONHASHSEED": "0",
+            # MPLBACKEND=agg, common on clusters, would leave the notebook without its figures.
+            "MPLBACKEND": "module://matplotlib_inline.backend_inline",
+            # Neither a person's start-up files nor a history database in their home folder.
+            "IPYTHONDIR": folder,
+            "JUPYTER_RUNTIME_DIR": folder,
+        }
+        try:
+            yield folder
+        finally:
+            os.environ.clear()
+            os.environ |= before
+
+
+@contextmanager
+def _terminating() -> Iterator[None]:
+    """Treat SIGTERM, which schedulers send, as Ctrl-C: the kernel is shut down in order."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def interrupt(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    before = {
+        number: signal.signal(number, interrupt) for number in (signal.SIGINT, signal.SIGTERM)
+    }
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _describe(error: Exception) -> dict:
+    from nbclient.exceptions import DeadKernelError
+    from papermill.exceptions import PapermillExecutionError
+
+    if isinstance(error, PapermillExecutionError):
+        message = _clean(error.evalue)
+        return {"type": error.ename, "message": message, "cell": error.cell_index}
+    if isinstance(error, DeadKernelError):
+        return {"type": "KernelDied", "message": _DIED, "cell": None}
+    return {"type": type(error).__name__, "message": _clean(str(error)), "cell": None}
+
+
+def _clean(text: str) -> str:
+    """Remove colour codes, process numbers and the current folder's absolute path."""
+    return _CELL_FILE.sub("<cell>", _ANSI.sub("", text)).replace(f"{os.getcwd()}{os.sep}", "")
+
+
+def _tidy(path: Path) -> tuple[Any, int | None, list[dict]]:
+    """Read papermill's notebook and strip it of all that differs from run to run.
+
+    Returns
+    -------
+    notebook : nbformat.NotebookNode or None
+        None where papermill had not come to write it.
+    running : int or None
+        Index of the code cell that was begun last.
+    seconds : list of dict
+        ``cell`` and ``seconds`` of every code cell that was begun.
+    """
+    import nbformat
+    from papermill.execute import remove_error_markers
+
+    try:
+        notebook = remove_error_markers(nbformat.read(path, as_version=4))
+    except (OSError, ValueError, nbformat.reader.NotJSONError):
+        return None, None, []
+    notebook.metadata.pop("papermill", None)
+    notebook.metadata.get("language_info", {}).pop("version", None)
+    running, seconds = None, []
+    for index, cell in enumerate(notebook.cells):
+        timing = cell.metadata.pop("papermill", {})
+        cell.metadata.pop("execution", None)
+        if "injected-parameters" in cell.metadata.get("tags", []):
+            cell.id = "injected-parameters"
+        if not cell.metadata.get("tags", True):
+            del cell.metadata["tags"]  # papermill adds empty ones
+        if cell.cell_type == "code":
+            cell.outputs = _merge(cell.outputs)
+            if timing.get("start_time"):
+                running = index
+                seconds.append({"cell": index, "seconds": timing.get("duration")})
+    return notebook, running, seconds
+
+
+def _merge(outputs: list) -> list:
+    """Join neighbouring streams, standard output first.
+
+    Where a stream is cut, and how the two interleave, depends on when the kernel flushes.
+    """
+    merged: list = []
+    streams: dict = {}
+    for output in [*outputs, None]:
+        if output is not None and output.output_type == "stream":
+            if output.name in streams:
+                streams[output.name].text += output.text
+            else:
+                streams[output.name] = output
+            continue
+        for stream in (streams[name] for name in ("stdout", "stderr") if name in streams):
+            stream.text = _clean(stream.text)
+            merged.append(stream)
+        streams = {}
+        if output is not None:
+            if output.output_type == "error":
+                output.evalue = _clean(output.evalue)
+                output.traceback = [_clean(line) for line in output.traceback]
+            merged.append(output)
+    return merged
+
+
+def _message(manifest: dict, executed: Any) -> str:
+    error = manifest["error"]
+    lines = [f"{manifest['notebook']} failed", f"{error['type']}: {error['message']}"]
+    if executed and error["cell"] is not None:
+        cell = executed.cells[error["cell"]]
+        first = cell.source.strip().split("\n")[0][:80]
+        lines[0] += f" in cell {error['cell']}, which begins: {first}"
+    if executed:
+        lines.append(f"The notebook up to there, with the traceback: {manifest['output']}")
+    return "\n".join(lines)
+
+
+def _shown(path: Path) -> str:
+    """Name a path from the current folder, so that a manifest holds no path of one machine."""
+    path = path.absolute()
+    return (path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path).as_posix()
+
+
+def _surroundings() -> dict:
+    versions = {}
+    for package in _PACKAGES:
+        try:
+            versions[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            versions[package] = None
+    commit = _git("rev-parse", "HEAD")
+    changes = _git("status", "--porcelain", "--untracked-files=no") if commit else None
+    allowed = getattr(os, "sched_getaffinity", None)  # not on macOS
+    return {
+        "versions": versions,
+        "commit": commit,
+        "dirty": None if changes is None else bool(changes),
+        "python": platform.python_version(),
+        "platform": f"{platform.system()} {platform.machine()}",
+        "cpus": len(allowed(0)) if allowed else os.cpu_count(),
+        "threads": os.environ.get("OMP_NUM_THREADS"),
+    }
+
+
+def _git(*arguments: str) -> str | None:
+    # Without the optional locks two notebooks that start together could meet on git's index.
+    command = ["git", "--no-optional-locks", *arguments]
+    try:
+        done = subprocess.run(command, cwd=find_root(), capture_output=True, text=True, timeout=60)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() if done.returncode == 0 else None
+
+
+def _peak_memory() -> int:
+    """Return the largest resident memory of a finished child (the kernel) in MiB."""
+    import resource
+    import sys
+
+    unit = 2**20 if sys.platform == "darwin" else 2**10
+    return resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss // unit

@@ -1,0 +1,103 @@
+"""The command line: exit statuses and messages, never a Python traceback."""
+
+import io
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import nbformat
+import pytest
+
+from mnemodyn.cli import main
+
+
+@pytest.fixture
+def notebook(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    cells = [
+        nbformat.v4.new_code_cell("mode = 'on'\ncount = 1", metadata={"tags": ["parameters"]}),
+        nbformat.v4.new_code_cell("assert count > 0, 'count must be > 0'\nprint(mode, count)"),
+    ]
+    nbformat.write(nbformat.v4.new_notebook(cells=cells), "a.ipynb")
+    return "a.ipynb"
+
+
+def test_run_with_a_file_and_options(notebook, capsys):
+    Path("p.yaml").write_text("mode: off\ncount: 2\n")
+    assert main(["run", notebook, "out.ipynb", "-f", "p.yaml", "-p", "count", "3"]) == 0
+    printed = capsys.readouterr()
+    assert printed.out.startswith("a.ipynb -> out.ipynb in ")
+    assert printed.out.count("\n") == 1
+    assert printed.err == ""
+    assert "off 3\\n" in Path("out.ipynb").read_text()
+
+
+def test_a_failed_notebook_is_status_1(notebook, capsys):
+    assert main(["run", notebook, "out.ipynb", "-p", "count", "-1"]) == 1
+    message = capsys.readouterr().err
+    assert "a.ipynb failed in cell 2" in message
+    assert "AssertionError: count must be > 0" in message
+    assert "out.ipynb" in message
+    assert "Traceback" not in message
+    assert json.loads(Path("out.manifest.json").read_text())["status"] == "failed"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["-p", "cuont", "1"], "unknown parameter cuont; did you mean count?"),
+        (["-p", "count", "many"], "parameter count must be a whole number, got 'many'"),
+        (["-f", "absent.yaml"], "there is no parameters file absent.yaml"),
+        (["-f", "list.yaml"], "list.yaml must hold a mapping"),
+        (["-f", "broken.yaml"], "broken.yaml: not valid YAML"),
+        (["-f", "-"], "parameter mode must be text"),
+    ],
+)
+def test_refused_parameters_are_status_2(notebook, capsys, monkeypatch, arguments, message):
+    Path("list.yaml").write_text("[1]")
+    Path("broken.yaml").write_text("a: [")
+    monkeypatch.setattr(sys, "stdin", io.StringIO('{"mode": false}'))
+    assert main(["run", notebook, "out.ipynb", *arguments]) == 2
+    printed = capsys.readouterr().err
+    assert printed.startswith("mnemodyn: ")
+    assert message in printed
+    assert "Traceback" not in printed
+    assert not list(Path().glob("out*"))
+
+
+def test_an_absent_notebook_is_status_2(notebook, capsys):
+    assert main(["run", "b.ipynb", "out.ipynb"]) == 2
+    assert capsys.readouterr().err == "mnemodyn: there is no notebook b.ipynb\n"
+
+
+@pytest.mark.parametrize("arguments", [[], ["walk"], ["run", "a.ipynb"], ["run", "a", "b", "-p", "x"]])
+def test_wrong_usage_is_status_2(arguments, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main(arguments)
+    assert stopped.value.code == 2
+    assert "usage: mnemodyn" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("arguments", [["--version"], ["--help"], ["run", "--help"]])
+def test_help_and_version(arguments, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main(arguments)
+    assert stopped.value.code == 0
+    assert "mnemodyn " in capsys.readouterr().out
+
+
+def test_info_says_what_is_wrong(tmp_path, capsys):
+    assert main(["info", str(tmp_path / "absent")]) == 1
+    message = capsys.readouterr().err
+    assert message.startswith("mnemodyn: ")
+    assert "absent" in message
+
+
+def test_the_command_line_starts_without_heavy_imports():
+    code = (
+        "import sys; import mnemodyn.cli, mnemodyn.running;"
+        "sys.exit(bool({'torch', 'papermill', 'nbclient', 'nbformat'} & set(sys.modules)))"
+    )
+    root = Path(__file__).resolve().parents[1]
+    assert subprocess.run([sys.executable, "-c", code], cwd=root).returncode == 0

@@ -1,0 +1,321 @@
+"""Running a notebook: parameters, the executed notebook, its manifest, and every way to fail."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import nbformat
+import numpy as np
+import pytest
+
+from mnemodyn import files
+from mnemodyn.running import (
+    NotebookFailed,
+    ParameterError,
+    check_parameters,
+    read_parameters,
+    read_yaml,
+    run_notebook,
+)
+
+PARAMETERS = """\
+objective = "masked"  # masked, denoise or off
+epochs = 2
+rate = 1e-3
+shuffle = True
+widths = [8,
+          16]  # over two lines
+extra = {}
+limit = None
+results = "results.json"
+"""
+
+
+@pytest.fixture
+def write(tmp_path, monkeypatch):
+    """Write a notebook of a parameters cell and the given cells into the current folder."""
+    monkeypatch.chdir(tmp_path)
+
+    def write(*sources, parameters=PARAMETERS, name="notebook.ipynb"):
+        cell = nbformat.v4.new_code_cell(parameters, metadata={"tags": ["parameters"]})
+        cells = [nbformat.v4.new_markdown_cell("# Question"), cell]
+        cells += [nbformat.v4.new_code_cell(source) for source in sources]
+        nbformat.write(nbformat.v4.new_notebook(cells=cells), name)
+        return Path(name)
+
+    return write
+
+
+def text_of(path, kind="stream"):
+    """Join the text of a notebook's outputs and check that it is a valid notebook."""
+    notebook = nbformat.read(path, as_version=4)
+    nbformat.validate(notebook)
+    outputs = [out for cell in notebook.cells for out in cell.get("outputs", [])]
+    return "".join(
+        out.text if kind == "stream" else "\n".join(out.traceback) for out in outputs if out.output_type == kind
+    )
+
+
+def manifest_of(output):
+    return json.loads(Path(output).with_suffix(".manifest.json").read_text())
+
+
+def known(source=PARAMETERS):
+    cell = nbformat.v4.new_code_cell(source, metadata={"tags": ["parameters"]})
+    return read_parameters(nbformat.v4.new_notebook(cells=[cell]))
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("off", "off"),
+        ("no", "no"),
+        ("true", True),
+        ("1e-3", 1e-3),
+        ("[1, 2.5]", [1, 2.5]),
+        ("010", "010"),
+        ("12:30", "12:30"),
+        ("2026-01-01", "2026-01-01"),
+        ("-3", -3),
+        ("null", None),
+        ('{"a": [false]}', {"a": [False]}),
+    ],
+)
+def test_yaml_scalars_mean_what_they_look_like(text, value):
+    assert read_yaml(text) == value
+    assert type(read_yaml(text)) is type(value)
+
+
+@pytest.mark.parametrize(
+    ("name", "given", "expected"),
+    [
+        ("objective", "off", "off"),
+        ("objective", "3", "3"),
+        ("objective", Path("a/b"), "a/b"),
+        ("epochs", "10", 10),
+        ("rate", "1e-4", 1e-4),
+        ("rate", 1, 1.0),
+        ("shuffle", "false", False),
+        ("widths", "[1, 2]", [1, 2]),
+        ("widths", [], []),
+        ("extra", "{a: 1}", {"a": 1}),
+        ("limit", "5", 5),
+        ("limit", "hcp: [", "hcp: ["),
+        ("limit", None, None),
+    ],
+)
+def test_values_take_the_type_of_the_default(name, given, expected):
+    value = check_parameters(known(), {name: given})[name]
+    assert value == expected
+    assert type(value) is type(expected)
+
+
+@pytest.mark.parametrize(
+    ("name", "given", "expected"),
+    [
+        ("objective", False, "must be text"),
+        ("epochs", 1.5, "must be a whole number"),
+        ("epochs", "many", "must be a whole number"),
+        ("epochs", True, "must be a whole number"),
+        ("rate", "nan", "must be a finite number"),
+        ("rate", float("inf"), "must be a finite number"),
+        ("shuffle", "off", "must be true or false"),
+        ("shuffle", 1, "must be true or false"),
+        ("widths", "8", "must be a list"),
+        ("widths", ["a"], r"widths\[0\] must be a whole number"),
+        ("extra", [1], "must be a mapping"),
+        ("epochs", None, "must be a whole number"),
+        ("limit", np.zeros(2), "JSON can hold"),
+    ],
+)
+def test_a_value_of_another_type_is_refused(name, given, expected):
+    with pytest.raises(ParameterError, match=expected):
+        check_parameters(known(), {name: given})
+
+
+def test_an_unknown_parameter_is_refused_with_the_nearest(write):
+    with pytest.raises(ParameterError, match=r"unknown parameter epoch; did you mean epochs.*rate"):
+        run_notebook(write("1"), "out.ipynb", {"epoch": 3})
+    assert not list(Path().glob("out*"))
+
+
+@pytest.mark.parametrize("source", ["a = b", "import os", "a = 1 + 1", "a = (1, 2)", "a ="])
+def test_parameters_are_literals(source):
+    with pytest.raises(ParameterError, match="literal values"):
+        known(source)
+
+
+def test_what_is_no_notebook_with_parameters_is_refused(write):
+    with pytest.raises(FileNotFoundError, match=r"no notebook absent\.ipynb"):
+        run_notebook("absent.ipynb", "out.ipynb")
+    Path("text.ipynb").write_text("hello")
+    with pytest.raises(ParameterError, match="not a notebook"):
+        run_notebook("text.ipynb", "out.ipynb")
+    nbformat.write(nbformat.v4.new_notebook(), "bare.ipynb")
+    with pytest.raises(ParameterError, match=r"bare\.ipynb: needs exactly one .* has 0"):
+        run_notebook("bare.ipynb", "out.ipynb")
+    path = write("1")
+    with pytest.raises(ParameterError, match="notebook itself"):
+        run_notebook(path, path)
+
+
+def test_a_run_keeps_results_and_equal_runs_are_equal_bytes(write, monkeypatch):
+    # A registered kernel of that name which cannot run, a matplotlib without windows, a past run.
+    spec = Path("jupyter/kernels/python3/kernel.json")
+    files.write_json(spec, {"argv": ["false"], "display_name": "x", "language": "python"})
+    monkeypatch.setenv("JUPYTER_PATH", str(Path("jupyter").resolve()))
+    monkeypatch.setenv("MPLBACKEND", "agg")
+    monkeypatch.delenv("SOURCE_DATE_EPOCH", raising=False)
+    path = write(
+        "import os, sys, time, warnings\n"
+        "print(sys.executable, os.path.basename(os.getcwd()))\n"
+        "for i in range(3):\n"
+        "    print(i, flush=True); print('e', i, file=sys.stderr, flush=True); time.sleep(0.05)\n"
+        "warnings.warn('careful')\n"
+        "print(os.environ['MNEMODYN_HEADLESS'], os.environ['SOURCE_DATE_EPOCH'], hash('a'))",
+        "from pathlib import Path\nPath(results).write_text(repr((objective, rate, widths)))",
+        "print(os.environ['MPLBACKEND'])\n{'b', 'a'}",
+    )
+    # Without ids, as a notebook from an older Jupyter.
+    content = json.loads(path.read_text())
+    for cell in content["cells"]:
+        del cell["id"]
+    path.write_text(json.dumps({**content, "nbformat_minor": 4}))
+    before = dict(os.environ)
+    given = {"objective": 'a "{b}"\n\\c é', "rate": "1e-4", "widths": [1]}
+
+    first = run_notebook(path, "first {1}/out.ipynb", given)
+    kept = Path("results.json").read_text()
+    run_notebook(path, "second/out.ipynb", given)
+
+    assert kept == repr((given["objective"], 1e-4, [1]))
+    one, two = Path("first {1}/out.ipynb"), Path("second/out.ipynb")
+    assert one.read_bytes() == two.read_bytes()
+    text = text_of(one)
+    assert text.startswith(f"{sys.executable} {Path.cwd().name}\n0\n1\n2\n1 0 ")
+    assert "matplotlib_inline" in text
+    assert "e 0\ne 1\ne 2\n<cell>:5: UserWarning: careful" in text
+    assert str(Path.cwd()) not in one.read_text().replace(sys.executable, "")
+    assert dict(os.environ) == before
+    assert {found.name for found in one.parent.iterdir()} == {"out.ipynb", "out.manifest.json"}
+
+    assert first == manifest_of(one)
+    assert (first["status"], first["error"]) == ("done", None)
+    assert first["notebook"] == "notebook.ipynb"
+    assert first["output"] == "first {1}/out.ipynb"
+    assert first["parameters"] == {
+        **{"objective": given["objective"], "epochs": 2, "rate": 1e-4, "shuffle": True},
+        **{"widths": [1], "extra": {}, "limit": None, "results": "results.json"},
+    }
+    assert first["seconds"] > 0
+    assert first["versions"]["numpy"] == np.__version__
+    assert [cell["cell"] for cell in first["cells"]] == [1, 2, 3, 4, 5]
+
+
+def test_runs_side_by_side_do_not_meet(write):
+    write("print(objective)")
+    code = "from mnemodyn.running import *; import sys; run_notebook('notebook.ipynb', *sys.argv[1:2]"
+    code += ", {'objective': sys.argv[1]})"
+    runs = [start(code, f"{name}.ipynb") for name in "ab"]
+    assert [run.wait(60) for run in runs] == [0, 0]
+    assert [text_of(f"{name}.ipynb") for name in "ab"] == ["a.ipynb\n", "b.ipynb\n"]
+
+
+def test_a_cell_that_raises_leaves_its_traceback(write):
+    path = write("print('before')", "raise ValueError('\\x1b[31mno scans\\x1b[0m')", "print('after')")
+    with pytest.raises(NotebookFailed, match=r"(?s)cell 3, .*ValueError: no scans.*out\.ipynb"):
+        run_notebook(path, "out.ipynb")
+    manifest = manifest_of("out.ipynb")
+    assert manifest["status"] == "failed"
+    assert manifest["error"] == {"type": "ValueError", "message": "no scans", "cell": 3}
+    assert text_of("out.ipynb") == "before\n"
+    traceback = text_of("out.ipynb", "error")
+    assert "ValueError: no scans" in traceback
+    assert "\x1b" not in traceback
+    assert "papermill" not in Path("out.ipynb").read_text()
+
+
+def test_a_killed_kernel_is_no_success(write):
+    path = write("print('before')", "import os\nos.kill(os.getpid(), 9)", "print('after')")
+    with pytest.raises(NotebookFailed, match=r"(?s)cell 3, .*KernelDied: .*memory"):
+        run_notebook(path, "out.ipynb")
+    manifest = manifest_of("out.ipynb")
+    assert (manifest["status"], manifest["error"]["cell"]) == ("failed", 3)
+    assert text_of("out.ipynb") == "before\n"
+    assert "KernelDied" in text_of("out.ipynb", "error")
+
+
+def start(code, *arguments):
+    environment = {**os.environ, "PYTHONPATH": str(Path(files.__file__).parents[1])}
+    return subprocess.Popen([sys.executable, "-c", code, *arguments], env=environment)
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
+def test_a_stopped_run_does_not_pass_for_a_finished_one(write, number):
+    path = write(
+        "from pathlib import Path\nimport os, time\nprint('before')",
+        "Path('pid').write_text(str(os.getpid()))\ntime.sleep(60)",
+    )
+    Path("out.ipynb").write_text("an earlier run")
+    code = f"from mnemodyn.running import *; run_notebook({str(path)!r}, 'out.ipynb')"
+    process = start(code)
+    wait_until(lambda: Path("pid").is_file() and Path("pid").read_text())
+    process.send_signal(number)
+    assert process.wait(30) != 0
+    kernel = int(Path("pid").read_text())
+    wait_until(lambda: not running(kernel))
+    manifest = manifest_of("out.ipynb")
+    if number == signal.SIGKILL:  # nobody was left to say more
+        assert (manifest["status"], manifest["error"]) == ("running", None)
+        assert Path("out.ipynb").read_text() == "an earlier run"
+    else:
+        assert manifest["status"] == "failed"
+        assert manifest["error"]["type"] == "Interrupted"
+        assert text_of("out.ipynb") == "before\n"
+
+
+def wait_until(met, seconds=30):
+    end = time.monotonic() + seconds
+    while not met():
+        assert time.monotonic() < end, "waited in vain"
+        time.sleep(0.05)
+
+
+def running(pid):
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    state = Path(f"/proc/{pid}/stat")  # in a container nobody may collect the dead
+    return not (state.exists() and state.read_text().rpartition(")")[2].split()[0] == "Z")
+
+
+def test_files_are_written_whole(tmp_path):
+    path = tmp_path / "new" / "a.json"
+    content = {"b": np.float32(0.5), "a": np.arange(2), "c": Path("x"), "d": True}
+    files.write_json(path, content)
+    assert path.read_text() == ('{\n  "b": 0.5,\n  "a": [\n    0,\n    1\n  ],\n  "c": "x",\n  "d": true\n}\n')
+    for bad in ({"b": float("nan")}, {"b": np.float32("nan")}, {"b": object()}):
+        with pytest.raises(ValueError, match=r"cannot write .*a\.json as JSON"):
+            files.write_json(path, bad)
+    assert json.loads(path.read_text())["b"] == 0.5
+    assert [found.name for found in path.parent.iterdir()] == ["a.json"]
+    files.write_text(path, "abc")
+    assert files.sha256(path).startswith("ba7816bf8f01cfea")
+
+
+def test_relative_paths_start_at_the_root(tmp_path, monkeypatch):
+    below = tmp_path / "notebooks"
+    below.mkdir()
+    monkeypatch.chdir(below)
+    assert files.resolve("x") == below / "x"
+    (tmp_path / "_toc.yml").touch()
+    assert files.find_root() == files.find_root(below / "deeper") == tmp_path
+    assert files.resolve("runs/x") == tmp_path / "runs/x"
+    assert files.resolve("/a/b") == Path("/a/b")
+    with pytest.raises(ValueError, match="path must not be empty"):
+        files.resolve("")
