@@ -84,7 +84,7 @@ rule book:
     # The folder goes first: a page that the table of contents no longer names must not survive.
     shell:
         "rm -rf _build && mkdir _build && "
-        "NO_COLOR=1 jupyter-book build . -W -n --keep-going > {log} 2>&1"
+        "jupyter-book build . -W -n --keep-going > {log} 2>&1"
 
 
 rule data:

@@ -39,7 +39,7 @@ LOOK = """() => {
     return false;
   };
   for (const img of document.querySelectorAll('article img')) {
-    const name = img.getAttribute('src').slice(0, 80);
+    const name = img.getAttribute('src').split('/').pop();
     const alt = (img.getAttribute('alt') || '').trim();
     if (!alt || /\\.(svg|png)$/.test(alt)) found.push('image without alt text: ' + name);
     if (!img.naturalWidth) found.push('broken image: ' + name);
@@ -82,9 +82,9 @@ def broken_links(folder, pages):
                 continue
             target = (path.parent / unquote(urlsplit(url).path)).resolve() if url else path
             if not target.is_file():
-                yield f"{path.relative_to(folder)}: broken link {link}"
+                yield f"{path.relative_to(folder)}: broken link {link}", "every view"
             elif anchor and target in parsed and unquote(anchor) not in parsed[target].anchors:
-                yield f"{path.relative_to(folder)}: no such anchor {link}"
+                yield f"{path.relative_to(folder)}: no such anchor {link}", "every view"
 
 
 def note_outside(found, request):
@@ -105,10 +105,8 @@ def open_pages(folder, pages, base, chromium, screenshots):
         browser = playwright.chromium.launch(executable_path=chromium, args=FLAGS)
         for theme in ("light", "dark"):
             for width in (1280, 390):
-                context = browser.new_context(
-                    color_scheme=theme, viewport={"width": width, "height": 900}
-                )
-                tab, found = context.new_page(), []
+                context = browser.new_context(color_scheme=theme, viewport={"width": width, "height": 900})
+                tab, found, view = context.new_page(), [], f"{base[:4]}-{theme}-{width}"
                 tab.on("console", partial(note_error, found))
                 tab.on("pageerror", lambda e, f=found: f.append(str(e)))
                 tab.on("request", partial(note_outside, found))
@@ -118,19 +116,18 @@ def open_pages(folder, pages, base, chromium, screenshots):
                     tab.goto(f"{base}/{name}", wait_until="networkidle" if redirects else "load")
                     tab.evaluate("window.MathJax?.startup?.promise.then(() => true)")
                     found += tab.evaluate(LOOK)
-                    yield from (f"{name} ({base[:4]}, {theme}, {width}): {text}" for text in found)
+                    yield from ((f"{name}: {text}", view) for text in found)
                     found.clear()
                     if screenshots:
-                        shot = name.replace("/", "-").removesuffix(".html")
-                        file = screenshots / f"{shot}-{theme}-{width}-{base[:4]}.png"
-                        tab.screenshot(path=file, full_page=True)
+                        shot = name.replace("/", "-").removesuffix("html") + view
+                        tab.screenshot(path=screenshots / f"{shot}.png", full_page=True)
                 tab.goto(f"{base}/search.html?q=wavelet")
                 try:
                     tab.wait_for_selector("#search-results li a", timeout=5000)
                 except Exception:
                     found.append("'wavelet' is not found")
                 tab.wait_for_timeout(500)  # summaries are fetched after the titles
-                yield from (f"search ({base[:4]}, {theme}, {width}): {text}" for text in found)
+                yield from ((f"search: {text}", view) for text in found)
                 context.close()
         browser.close()
 
@@ -153,8 +150,13 @@ def main():
     for base in (f"http://127.0.0.1:{server.server_port}", folder.as_uri()):
         reports += open_pages(folder, pages, base, options.chromium, options.screenshots)
     server.shutdown()
-    print("\n".join([*dict.fromkeys(reports), f"{len(pages)} pages, {len(reports)} reports"]))
-    return int(bool(reports))
+    views = {}
+    for report, view in reports:
+        views.setdefault(report, []).append(view)
+    for report, where in views.items():
+        print(f"{report} [{where[0]}{f' and {len(where) - 1} more' if len(where) > 1 else ''}]")
+    print(f"{len(pages)} pages, {len(views)} reports")
+    return int(bool(views))
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 _RUN = """\
@@ -88,6 +89,13 @@ def _parser() -> argparse.ArgumentParser:
     info.add_argument("checkpoint", metavar="CHECKPOINT", help="folder of the checkpoint")
     info.set_defaults(command=_info)
     return parser
+
+
+def _version() -> str:
+    try:
+        return version("mnemodyn")
+    except PackageNotFoundError:  # run from its folder
+        return "(not installed)"
 
 
 def _run(options: argparse.Namespace) -> int:

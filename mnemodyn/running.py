@@ -145,9 +145,7 @@ def check_parameters(known: Mapping[str, Any], given: Mapping[str, Any]) -> dict
         if name not in known:
             near = difflib.get_close_matches(str(name), known, n=1)
             hint = f"; did you mean {near[0]}?" if near else ""
-            raise ParameterError(
-                f"unknown parameter {name}{hint} (known: {', '.join(known) or 'none'})"
-            )
+            raise ParameterError(f"unknown parameter {name}{hint} (known: {', '.join(known) or 'none'})")
         checked[name] = _convert(name, known[name], value)
     return checked
 
@@ -172,8 +170,7 @@ def _convert(name: str, default: Any, value: Any) -> Any:
     if not fits:
         expected = _EXPECTED.get(kind, "a value that JSON can hold")
         raise ParameterError(
-            f"parameter {name} must be {expected}, got {given!r} ({type(given).__name__}); "
-            f"its default is {default!r}"
+            f"parameter {name} must be {expected}, got {given!r} ({type(given).__name__}); its default is {default!r}"
         )
     if kind is list and default and len({type(item) for item in default}) == 1:
         return [_convert(f"{name}[{i}]", default[0], item) for i, item in enumerate(value)]
@@ -266,9 +263,7 @@ def run_notebook(
         if running is not None:  # the cell itself does not say why it stopped
             name, message = failure["type"], failure["message"]
             executed.cells[running].outputs.append(
-                nbformat.v4.new_output(
-                    "error", ename=name, evalue=message, traceback=[f"{name}: {message}"]
-                )
+                nbformat.v4.new_output("error", ename=name, evalue=message, traceback=[f"{name}: {message}"])
             )
     if executed:
         write_text(output, nbformat.writes(executed) + "\n")
@@ -385,9 +380,7 @@ def _terminating() -> Iterator[None]:
     def interrupt(*_: Any) -> None:
         raise KeyboardInterrupt
 
-    before = {
-        number: signal.signal(number, interrupt) for number in (signal.SIGINT, signal.SIGTERM)
-    }
+    before = {number: signal.signal(number, interrupt) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield
     finally:

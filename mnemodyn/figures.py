@@ -1,0 +1,213 @@
+"""Figures of the book. Every function draws on a new figure and returns it; `show` puts it on the page."""
+
+import base64
+import html
+import io
+from collections.abc import Sequence
+
+import matplotlib
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+from matplotlib.figure import Figure
+
+from mnemodyn.data.quality import SLOW, spectrum
+from mnemodyn.data.scans import Scan
+from mnemodyn.evaluate import LABELS
+
+__all__ = [
+    "Picture",
+    "carpet",
+    "connectivity",
+    "filled_stretches",
+    "identification",
+    "learning_curve",
+    "reconstruction",
+    "reconstruction_grid",
+    "show",
+    "spectra",
+    "use_style",
+]
+
+# Okabe and Ito's palette: told apart with any colour vision, and in grey.
+COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#999999"]
+
+
+def use_style() -> None:
+    """Set fonts and colours for the figures of the book."""
+    matplotlib.rcParams.update(
+        {
+            "figure.figsize": (7, 3),
+            "figure.dpi": 100,
+            "figure.constrained_layout.use": True,
+            "axes.prop_cycle": matplotlib.cycler(color=COLOURS),
+            "axes.spines.top": False,
+            "axes.spines.right": False,
+            "font.size": 9,
+            "legend.frameon": False,
+            "svg.hashsalt": "mnemodyn",  # the same drawing gives the same bytes
+            "svg.fonttype": "path",
+        }
+    )
+
+
+class Picture:
+    """A figure with its caption, as a notebook and the book show it.
+
+    Parameters
+    ----------
+    figure : Figure
+        Closed once it is drawn.
+    caption : str
+        What is seen, n, and what an interval is.
+    alt : str
+        The same for someone who cannot see it.
+    """
+
+    def __init__(self, figure: Figure, caption: str, alt: str):
+        stream = io.BytesIO()
+        figure.savefig(stream, format="svg", metadata={"Date": None}, facecolor="white")
+        plt.close(figure)
+        self.caption, self.alt = caption, alt
+        self.source = base64.b64encode(stream.getvalue()).decode()
+
+    def _repr_html_(self) -> str:
+        return (
+            f'<figure style="margin:1em 0"><img alt="{html.escape(self.alt)}" style="max-width:100%;height:auto" '
+            f'src="data:image/svg+xml;base64,{self.source}">'
+            f"<figcaption>{html.escape(self.caption)}</figcaption></figure>"
+        )
+
+    def __repr__(self) -> str:
+        return f"[figure] {self.caption}"
+
+
+def show(figure: Figure, *, caption: str, alt: str) -> Picture:
+    """Return the picture that a notebook's cell ends with."""
+    return Picture(figure, caption, alt)
+
+
+def _seconds(n: int, t_r: float) -> np.ndarray:
+    return np.arange(n) * t_r
+
+
+def carpet(scan: Scan, *, traces: Sequence[int] = (0, 1)) -> Figure:
+    """All parcels of a scan as an image, and a few as lines; both in SD of the parcel."""
+    z = (scan.values - scan.values.mean(0)) / scan.values.std(0)
+    figure, (top, bottom) = plt.subplots(2, 1, figsize=(7, 4), sharex=True, height_ratios=[2, 1])
+    end = scan.n_frames * scan.t_r
+    image = top.imshow(
+        z.T, aspect="auto", cmap="gray", vmin=-3, vmax=3, extent=(0, end, z.shape[1], 0), interpolation="none"
+    )
+    top.set_ylabel("parcel")
+    figure.colorbar(image, ax=top, label="SD")
+    for i in traces:
+        bottom.plot(_seconds(len(z), scan.t_r), z[:, i], lw=0.7, label=scan.parcels[i])
+    bottom.set(xlabel="time (s)", ylabel="SD", xlim=(0, end))
+    bottom.legend(ncols=len(traces), loc="upper right")
+    return figure
+
+
+def spectra(scans: Sequence[Scan]) -> Figure:
+    """Power spectrum of each scan, mean over parcels, with white noise of the same variance."""
+    figure, ax = plt.subplots()
+    for i, scan in enumerate(scans):
+        frequency, power = spectrum(scan)
+        ax.plot(frequency, power, color=COLOURS[0], alpha=0.6, lw=1, label="scans" if i == 0 else None)
+    nyquist = 0.5 / scans[0].t_r
+    ax.axhline(1 / nyquist, color=COLOURS[1], ls="--", label="white noise of the same variance")
+    ax.axvspan(0, SLOW, color="0.92", zorder=0, label=f"below {SLOW} Hz")
+    ax.set(xlabel="frequency (Hz)", ylabel="power (SD² per Hz)", xlim=(0, nyquist), ylim=(0, None))
+    ax.legend()
+    return figure
+
+
+def connectivity(matrix: np.ndarray, title: str) -> Figure:
+    """A matrix of Pearson correlations between parcels, in the order of the atlas."""
+    figure, ax = plt.subplots(figsize=(4.6, 3.8))
+    image = ax.imshow(matrix, cmap="RdBu_r", vmin=-1, vmax=1, interpolation="none")
+    ax.set(xlabel="parcel", ylabel="parcel", title=title)
+    figure.colorbar(image, ax=ax, label="Pearson r")
+    return figure
+
+
+def learning_curve(history: pd.DataFrame) -> Figure:
+    """Training loss, and R2 of the averaged weights on hidden entries of the validation scans."""
+    figure, (left, right) = plt.subplots(1, 2, figsize=(7, 2.8))
+    left.plot(history["epoch"], history["train_loss"], "o-", ms=3)
+    left.set(xlabel="epoch", ylabel="training loss (SD²)")
+    right.plot(history["epoch"], history["val_r2_hidden"], "o-", ms=3, color=COLOURS[2])
+    right.set(xlabel="epoch", ylabel="validation R², hidden entries")
+    for ax in (left, right):
+        ax.xaxis.get_major_locator().set_params(integer=True)
+    return figure
+
+
+def filled_stretches(
+    x: np.ndarray, hidden: np.ndarray, fills: dict[str, np.ndarray], parcels: dict[int, str], t_r: float
+) -> Figure:
+    """What methods put into the hidden stretches of a few parcels of one window, (time, parcel) each."""
+    figure, axes = plt.subplots(len(parcels), 1, figsize=(7, 1.7 * len(parcels)), sharex=True, squeeze=False)
+    t = _seconds(len(x), t_r)
+    for ax, (i, name) in zip(axes[:, 0], parcels.items(), strict=True):
+        ax.fill_between(t, 0, 1, where=hidden[:, i], transform=ax.get_xaxis_transform(), color="0.92", lw=0)
+        ax.plot(t, x[:, i], color="black", lw=0.9, label="scan")
+        for (method, fill), colour in zip(fills.items(), COLOURS, strict=False):
+            ax.plot(
+                t, np.where(hidden[:, i], fill[:, i], np.nan), color=colour, lw=1.4, label=LABELS.get(method, method)
+            )
+        ax.set_ylabel("SD")
+        ax.set_title(name, loc="left", fontsize=9)
+    axes[-1, 0].set_xlabel("time (s)")
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), ncols=len(fills) + 1, loc="outside upper center")
+    return figure
+
+
+def reconstruction(rows: pd.DataFrame) -> Figure:
+    """R2 on hidden entries a method, with its interval."""
+    rows = rows.sort_values("r2")
+    figure, ax = plt.subplots(figsize=(7, 0.5 + 0.4 * len(rows)))
+    place = np.arange(len(rows))
+    error = np.abs(rows[["low", "high"]].to_numpy().T - rows["r2"].to_numpy())
+    colours = [COLOURS[0] if m == "model" else "0.6" for m in rows["method"]]
+    ax.barh(place, rows["r2"], color=colours, xerr=error, error_kw={"lw": 1, "capsize": 2})
+    ax.set_yticks(place, [LABELS.get(m, m) for m in rows["method"]])
+    ax.axvline(0, color="black", lw=0.8)
+    for y, value, high in zip(place, rows["r2"], rows["high"], strict=True):
+        ax.text(max(high, 0) + 0.01, y, f"{value:.3f}", va="center")
+    ax.set_xlabel("R² on hidden entries of held-out people")
+    ax.margins(x=0.12)
+    return figure
+
+
+def reconstruction_grid(rows: pd.DataFrame) -> Figure:
+    """R2 against the length of the hidden stretches, one panel a hidden share."""
+    shares = sorted(rows["hidden_share"].unique())
+    figure, axes = plt.subplots(1, len(shares), figsize=(7, 2.9), sharey=True, squeeze=False)
+    for ax, share in zip(axes[0], shares, strict=True):
+        for (method, group), marker in zip(
+            rows[rows["hidden_share"] == share].groupby("method", sort=False), "os^vDPX*", strict=False
+        ):
+            ax.plot(group["seconds"], group["r2"], marker=marker, ms=4, lw=1.2, label=LABELS.get(method, method))
+        ax.set(title=f"{share:.0%} hidden", xlabel="hidden stretch (s)", xscale="log")
+        ticks = sorted(rows["seconds"].unique())
+        ax.set_xticks(ticks, [f"{s:.3g}" for s in ticks])
+        ax.minorticks_off()
+        ax.axhline(0, color="black", lw=0.8)
+    axes[0, 0].set_ylabel("R², hidden entries")
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), ncols=3, loc="outside upper center")
+    return figure
+
+
+def identification(rows: pd.DataFrame, chance: float) -> Figure:
+    """Accuracy of identification against the length of the windows, a line a set of features."""
+    figure, ax = plt.subplots(figsize=(7, 3.6))
+    for (name, group), marker in zip(rows.groupby("features", sort=False), "os^vDPX*", strict=False):
+        ax.plot(group["seconds"], group["accuracy"], marker=marker, ms=5, lw=1.2, label=LABELS.get(name, name))
+    ax.axhline(chance, color="black", ls=":", label="chance")
+    ticks = sorted(rows["seconds"].unique())
+    ax.set(xlabel="length of the window (s)", ylabel="identified", ylim=(0, 1.05), xscale="log")
+    ax.set_xticks(ticks, [f"{s:.0f}" for s in ticks])
+    ax.minorticks_off()
+    figure.legend(*ax.get_legend_handles_labels(), loc="outside right upper")
+    return figure

