@@ -5,9 +5,9 @@ A developer's tool; it needs Playwright (``pip install playwright``) and a Chrom
     python book/check_pages.py _build/html --screenshots shots
 
 Pages are opened from a loopback server and from the file system, light and dark, wide and narrow.
-Reported are console errors, requests that leave the machine, broken links and anchors, images that
-are missing, unlabelled or wider than their column, pages that scroll sideways, mathematics left
-unset, and a search that finds nothing. Exit status 1 if there is anything to report.
+Reported are console errors, requests that leave the machine, broken links, images that are missing,
+unlabelled or wider than their column, pages that scroll sideways, mathematics left unset and a
+search that finds nothing. Exit status 1 if there is anything to report.
 """
 
 import argparse
@@ -22,15 +22,9 @@ from urllib.parse import unquote, urldefrag, urlsplit
 from playwright.sync_api import sync_playwright
 
 FLAGS = [
-    "--no-sandbox",
-    "--disable-gpu",
-    "--disable-quic",
-    "--no-first-run",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
-    "--disable-dev-shm-usage",
-]
+    "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync",
+    "--disable-background-networking", "--disable-component-update", "--disable-dev-shm-usage",
+]  # fmt: skip
 LOOK = """() => {
   const found = [];
   const scrolls = e => {

@@ -52,7 +52,7 @@ def _parser() -> argparse.ArgumentParser:
         description="Operator learning for resting-state fMRI: a reproducible research book.",
         epilog="To build the whole book: make book",
     )
-    parser.add_argument("--version", action="version", version="mnemodyn X")
+    parser.add_argument("--version", action="version", version=f"mnemodyn {_version()}")
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
 
     run = commands.add_parser(

@@ -314,10 +314,13 @@ def _execute(source: Any, partial: Path, parameters: dict, kernel_name: str) -> 
             """Talks over sockets in a private folder and finds this interpreter's kernel."""
 
             def _transport_default(self) -> str:
-                return "ipc"  # no open port on a shared machine, none for two kernels to race for
+                # No open port on a shared machine, and none for two kernels to race for. But the
+                # system takes no socket's path of much over 100 characters.
+                return "ipc" if len(folder) < 80 else "tcp"
 
             def _ip_default(self) -> str:
-                return f"{folder}/kernel"  # or all kernels started in one folder share a socket
+                # By jupyter_client's own default all kernels started in a folder share a socket.
+                return f"{folder}/kernel" if self.transport == "ipc" else "127.0.0.1"
 
             def _kernel_spec_manager_default(self) -> KernelSpecManager:
                 # With no folder to look in, "python3" is the kernel of sys.executable.

@@ -4,6 +4,7 @@ import io
 import json
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
 
 import nbformat
@@ -84,7 +85,8 @@ def test_help_and_version(arguments, capsys):
     with pytest.raises(SystemExit) as stopped:
         main(arguments)
     assert stopped.value.code == 0
-    assert "mnemodyn " in capsys.readouterr().out
+    expected = f"mnemodyn {version('mnemodyn')}\n" if arguments == ["--version"] else "usage: mnemodyn"
+    assert capsys.readouterr().out.startswith(expected)
 
 
 def test_info_says_what_is_wrong(tmp_path, capsys):

@@ -222,7 +222,11 @@ def test_runs_side_by_side_do_not_meet(write):
     code = "from mnemodyn.running import *; import sys; run_notebook('notebook.ipynb', *sys.argv[1:2]"
     code += ", {'objective': sys.argv[1]})"
     runs = [start(code, f"{name}.ipynb") for name in "ab"]
-    assert [run.wait(60) for run in runs] == [0, 0]
+    try:
+        assert [run.wait(60) for run in runs] == [0, 0]
+    finally:
+        for run in runs:
+            run.kill()
     assert [text_of(f"{name}.ipynb") for name in "ab"] == ["a.ipynb []\n", "b.ipynb []\n"]
 
 
@@ -264,9 +268,12 @@ def test_a_stopped_run_does_not_pass_for_a_finished_one(write, number):
     Path("out.ipynb").write_text("an earlier run")
     code = f"from mnemodyn.running import *; run_notebook({str(path)!r}, 'out.ipynb')"
     process = start(code)
-    wait_until(lambda: Path("pid").is_file() and Path("pid").read_text())
-    process.send_signal(number)
-    assert process.wait(30) != 0
+    try:
+        wait_until(lambda: Path("pid").is_file() and Path("pid").read_text())
+        process.send_signal(number)
+        assert process.wait(30) != 0
+    finally:
+        process.kill()
     kernel = int(Path("pid").read_text())
     wait_until(lambda: not running(kernel))
     manifest = manifest_of("out.ipynb")
