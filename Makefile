@@ -14,6 +14,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constr
 help:
 	@echo "make book [PROFILE=quick] [CORES=2]  run the notebooks and build the book: _build/html/index.html"
 	@echo "                                     profiles: $(PROFILES)"
+	@echo "                                     DATA=FOLDER: scans of your own in place of the profile's"
 	@echo "make test                            run the tests"
 	@echo "make lint                            check style and formatting"
 	@echo "make lab                             open the notebooks in JupyterLab"
@@ -24,7 +25,7 @@ help:
 book: .venv/.installed
 	@test -f "profiles/$(PROFILE).yaml" || \
 	  { echo "make: unknown PROFILE '$(PROFILE)'; known: $(PROFILES)" >&2; exit 2; }
-	@$(BIN)/snakemake --configfile "profiles/$(PROFILE).yaml" --cores "$(CORES)"
+	@$(BIN)/snakemake --configfile "profiles/$(PROFILE).yaml" --cores "$(CORES)" $(if $(DATA),--config data="$(DATA)")
 	@echo "The book: _build/html/index.html"
 
 test: .venv/.installed

@@ -15,6 +15,7 @@
 
 import json
 import os
+from pathlib import Path
 import shlex
 import sys
 
@@ -28,10 +29,13 @@ if not workflow.overwrite_configfiles:
     configfile: "profiles/quick.yaml"
 
 RUNS = "book/runs"
+# A folder a profile, so that a quick look never costs a long run its checkpoints.
+PROFILE = Path(workflow.overwrite_configfiles[0]).stem if workflow.overwrite_configfiles else "quick"
+TRAINED = f"{RUNS}/checkpoints/{PROFILE}"
 NOTEBOOKS = ["data", "pretrain", "reconstruction", "identification"]
-CHECKPOINT = [f"{RUNS}/pretrain/best/config.json", f"{RUNS}/pretrain/best/model.safetensors"]
+CHECKPOINT = [f"{TRAINED}/best/config.json", f"{TRAINED}/best/model.safetensors"]
 # What runs a notebook is not what a notebook's numbers depend on.
-RUNNER = {"mnemodyn/cli.py", "mnemodyn/running.py"}
+RUNNER = {f"mnemodyn/{name}.py" for name in ("__init__", "cli", "parameters", "running")}
 
 unknown = set(config.get("notebooks", {})) - set(NOTEBOOKS)
 if "data" not in config or unknown:
@@ -39,6 +43,8 @@ if "data" not in config or unknown:
         f"a profile needs 'data' and 'notebooks', the latter with some of {NOTEBOOKS}; "
         f"unknown: {sorted(unknown) or 'none'}"
     )
+if not config["data"]:
+    raise WorkflowError(f"profile {PROFILE} needs scans: make book PROFILE={PROFILE} DATA=FOLDER")
 
 
 def files(*patterns):
@@ -105,8 +111,8 @@ rule data:
         "mnemodyn run {input[0]} {output[0]} -f - <<< {params.parameters}"
 
 
-# book/runs/pretrain/last.ckpt, from which an interrupted training goes on, is no output:
-# snakemake removes a rule's outputs before it runs the rule again.
+# last.ckpt, from which an interrupted training goes on, is no output: snakemake removes a rule's
+# outputs before it runs the rule again.
 rule pretrain:
     input:
         "notebooks/pretrain.ipynb",
@@ -117,7 +123,7 @@ rule pretrain:
     message:
         "{input[0]} ..."
     params:
-        parameters=parameters("pretrain", output=f"{RUNS}/pretrain"),
+        parameters=parameters("pretrain", output=TRAINED),
     threads: resource("pretrain", "threads", 2)
     resources:
         mem_mb=resource("pretrain", "mem_mb", 8000),
@@ -140,7 +146,7 @@ for name in ("reconstruction", "identification"):
         message:
             "{input[0]} ..."
         params:
-            parameters=parameters(name, checkpoint=f"{RUNS}/pretrain/best"),
+            parameters=parameters(name, checkpoint=f"{TRAINED}/best"),
         threads: resource(name, "threads", 1)
         resources:
             mem_mb=resource(name, "mem_mb", 4000),

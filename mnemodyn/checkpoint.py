@@ -112,7 +112,7 @@ def describe(folder: str | Path) -> dict:
     Raises
     ------
     CheckpointError
-        If the folder or a file of it is missing, the JSON is damaged, or its format is another.
+        If the folder or a file of it is missing, a file is damaged, or the format is another.
     """
     folder = Path(folder)
     path = folder / "config.json"
@@ -129,6 +129,12 @@ def describe(folder: str | Path) -> dict:
         raise CheckpointError(f"{path}: damaged, not a checkpoint's JSON ({error})") from error
     if found != FORMAT:
         raise CheckpointError(f"{path}: format must be {FORMAT}, got {found}; another version of mnemodyn wrote it")
+    weights = folder / "model.safetensors"
+    if (found := sha256(weights)) != config.get("weights_sha256"):
+        raise CheckpointError(
+            f"{weights}: damaged: its SHA-256 is {found[:12]}..., config.json expects "
+            f"{str(config.get('weights_sha256'))[:12]}...; copy or train it again"
+        )
     return config
 
 
@@ -153,11 +159,6 @@ def load_checkpoint(folder: str | Path) -> Checkpoint:
     folder = Path(folder)
     config = describe(folder)
     path = folder / "model.safetensors"
-    if (found := sha256(path)) != config.get("weights_sha256"):
-        raise CheckpointError(
-            f"{path}: damaged: its SHA-256 is {found[:12]}..., config.json expects "
-            f"{str(config.get('weights_sha256'))[:12]}...; copy or train it again"
-        )
     try:
         model = MnemoDyn(ModelConfig.from_dict(config["model"]))
         weights = load_tensors(path.read_bytes())

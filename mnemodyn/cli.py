@@ -99,7 +99,8 @@ def _version() -> str:
 
 
 def _run(options: argparse.Namespace) -> int:
-    from .running import NotebookFailed, ParameterError, run_notebook
+    from mnemodyn.parameters import ParameterError
+    from mnemodyn.running import NotebookFailed, run_notebook
 
     try:
         parameters = _file(options.parameters_file) if options.parameters_file else {}
@@ -114,7 +115,7 @@ def _run(options: argparse.Namespace) -> int:
 
 
 def _file(name: str) -> dict:
-    from .running import ParameterError, read_yaml
+    from mnemodyn.parameters import ParameterError, read_yaml
 
     if name != "-" and not Path(name).is_file():
         raise ParameterError(f"there is no parameters file {name}")
@@ -130,7 +131,7 @@ def _file(name: str) -> dict:
 
 def _info(options: argparse.Namespace) -> int:
     try:
-        from .checkpoint import describe
+        from mnemodyn.checkpoint import describe
 
         print(json.dumps(describe(options.checkpoint), indent=2, ensure_ascii=False))
     except (ImportError, OSError, RuntimeError, TypeError, ValueError) as error:

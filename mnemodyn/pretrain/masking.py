@@ -15,8 +15,8 @@ def hide_stretches(shape: tuple[int, int, int], *, share: float, window: int, ge
     """Hide stretches of time, in every parcel its own.
 
     In each parcel of each scan ``n_hidden(time, share)`` frames are hidden, no more and no fewer: whole windows and
-    one shorter one for the rest, in random order and without overlap, all placements equally likely. Two windows
-    may touch.
+    one shorter one for the rest, in random order and without overlap. Two windows may touch, and one may leave the
+    scan at its end and go on at its start: every frame is as likely to be hidden as any other.
 
     Parameters
     ----------
@@ -60,4 +60,8 @@ def hide_stretches(shape: tuple[int, int, int], *, share: float, window: int, ge
     one = torch.ones_like(start, dtype=torch.int32)
     edges.scatter_add_(-1, start, one)
     edges.scatter_add_(-1, start + lengths, -one)
-    return (edges.cumsum(-1)[..., :time] > 0).transpose(1, 2).contiguous()
+    mask = edges.cumsum(-1)[..., :time] > 0
+    # Few placements reach the first and the last frames; turned by a random offset, all are hidden equally often.
+    offset = torch.randint(time, (*rows, 1), generator=generator)
+    mask = mask.gather(-1, (torch.arange(time) + offset) % time)
+    return mask.transpose(1, 2).contiguous()

@@ -22,18 +22,33 @@ class Masked:
         Share of each parcel's frames that is hidden, between 0 and 1.
     mask_window : int
         Length of a hidden window in frames.
+    share_spread : float
+        In training the share of each window is drawn evenly from ``hidden_share - share_spread`` to
+        ``hidden_share + share_spread``, so that the network learns to use what it is given. Validation and
+        evaluation hide `hidden_share`.
     multiresolution_weight : float
         Weight of the multi-resolution loss, where the network computes it.
     """
 
     hidden_share: float = 0.55
     mask_window: int = 15
+    share_spread: float = 0.0
     multiresolution_weight: float = 1.0
 
-    def hide(self, shape: tuple[int, int, int], seed: int) -> Tensor:
+    def __post_init__(self):
+        if not 0 < self.hidden_share - self.share_spread <= self.hidden_share + self.share_spread < 1:
+            raise ValueError(
+                "hidden_share must lie between 0 and 1, share_spread (>= 0) included; got "
+                f"{self.hidden_share} and {self.share_spread}"
+            )
+
+    def hide(self, shape: tuple[int, int, int], seed: int, *, training: bool = False) -> Tensor:
         """The mask of one seed: bool, shape (batch, time, parcel), True where hidden."""
         generator = torch.Generator().manual_seed(seed)
-        return hide_stretches(shape, share=self.hidden_share, window=self.mask_window, generator=generator)
+        share = self.hidden_share
+        if training:
+            share += self.share_spread * (2 * torch.rand((), generator=generator).item() - 1)
+        return hide_stretches(shape, share=share, window=self.mask_window, generator=generator)
 
     def loss(self, output: Output, x: Tensor, hidden: Tensor) -> Tensor:
         """Scalar loss of an output for scaled scans `x` (batch, time, parcel), of which `hidden` was not seen."""

@@ -63,7 +63,7 @@ class RandomWindows(Dataset):
         start = rng.integers(self.starts[which])
         values, t_r = self.scans[which]
         x = torch.from_numpy(values[start : start + self.n_timepoints])
-        hidden = self.objective.hide((1, *x.shape), seed=int(rng.integers(2**62)))[0]
+        hidden = self.objective.hide((1, *x.shape), seed=int(rng.integers(2**62)), training=True)[0]
         return {"x": x, "hidden": hidden, "t_r": torch.tensor(t_r)}
 
 

@@ -1,0 +1,147 @@
+"""Parameters of a notebook: read from its tagged cell, and checked before anything runs."""
+
+import ast
+import difflib
+import json
+import os
+import re
+from collections.abc import Mapping
+from typing import Any
+
+__all__ = ["ParameterError", "check_parameters", "read_parameters", "read_yaml"]
+
+_EXPECTED = {
+    bool: "true or false",
+    int: "a whole number",
+    float: "a finite number",
+    str: "text (in YAML, quote what reads as a number or as true/false: off, on, yes, no)",
+    list: "a list such as [1, 2]",
+    dict: "a mapping such as {a: 1}",
+}
+
+
+class ParameterError(ValueError):
+    """A notebook's parameters, or those passed to it, cannot be used."""
+
+
+def read_yaml(text: str) -> Any:
+    """Read YAML with the scalars of YAML 1.2: ``off`` is text and ``1e-3`` is a number.
+
+    PyYAML follows YAML 1.1, where ``off``, ``no`` and ``on`` are booleans, ``1e-3`` is text,
+    ``010`` is 8 and ``12:30`` is 750.
+
+    Raises
+    ------
+    ValueError
+        Where ``text`` is not YAML; the message says at which line.
+    """
+    import yaml
+
+    class Loader(yaml.SafeLoader):
+        yaml_implicit_resolvers: dict = {}  # noqa: RUF012 (PyYAML's own name and form)
+
+    number = list("-+.0123456789")
+    for tag, pattern, first in (
+        ("null", r"null|Null|NULL|~|", ["n", "N", "~", ""]),
+        ("bool", r"true|True|TRUE|false|False|FALSE", list("tTfF")),
+        ("int", r"[-+]?(0|[1-9][0-9]*)", number),
+        ("float", r"[-+]?(\.[0-9]+|(0|[1-9][0-9]*)(\.[0-9]*)?)([eE][-+]?[0-9]+)?", number),
+    ):
+        whole = re.compile(f"(?:{pattern})$")
+        Loader.add_implicit_resolver(f"tag:yaml.org,2002:{tag}", whole, first)
+    try:
+        return yaml.load(text, Loader)
+    except yaml.YAMLError as error:
+        raise ValueError(f"not valid YAML: {' '.join(str(error).split())}") from None
+
+
+def read_parameters(notebook: Any) -> dict[str, Any]:
+    """Return the names and default values of a notebook's cell tagged ``parameters``.
+
+    They are read from the cell's syntax tree rather than with `papermill.inspect_notebook`, which
+    works line by line and misses a list written over several.
+
+    Parameters
+    ----------
+    notebook : nbformat.NotebookNode
+
+    Raises
+    ------
+    ParameterError
+        Where not exactly one code cell is tagged, or it does more than give names to literals.
+    """
+    tagged = [
+        cell.source
+        for cell in notebook.cells
+        if cell.cell_type == "code" and "parameters" in cell.metadata.get("tags", [])
+    ]
+    if len(tagged) != 1:
+        raise ParameterError(f"needs exactly one code cell tagged 'parameters', has {len(tagged)}")
+    found = {}
+    try:
+        for line in ast.parse(tagged[0]).body:
+            targets = line.targets if isinstance(line, ast.Assign) else [line.target]
+            value = ast.literal_eval(line.value)
+            if value is not None and type(value) not in _EXPECTED:
+                raise ValueError
+            found.update({target.id: value for target in targets})
+    except (AttributeError, ValueError, SyntaxError):
+        raise ParameterError(
+            "its cell tagged 'parameters' must only give names to literal values (text, numbers, "
+            "true/false, None, lists, dicts)"
+        ) from None
+    return found
+
+
+def check_parameters(known: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+    """Check ``given`` against the defaults ``known`` and convert it to their types.
+
+    Text is kept as it is for a text default and read as YAML for every other; a default of None
+    takes anything. A whole number will do for a float. Elements of a list are checked against
+    those of the default where these are of one type.
+
+    Returns
+    -------
+    dict
+        ``given``, converted.
+
+    Raises
+    ------
+    ParameterError
+        An unknown name, a value of another type or one that JSON cannot hold (NaN, infinities).
+    """
+    checked = {}
+    for name, value in given.items():
+        if name not in known:
+            near = difflib.get_close_matches(str(name), known, n=1)
+            hint = f"; did you mean {near[0]}?" if near else ""
+            raise ParameterError(f"unknown parameter {name}{hint} (known: {', '.join(known) or 'none'})")
+        checked[name] = _convert(name, known[name], value)
+    return checked
+
+
+def _convert(name: str, default: Any, value: Any) -> Any:
+    kind = type(default)
+    given = value
+    if isinstance(value, os.PathLike):
+        value = os.fspath(value)
+    if isinstance(value, str) and kind is not str:
+        try:
+            value = read_yaml(value)
+        except ValueError:
+            kind = kind if default is not None else str  # not YAML: plain text is the only reading
+    if kind is float and type(value) is int:
+        value = float(value)
+    try:
+        json.dumps(value, allow_nan=False)
+        fits = default is None or type(value) is kind
+    except (TypeError, ValueError):
+        fits = False
+    if not fits:
+        expected = _EXPECTED.get(kind, "a value that JSON can hold")
+        raise ParameterError(
+            f"parameter {name} must be {expected}, got {given!r} ({type(given).__name__}); its default is {default!r}"
+        )
+    if kind is list and default and len({type(item) for item in default}) == 1:
+        return [_convert(f"{name}[{i}]", default[0], item) for i, item in enumerate(value)]
+    return value
