@@ -116,6 +116,27 @@ def test_dtypes_may_differ():
     assert_close([dz], [expected[1]], torch.bfloat16, 2**-8)
 
 
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_threads_share_the_work(monkeypatch, activation):
+    monkeypatch.setattr(kernels, "TILE_BYTES", {"cpu": 1024})
+    tensors = inputs((2, 41, 7, 35, 3))
+    alone = with_gradients(field_drive, tensors, activation)
+    try:
+        torch.set_num_threads(3)
+        shared = with_gradients(field_drive, tensors, activation)
+        again = with_gradients(field_drive, tensors, activation)
+        with torch.inference_mode():
+            assert torch.equal(field_drive(*tensors, activation), shared[0])
+        monkeypatch.setattr(kernels.Tiles, "drive", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            field_drive(*tensors, activation)
+        assert torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(1)
+    assert all(torch.equal(a, b) for a, b in zip(shared, again, strict=True))
+    torch.testing.assert_close(shared, alone, rtol=1e-12, atol=1e-12)
+
+
 def test_no_scans():
     tensors = inputs((0, 6, 5, 4, 3))
     v, *gradients = with_gradients(field_drive, tensors, torch.tanh)
@@ -141,7 +162,7 @@ MEMORY = r"""
 import re, torch
 from pathlib import Path
 from mnemodyn.model.kernels import field_drive, field_drive_eager
-torch.set_num_threads(1)
+torch.set_num_threads(2)
 def peak():  # bytes; ru_maxrss would begin at the parent's
     return 1024 * int(re.search(r"VmHWM:\s*(\d+) kB", Path("/proc/self/status").read_text())[1])
 def grown(f, time, parcels, channels):

@@ -2,13 +2,15 @@ r"""The drive of the field without its tensor H: every entry of H is a function 
 
 .. math:: v[b, t, k] = \sum_p \sigma\Big(\sum_j W[pK + k, j]\, z[b, t, j] + \beta[pK + k]\Big)\, \dot X[b, t, p]
 
-Forward and backward go through tiles of a few megabytes that stay in the cache, the backward computing each tile again.
+Forward and backward go through tiles of a megabyte that stay in the cache, the backward computing each tile again.
 With a bias, z carries a last column of ones and W a last column holding the bias: one product makes a tile of either.
 """
 
 import functools
 import importlib.util
+import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import torch
 from torch import Tensor
@@ -18,12 +20,12 @@ __all__ = ["field_drive", "field_drive_eager"]
 
 NAMES = {torch.tanh: "tanh", functional.gelu: "gelu", functional.silu: "silu"}
 
-# Bytes and rows of a tile. Measured at 450 parcels, 300 channels, rank 3: on one thread 0.5 to 4 MiB are alike and
-# 16 MiB slower; on two, threads meet at the end of each operation, so that fewer and larger tiles win. On a GPU without
-# Triton each operation is a launch.
-TILE_BYTES = {"cpu": 4 << 20}
+# Bytes and rows of a tile. Measured on one thread at 450 parcels, 300 channels, rank 3: 0.5 to 4 MiB are alike, 16 MiB
+# slower. On a GPU without Triton each operation on a tile is a launch, so that there it is larger.
+TILE_BYTES = {"cpu": 1 << 20}
 OTHER_TILE_BYTES = 64 << 20
 TILE_ROWS = 16
+LOCK = threading.Lock()
 
 
 def field_drive(
@@ -98,7 +100,8 @@ class FieldDrive(torch.autograd.Function):
         ctx.save_for_backward(z, derivative, weight, bias)
         ctx.name = name
         z1, dx, w1 = _prepare(z, derivative, weight, bias)
-        v = _core(z1).drive(z1, dx, w1, name)
+        core = _core(z1)
+        v = torch.cat(_shared(lambda rows: core.drive(z1[rows], dx[rows], w1, name), core, z1, w1))
         dtype = torch.promote_types(torch.promote_types(z.dtype, derivative.dtype), weight.dtype)
         return v.to(dtype).view(*z.shape[:2], v.shape[1])
 
@@ -110,8 +113,12 @@ class FieldDrive(torch.autograd.Function):
         z, derivative, weight, bias = ctx.saved_tensors
         z1, dx, w1 = _prepare(z, derivative, weight, bias)
         g = grad.flatten(0, 1).to(z1.dtype).contiguous()
-        dz, ddx, dw = _core(z1).drive_backward(z1, dx, w1, g, ctx.name, ctx.needs_input_grad[1])
-        rank = z.shape[-1]
+        need_dx, core = ctx.needs_input_grad[1], _core(z1)
+        parts = _shared(
+            lambda rows: core.drive_backward(z1[rows], dx[rows], w1, g[rows], ctx.name, need_dx), core, z1, w1
+        )
+        dz, ddx, dw = zip(*parts, strict=True)
+        dz, ddx, dw, rank = torch.cat(dz), torch.cat(ddx) if need_dx else None, sum(dw[1:], dw[0]), z.shape[-1]
         return (
             dz[:, :rank].reshape(z.shape).to(z.dtype),
             None if ddx is None else ddx.view(derivative.shape).to(derivative.dtype),
@@ -148,6 +155,34 @@ def _core(z1: Tensor):
 
         return field_triton
     return Tiles
+
+
+def _shared(work: Callable[[slice], object], core, z: Tensor, w: Tensor) -> list:
+    """What `work` returns for each share of the rows, in order: on the CPU, one share for each of PyTorch's threads.
+
+    Left to itself PyTorch has its threads meet after every operation. There are thousands of them on tiles, and one
+    busy core held up each: two threads beside another process took 70 times as long as one thread.
+    """
+    n, threads = len(z), torch.get_num_threads()
+    tiles = n * w.shape[1] * z.element_size() // TILE_BYTES["cpu"]
+    shares = min(n, threads, tiles // 4) if core is Tiles and z.device.type == "cpu" else 1  # worth a thread's start
+    if shares < 2:
+        return [work(slice(None))]
+    rows = [slice(n * i // shares, n * (i + 1) // shares) for i in range(shares)]
+
+    def run(share: slice):
+        with torch.no_grad():  # a thread begins with gradients on
+            return work(share)
+
+    # New threads take over this setting, which for the matrix products is one of the whole process.
+    with LOCK:
+        try:
+            torch.set_num_threads(1)
+            with ThreadPoolExecutor(shares - 1) as pool:
+                others = [pool.submit(run, share) for share in rows[1:]]
+                return [run(rows[0]), *(other.result() for other in others)]
+        finally:
+            torch.set_num_threads(threads)
 
 
 class Tiles:
