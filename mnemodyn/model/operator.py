@@ -8,6 +8,7 @@ from torch.nn import functional
 
 from mnemodyn.model.config import ModelConfig
 from mnemodyn.model.control import control
+from mnemodyn.model.kernels import field_drive
 from mnemodyn.model.wavelet import dwt, idwt, level_lengths
 
 __all__ = ["ACTIVATIONS", "BandedOperator", "CoarseOperator", "Field", "OperatorBlock"]
@@ -41,8 +42,8 @@ class Field(nn.Module):
         """Drive v from x and its derivative, both (batch, time, parcel); returns (batch, time, channel)."""
         act = self.activation
         z = act(self.bottleneck(act(self.input(x))))
-        h = act(self.expansion(z)).unflatten(-1, (x.shape[-1], self.n_channels))
-        return torch.einsum("btp,btpk->btk", derivative, h) * x.shape[-1] ** -0.5
+        v = field_drive(z, derivative, self.expansion.weight, self.expansion.bias, act)
+        return v * x.shape[-1] ** -0.5
 
 
 class CoarseOperator(nn.Module):
