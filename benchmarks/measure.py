@@ -12,13 +12,24 @@ from torch.utils.flop_counter import flop_registry
 
 __all__ = ["Count", "ceilings", "device_name", "interleaved", "peak"]
 
-ACTIVATIONS = {f"{name}{ending}" for name in ("tanh", "gelu", "silu") for ending in ("", "_", "_backward")}
+ACTIVATIONS = {f"{name}{ending}" for name in ("tanh", "sigmoid", "gelu", "silu") for ending in ("", "_", "_backward")}
 
-# torch has no formula for attention on a CPU.
 aten = torch.ops.aten
-SAME_FLOPS = {
-    aten._scaled_dot_product_flash_attention_for_cpu: aten._scaled_dot_product_flash_attention,
-    aten._scaled_dot_product_flash_attention_for_cpu_backward: aten._scaled_dot_product_flash_attention_backward,
+
+
+def _convolution_backward(gradient, x, weight, *others, out_val) -> int:
+    """Two gradients at most, each for what the convolution takes; torch's own formula forgets the groups."""
+    transposed, wanted = others[4], sum(others[-1][:2])
+    return 2 * (x if transposed else gradient).numel() * weight[0].numel() * wanted
+
+
+# torch has none for attention on a CPU.
+FORMULAS = {
+    aten.convolution_backward: _convolution_backward,
+    aten._scaled_dot_product_flash_attention_for_cpu: flop_registry[aten._scaled_dot_product_flash_attention],
+    aten._scaled_dot_product_flash_attention_for_cpu_backward: flop_registry[
+        aten._scaled_dot_product_flash_attention_backward
+    ],
 }
 
 
@@ -89,7 +100,7 @@ class Count(TorchDispatchMode):
     bytes : int
         Read and written by every operation that is no mere view, each operation on its own.
     activations : int
-        Evaluations of tanh, GELU or SiLU, or of their derivatives.
+        Evaluations of tanh, sigmoid, GELU or SiLU, or of their derivatives.
     """
 
     def __init__(self):
@@ -99,7 +110,7 @@ class Count(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         out = func(*args, **kwargs)
-        formula = flop_registry.get(SAME_FLOPS.get(func.overloadpacket, func.overloadpacket))
+        formula = FORMULAS.get(func.overloadpacket) or flop_registry.get(func.overloadpacket)
         if formula is not None:
             self.flops += int(formula(*args, **kwargs, out_val=out))
         if not func.is_view and "empty" not in func.overloadpacket.__name__:

@@ -77,6 +77,14 @@ def test_counts():
     assert count.bytes == 4 * (12 + 20 + 15) + 4 * 2 * 15
 
 
+@pytest.mark.parametrize("groups", [1, 2])
+def test_counts_a_convolution_and_its_gradients(groups):
+    x, weight = torch.randn(3, 4, 9, requires_grad=True), torch.randn(6, 4 // groups, 5, requires_grad=True)
+    with Count() as count:
+        torch.nn.functional.conv1d(x, weight, padding=2, groups=groups).sum().backward()
+    assert count.flops == 3 * 2 * (3 * 6 * 9) * (4 // groups * 5)
+
+
 def test_grids_name_known_methods_and_hold_the_published_size():
     for quick, published in ((True, False), (False, True), (True, True), (False, False)):
         grid = speed.cases(quick=quick, published=published)
