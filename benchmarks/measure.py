@@ -135,6 +135,6 @@ def ceilings(device: str, activation: str = "tanh") -> dict[str, float]:
         "copy": (lambda: target.copy_(source), 2 * source.numel() * source.element_size()),
         "activation": (lambda: [function(values, out=result) for _ in range(100)], 100 * values.numel()),
     }
-    seconds = interleaved({name: step for name, (step, _) in steps.items()}, 5, device)
+    seconds = interleaved({name: step for name, (step, _) in steps.items()}, 15, device)
     units = {"matmul": "matmul_flops", "copy": "copy_bytes", "activation": "activations"}
     return {units[name]: amount / min(seconds[name]) for name, (_, amount) in steps.items()}

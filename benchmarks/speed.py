@@ -168,7 +168,7 @@ def make_step(model: nn.Module, case: Case, device: str) -> Callable[[], None]:
     x = torch.randn(case.batch, case.n_timepoints, case.n_parcels, device=device)
 
     def infer():
-        with torch.inference_mode():
+        with torch.no_grad():  # inference_mode hides products from the count
             model(x, T_R)
 
     def train():

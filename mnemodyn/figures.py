@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 import matplotlib
 import matplotlib.pyplot as plt
+import matplotlib.ticker
 import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
@@ -244,6 +245,8 @@ def speed(rows: pd.DataFrame, by: str, label: str) -> Figure:
     for ax, title in zip(axes, ("seconds a step", "MiB a step needs"), strict=True):
         ax.set(xscale="log", yscale="log", xlabel=label, ylabel=title)
         ax.set_xticks(sorted(rows[by].unique()), [f"{n:,}" for n in sorted(rows[by].unique())])
-        ax.xaxis.minorticks_off()
+        ax.yaxis.set_major_locator(matplotlib.ticker.LogLocator(subs=(1, 2, 5)))
+        ax.yaxis.set_major_formatter("{x:g}")
+        ax.minorticks_off()
     figure.legend(*axes[0].get_legend_handles_labels(), ncols=4, loc="outside upper center")
     return figure
