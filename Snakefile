@@ -1,4 +1,4 @@
-# The book: four notebooks, run with the parameters of a profile, then the pages.
+# The book: the notebooks, run with the parameters of a profile, then the pages.
 #
 #   make book PROFILE=quick CORES=2                         what most people want
 #   snakemake --configfile profiles/quick.yaml --cores 2    the same, in an environment at hand
