@@ -88,7 +88,7 @@ def test_bridge_is_torchcdes_path_through_the_frames_left(gaps):
     left = ~censored
     coefficients = torchcde.hermite_cubic_coefficients_with_backward_differences(x[:, left], t[left])
     path = torchcde.CubicSpline(coefficients, t[left])
-    values, derivative = bridge(x, t_r, censored[None])
+    values, derivative = bridge(x.masked_fill(censored[:, None], torch.nan), t_r, censored[None])
     inside = ((t >= t[left][0]) & (t <= t[left][-1])).nonzero()[:, 0].tolist()
     for i in inside:
         torch.testing.assert_close(values[:, i], path.evaluate(t[i]))

@@ -72,16 +72,15 @@ def bridge(x: Tensor, t_r: float | Tensor, censored: Tensor) -> tuple[Tensor, Te
     ValueError
         If a scan is left with fewer than two frames, or as :func:`control` raises.
     """
+    # Here, not above: few scans have gaps, and the network must load without it.
+    from torchcde import CubicSpline, hermite_cubic_coefficients_with_backward_differences
+
     x = x.masked_fill(censored[..., None], 0)
     values, derivatives = list(x), list(control(x, t_r))
     step = torch.as_tensor(t_r, dtype=x.dtype, device=x.device).expand(len(x))
-    gaps = censored.any(1).nonzero()[:, 0].tolist()
-    if gaps:
-        # Here, not above: few scans have gaps, and the network must load without it.
-        from torchcde import CubicSpline, hermite_cubic_coefficients_with_backward_differences
     # In frames, not seconds: whole numbers stay exact in float32 however long the scan.
     time = torch.arange(x.shape[1], dtype=x.dtype, device=x.device)
-    for i in gaps:
+    for i in censored.any(1).nonzero()[:, 0].tolist():
         left = ~censored[i]
         knots = time[left]
         if len(knots) < 2:
