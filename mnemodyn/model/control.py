@@ -75,7 +75,6 @@ def bridge(x: Tensor, t_r: float | Tensor, censored: Tensor) -> tuple[Tensor, Te
     # Here, not above: few scans have gaps, and the network must load without it.
     from torchcde import CubicSpline, hermite_cubic_coefficients_with_backward_differences
 
-    x = x.masked_fill(censored[..., None], 0)
     values, derivatives = list(x), list(control(x, t_r))
     step = torch.as_tensor(t_r, dtype=x.dtype, device=x.device).expand(len(x))
     # In frames, not seconds: whole numbers stay exact in float32 however long the scan.
