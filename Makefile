@@ -9,7 +9,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constr
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help book test lint lab clean
+.PHONY: help book test lint lab benchmark clean
 
 help:
 	@echo "make book [PROFILE=quick] [CORES=2]  run the notebooks and build the book: _build/html/index.html"
@@ -18,6 +18,7 @@ help:
 	@echo "make test                            run the tests"
 	@echo "make lint                            check style and formatting"
 	@echo "make lab                             open the notebooks in JupyterLab"
+	@echo "make benchmark                       time and memory on this machine: runs/speed.json, in about ten minutes"
 	@echo "make clean                           remove the runs and the built book; .venv stays"
 	@echo
 	@echo "PYTHON=python3.12 chooses the interpreter that .venv is made with (3.11 or newer)."
@@ -38,6 +39,9 @@ lint: .venv/.installed
 lab: .venv/.installed
 	@$(PIP) --editable ".[lab]"
 	@$(BIN)/jupyter lab --notebook-dir=.
+
+benchmark: .venv/.installed
+	@$(BIN)/python -m benchmarks.speed --quick --published --out runs/speed.json
 
 clean:
 	rm -rf _build book/runs .snakemake

@@ -32,7 +32,7 @@ RUNS = "book/runs"
 # A folder a profile, so that a quick look never costs a long run its checkpoints.
 PROFILE = Path(workflow.overwrite_configfiles[0]).stem if workflow.overwrite_configfiles else "quick"
 TRAINED = f"{RUNS}/checkpoints/{PROFILE}"
-NOTEBOOKS = ["data", "pretrain", "reconstruction", "identification"]
+NOTEBOOKS = ["data", "pretrain", "reconstruction", "identification", "speed"]
 CHECKPOINT = [f"{TRAINED}/best/config.json", f"{TRAINED}/best/model.safetensors"]
 # What runs a notebook is not what a notebook's numbers depend on.
 RUNNER = {f"mnemodyn/{name}.py" for name in ("__init__", "cli", "parameters", "running")}
@@ -65,8 +65,7 @@ def outputs(name):
 
 def parameters(name, **paths):
     """A notebook's parameters as one quoted word of JSON, which keeps their types."""
-    given = {**(config.get("notebooks", {}).get(name) or {}), "data": config["data"]}
-    given |= {"results": f"{RUNS}/{name}.json", **paths}
+    given = {**(config.get("notebooks", {}).get(name) or {}), "results": f"{RUNS}/{name}.json", **paths}
     return shlex.quote(json.dumps(given))
 
 
@@ -102,7 +101,7 @@ rule data:
     message:
         "{input[0]} ..."
     params:
-        parameters=parameters("data"),
+        parameters=parameters("data", data=config["data"]),
     threads: resource("data", "threads", 1)
     resources:
         mem_mb=resource("data", "mem_mb", 4000),
@@ -123,7 +122,7 @@ rule pretrain:
     message:
         "{input[0]} ..."
     params:
-        parameters=parameters("pretrain", output=TRAINED),
+        parameters=parameters("pretrain", data=config["data"], output=TRAINED),
     threads: resource("pretrain", "threads", 2)
     resources:
         mem_mb=resource("pretrain", "mem_mb", 8000),
@@ -146,7 +145,7 @@ for name in ("reconstruction", "identification"):
         message:
             "{input[0]} ..."
         params:
-            parameters=parameters(name, checkpoint=f"{TRAINED}/best"),
+            parameters=parameters(name, data=config["data"], checkpoint=f"{TRAINED}/best"),
         threads: resource(name, "threads", 1)
         resources:
             mem_mb=resource(name, "mem_mb", 4000),
@@ -154,3 +153,19 @@ for name in ("reconstruction", "identification"):
             gpu=resource(name, "gpu", 0),
         shell:
             "mnemodyn run {input[0]} {output[0]} -f - <<< {params.parameters}"
+
+
+# Draws what benchmarks/speed.py measured beforehand: a benchmark has no place in a run that shares the machine.
+rule speed:
+    input:
+        "notebooks/speed.ipynb",
+        "book/data/speed_cpu.json",
+        sources(),
+    output:
+        outputs("speed"),
+    message:
+        "{input[0]} ..."
+    params:
+        parameters=parameters("speed"),
+    shell:
+        "mnemodyn run {input[0]} {output[0]} -f - <<< {params.parameters}"

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import matplotlib
 import matplotlib.pyplot as plt
+import matplotlib.ticker
 import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
@@ -30,6 +31,7 @@ __all__ = [
     "reconstruction_grid",
     "show",
     "spectra",
+    "speed",
     "table",
     "use_style",
 ]
@@ -227,4 +229,41 @@ def identification(rows: pd.DataFrame, chance: float) -> Figure:
     ax.set_xticks(ticks, [f"{s:.0f}" for s in ticks])
     ax.minorticks_off()
     figure.legend(*ax.get_legend_handles_labels(), loc="outside right upper")
+    return figure
+
+
+SPEED = {  # method of a benchmark: how the book calls it
+    "draft": "plain form",
+    "eager": "field in memory",
+    "lean": "this package",
+    "compiled": "this package, compiled",
+    "transformer": "transformer",
+}
+
+
+def speed(rows: pd.DataFrame, by: str, label: str) -> Figure:
+    """Seconds a step and memory against one size, a line a method; both axes logarithmic.
+
+    Parameters
+    ----------
+    rows : DataFrame
+        Rows of one sweep of ``benchmarks.speed``.
+    by : str
+        Column of the size.
+    label : str
+        What stands at the horizontal axis.
+    """
+    figure, axes = plt.subplots(1, 2, figsize=(7, 2.9))
+    for (name, group), marker in zip(rows.groupby("method", sort=False), "os^vD", strict=False):
+        for ax, values in zip(axes, (group["seconds"], group["peak_bytes"] / 2**20), strict=True):
+            # A peak under a MiB is below what the memory of a process can tell.
+            kept = values if ax is axes[0] else values.where(values >= 1)
+            ax.plot(group[by], kept, marker=marker, ms=4, lw=1.2, label=SPEED[name])
+    for ax, title in zip(axes, ("seconds a step", "MiB a step needs"), strict=True):
+        ax.set(xscale="log", yscale="log", xlabel=label, ylabel=title)
+        ax.set_xticks(sorted(rows[by].unique()), [f"{n:,}" for n in sorted(rows[by].unique())])
+        ax.yaxis.set_major_locator(matplotlib.ticker.LogLocator(subs=(1, 2, 5)))
+        ax.yaxis.set_major_formatter("{x:g}")
+        ax.minorticks_off()
+    figure.legend(*axes[0].get_legend_handles_labels(), ncols=4, loc="outside upper center")
     return figure

@@ -11,7 +11,7 @@ import torchcde
 from mnemodyn.model.config import ModelConfig
 from mnemodyn.model.control import control
 from mnemodyn.model.network import MnemoDyn
-from mnemodyn.model.operator import OperatorBlock
+from mnemodyn.model.operator import BANDED, OperatorBlock
 
 
 def config(**settings) -> ModelConfig:
@@ -70,7 +70,11 @@ def double_of_block(weights: dict, x: np.ndarray, visible: np.ndarray, t_r: floa
         loss += np.mean((coarse - a) ** 2)
         u = np.concatenate([d, a])
         n, half = u.shape[1], c.kernel_size // 2
-        kernels, biases = weights[f"banded.{j}.weight"], weights[f"banded.{j}.bias"]
+        biases = weights[f"banded.{j}.bias"]
+        if c.banded == "depthwise":
+            kernels = np.einsum("soi,siw->soiw", weights[f"banded.{j}.mixing"], weights[f"banded.{j}.kernel"])
+        else:
+            kernels = weights[f"banded.{j}.weight"]
         segment = math.ceil(n / c.n_segments)
         out = np.zeros_like(u)
         for s in range(c.n_segments):
@@ -96,6 +100,8 @@ CASES = [
     {"n_timepoints": 61, "wavelet": "sym4", "n_segments": 4, "parcel_scale": True, "n_dense_layers": 3},
     {"n_timepoints": 50, "activation": "silu", "n_segments": 2, "wavelet": "coif1"},
     {"n_dense_layers": 0, "n_levels": 1, "kernel_size": 1},
+    {"n_timepoints": 61, "banded": "depthwise", "n_segments": 3},
+    {"banded": "depthwise", "kernel_size": 5},
 ]
 
 
@@ -114,8 +120,10 @@ def test_block_is_its_equations(settings):
     assert loss.item() == pytest.approx(np.mean([d[2] for d in doubles]), abs=1e-10)
 
 
-def test_gradients():
+@pytest.mark.parametrize("banded", ["full", "depthwise"])
+def test_gradients(banded):
     c = config(
+        banded=banded,
         n_parcels=2,
         n_timepoints=9,
         n_channels=2,
@@ -159,8 +167,15 @@ def test_control_refuses():
         control(torch.zeros(1, 1, 2), 1.0)
 
 
+@pytest.mark.parametrize(("banded", "expected"), [("full", 2 * (36 * 5 + 6)), ("depthwise", 2 * (36 + 6 * 5 + 6))])
+def test_parameters_of_a_banded_operator(banded, expected):
+    operator = BANDED[banded](16, config(n_segments=2, kernel_size=5, banded=banded))
+    assert sum(p.numel() for p in operator.parameters()) == expected
+
+
+@pytest.mark.parametrize("banded", ["full", "depthwise"])
 @pytest.mark.parametrize("activation", ["tanh", "gelu", "silu"])
-def test_fresh_network_keeps_unit_scale_and_is_close_to_the_identity(activation):
+def test_fresh_network_keeps_unit_scale_and_is_close_to_the_identity(activation, banded):
     torch.manual_seed(0)
     c = config(
         n_parcels=90,
@@ -172,6 +187,7 @@ def test_fresh_network_keeps_unit_scale_and_is_close_to_the_identity(activation)
         n_dense_layers=4,
         n_segments=4,
         activation=activation,
+        banded=banded,
     )
     x = torch.randn(4, 240, 90).cumsum(1)
     x = (x - x.mean(1, keepdim=True)) / x.std(1, keepdim=True)
@@ -227,6 +243,7 @@ def test_network_refuses_what_does_not_fit():
     [
         ({"kernel_size": 4}, "kernel_size must be odd, got 4"),
         ({"activation": "relu"}, "got 'relu'"),
+        ({"banded": "thin"}, "banded must be full or depthwise, got 'thin'"),
         ({"n_channels": 0}, "n_channels must be >= 1, got 0"),
         ({"lift": 1}, "lift must be bool, got 1"),
         ({"n_levels": 6}, "n_levels 6 halves"),

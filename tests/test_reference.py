@@ -185,6 +185,7 @@ def test_settings_missing_or_without_effect():
     ("settings", "message"),
     [
         ({}, "lift must be False"),
+        ({"lift": False, "banded": "depthwise"}, "banded must be full"),
         ({"lift": False}, "interpolation must be spline or linear"),
         ({"compat": "none", "interpolation": "spline"}, "interpolation='spline' needs compat='reference'"),
         ({"compat": "none", "linear_bias": False}, "linear_bias=False needs compat='reference'"),

@@ -30,6 +30,9 @@ class ModelConfig:
         Samples a banded operator joins, odd.
     n_segments : int
         Segments S of time with operators of their own.
+    banded : str
+        Banded operators: ``full`` kernels 2K -> 2K, as published, or ``depthwise``, a kernel a channel and then one
+        matrix 2K -> 2K, with about `kernel_size` times fewer weights.
     n_dense_layers : int
         Dense operators on the coarsest approximation.
     wavelet : str
@@ -64,6 +67,7 @@ class ModelConfig:
     n_levels: int = 4
     kernel_size: int = 5
     n_segments: int = 1
+    banded: str = "full"
     n_dense_layers: int = 1
     wavelet: str = "db2"
     activation: str = "gelu"
@@ -91,6 +95,8 @@ class ModelConfig:
             raise ValueError(f"kernel_size must be odd, got {self.kernel_size}")
         if self.activation not in ("gelu", "silu", "tanh"):
             raise ValueError(f"activation must be gelu, silu or tanh, got {self.activation!r}")
+        if self.banded not in ("full", "depthwise"):
+            raise ValueError(f"banded must be full or depthwise, got {self.banded!r}")
         if 2**self.n_levels > self.n_timepoints:
             raise ValueError(
                 f"n_levels {self.n_levels} halves a scan of n_timepoints {self.n_timepoints} below one sample"
@@ -103,8 +109,9 @@ class ModelConfig:
                 if getattr(self, name) != value:
                     raise ValueError(f"{name}={getattr(self, name)!r} needs compat='reference'")
             return
-        if self.lift:
-            raise ValueError("lift must be False with compat='reference': the draft has none")
+        for name, value in {"lift": False, "banded": "full"}.items():
+            if getattr(self, name) != value:
+                raise ValueError(f"{name} must be {value} with compat='reference': the draft knows no other")
         if self.interpolation == "none":
             raise ValueError("interpolation must be spline or linear with compat='reference', got 'none'")
         if self.n_timepoints % 2 and (self.n_blocks > 1 or self.residual):

@@ -14,36 +14,25 @@ from functools import lru_cache
 import pywt
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 __all__ = ["dwt", "idwt", "level_lengths", "wavedec", "waverec"]
 
 
 @lru_cache(maxsize=64)
-def _filters(wavelet: str, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor, int]:
-    """Analysis kernel (2, 1, F), polyphase synthesis kernel (2, 2, taps), and its left reach in coefficients."""
+def _filters(wavelet: str) -> tuple[list[float], list[float]]:
+    """Analysis filters h and g."""
     try:
         bank = pywt.Wavelet(wavelet)
     except (ValueError, TypeError) as error:
         raise ValueError(f"wavelet must be a name from pywt.wavelist(), got {wavelet!r}") from error
-    low, high = (torch.tensor(f, dtype=torch.float64) for f in (bank.dec_lo, bank.dec_hi))
+    low = torch.tensor(bank.dec_lo, dtype=torch.float64)
     size = len(low)
     overlaps = torch.stack([low[2 * k :] @ low[: size - 2 * k] for k in range(size // 2)])
     overlaps[0] -= 1
     # dmey calls itself orthogonal, but its filters are so only to 2e-3: the inverse would not be exact.
     if not bank.orthogonal or overlaps.abs().max() > 1e-6:
         raise ValueError(f"wavelet must have orthogonal filters (such as db2), got {wavelet!r}")
-    analysis = torch.stack([low, high])[:, None].flip(-1)
-    # Sample 2m + p of the inverse is sum_i h[2i + q] a[m + i + offset], with q = (F/2 - p) mod 2. The two phases
-    # may differ by one in their offset, so they share a kernel one tap longer than F/2.
-    half = size // 2
-    parity = [(half - p) % 2 for p in (0, 1)]
-    offset = [(p + q - half) // 2 for p, q in zip((0, 1), parity, strict=True)]
-    synthesis = torch.zeros(2, 2, half + 1, dtype=torch.float64)
-    for p in (0, 1):
-        start = offset[p] - min(offset)
-        synthesis[p, :, start : start + half] = torch.stack([low, high])[:, parity[p] :: 2]
-    return analysis.to(device, dtype), synthesis.to(device, dtype), -min(offset)
+    return bank.dec_lo, bank.dec_hi
 
 
 def _wrap(x: Tensor, left: int, right: int) -> Tensor:
@@ -53,6 +42,71 @@ def _wrap(x: Tensor, left: int, right: int) -> Tensor:
         return torch.cat([x[..., n - left :], x, x[..., :right]], dim=-1)
     index = torch.arange(-left, n + right, device=x.device) % n
     return x[..., index]
+
+
+def _combine(parts: list[Tensor], weights: list[float]) -> Tensor:
+    """Weighted sum."""
+    total = parts[0] * weights[0]
+    for part, weight in zip(parts[1:], weights[1:], strict=True):
+        total.add_(part, alpha=weight)
+    return total
+
+
+# Each transform's gradient is the other one, for the filters are orthogonal. A few scaled additions of slices are
+# faster than a convolution with one channel, and leave nothing for autograd to keep.
+
+
+class _Analysis(torch.autograd.Function):
+    """Signal of even length to the pair of coefficients."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Tensor, wavelet: str) -> tuple[Tensor, Tensor]:
+        low, high = _filters(wavelet)
+        size, n = len(low), x.shape[-1] // 2
+        # First sample read by coefficient 0 is F/2 - (F - 1); the last one, by the last coefficient, 2n - 2 + F/2.
+        x = _wrap(x, size // 2 - 1, size // 2 - 1)
+        phases = x[..., 0::2], x[..., 1::2]
+        parts = [phases[i % 2][..., i // 2 : i // 2 + n] for i in range(size)]
+        return _combine(parts, low[::-1]), _combine(parts, high[::-1])
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.wavelet = inputs[1]
+
+    @staticmethod
+    def backward(ctx, approximation: Tensor, detail: Tensor):
+        return _Synthesis.apply(approximation, detail, ctx.wavelet), None
+
+
+class _Synthesis(torch.autograd.Function):
+    """Pair of coefficients to the signal of even length."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(approximation: Tensor, detail: Tensor, wavelet: str) -> Tensor:
+        low, high = _filters(wavelet)
+        half, n = len(low) // 2, approximation.shape[-1]
+        # Sample 2m + p of the signal is sum_i h[2i + q] a[m + i + start], with q = (F/2 - p) mod 2.
+        parity = [(half - p) % 2 for p in (0, 1)]
+        start = [(p + q - half) // 2 for p, q in zip((0, 1), parity, strict=True)]
+        left, right = -min(start), max(start) + half - 1
+        approximation, detail = _wrap(approximation, left, right), _wrap(detail, left, right)
+        phases = []
+        for first, q in zip(start, parity, strict=True):
+            parts = [c[..., left + first + i :][..., :n] for c in (approximation, detail) for i in range(half)]
+            phases.append(_combine(parts, [*low[q::2], *high[q::2]]))
+        return torch.stack(phases, dim=-1).flatten(-2)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.wavelet = inputs[2]
+
+    @staticmethod
+    def backward(ctx, signal: Tensor):
+        return *_Analysis.apply(signal, ctx.wavelet), None
 
 
 def dwt(x: Tensor, wavelet: str) -> tuple[Tensor, Tensor]:
@@ -75,16 +129,9 @@ def dwt(x: Tensor, wavelet: str) -> tuple[Tensor, Tensor]:
     """
     if x.ndim != 3 or x.shape[-1] < 1 or not x.is_floating_point():
         raise ValueError(f"x must be floating with shape (batch, channel, time >= 1), got {x.dtype} {tuple(x.shape)}")
-    batch, channel, n = x.shape
-    if n % 2:
+    if x.shape[-1] % 2:
         x = torch.cat([x, x[..., -1:]], dim=-1)
-    analysis, _, _ = _filters(wavelet, x.dtype, x.device)
-    half = analysis.shape[-1] // 2
-    # First sample read by coefficient 0 is F/2 - (F - 1); the last one, by the last coefficient, N - 2 + F/2.
-    padded = _wrap(x, half - 1, half - 1)
-    pair = functional.conv1d(padded.reshape(batch * channel, 1, -1), analysis, stride=2)
-    pair = pair.view(batch, channel, 2, -1)
-    return pair[:, :, 0], pair[:, :, 1]
+    return _Analysis.apply(x, wavelet)
 
 
 def idwt(approximation: Tensor, detail: Tensor, wavelet: str, length: int | None = None) -> Tensor:
@@ -111,15 +158,11 @@ def idwt(approximation: Tensor, detail: Tensor, wavelet: str, length: int | None
             "approximation and detail must have one shape (batch, channel, n), got "
             f"{tuple(approximation.shape)} and {tuple(detail.shape)}"
         )
-    batch, channel, n = approximation.shape
+    n = approximation.shape[-1]
     length = 2 * n if length is None else length
     if length not in (2 * n, 2 * n - 1):
         raise ValueError(f"length must be {2 * n} or {2 * n - 1} for {n} coefficients, got {length}")
-    _, synthesis, left = _filters(wavelet, approximation.dtype, approximation.device)
-    pair = torch.stack([approximation, detail], dim=2).reshape(batch * channel, 2, n)
-    padded = _wrap(pair, left, synthesis.shape[-1] - 1 - left)
-    phases = functional.conv1d(padded, synthesis)
-    return phases.transpose(1, 2).reshape(batch, channel, 2 * n)[..., :length]
+    return _Synthesis.apply(approximation, detail, wavelet)[..., :length]
 
 
 def level_lengths(n_timepoints: int, n_levels: int) -> list[int]:

@@ -1,0 +1,57 @@
+"""A transformer over patches of parcels and frames, the design of other models of such scans."""
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+__all__ = ["PatchTransformer"]
+
+
+class PatchTransformer(nn.Module):
+    """Tokens are patches of neighbouring parcels and frames; every token attends to all.
+
+    Parameters
+    ----------
+    n_parcels, n_timepoints : int
+        Size of a scan; padded with zeros to whole patches.
+    width : int
+        Of a token.
+    n_layers : int
+    n_heads : int
+        Must divide `width`.
+    parcel_patch, time_patch : int
+        Parcels and frames of a patch.
+    """
+
+    def __init__(
+        self,
+        n_parcels: int,
+        n_timepoints: int,
+        *,
+        width: int,
+        n_layers: int,
+        n_heads: int = 4,
+        parcel_patch: int = 10,
+        time_patch: int = 16,
+    ):
+        super().__init__()
+        self.patch = (time_patch, parcel_patch)
+        self.grid = (-(-n_timepoints // time_patch), -(-n_parcels // parcel_patch))
+        entries = time_patch * parcel_patch
+        self.embedding = nn.Linear(entries, width)
+        self.position = nn.Parameter(0.02 * torch.randn(self.grid[0] * self.grid[1], width))
+        layer = nn.TransformerEncoderLayer(
+            width, n_heads, 4 * width, dropout=0.0, activation="gelu", batch_first=True, norm_first=True
+        )
+        self.encoder = nn.TransformerEncoder(layer, n_layers, enable_nested_tensor=False)
+        self.output = nn.Linear(width, entries)
+
+    def forward(self, x: Tensor, t_r: float) -> Tensor:
+        """Scans (batch, time, parcel) to the same shape; `t_r` is not used."""
+        batch, time, parcel = x.shape
+        (n, m), (a, b) = self.grid, self.patch
+        x = functional.pad(x, (0, m * b - parcel, 0, n * a - time))
+        tokens = x.view(batch, n, a, m, b).transpose(2, 3).reshape(batch, n * m, a * b)
+        tokens = self.output(self.encoder(self.embedding(tokens) + self.position))
+        x = tokens.view(batch, n, m, a, b).transpose(2, 3).reshape(batch, n * a, m * b)
+        return x[:, :time, :parcel]
