@@ -1,9 +1,14 @@
-"""A checkpoint: a folder with ``model.safetensors`` (weights) and ``config.json`` (everything needed to use them)."""
+"""A checkpoint: a folder with ``model.safetensors`` (weights) and ``config.json`` (everything needed to use them).
+
+The Lightning checkpoints of the published draft are read as well, with ``compat="reference"``.
+"""
 
 import json
+import warnings
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
+from typing import Literal
 
 from safetensors import SafetensorError
 from safetensors.torch import load as load_tensors
@@ -14,6 +19,7 @@ from mnemodyn.data.scans import Scan
 from mnemodyn.files import sha256, write_bytes, write_json
 from mnemodyn.model.config import ModelConfig
 from mnemodyn.model.network import MnemoDyn
+from mnemodyn.model.reference import misfits, read_lightning
 
 __all__ = ["Checkpoint", "CheckpointError", "describe", "load_checkpoint", "save_checkpoint"]
 
@@ -28,27 +34,30 @@ class CheckpointError(ValueError):
 class Checkpoint:
     """A network and what it was trained on.
 
+    A checkpoint of the published draft says nothing of its parcels, repetition time, scaling or data: they are None.
+    ``dataclasses.replace`` fills in what is known of them from elsewhere.
+
     Attributes
     ----------
     model : MnemoDyn
         In evaluation mode.
-    parcels : tuple of str
+    parcels : tuple of str or None
         Parcel names in the order of the columns the network reads.
-    t_r : float
+    t_r : float or None
         Repetition time of the training scans, seconds.
-    scaling : Scaling
+    scaling : Scaling or None
         Applied to a scan before the network.
-    data_fingerprint : str
+    data_fingerprint : str or None
         Fingerprint of the training scans.
     training : dict
         Objective, optimiser settings, participants, validation result.
     """
 
     model: MnemoDyn
-    parcels: tuple[str, ...]
-    t_r: float
-    scaling: Scaling
-    data_fingerprint: str
+    parcels: tuple[str, ...] | None
+    t_r: float | None
+    scaling: Scaling | None
+    data_fingerprint: str | None
     training: dict
 
     def check(self, scan: Scan) -> None:
@@ -58,11 +67,22 @@ class Checkpoint:
         ------
         CheckpointError
             Naming the first parcel that differs.
+
+        Warns
+        -----
+        UserWarning
+            If the checkpoint does not know its parcels, so that no more than their number was checked.
         """
-        if len(scan.parcels) != len(self.parcels):
-            raise CheckpointError(
-                f"{scan.source}: the checkpoint expects {len(self.parcels)} parcels, got {len(scan.parcels)}"
+        expected = self.model.config.n_parcels
+        if len(scan.parcels) != expected:
+            raise CheckpointError(f"{scan.source}: the checkpoint expects {expected} parcels, got {len(scan.parcels)}")
+        if self.parcels is None:
+            warnings.warn(
+                f"{scan.source}: the checkpoint does not know its parcels; their number, {expected}, fits, but not "
+                "their names or order were checked",
+                stacklevel=2,
             )
+            return
         for i, (expected, got) in enumerate(zip(self.parcels, scan.parcels, strict=True)):
             if expected != got:
                 kind = "in another order" if set(self.parcels) == set(scan.parcels) else "others"
@@ -95,9 +115,9 @@ def save_checkpoint(folder: str | Path, checkpoint: Checkpoint) -> Path:
             "format": FORMAT,
             "mnemodyn": version("mnemodyn"),
             "model": checkpoint.model.config.to_dict(),
-            "parcels": list(checkpoint.parcels),
+            "parcels": None if checkpoint.parcels is None else list(checkpoint.parcels),
             "t_r": checkpoint.t_r,
-            "scaling": checkpoint.scaling.to_dict(),
+            "scaling": None if checkpoint.scaling is None else checkpoint.scaling.to_dict(),
             "data_fingerprint": checkpoint.data_fingerprint,
             "training": checkpoint.training,
             "weights_sha256": sha256(folder / "model.safetensors"),
@@ -116,6 +136,11 @@ def describe(folder: str | Path) -> dict:
     """
     folder = Path(folder)
     path = folder / "config.json"
+    if folder.is_file():
+        raise CheckpointError(
+            f"{folder} is a file, not a checkpoint's folder; a .ckpt of the published draft is loaded with "
+            "load_checkpoint(path, compat='reference')"
+        )
     for file in (path, folder / "model.safetensors"):
         if not file.is_file():
             raise CheckpointError(
@@ -138,13 +163,16 @@ def describe(folder: str | Path) -> dict:
     return config
 
 
-def load_checkpoint(folder: str | Path) -> Checkpoint:
+def load_checkpoint(folder: str | Path, *, compat: Literal["none", "reference"] = "none") -> Checkpoint:
     """Load a checkpoint; nothing in its files is executed.
 
     Parameters
     ----------
     folder : str or Path
-        Folder with ``config.json`` and ``model.safetensors``.
+        Folder with ``config.json`` and ``model.safetensors``; with ``compat="reference"``, a Lightning ``.ckpt`` of
+        the published draft. Where that holds no settings, they are read from ``hparams.yaml`` beside it.
+    compat : str
+        ``none`` or ``reference``. A reference network saved in this format is loaded like any other.
 
     Returns
     -------
@@ -154,9 +182,14 @@ def load_checkpoint(folder: str | Path) -> Checkpoint:
     Raises
     ------
     CheckpointError
-        If a file is missing or damaged, or weights and configuration or parcels do not fit each other.
+        If a file is missing or damaged, or weights and configuration or parcels do not fit each other; weights
+        that do not fit are named, with both shapes.
     """
     folder = Path(folder)
+    if compat == "reference":
+        return _load_lightning(folder)
+    if compat != "none":
+        raise ValueError(f"compat must be none or reference, got {compat!r}")
     config = describe(folder)
     path = folder / "model.safetensors"
     try:
@@ -164,25 +197,39 @@ def load_checkpoint(folder: str | Path) -> Checkpoint:
         weights = load_tensors(path.read_bytes())
         checkpoint = Checkpoint(
             model=model.eval(),
-            parcels=tuple(config["parcels"]),
-            t_r=float(config["t_r"]),
-            scaling=Scaling(**config["scaling"]),
+            parcels=None if config["parcels"] is None else tuple(config["parcels"]),
+            t_r=None if config["t_r"] is None else float(config["t_r"]),
+            scaling=None if config["scaling"] is None else Scaling(**config["scaling"]),
             data_fingerprint=config["data_fingerprint"],
             training=config["training"],
         )
     except (KeyError, TypeError, ValueError, SafetensorError) as error:
         raise CheckpointError(f"{folder}: config.json and weights do not make a checkpoint: {error}") from error
-    own = model.state_dict()
-    wrong = [f"{k}: missing" for k in own.keys() - weights.keys()]
-    wrong += [f"{k}: unknown" for k in weights.keys() - own.keys()]
-    wrong += [
-        f"{k}: expected {tuple(own[k].shape)}, got {tuple(weights[k].shape)}"
-        for k in own.keys() & weights.keys()
-        if own[k].shape != weights[k].shape
-    ]
-    if wrong:
-        raise CheckpointError(f"{path}: weights do not fit the configuration: {'; '.join(sorted(wrong)[:8])}")
+    if wrong := misfits(model.state_dict(), weights):
+        raise CheckpointError(f"{path}: weights do not fit the configuration: {wrong}")
     model.load_state_dict(weights)
-    if len(checkpoint.parcels) != model.config.n_parcels:
+    if checkpoint.parcels is None:
+        if model.config.compat == "none":
+            raise CheckpointError(f"{folder}: config.json names no parcels, which only reference networks may lack")
+    elif len(checkpoint.parcels) != model.config.n_parcels:
         raise CheckpointError(f"{folder}: {len(checkpoint.parcels)} parcel names for {model.config.n_parcels} parcels")
     return checkpoint
+
+
+def _load_lightning(path: Path) -> Checkpoint:
+    if path.is_dir():
+        ours = (path / "config.json").is_file()
+        what = "load_checkpoint(path), without compat, loads it" if ours else "give the .ckpt file itself"
+        raise CheckpointError(f"{path} is a folder, and compat='reference' expects a Lightning .ckpt file; {what}")
+    if not path.is_file():
+        raise CheckpointError(f"there is no file {path}")
+    try:
+        settings, state, training = read_lightning(path)
+    except ValueError as error:
+        raise CheckpointError(str(error)) from error
+    try:
+        model = MnemoDyn.from_reference(settings, state)
+    except (TypeError, ValueError) as error:
+        raise CheckpointError(f"{path}: {error}") from error
+    training |= {"source": path.name, "source_sha256": sha256(path), "settings": settings}
+    return Checkpoint(model, parcels=None, t_r=None, scaling=None, data_fingerprint=None, training=training)

@@ -80,6 +80,12 @@ def test_refuses_an_unknown_setting(folder):
         load_checkpoint(folder)
 
 
+def test_only_reference_networks_may_lack_parcels(folder):
+    rewrite(folder, parcels=None)
+    with pytest.raises(CheckpointError, match="names no parcels"):
+        load_checkpoint(folder)
+
+
 def test_lists_weights_that_do_not_fit(folder):
     path = folder / "model.safetensors"
     weights = load_file(path)

@@ -1,6 +1,7 @@
 """What a network is made of."""
 
 from dataclasses import asdict, dataclass, fields
+from typing import Literal, get_args
 
 __all__ = ["ModelConfig"]
 
@@ -46,6 +47,15 @@ class ModelConfig:
         A learned factor a parcel on the output.
     multiresolution : bool
         Compute the multi-resolution loss.
+    compat : str
+        ``none``, or ``reference``: compute as the published draft does, for weights it has trained; see
+        ``mnemodyn.model.reference``. The settings below belong to it.
+    interpolation : str
+        ``spline`` or ``linear``: how the draft fits the path of its first block. ``none`` without `compat`.
+    linear_bias : bool
+        Biases in the linear layers.
+    n_classes : int
+        Outputs of a head on the last frame; 0 for no head.
     """
 
     n_parcels: int
@@ -65,13 +75,20 @@ class ModelConfig:
     residual: bool = True
     parcel_scale: bool = False
     multiresolution: bool = False
+    compat: Literal["none", "reference"] = "none"
+    interpolation: Literal["none", "spline", "linear"] = "none"
+    linear_bias: bool = True
+    n_classes: int = 0
 
     def __post_init__(self):
         for f in fields(self):
             value = getattr(self, f.name)
-            if type(value) is not f.type:
+            if options := get_args(f.type):
+                if value not in options:
+                    raise ValueError(f"{f.name} must be one of {', '.join(options)}, got {value!r}")
+            elif type(value) is not f.type:
                 raise ValueError(f"{f.name} must be {f.type.__name__}, got {value!r}")
-            least = {"n_timepoints": 2, "n_dense_layers": 0}.get(f.name, 1)
+            least = {"n_timepoints": 2, "n_dense_layers": 0, "n_classes": 0}.get(f.name, 1)
             if f.type is int and value < least:
                 raise ValueError(f"{f.name} must be >= {least}, got {value}")
         if self.kernel_size % 2 == 0:
@@ -83,6 +100,28 @@ class ModelConfig:
         if 2**self.n_levels > self.n_timepoints:
             raise ValueError(
                 f"n_levels {self.n_levels} halves a scan of n_timepoints {self.n_timepoints} below one sample"
+            )
+        self._check_compat()
+
+    def _check_compat(self):
+        if self.compat == "none":
+            for name, value in {"interpolation": "none", "linear_bias": True, "n_classes": 0}.items():
+                if getattr(self, name) != value:
+                    raise ValueError(f"{name}={getattr(self, name)!r} needs compat='reference'")
+            return
+        for name, value in {"lift": False, "banded": "full"}.items():
+            if getattr(self, name) != value:
+                raise ValueError(f"{name} must be {value} with compat='reference': the draft knows no other")
+        if self.interpolation == "none":
+            raise ValueError("interpolation must be spline or linear with compat='reference', got 'none'")
+        if self.n_timepoints % 2 and (self.n_blocks > 1 or self.residual):
+            raise ValueError(
+                f"n_timepoints must be even with compat='reference', got {self.n_timepoints}: the draft returns one "
+                "frame more, which neither a residual nor a further block takes"
+            )
+        if self.n_classes and (self.n_blocks > 1 or self.residual or self.multiresolution):
+            raise ValueError(
+                "n_classes needs n_blocks=1, residual=False and multiresolution=False: the draft fails on others"
             )
 
     @classmethod

@@ -1,12 +1,16 @@
 """The stack of operator blocks."""
 
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from mnemodyn.model.config import ModelConfig
+from mnemodyn.model.control import bridge
 from mnemodyn.model.operator import OperatorBlock
+from mnemodyn.model.reference import ReferenceBlock, prediction_head, read_settings, read_weights
 
 __all__ = ["MnemoDyn", "Output"]
 
@@ -22,11 +26,14 @@ class Output(NamedTuple):
         The last block's path after its operators, before the read-out to parcels.
     multiresolution_loss : Tensor or None
         Sum over levels and blocks, where the configuration asks for it.
+    prediction : Tensor, shape (batch, class), or None
+        What the head of a network of the published draft says, where it has one.
     """
 
     reconstruction: Tensor
     latents: Tensor
     multiresolution_loss: Tensor | None
+    prediction: Tensor | None = None
 
 
 class MnemoDyn(nn.Module):
@@ -44,14 +51,59 @@ class MnemoDyn(nn.Module):
     longer scan is treated in consecutive stretches of that many, a shorter one by the leading part of the matrix.
     Segments keep their length in frames, and their kernels repeat in turn. So the work grows linearly with T, and
     a long scan is treated as its windows are, but for what the transform carries across their edges.
+
+    **Time.** The control is per second, so at shared instants the drive of one signal sampled at two repetition times
+    differs only as their backward differences do, by at most half the difference of the steps times the signal's
+    second derivative. Levels and kernels of the pyramid count frames: what they do is tied to the repetition time.
+
+    **Reference.** With ``compat="reference"`` the network computes as the published draft does: ``n_timepoints``
+    frames only, no repetition time (`t_r` may be left out and is not used), no censored frames.
     """
 
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.config = config
-        self.blocks = nn.ModuleList(OperatorBlock(config) for _ in range(config.n_blocks))
+        self.reference = config.compat == "reference"
+        self.blocks = nn.ModuleList(
+            ReferenceBlock(config, first=i == 0) if self.reference else OperatorBlock(config)
+            for i in range(config.n_blocks)
+        )
+        self.head = prediction_head(config) if config.n_classes else None
 
-    def forward(self, x: Tensor, t_r: float | Tensor, *, hidden: Tensor | None = None) -> Output:
+    @classmethod
+    def from_reference(cls, settings: Mapping, state_dict: Mapping[str, Tensor]) -> "MnemoDyn":
+        """A network of the published draft, from its settings and weights under its own names.
+
+        Parameters
+        ----------
+        settings : mapping
+            ``D``, ``dim_k`` and so on; those that the draft stores without using are recognised.
+        state_dict : mapping of str to Tensor
+            ``layers.0.input_projection.weight`` and so on, with or without the prefix ``model.``.
+
+        Returns
+        -------
+        MnemoDyn
+            In float32 and evaluation mode.
+
+        Raises
+        ------
+        ValueError
+            If a setting is unknown, missing or contradictory, or weights do not fit: each with both shapes.
+        """
+        model = cls(read_settings(settings))
+        model.load_state_dict(read_weights(model, state_dict))
+        return model.eval()
+
+    def forward(
+        self,
+        x: Tensor,
+        t_r: float | Tensor | None = None,
+        *,
+        hidden: Tensor | None = None,
+        censored: Tensor | None = None,
+        lengths: Sequence[int] | Tensor | None = None,
+    ) -> Output:
         """Reconstruct scans.
 
         Parameters
@@ -62,6 +114,15 @@ class MnemoDyn(nn.Module):
             Repetition time in seconds.
         hidden : Tensor of bool, shape (batch, time, parcel), optional
             True where the value must not be read; whatever stands there (NaN too) has no influence.
+        censored : Tensor of bool, shape (batch, time), optional
+            True where a frame is missing (motion scrubbing, dropped volumes); it has no influence. The path goes
+            through the other frames at their true times, see :func:`~mnemodyn.model.control.bridge`, and the first
+            block reads it at all of them. A frame whose visible entries are all NaN is censored too.
+        lengths : sequence of int or Tensor, shape (batch,), optional
+            Frames of each scan, where scans were padded to one length. What follows them has no influence, and is
+            zero in the result. Scans of one length are computed together, so that the cost is one pass for each
+            distinct length: sort a large set by length before it is cut into batches. The multi-resolution loss is
+            then the mean over scans.
 
         Returns
         -------
@@ -70,24 +131,95 @@ class MnemoDyn(nn.Module):
         Raises
         ------
         ValueError
-            If shapes do not fit the configuration or each other.
+            If shapes do not fit the configuration or each other, `t_r` is missing or not positive, a visible value
+            is infinite, or is NaN in a frame that has others, fewer than two frames are left of a scan, or a network
+            of the published draft is given another length than its own or censored frames.
         """
         if x.ndim != 3 or x.shape[-1] != self.config.n_parcels:
             raise ValueError(f"x must have shape (batch, time, {self.config.n_parcels} parcels), got {tuple(x.shape)}")
-        if hidden is None:
-            visible = torch.ones_like(x)
-        elif hidden.shape != x.shape or hidden.dtype != torch.bool:
+        for name, mask, shape in (("hidden", hidden, x.shape), ("censored", censored, x.shape[:2])):
+            if mask is not None and (mask.shape != shape or mask.dtype != torch.bool):
+                raise ValueError(
+                    f"{name} must be bool with shape {tuple(shape)} as x has, got {mask.dtype} {tuple(mask.shape)}"
+                )
+        if lengths is not None:
+            return self._by_length(x, t_r, hidden, censored, lengths)
+        if t_r is None and not self.reference:
+            raise ValueError("t_r must be given, in seconds")
+        if self.reference and x.shape[1] != self.config.n_timepoints:
             raise ValueError(
-                f"hidden must be bool with the shape of x {tuple(x.shape)}, got {hidden.dtype} {tuple(hidden.shape)}"
+                f"x must have {self.config.n_timepoints} frames with compat='reference', got {x.shape[1]}: the draft's "
+                "weights belong to one length"
             )
-        else:
-            x = x.masked_fill(hidden, 0)
-            visible = (~hidden).to(x.dtype)
+        x, unseen, censored = _seen(x, hidden, censored)
+        visible = torch.ones_like(x) if unseen is None else (~unseen).to(x.dtype)
+        derivative = None
+        if censored is not None and bool(censored.any()):
+            if self.reference:
+                raise ValueError("censored frames are not known to the draft: compat='reference' takes none")
+            x, derivative = bridge(x, t_r, censored)
         total = x.new_zeros(()) if self.config.multiresolution else None
         latents = x
         for block in self.blocks:
-            y, latents, loss = block(x, t_r, visible)
+            y, latents, loss = block(x, t_r, visible, derivative)
+            derivative = None  # The path is whole from here on: each block's control comes from its own input.
             x = x + y if self.config.residual else y
             if total is not None:
                 total = total + loss
-        return Output(x, latents, total)
+        return Output(x, latents, total, None if self.head is None else self.head(x[:, -1]))
+
+    def _by_length(self, x, t_r, hidden, censored, lengths) -> Output:
+        lengths = torch.as_tensor(lengths, device=x.device)
+        batch, time = x.shape[:2]
+        whole = not (lengths.is_floating_point() or lengths.is_complex() or lengths.dtype == torch.bool)
+        if lengths.shape != (batch,) or not whole or not bool(((lengths >= 2) & (lengths <= time)).all()):
+            raise ValueError(f"lengths must be {batch} whole numbers from 2 to {time} frames, got {lengths.tolist()}")
+        step = None if t_r is None else torch.as_tensor(t_r, device=x.device)
+        groups, outputs = [], []
+        for n in lengths.unique().tolist():
+            rows = (lengths == n).nonzero()[:, 0]
+            output = self(
+                x[rows, :n],
+                step[rows] if step is not None and step.ndim else step,
+                hidden=None if hidden is None else hidden[rows, :n],
+                censored=None if censored is None else censored[rows, :n],
+            )
+            groups.append(rows)
+            outputs.append(output)
+        order = torch.cat(groups).argsort()
+
+        def padded(parts: list[Tensor]) -> Tensor:
+            longest = max(time, *(part.shape[1] for part in parts))
+            return torch.cat([functional.pad(p, (0, 0, 0, longest - p.shape[1])) for p in parts])[order]
+
+        loss = prediction = None
+        if self.config.multiresolution:
+            parts = zip(outputs, groups, strict=True)
+            loss = sum(output.multiresolution_loss * len(rows) for output, rows in parts) / batch
+        if self.head is not None:
+            prediction = torch.cat([output.prediction for output in outputs])[order]
+        reconstruction, latents = (padded([output[i] for output in outputs]) for i in (0, 1))
+        return Output(reconstruction, latents, loss, prediction)
+
+
+def _seen(x: Tensor, hidden: Tensor | None, censored: Tensor | None) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """x with zeros where it is not seen, where that is, and the censored frames with those that are all NaN."""
+    unseen = hidden
+    if censored is not None:
+        unseen = censored[..., None].expand_as(x) if hidden is None else hidden | censored[..., None]
+    if unseen is not None:
+        x = x.masked_fill(unseen, 0)
+    finite = x.isfinite()
+    if bool(finite.all()):
+        return x, unseen, censored
+    nan = x.isnan()
+    missing = nan.any(-1) & (nan if unseen is None else nan | unseen).all(-1)
+    wrong = ~finite & ~missing[..., None]
+    if bool(wrong.any()):
+        scan, frame, parcel = wrong.nonzero()[0].tolist()
+        raise ValueError(
+            f"x must be finite where it is not hidden or censored, got {x[scan, frame, parcel].item()} in scan {scan}, "
+            f"frame {frame}, parcel {parcel}; a frame counts as censored only where all its visible entries are NaN"
+        )
+    unseen = missing[..., None].expand_as(x) if unseen is None else unseen | missing[..., None]
+    return x.masked_fill(unseen, 0), unseen, missing if censored is None else censored | missing

@@ -30,19 +30,22 @@ class Field(nn.Module):
     .. math:: z = \sigma(W_2 \sigma(W_1 x_t + b_1) + b_2), \quad H_t = \sigma(W_3 z + b_3), \quad
               v_t[k] = P^{-1/2} \sum_p H_t[p, k]\, \dot X_t[p].
 
-    The factor keeps the drive at unit scale whatever the number of parcels. The reference writes it without.
+    The factor keeps the drive at unit scale whatever the number of parcels. The published draft has none.
     """
 
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.activation = ACTIVATIONS[config.activation]
         self.n_channels = config.n_channels
-        self.input = nn.Linear(config.n_parcels, config.input_width)
-        self.bottleneck = nn.Linear(config.input_width, config.field_rank)
-        self.expansion = nn.Linear(config.field_rank, config.n_parcels * config.n_channels)
+        self.factor = config.n_parcels**-0.5 if config.compat == "none" else 1.0
+        bias = config.linear_bias
+        self.input = nn.Linear(config.n_parcels, config.input_width, bias=bias)
+        self.bottleneck = nn.Linear(config.input_width, config.field_rank, bias=bias)
+        self.expansion = nn.Linear(config.field_rank, config.n_parcels * config.n_channels, bias=bias)
         for layer in (self.input, self.bottleneck, self.expansion):
             nn.init.xavier_normal_(layer.weight)
-            nn.init.zeros_(layer.bias)
+            if bias:
+                nn.init.zeros_(layer.bias)
         # Uncorrelated entries of H: xavier would count P * K outputs and make the field all but vanish.
         nn.init.normal_(self.expansion.weight, std=config.field_rank**-0.5)
 
@@ -51,7 +54,7 @@ class Field(nn.Module):
         act = self.activation
         z = act(self.bottleneck(act(self.input(x))))
         v = field_drive(z, derivative, self.expansion.weight, self.expansion.bias, act)
-        return v * x.shape[-1] ** -0.5
+        return v * self.factor
 
 
 class CoarseOperator(nn.Module):
@@ -192,23 +195,38 @@ class OperatorBlock(nn.Module):
         self.lift = nn.Linear(2 * p, k) if config.lift else None
         self.coarse = CoarseOperator(lengths[-1], config)
         self.banded = nn.ModuleList(BANDED[config.banded](n, config) for n in lengths[1:])
-        self.output = nn.Linear(k, p)
+        self.output = nn.Linear(k, p, bias=config.linear_bias)
         if self.lift is not None:
             # The mask's half starts at zero: at first nothing is said about what is hidden.
             nn.init.normal_(self.lift.weight[:, :p], std=p**-0.5)
             nn.init.zeros_(self.lift.weight[:, p:])
             nn.init.zeros_(self.lift.bias)
         nn.init.normal_(self.output.weight, std=0.1 * k**-0.5)
-        nn.init.zeros_(self.output.bias)
+        if config.linear_bias:
+            nn.init.zeros_(self.output.bias)
         self.parcel_scale = nn.Parameter(torch.ones(p)) if config.parcel_scale else None
 
-    def forward(self, x: Tensor, t_r: float | Tensor, visible: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+    def derivative(self, x: Tensor, t_r: float | Tensor) -> Tensor:
+        """The block's control, from its own input."""
+        return control(x, t_r)
+
+    def analysis(self, a: Tensor) -> tuple[Tensor, Tensor]:
+        """One level down: approximation and detail of `a`."""
+        return dwt(a, self.config.wavelet)
+
+    def synthesis(self, approximation: Tensor, detail: Tensor, length: int) -> Tensor:
+        """One level up: c at the next finer level, of `length` samples."""
+        return idwt(approximation, detail, self.config.wavelet, length)
+
+    def forward(
+        self, x: Tensor, t_r: float | Tensor, visible: Tensor, derivative: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
         """Output (batch, time, parcel), latents (batch, time, channel), and the multi-resolution loss.
 
         `x` (batch, time, parcel) is the block's input, `visible` (batch, time, parcel) is 1.0 where the scan was
-        seen, and `t_r` is in seconds.
+        seen, and `t_r` is in seconds. `derivative` is given where the path was fitted around censored frames.
         """
-        v = self.field(x, control(x, t_r))
+        v = self.field(x, self.derivative(x, t_r) if derivative is None else derivative)
         if self.lift is not None:
             v = v + self.lift(torch.cat([x, visible], dim=-1))
         c, loss = self.pyramid(v.transpose(1, 2))
@@ -223,7 +241,7 @@ class OperatorBlock(nn.Module):
         config = self.config
         approximations, details = [v], []
         for _ in range(config.n_levels):
-            a, d = dwt(approximations[-1], config.wavelet)
+            a, d = self.analysis(approximations[-1])
             approximations.append(a)
             details.append(d)
         c = self.coarse(approximations[-1])
@@ -233,5 +251,5 @@ class OperatorBlock(nn.Module):
             if loss is not None:
                 loss = loss + functional.mse_loss(c, a)
             detail, approximation = self.banded[level](torch.cat([d, a], dim=1)).chunk(2, dim=1)
-            c = idwt(approximation + c, detail, config.wavelet, approximations[level].shape[-1])
+            c = self.synthesis(approximation + c, detail, approximations[level].shape[-1])
         return c, loss
