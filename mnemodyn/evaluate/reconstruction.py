@@ -13,7 +13,7 @@ from mnemodyn.evaluate.metrics import bootstrap_difference, bootstrap_r2, hidden
 from mnemodyn.pretrain.objective import Masked
 from mnemodyn.pretrain.windows import cut_windows
 
-__all__ = ["MODEL", "Network", "compare", "held_out", "methods", "scaled_windows"]
+__all__ = ["MODEL", "Network", "compare", "held_out", "methods", "scaled_windows", "windows_and_whole"]
 
 MODEL = "model"
 # Where an array lies in memory decides how its sums are grouped: two equal runs differ in the sixteenth digit.
@@ -97,6 +97,37 @@ def scaled_windows(checkpoint: Checkpoint, scans: Sequence[Scan], n_timepoints: 
     cut = [cut_windows(checkpoint.scaling(scan), n_timepoints) for scan in scans]
     people = [scan.participant_id for scan, windows in zip(scans, cut, strict=True) for _ in windows]
     return np.concatenate(cut), np.array(people)
+
+
+def windows_and_whole(
+    checkpoint: Checkpoint, scans: Sequence[Scan], objective: Masked, n_timepoints: int, *, seed: int
+) -> dict:
+    """Fill the same hidden entries window by window, and in one pass over each scan.
+
+    Returns
+    -------
+    dict
+        ``windows`` and ``whole`` (R2), and ``difference`` (whole minus windows) with its ``low`` and ``high``, the
+        95 % paired bootstrap over windows.
+    """
+    network, sums = Network(checkpoint, scans[0].t_r), []
+    for i, scan in enumerate(scans):
+        x = cut_windows(checkpoint.scaling(scan), n_timepoints)
+        hidden = objective.hide(x.shape, seed + i).numpy()
+        one = (1, -1, x.shape[-1])
+        whole = network.fill(x.reshape(one), hidden.reshape(one)).reshape(x.shape)
+        pieces, total = hidden_sums(x, network.fill(x, hidden), hidden)
+        sums.append((hidden_sums(x, whole, hidden)[0], pieces, total))
+    whole, pieces, total = (np.concatenate(part) for part in zip(*sums, strict=True))
+    low, high = bootstrap_difference(whole, pieces, total, seed=seed)
+    found = {
+        "windows": 1 - pieces.sum() / total.sum(),
+        "whole": 1 - whole.sum() / total.sum(),
+        "difference": (pieces.sum() - whole.sum()) / total.sum(),
+        "low": low,
+        "high": high,
+    }
+    return {name: round(float(value), DIGITS) for name, value in found.items()}
 
 
 def compare(
