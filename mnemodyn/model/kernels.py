@@ -161,7 +161,7 @@ def _shared(work: Callable[[slice], object], core, z: Tensor, w: Tensor) -> list
     """What `work` returns for each share of the rows, in order: on the CPU, one share for each of PyTorch's threads.
 
     Left to itself PyTorch has its threads meet after every operation. There are thousands of them on tiles, and one
-    busy core held up each: two threads beside another process took 70 times as long as one thread.
+    busy core held up each.
     """
     n, threads = len(z), torch.get_num_threads()
     tiles = n * w.shape[1] * z.element_size() // TILE_BYTES["cpu"]
