@@ -36,6 +36,8 @@ def write_bytes(path: str | os.PathLike, content: bytes) -> Path:
             stream.flush()
             os.fsync(stream.fileno())
         os.replace(partial, path)
+    except OSError as error:  # of a full disk the system does not say with which file
+        raise OSError(error.errno, error.strerror or str(error), os.fspath(path)) from error
     finally:
         partial.unlink(missing_ok=True)
     return path
