@@ -1,4 +1,4 @@
-"""The ``mnemodyn`` command: run a notebook headless, or describe a checkpoint."""
+"""The ``mnemodyn`` command: run a notebook headless, pretrain a network, or describe a checkpoint."""
 
 import argparse
 import json
@@ -21,6 +21,22 @@ examples:
   mnemodyn run notebooks/pretrain.ipynb runs/longer.ipynb -f my-parameters.yaml
 
 exit status: 0 done; 1 the notebook failed; 2 wrong usage or a refused parameter.
+"""
+
+_PRETRAIN = """\
+Pretrain a network on scans without labels.
+
+OUTPUT gets the two best checkpoints (best, second), history.csv, and run.json with the settings,
+the commit and the data's fingerprint. The same command goes on with a run that was interrupted.
+Settings stand in the sections model, objective, training, machine and data of a YAML file.
+"""
+_PRETRAIN_EXAMPLES = """\
+examples:
+  mnemodyn pretrain hcp7 runs/masked -s epochs 16
+  mnemodyn pretrain SCANS runs/latent --objective latent --config my.yaml -s devices 4 -s strategy ddp
+
+objectives: masked, denoise, autoencode, latent, forecast, groups, mixed.
+exit status: 0 done; 1 the training failed; 2 wrong usage or a refused setting.
 """
 
 
@@ -88,6 +104,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     info.add_argument("checkpoint", metavar="CHECKPOINT", help="folder of the checkpoint")
     info.set_defaults(command=_info)
+    _add_pretrain(commands)
     return parser
 
 
@@ -136,6 +153,68 @@ def _info(options: argparse.Namespace) -> int:
         print(json.dumps(describe(options.checkpoint), indent=2, ensure_ascii=False))
     except (ImportError, OSError, RuntimeError, TypeError, ValueError) as error:
         return _fail(error, 1)
+    return 0
+
+
+def _add_pretrain(commands: argparse._SubParsersAction) -> None:
+    pretrain = commands.add_parser(
+        "pretrain",
+        help="pretrain a network on scans without labels",
+        description=_PRETRAIN,
+        epilog=_PRETRAIN_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    pretrain.add_argument("data", metavar="DATA", help="hcp7, or a folder of scans")
+    pretrain.add_argument("output", metavar="OUTPUT", help="folder of the run; an interrupted one is gone on with")
+    pretrain.add_argument("--objective", default="masked", metavar="NAME", help="what is learned (default: masked)")
+    pretrain.add_argument("--config", metavar="FILE", help="YAML file of settings in sections; - is standard input")
+    pretrain.add_argument(
+        "-s",
+        "--set",
+        nargs=2,
+        action="append",
+        default=[],
+        metavar=("NAME", "VALUE"),
+        help="one setting, whatever its section; may be repeated, and wins over --config",
+    )
+    pretrain.add_argument(
+        "--restart", action="store_true", help="give up an unfinished run of other settings in OUTPUT"
+    )
+    pretrain.set_defaults(command=_pretrain)
+
+
+def _pretrain(options: argparse.Namespace) -> int:
+    from mnemodyn.parameters import ParameterError, read_yaml
+    from mnemodyn.pretrain.config import configure
+
+    try:
+        sections = _file(options.config) if options.config else {}
+        settings = {name: read_yaml(value) for name, value in options.set}
+        objective, model, training, machine, data = configure(options.objective, sections, settings)
+    except (ParameterError, ValueError) as error:
+        return _fail(error, 2)
+    try:
+        from mnemodyn import ModelConfig, Scaling, load_scans
+        from mnemodyn.data.scans import split_participants
+        from mnemodyn.pretrain.training import pretrain
+
+        scans = load_scans(options.data, t_r=data.t_r or None)
+        train, validation, _ = split_participants(scans, n_test=data.n_test, n_validation=data.n_validation)
+        checkpoint, history = pretrain(
+            train,
+            validation,
+            options.output,
+            model=ModelConfig(n_parcels=len(scans[0].parcels), **model),
+            objective=objective,
+            training=training,
+            scaling=Scaling(data.scaling),
+            machine=machine,
+            restart=options.restart,
+        )
+    except (ImportError, OSError, RuntimeError, ValueError) as error:
+        return _fail(error, 1)
+    score = checkpoint.training[objective.monitor]
+    print(f"{Path(options.output) / 'best'}: {objective.monitor} {score:.4f}, {len(history)} epochs")
     return 0
 
 

@@ -27,6 +27,9 @@ __all__ = [
     "filled_stretches",
     "identification",
     "learning_curve",
+    "objective_curves",
+    "r2_lines",
+    "r2_parcels",
     "reconstruction",
     "reconstruction_grid",
     "show",
@@ -150,15 +153,57 @@ def connectivity(matrix: np.ndarray, title: str) -> Figure:
     return figure
 
 
-def learning_curve(history: pd.DataFrame) -> Figure:
-    """Training loss, and R2 of the averaged weights on hidden entries of the validation scans."""
+SCORES = {
+    "val_r2_hidden": "R², hidden entries",
+    "val_r2_clean": "R², clean signal",
+    "val_r2": "R², what was shown",
+    "val_r2_latent": "R², embeddings",
+}
+
+
+def learning_curve(history: pd.DataFrame, metric: str = "val_r2_hidden") -> Figure:
+    """Training loss, and the averaged weights' score on the validation scans."""
     figure, (left, right) = plt.subplots(1, 2, figsize=(7, 2.8))
     left.plot(history["epoch"], history["train_loss"], "o-", ms=3)
-    left.set(xlabel="epoch", ylabel="training loss (SD²)")
-    right.plot(history["epoch"], history["val_r2_hidden"], "o-", ms=3, color=COLOURS[2])
-    right.set(xlabel="epoch", ylabel="validation R², hidden entries")
+    left.set(xlabel="epoch", ylabel="training loss")
+    right.plot(history["epoch"], history[metric], "o-", ms=3, color=COLOURS[2])
+    right.set(xlabel="epoch", ylabel=f"validation {SCORES.get(metric, metric)}")
     for ax in (left, right):
         ax.xaxis.get_major_locator().set_params(integer=True)
+    return figure
+
+
+def objective_curves(histories: dict[str, pd.DataFrame], metrics: dict[str, str]) -> Figure:
+    """Validation score over epochs, a panel an objective: each has a score of its own, so the axes differ."""
+    figure, axes = plt.subplots(1, len(histories), figsize=(7, 2.3), squeeze=False)
+    for ax, (name, history) in zip(axes[0], histories.items(), strict=True):
+        ax.plot(history["epoch"], history[metrics[name]], "o-", ms=3)
+        ax.set(title=name, xlabel="epoch", ylabel=SCORES.get(metrics[name], metrics[name]))
+        ax.xaxis.get_major_locator().set_params(integer=True)
+    return figure
+
+
+def r2_lines(rows: pd.DataFrame, by: str, label: str) -> Figure:
+    """R2 against a number, a line a method."""
+    figure, ax = plt.subplots(figsize=(7, 3))
+    for (method, group), marker in zip(rows.groupby("method", sort=False), "os^vDPX*", strict=False):
+        ax.plot(group[by], group["r2"], marker=marker, ms=4, lw=1.2, label=LABELS.get(method, method))
+    ax.axhline(0, color="black", lw=0.8)
+    ax.set(xlabel=label, ylabel="R², hidden entries")
+    figure.legend(*ax.get_legend_handles_labels(), ncols=3, loc="outside upper center")
+    return figure
+
+
+def r2_parcels(rows: pd.DataFrame) -> Figure:
+    """R2 of every parcel: a point a parcel, the median as a line, a row a method."""
+    groups = list(rows.groupby("method", sort=False))[::-1]
+    figure, ax = plt.subplots(figsize=(7, 0.6 + 0.4 * len(groups)))
+    for y, (_, group) in enumerate(groups):
+        ax.plot(group["r2"], np.full(len(group), y), "o", ms=3, alpha=0.4, color=COLOURS[0], mew=0)
+        ax.vlines(group["r2"].median(), y - 0.3, y + 0.3, color=COLOURS[1], lw=2)
+    ax.set_yticks(range(len(groups)), [LABELS.get(name, name) for name, _ in groups])
+    ax.axvline(0, color="black", lw=0.8)
+    ax.set_xlabel("R² of a parcel, hidden entries")
     return figure
 
 

@@ -12,7 +12,7 @@ from functools import lru_cache
 from typing import ClassVar
 
 import torch
-import torch.distributed.nn.functional
+import torch.distributed
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -332,7 +332,8 @@ class Latent(Objective):
     has, goes from the student's latents to the teacher's latents of that block alone: ``earlier`` in time (same
     parcels), ``elsewhere`` (other parcels, same time), and ``both``. No block is ever empty. The teacher is the moving
     average of the student and gets no gradient; its latents are normalised frame by frame (layer norm). Against
-    collapse the student's latents of its block are held at unit variance, and uncorrelated.
+    collapse the student's latents of the whole window, which are what is used later, are held at unit variance and
+    uncorrelated.
 
     Scores: ``r2_latent``, R2 of the teacher's normalised embeddings about their mean, and by block; of the latents of
     whole windows ``embedding_sd`` (mean over channels) and ``rank_share`` (effective rank over the number of channels).
@@ -346,15 +347,16 @@ class Latent(Objective):
     teacher_decay : float
         Of the teacher's average.
     variance_weight, covariance_weight : float
-        Weights of the guard against collapse. Source: VICReg, Bardes et al., ICLR 2022.
+        Weights of the guard against collapse: the mean over channels of (SD - 1)**2, and of the squared correlations
+        with all other channels. After VICReg, Bardes et al., ICLR 2022.
     """
 
     observed_share: float = 0.5
     target_share: float = 0.25
     parcel_share: float = 0.5
     teacher_decay: float = 0.99
-    variance_weight: float = 1.0
-    covariance_weight: float = 1.0
+    variance_weight: float = 0.2
+    covariance_weight: float = 0.04
 
     name: ClassVar[str] = "latent"
     metric: ClassVar[str] = "r2_latent"
@@ -397,9 +399,12 @@ class Latent(Objective):
     def parts(self, network):
         k, p = network.config.n_channels, network.config.n_parcels
         teacher = copy.deepcopy(network).requires_grad_(False)
-        return nn.ModuleDict(
-            {"predictor": nn.Sequential(nn.Linear(k + p, 2 * k), nn.GELU(), nn.Linear(2 * k, k)), "teacher": teacher}
-        )
+        predictor = nn.Sequential(nn.Linear(k + p, 2 * k), nn.GELU(), nn.Linear(2 * k, k))
+        straight = nn.Linear(k, k, bias=False)
+        with torch.no_grad():  # the same latents, half as large: what is shared between blocks is a first guess
+            straight.weight.copy_(0.5 * torch.eye(k))
+            predictor[-1].weight.mul_(0.1)
+        return nn.ModuleDict({"predictor": predictor, "straight": straight, "teacher": teacher})
 
     @torch.no_grad()
     def after_step(self, network, parts):
@@ -416,8 +421,9 @@ class Latent(Objective):
         with torch.no_grad():
             targets = _run(parts["teacher"], many, many["x"], ~blocks).latents.float()
             targets = functional.layer_norm(targets, targets.shape[-1:])
-        told = torch.cat([output.latents.repeat(3, 1, 1), blocks.to(output.latents.dtype)], dim=-1)
-        return output, parts["predictor"](told), targets, blocks.any(-1) & _valid(many)[..., 0]
+        seen = functional.layer_norm(output.latents, output.latents.shape[-1:]).repeat(3, 1, 1)
+        guesses = parts["straight"](seen) + parts["predictor"](torch.cat([seen, blocks.to(seen.dtype)], dim=-1))
+        return output, guesses, targets, blocks.any(-1) & _valid(many)[..., 0]
 
     def loss(self, network, batch, parts):
         output, guesses, targets, frames = self._guesses(network, batch, parts)
@@ -425,16 +431,20 @@ class Latent(Objective):
         idle = 0 * output.reconstruction.float().sum()
         error = functional.mse_loss(guesses.float()[frames], targets[frames], reduction="sum") + idle
         terms = {"error": (error, frames.sum() * targets.shape[-1])} | self.levels(output)
-        seen = output.latents.float()[(batch["observed"] & _valid(batch)).any(-1)]
+        seen = _run(network, batch, batch["x"], None).latents.float()[_valid(batch)[..., 0]]
         moments = _moments(seen)
         if torch.distributed.is_initialized():  # of the joined batch, whatever part of it this process has
-            moments = torch.distributed.nn.functional.all_reduce(moments)
+            joined = moments.detach().clone()
+            torch.distributed.all_reduce(joined)
+            # Each process sends back its own part; their gradients are averaged later, which the factor makes a sum.
+            moments = joined + torch.distributed.get_world_size() * (moments - moments.detach())
         _, covariance = _covariance(moments, seen.shape[-1])
-        variance = covariance.diagonal()
-        low = functional.relu(1 - (variance + 1e-4).sqrt()).mean()
-        joint = (covariance - variance.diag()).square().sum() / len(variance)
+        sd = (covariance.diagonal() + 1e-6).sqrt()
+        spread = (sd - 1).square().mean()
+        correlation = covariance / torch.outer(sd, sd)
+        joint = (correlation.square().sum() - correlation.diagonal().square().sum()) / len(sd)
         one = torch.ones((), device=seen.device)
-        return terms | {"guard": (self.variance_weight * low + self.covariance_weight * joint, one)}
+        return terms | {"guard": (self.variance_weight * spread + self.covariance_weight * joint, one)}
 
     def sums(self, network, batch, parts):
         _, guesses, targets, frames = self._guesses(network, batch, parts)

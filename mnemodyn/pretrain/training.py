@@ -425,7 +425,10 @@ def pretrain(
         "objective": objective.to_dict(),
         "training": training.to_dict(),
         "scaling": scaling.to_dict(),
-        "data": {"train": fingerprint(train), "validation": fingerprint(validation)},
+        "data": {
+            name: getattr(scans, "fingerprint", None) or fingerprint(scans)
+            for name, scans in (("train", train), ("validation", validation))
+        },
         "code": _code_digest(),
         "torch": torch.__version__,
     }

@@ -69,7 +69,8 @@ class Windows(Dataset):
     Parameters
     ----------
     scans : sequence of Scan
-        May read its items lazily; of one length a window and one atlas.
+        Of one atlas. May read its items lazily; where it has the ``read`` and ``censored`` of a store, windows are
+        read alone.
     scaling : Scaling
     objective : Objective
     n_timepoints : int
@@ -92,7 +93,7 @@ class Windows(Dataset):
         seconds: float = 0.0,
         held: int = 256,
     ):
-        self.scans, self.objective, self.seed = scans, objective, seed
+        self.scans, self.scaling, self.objective, self.seed = scans, scaling, objective, seed
         sizes = [(scan.n_frames, window_frames(scan, n_timepoints, seconds), _censored(scan).any()) for scan in scans]
         self.n_frames, self.frames, censored = (np.array(column) for column in zip(*sizes, strict=True))
         self.any_censored = bool(censored.any())
@@ -108,7 +109,12 @@ class Windows(Dataset):
         """
         scan = self.scans[which]
         frames = slice(start, start + int(self.frames[which]))
-        values, censored = (part[frames] for part in self._scaled(which))
+        if hasattr(self.scans, "read"):  # a store reads these frames alone
+            values = self.scans.read(which, frames.start, frames.stop, self.scaling)
+            censored = self.scans.censored(which, frames.start, frames.stop)
+            censored = np.zeros(len(values), dtype=bool) if censored is None else np.array(censored)
+        else:
+            values, censored = (part[frames] for part in self._scaled(which))
         wrong = ~np.isfinite(values) & ~censored[:, None]
         if wrong.any():
             frame, parcel = np.argwhere(wrong)[0]
