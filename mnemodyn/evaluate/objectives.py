@@ -1,6 +1,7 @@
 """What pretraining objectives have taught a network: the same hidden entries, whatever it was trained for."""
 
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from typing import Self
 
 import numpy as np
@@ -143,7 +144,7 @@ def r2_by_band(
     zero, rows = power(x), []
     for name, fill in fills.items():
         error = power(x - fill)
-        for low, high in zip(edges, edges[1:], strict=False):
+        for low, high in pairwise(edges):
             band = (frequency >= low) & (frequency < high)
             if band.any():
                 rows.append((name, low, high, round(1 - error[band].sum() / zero[band].sum(), DIGITS)))

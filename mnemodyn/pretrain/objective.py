@@ -5,6 +5,7 @@ in every run. Views depend on their seed alone; losses and scores are sums, so t
 """
 
 import copy
+import inspect
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -30,6 +31,7 @@ __all__ = [
     "Masked",
     "Mixed",
     "Objective",
+    "describe_objective",
     "effective_rank",
     "make_objective",
 ]
@@ -591,3 +593,10 @@ def make_objective(name: str, settings: Mapping | None = None) -> Objective:
     if name not in OBJECTIVES:
         raise unknown("objective", name, OBJECTIVES)
     return build(OBJECTIVES[name], settings or {}, f"{name} setting")
+
+
+def describe_objective(objective: Objective) -> str:
+    """What an objective asks, as the first paragraphs of its documentation say it, and its settings; Markdown."""
+    text = inspect.getdoc(type(objective)).partition("\n\nAttributes")[0].replace("``", "`")
+    settings = ", ".join(f"`{k}` {v}" for k, v in objective.to_dict().items() if k != "name")
+    return f"**{objective.name}.** {text}\n\nSettings: {settings}."
