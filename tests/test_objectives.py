@@ -472,6 +472,12 @@ def test_a_full_disk_costs_no_checkpoint(tmp_path):
     assert not list(tmp_path.glob(".*.tmp"))
 
 
+def test_tensorboard_is_asked_for_by_name(tmp_path, monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "lightning.pytorch.loggers", None)
+    with pytest.raises(ImportError, match=r"pip install 'mnemodyn\[tensorboard\]'"):
+        train(tmp_path, ALL["masked"], machine=replace(CPU, tensorboard=True))
+
+
 def test_biases_and_scales_do_not_decay():
     model = MnemoDyn(replace(MODEL, parcel_scale=True))
     groups = Pretraining(model, Masked(), TrainingConfig()).configure_optimizers()["optimizer"].param_groups

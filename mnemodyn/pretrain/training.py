@@ -505,9 +505,9 @@ def pretrain(
 
 
 def _tensorboard(folder: Path):
-    from lightning.pytorch.loggers import TensorBoardLogger
-
     try:
+        from lightning.pytorch.loggers import TensorBoardLogger
+
         return TensorBoardLogger(folder, name="", version="tensorboard")
     except ImportError as error:
         raise ImportError("tensorboard=True needs TensorBoard: pip install 'mnemodyn[tensorboard]'") from error
