@@ -4,6 +4,7 @@ import base64
 import html
 import io
 from collections.abc import Sequence
+from itertools import cycle
 from typing import TYPE_CHECKING
 
 import matplotlib
@@ -186,7 +187,7 @@ def objective_curves(histories: dict[str, pd.DataFrame], metrics: dict[str, str]
 def r2_lines(rows: pd.DataFrame, by: str, label: str) -> Figure:
     """R2 against a number, a line a method."""
     figure, ax = plt.subplots(figsize=(7, 3))
-    for (method, group), marker in zip(rows.groupby("method", sort=False), "os^vDPX*", strict=False):
+    for (method, group), marker in zip(rows.groupby("method", sort=False), cycle("os^vDPX*"), strict=False):
         ax.plot(group[by], group["r2"], marker=marker, ms=4, lw=1.2, label=LABELS.get(method, method))
     ax.axhline(0, color="black", lw=0.8)
     ax.set(xlabel=label, ylabel="R², hidden entries")

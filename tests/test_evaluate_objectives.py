@@ -61,10 +61,11 @@ def test_readout_finds_what_latents_hold(data):
     def network(given, t_r, hidden):  # latents that know everything, though they are given nothing
         return SimpleNamespace(latents=torch.as_tensor(next(truth) @ mixing)[None])
 
-    readout = LatentReadout(SimpleNamespace(model=network), 2.0, ridge=1e-9)
+    readout = LatentReadout(SimpleNamespace(model=network), 2.0, ridges=(10.0, 1e-9))
     truth = iter(x)
     readout.fit(x, hidden)
     truth = iter(x)
+    assert readout.ridge == 1e-9
     filled = readout.fill(x, hidden)
     assert np.array_equal(filled[~hidden], x[~hidden])
     np.testing.assert_allclose(filled, x, atol=1e-5)

@@ -27,12 +27,13 @@ class LatentReadout:
     checkpoint : Checkpoint
     t_r : float
         Seconds.
-    ridge : float
-        Penalty, as a share of the latents' mean variance.
+    ridges : sequence of float
+        Penalties, as shares of the latents' mean variance. The one is taken that predicts the last fifth of the windows
+        it is fitted to best from the others.
     """
 
-    def __init__(self, checkpoint: Checkpoint, t_r: float, ridge: float = 1e-2):
-        self.model, self.t_r, self.ridge = checkpoint.model, t_r, ridge
+    def __init__(self, checkpoint: Checkpoint, t_r: float, ridges: Sequence[float] = (1e-3, 1e-2, 0.1, 1.0, 10.0)):
+        self.model, self.t_r, self.ridges = checkpoint.model, t_r, ridges
 
     @torch.no_grad()
     def _latents(self, x: np.ndarray, hidden: np.ndarray) -> np.ndarray:
@@ -47,17 +48,28 @@ class LatentReadout:
     def fit(self, x: np.ndarray, hidden: np.ndarray) -> Self:
         """Fit to windows (batch, time, parcel) of participants the network may know; returns itself."""
         z, x, hidden = self._latents(x, hidden), x.reshape(-1, x.shape[-1]), hidden.reshape(-1, x.shape[-1])
-        penalty = self.ridge * np.r_[np.full(z.shape[1] - 1, z[:, :-1].var(0).mean()), 0]
-        maps = []
-        for values, mask in zip(x.T, hidden.T, strict=True):
-            seen = z[mask]
-            maps.append(np.linalg.solve(seen.T @ seen + np.diag(penalty * len(seen) + 1e-9), seen.T @ values[mask]))
-        self.maps = np.stack(maps, axis=1)
+        first = len(z) * 4 // 5
+        errors = {}
+        for ridge in self.ridges:
+            maps = _ridge(z[:first], x[:first], hidden[:first], ridge)
+            errors[ridge] = ((z[first:] @ maps - x[first:]) ** 2)[hidden[first:]].sum()
+        self.ridge = min(errors, key=errors.get)
+        self.maps = _ridge(z, x, hidden, self.ridge)
         return self
 
     def fill(self, x: np.ndarray, hidden: np.ndarray) -> np.ndarray:
         """(batch, time, parcel) with hidden entries as the map has them, visible ones as given."""
         return np.where(hidden, (self._latents(x, hidden) @ self.maps).reshape(x.shape), x)
+
+
+def _ridge(z: np.ndarray, x: np.ndarray, hidden: np.ndarray, ridge: float) -> np.ndarray:
+    """Maps (channel + 1, parcel), each fitted to its parcel's hidden frames; the constant is not penalised."""
+    penalty = ridge * np.r_[np.full(z.shape[1] - 1, z[:, :-1].var(0).mean()), 0]
+    maps = []
+    for values, mask in zip(x.T, hidden.T, strict=True):
+        seen = z[mask]
+        maps.append(np.linalg.solve(seen.T @ seen + np.diag(penalty * len(seen) + 1e-9), seen.T @ values[mask]))
+    return np.stack(maps, axis=1)
 
 
 def by_setting(
