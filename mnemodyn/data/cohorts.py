@@ -14,7 +14,8 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from mnemodyn.data.scans import DataError, Scan, load_scan
+from mnemodyn.data.formats import entities
+from mnemodyn.data.scans import DataError, Scan, load_scan, series_digest
 from mnemodyn.parameters import read_yaml
 
 __all__ = ["Cohort", "Column", "Index", "Phenotype", "Reader", "Target", "index", "load_cohort", "shipped"]
@@ -35,8 +36,12 @@ class Reader:
         Repetition time in seconds, for files that do not state one.
     t_r_by : dict
         ``{"site": {name: seconds}}`` where it depends on the site; a site that is not listed has none.
+    override_t_r : bool
+        Take these although a file states another.
     frames_first : bool, optional
         Whether rows are frames, for files that do not say.
+    key : str, optional
+        Which array of a ``.npz`` or ``.mat``.
     max_constant_parcels, min_frames : int
     atlas : str
         Name of the atlas, for files that do not state one.
@@ -44,7 +49,9 @@ class Reader:
 
     t_r: float | None = None
     t_r_by: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    override_t_r: bool = False
     frames_first: bool | None = None
+    key: str | None = None
     max_constant_parcels: int = 0
     min_frames: int = 2
     atlas: str = ""
@@ -74,7 +81,7 @@ class Phenotype:
     skip_rows : tuple of int
         Lines to leave out, the first being 0 (NDA's tables describe their columns in line 1).
     optional : bool
-        Whether the file, or columns of it, may be missing.
+        Whether the file may be missing: all scans are then without phenotype.
     """
 
     file: str
@@ -98,6 +105,8 @@ class Column:
         Raw values that carry no label.
     unit : str
         Of a regression's values; ``years`` or ``months`` for an age, which is converted to years.
+    optional : bool
+        Whether the tables may be without it.
     """
 
     column: str
@@ -105,6 +114,7 @@ class Column:
     mapping: Mapping[str, str] = field(default_factory=dict)
     exclude: tuple[str, ...] = ()
     unit: str = ""
+    optional: bool = False
 
     def __post_init__(self):
         if self.kind not in KINDS:
@@ -139,7 +149,7 @@ class Cohort:
         Templates of entities.
     site, family, age, sex, mean_fd : Column, optional
         Age in years or months, sex to ``male`` and ``female``, mean framewise displacement in mm. Without a value
-        in the table the site is the entity ``site``.
+        in the table the site is the entity ``site``, and ``mean_fd`` that of the motion file beside the scan.
     targets : tuple of Target
     missing : tuple of str
         Raw values that mean "not known", beside an empty cell, NA, n/a, nan and null.
@@ -312,7 +322,7 @@ def _pattern(pattern: str) -> re.Pattern:
 
 
 def _entities(path: str, match: re.Match) -> defaultdict[str, str]:
-    pairs = dict(re.findall(r"(?:^|_)([a-z]+)-([A-Za-z0-9]+)", path.rsplit("/", 1)[-1]))
+    pairs = entities(path.rsplit("/", 1)[-1])
     for short, long in (("sub", "participant"), ("ses", "session")):
         if short in pairs:
             pairs[long] = pairs.pop(short)
@@ -365,7 +375,8 @@ class Index:
         DataError
             Where the file changed since and can no longer be used.
         """
-        return _load(self.folder / row["path"], row["participant_id"], float(row["t_r"]), self.cohort.reader)
+        scan = _load(self.folder / row["path"], row["participant_id"], float(row["t_r"]), self.cohort.reader)
+        return replace(scan, session=row["session"], run=row["run"])
 
     def labelled(self, target: str) -> pd.DataFrame:
         """The rows of `table` that have a value of a target.
@@ -455,7 +466,9 @@ def _load(path: Path, participant_id: str, t_r: float | None, reader: Reader) ->
     scan = load_scan(
         path,
         t_r=t_r,
+        override_t_r=reader.override_t_r and t_r is not None,
         participant_id=participant_id,
+        key=reader.key,
         frames_first=reader.frames_first,
         max_constant_parcels=reader.max_constant_parcels,
         min_frames=reader.min_frames,
@@ -478,7 +491,8 @@ def _inspect(job: tuple) -> dict[str, Any]:
         "n_parcels": len(scan.parcels),
         "n_constant": int(scan.constant.sum()),
         "parcels": hashlib.sha256("\n".join(scan.parcels).encode()).hexdigest(),
-        "series": hashlib.sha256(np.ascontiguousarray(scan.values).tobytes()).hexdigest(),
+        "series": series_digest(scan),
+        "mean_fd": scan.mean_fd,
     }
 
 
@@ -511,14 +525,14 @@ def index(
     """
     cohort = cohort if isinstance(cohort, Cohort) else load_cohort(cohort)
     folder = Path(folder)
-    found, entities = _find(cohort, folder)
-    raw, status, rows = _phenotypes(cohort, folder, entities)
+    found, named = _find(cohort, folder)
+    raw, status, rows = _phenotypes(cohort, folder, named)
     out = [
         (path, participant, problem, f"{path}: {message}", "targets")
         for path, participant, (problem, message) in zip(found.path, found.participant_id, status, strict=True)
         if problem
     ]
-    values = _variables(cohort, raw, entities)
+    values = _variables(cohort, raw, named)
     if "sex" in values:  # the only variable here that two sessions cannot differ in
         n_sexes = values.sex.groupby(found.participant_id).transform("nunique")
         for i in np.flatnonzero(n_sexes > 1):
@@ -537,10 +551,12 @@ def index(
         for path, participant, t_r in zip(found.path, found.participant_id, times, strict=True)
     ]
     read = pd.DataFrame(_run(jobs, progress, workers), index=found.index)
-    for name in ("problem", "message", "n_frames", "t_r", "n_parcels", "n_constant", "parcels", "series"):
+    for name in ("problem", "message", "n_frames", "t_r", "n_parcels", "n_constant", "parcels", "series", "mean_fd"):
         if name not in read:
             read[name] = None
     _compare(read, found)
+    measured = read.mean_fd.astype(float)
+    values["mean_fd"] = values.get("mean_fd", measured).fillna(measured)
     broken = read.problem.notna()
     out += [
         (path, participant, problem, message, "all")
@@ -591,8 +607,8 @@ def _find(cohort: Cohort, folder: Path) -> tuple[pd.DataFrame, list[defaultdict[
             f"{folder}: none of its {len(paths)} files{example} matches {' or '.join(cohort.scans)} of the cohort "
             f"{cohort.name}; correct its scans"
         )
-    entities = [_entities(path, match) for path, match in hits]
-    people = [re.sub(r"[^A-Za-z0-9]", "", cohort.participant.format_map(e)) for e in entities]
+    named = [_entities(path, match) for path, match in hits]
+    people = [re.sub(r"[^A-Za-z0-9]", "", cohort.participant.format_map(e)) for e in named]
     unnamed = [path for (path, _), who in zip(hits, people, strict=True) if not who]
     if unnamed:
         raise DataError(f"{unnamed[0]}: no participant in its name; the cohort reads it as {cohort.participant}")
@@ -600,11 +616,11 @@ def _find(cohort: Cohort, folder: Path) -> tuple[pd.DataFrame, list[defaultdict[
         {
             "path": [path for path, _ in hits],
             "participant_id": [f"sub-{who}" for who in people],
-            "session": [cohort.session.format_map(e) for e in entities],
-            "run": [cohort.run.format_map(e) for e in entities],
+            "session": [cohort.session.format_map(e) for e in named],
+            "run": [cohort.run.format_map(e) for e in named],
         }
     )
-    return found, entities
+    return found, named
 
 
 def _read_table(cohort: Cohort, folder: Path, table: Phenotype) -> pd.DataFrame | None:
@@ -646,12 +662,12 @@ def _read_table(cohort: Cohort, folder: Path, table: Phenotype) -> pd.DataFrame 
     return content.mask(missing, "")
 
 
-def _phenotypes(cohort: Cohort, folder: Path, entities: list) -> tuple[pd.DataFrame, list[tuple[str, str]], dict]:
+def _phenotypes(cohort: Cohort, folder: Path, named: list) -> tuple[pd.DataFrame, list[tuple[str, str]], dict]:
     """The raw values of every scan (a row a scan, a column a phenotype column), whether it has any, and counts."""
     tables = [(t, content) for t in cohort.phenotype if (content := _read_table(cohort, folder, t)) is not None]
     needed = list(dict.fromkeys(v.column for v in cohort.variables.values()))
-    raw = pd.DataFrame("", index=range(len(entities)), columns=needed)
-    status = [("", "")] * len(entities) if tables else [("no-phenotype", "there is no phenotype table")] * len(entities)
+    raw = pd.DataFrame("", index=range(len(named)), columns=needed)
+    status = [("", "")] * len(named) if tables else [("no-phenotype", "there is no phenotype table")] * len(named)
     counts = {"rows": 0, "identical": 0, "contradictory": 0, "without_scan": 0}
     taken: set[str] = set()
     for number, (table, content) in enumerate(tables):
@@ -669,7 +685,7 @@ def _phenotypes(cohort: Cohort, folder: Path, entities: list) -> tuple[pd.DataFr
                     which = next(c for c, a, b in zip(columns, rows[key], row, strict=True) if a != b)
                     contradictory[key] = f"its rows of {table.file} differ in {which}"
             rows.setdefault(key, row)
-        wanted = [tuple(_key(t.format_map(e)) for t in table.match.values()) for e in entities]
+        wanted = [tuple(_key(t.format_map(e)) for t in table.match.values()) for e in named]
         for place, template in enumerate(table.match.values()):
             if not any(key[place] for key in wanted):
                 raise DataError(f"phenotype of {cohort.name}: no scan has the entities of {template!r}", "no-phenotype")
@@ -683,7 +699,7 @@ def _phenotypes(cohort: Cohort, folder: Path, entities: list) -> tuple[pd.DataFr
                 raw.loc[i, columns] = rows[key]
             elif number == 0:
                 status[i] = ("no-phenotype", f"no row of {table.file} for {' '.join(key)}")
-    absent = [c for c in needed if c not in taken] if tables and not all(t.optional for t, _ in tables) else []
+    absent = [v.column for v in cohort.variables.values() if v.column not in taken and not v.optional and tables]
     if absent:
         have = sorted({c for _, content in tables for c in content})
         raise DataError(
@@ -695,7 +711,7 @@ def _phenotypes(cohort: Cohort, folder: Path, entities: list) -> tuple[pd.DataFr
     return raw, status, counts
 
 
-def _variables(cohort: Cohort, raw: pd.DataFrame, entities: list) -> pd.DataFrame:
+def _variables(cohort: Cohort, raw: pd.DataFrame, named: list) -> pd.DataFrame:
     """Values with their labels and units; None where there is none."""
     values = pd.DataFrame(index=raw.index)
     for name, column in cohort.variables.items():
@@ -729,7 +745,7 @@ def _variables(cohort: Cohort, raw: pd.DataFrame, entities: list) -> pd.DataFram
                 problem="unexpected-label",
             )
     site = raw[cohort.site.column] if cohort.site else pd.Series("", index=raw.index)
-    site = site.where(site != "", [e["site"] for e in entities])
+    site = site.where(site != "", [e["site"] for e in named])
     values["site"] = site.map(lambda s: cohort.site.mapping.get(_label(s), s)) if cohort.site else site
     return values
 
