@@ -1,11 +1,13 @@
 """Cohorts: a YAML description of where scans, participants and targets are, and the index of a folder by it."""
 
 import hashlib
+import multiprocessing
 import os
 import re
 from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import nullcontext
 from dataclasses import MISSING, asdict, dataclass, field, fields, replace
 from importlib import resources
 from pathlib import Path
@@ -482,9 +484,9 @@ def _inspect(job: tuple) -> dict[str, Any]:
     try:
         scan = _load(path, participant_id, t_r, reader)
     except DataError as error:
-        return {"problem": error.problem, "message": str(error)}
+        return {"problem": error.problem, "message": str(error).removeprefix(path.name)}
     except OSError as error:
-        return {"problem": "unreadable", "message": f"{path.name}: {error.strerror}"}
+        return {"problem": "unreadable", "message": f": {error.strerror}"}
     return {
         "n_frames": scan.n_frames,
         "t_r": scan.t_r,
@@ -558,8 +560,8 @@ def index(
     measured = read.mean_fd.astype(float)
     values["mean_fd"] = values.get("mean_fd", measured).fillna(measured)
     broken = read.problem.notna()
-    out += [
-        (path, participant, problem, message, "all")
+    out += [  # many cohorts give every participant's file one name: the path says which
+        (path, participant, problem, path + message, "all")
         for path, participant, problem, message in zip(
             found.path[broken],
             found.participant_id[broken],
@@ -770,25 +772,13 @@ def _families(cohort: Cohort, people: pd.Series, family: pd.Series | None) -> li
 
 def _run(jobs: list, progress: Callable[[int, int], None] | None, workers: int) -> list[dict]:
     done = []
-    with ProcessPoolExecutor(workers) if workers > 1 else _Here() as pool:
-        for result in pool.map(_inspect, jobs, chunksize=8):
+    spawn = multiprocessing.get_context("spawn")  # a fork of a process with torch's threads can hang
+    with ProcessPoolExecutor(workers, spawn) if workers > 1 else nullcontext() as pool:
+        for result in pool.map(_inspect, jobs, chunksize=8) if pool else map(_inspect, jobs):
             done.append(result)
             if progress:
                 progress(len(done), len(jobs))
     return done
-
-
-class _Here:
-    """This process as a pool of one."""
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
-        return False
-
-    def map(self, function, jobs, chunksize):
-        return map(function, jobs)
 
 
 def _compare(read: pd.DataFrame, found: pd.DataFrame) -> None:
@@ -802,7 +792,7 @@ def _compare(read: pd.DataFrame, found: pd.DataFrame) -> None:
         n = int(read.n_parcels[i])
         kind = "parcel-count" if n != n_usual else "parcel-order"
         what = f"{n} parcels" if n != n_usual else f"other parcels, or the same {n} in another order,"
-        read.loc[i, ["problem", "message"]] = kind, f"{found.path[i]}: {what} than the {n_usual} of most scans"
+        read.loc[i, ["problem", "message"]] = kind, f": {what} than the {n_usual} of most scans"
     for _, group in usable.groupby("series", sort=False):
         if len(group) < 2:
             continue
@@ -810,5 +800,5 @@ def _compare(read: pd.DataFrame, found: pd.DataFrame) -> None:
         # one participant's copy can go; whose series it is that stands under two names nobody knows
         for i in group.index if len(people) > 1 else group.index[1:]:
             other = next(found.path[j] for j in group.index if j != i)
-            message = f"{found.path[i]}: the same series as {other}"
+            message = f": the same series as {other}"
             read.loc[i, ["problem", "message"]] = "duplicate-series", message

@@ -1,6 +1,7 @@
 """SIMULATED cohorts: the files and tables of a real one, from a linear process with planted effects of known size."""
 
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -184,6 +185,7 @@ def simulate_cohort(
     ``base + EDGE_SD * (d * z + noise)`` in units of correlation, with one standard normal ``noise`` a person and
     ``z`` the variable: +-1/2 for the two classes, so that they differ by ``d`` standard deviations of the variation
     between persons, and in standard deviations for the others. A block more varies between persons with nothing.
+    Sessions and runs of a person share the noise; siblings share the family's name only.
 
     Parameters
     ----------
@@ -246,6 +248,8 @@ def simulate_cohort(
     if "site" in known:
         offsets = rng.normal(size=len(layout.sites))
         drawn["site"] = (None, ((offsets - offsets.mean()) / offsets.std())[site], "1 SD of the sites' offsets")
+    by_site = cohort.reader.t_r_by.get("site", {})
+    times = np.array([by_site.get(layout.sites[i], layout.t_r) for i in site])
     strength = rng.standard_normal((n, len(blocks)))
     for i, variable in enumerate(known):
         strength[:, i] += sizes[variable] * drawn[variable][1]
@@ -254,31 +258,32 @@ def simulate_cohort(
     people = [layout.participant.format(i + 1) for i in range(n)]
     rows, files = [], {}
     half = _root(s, -0.5)
-    for start in range(0, n, CHUNK):
-        members = range(start, min(start + CHUNK, n))
-        sigma = np.repeat((0.5 * s + 0.5 * np.eye(len(s)))[None], len(members), axis=0)
-        for i, block in enumerate(blocks):
-            edges = np.ones((len(block), len(block))) - np.eye(len(block))
-            # the base keeps the whole from ever being negative: the least eigenvalue is 0.5 - 2 REACH EDGE_SD
-            amount = EDGE_SD * (REACH + strength[members.start : members.stop, i])
-            sigma[np.ix_(range(len(members)), block, block)] += amount[:, None, None] * edges
-        mix = half @ _root(sigma)
-        for session in layout.sessions:
-            for run in layout.runs:
-                series = _sample(k, s, layout.t_r, (len(members), n_frames), rng) @ mix
+    copied = None
+    for t_r in np.unique(times):
+        group = np.flatnonzero(times == t_r)
+        for members in (group[i : i + CHUNK] for i in range(0, len(group), CHUNK)):
+            sigma = np.repeat((0.5 * s + 0.5 * np.eye(len(s)))[None], len(members), axis=0)
+            for i, block in enumerate(blocks):
+                edges = np.ones((len(block), len(block))) - np.eye(len(block))
+                # the base keeps the whole from ever being negative: the least eigenvalue is 0.5 - 2 REACH EDGE_SD
+                amount = EDGE_SD * (REACH + strength[members, i])
+                sigma[np.ix_(range(len(members)), block, block)] += amount[:, None, None] * edges
+            mix = half @ _root(sigma)
+            for session, run in product(layout.sessions, layout.runs):
+                first = (session, run) == (layout.sessions[0], layout.runs[0])
+                series = _sample(k, s, t_r, (len(members), n_frames), rng) @ mix
                 for who, values in zip(members, series, strict=True):
-                    scan = {"participant": people[who], "session": session, "run": run, "site": layout.sites[site[who]]}
-                    first = (session, run) == (layout.sessions[0], layout.runs[0])
-                    if faults[who] and not first:
+                    fault = faults[who]
+                    if fault and not first:
                         continue
-                    if faults[who] == "duplicate-series" and faults[who - 1] == "duplicate-series":
-                        values = copied
-                    copied = values
-                    path = _write(folder, cohort, layout, scan, values, parcels, faults[who], rng)
-                    if faults[who]:
-                        files[path] = faults[who]
-                    if faults[who] != "no-phenotype":
-                        rows.append((who, scan))
+                    if fault == "duplicate-series":  # the first of the two is written, and then written again
+                        values = copied = values if copied is None else copied
+                    scan = {"participant": people[who], "session": session, "run": run, "site": layout.sites[site[who]]}
+                    path = _write(folder, cohort, layout, scan, values, parcels, t_r, fault)
+                    if fault:
+                        files[path] = fault
+                    if fault != "no-phenotype":
+                        rows.append((int(who), scan))
     _write_phenotype(folder, cohort, layout, rows, drawn, variables, rng)
     truth = {
         "simulated": True,
@@ -302,7 +307,7 @@ def simulate_cohort(
     return truth
 
 
-def _write(folder, cohort: Cohort, layout: Layout, scan: dict, values, parcels, fault: str, rng) -> str:
+def _write(folder, cohort: Cohort, layout: Layout, scan: dict, values, parcels, t_r: float, fault: str) -> str:
     values = values.astype(np.float32)
     if fault == "nan":
         values[len(values) // 2, 1] = np.nan
@@ -324,11 +329,11 @@ def _write(folder, cohort: Cohort, layout: Layout, scan: dict, values, parcels, 
     elif name.endswith(".dtseries.nii"):  # one column a parcel, under an axis of scalars
         from nibabel.cifti2 import Cifti2Image, ScalarAxis, SeriesAxis
 
-        axes = SeriesAxis(0, layout.t_r, len(values), unit="SECOND"), ScalarAxis(list(parcels))
+        axes = SeriesAxis(0, float(t_r), len(values), unit="SECOND"), ScalarAxis(list(parcels))
         write_bytes(path, Cifti2Image(values, axes).to_bytes())
     else:
         path.parent.mkdir(parents=True, exist_ok=True)
-        formats.write(path, values, parcels, layout.t_r)
+        formats.write(path, values, parcels, t_r)
     if fault == "truncated":
         write_bytes(path, path.read_bytes()[: path.stat().st_size * 2 // 3])
     return name
@@ -347,7 +352,7 @@ def _write_phenotype(folder, cohort: Cohort, layout: Layout, rows: list, drawn: 
             if column.exclude and rng.uniform() < MISSING:
                 value = str(rng.choice(column.exclude))
             raw[who][column.column] = missing if rng.uniform() < MISSING else value
-    related = list(raw)[: len(raw) // 5 * 2]  # a fifth of the families are pairs
+    related = list(raw)[: len(raw) // 5 * 2]  # two in five have a sibling among them
     families = dict(zip(related, [f"F{i // 2:04d}" for i in range(len(related))], strict=True))
     lines = []
     for who, scan in rows:
