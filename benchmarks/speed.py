@@ -48,7 +48,7 @@ class Case:
     Attributes
     ----------
     section : str
-        ``batch``, ``length`` or ``parcels`` (a sweep), ``scaling`` or ``published``.
+        ``batch``, ``length`` or ``parcels`` (a sweep), ``profile``, ``scaling`` or ``published``.
     kind : str
         ``train`` (forward, loss, backward) or ``infer``.
     batch, n_timepoints, n_parcels : int
@@ -108,6 +108,9 @@ def cases(*, quick: bool = False, published: bool = False) -> list[Case]:
             grid += [replace(base, section="batch", kind=kind, batch=b) for b in batches]
             grid += [replace(base, section="length", kind=kind, batch=1, n_timepoints=t) for t in lengths]
             grid += [replace(base, section="parcels", kind=kind, n_parcels=p) for p in parcels]
+    # The network of the quick profile: the defaults of notebooks/pretrain.ipynb, but for the lift and the activation.
+    small = Case(section="profile", n_timepoints=240, n_parcels=94, n_channels=48, input_width=48, field_rank=4)
+    grid.append(replace(small, n_levels=4, n_segments=1, n_dense_layers=1, methods=("draft", "lean")))
     # One set of weights, made for the shorter scans: what a user with longer scans has.
     scaling = base if quick and not published else replace(large, n_blocks=1)
     scaling = replace(scaling, section="scaling", batch=1, made_for=480, methods=("lean",))
@@ -240,14 +243,12 @@ def measure(case: Case, *, device: str, threads: int, repeats: int, most: dict[s
 
 
 def ratios(rows: list[dict]) -> dict[str, dict]:
-    """Draft over lean at the published size, and the longer scan over the shorter one, each in time and memory."""
+    """Draft over lean at the published size and the quick profile's, and the longer scan over the shorter one."""
     found = {}
-    for section, pick in (("published", "method"), ("scaling", "n_timepoints")):
+    for section, pick in (("published", "method"), ("profile", "method"), ("scaling", "n_timepoints")):
         for kind in ("train", "infer"):
             group = {r[pick]: r for r in rows if r["section"] == section and r["kind"] == kind}
-            above, below = (
-                ("draft", "lean") if section == "published" else (max(group, default=0), min(group, default=0))
-            )
+            above, below = ("draft", "lean") if pick == "method" else (max(group, default=0), min(group, default=0))
             if above in group and below in group and above != below:
                 a, b = group[above], group[below]
                 known = a["peak_bytes"] and b["peak_bytes"]

@@ -1,0 +1,76 @@
+"""Windows against whole scans, and the read-outs, recomputed entry by entry."""
+
+import numpy as np
+import pytest
+import pywt
+import torch
+
+from mnemodyn.checkpoint import Checkpoint
+from mnemodyn.data.scaling import Scaling
+from mnemodyn.data.scans import Scan
+from mnemodyn.evaluate.readout import READOUTS, readout
+from mnemodyn.evaluate.reconstruction import windows_and_whole
+from mnemodyn.model.config import ModelConfig
+from mnemodyn.model.network import MnemoDyn
+from mnemodyn.pretrain.objective import Masked
+
+T_R = 2.0
+
+
+@pytest.fixture
+def model():
+    torch.manual_seed(0)
+    config = ModelConfig(n_parcels=5, n_timepoints=32, n_channels=6, input_width=4, field_rank=2, n_levels=2)
+    return MnemoDyn(config).eval()
+
+
+@pytest.fixture
+def scans():
+    rng = np.random.default_rng(0)
+    values = rng.standard_normal((2, 100, 5)).cumsum(1).astype(np.float32)
+    return [Scan(f"sub-{i}", v, T_R, tuple("abcde"), source=f"{i}.tsv") for i, v in enumerate(values)]
+
+
+def test_windows_and_whole_are_scored_on_the_same_entries(model, scans):
+    objective = Masked(hidden_share=0.5, mask_window=4)
+    checkpoint = Checkpoint(model, tuple("abcde"), T_R, Scaling(), None, {})
+    found = windows_and_whole(checkpoint, scans, objective, 32, seed=3)
+    error = {"windows": 0.0, "whole": 0.0}
+    total = 0.0
+    for i, scan in enumerate(scans):
+        x = torch.from_numpy(Scaling()(scan)[:96])
+        hidden = objective.hide((3, 32, 5), 3 + i)
+        flat = hidden.reshape(96, 5)
+        with torch.no_grad():
+            whole = model(x[None], T_R, hidden=flat[None]).reconstruction[0]
+            pieces = model(x.view(3, 32, 5), T_R, hidden=hidden).reconstruction.reshape(96, 5)
+        error["whole"] += float((whole - x)[flat].square().sum())
+        error["windows"] += float((pieces - x)[flat].square().sum())
+        total += float(x[flat].square().sum())
+    for name, value in error.items():
+        assert found[name] == pytest.approx(1 - value / total, abs=1e-5)
+    assert found["difference"] == pytest.approx(found["whole"] - found["windows"], abs=1e-9)
+    assert found["low"] <= found["difference"] <= found["high"]
+
+
+def test_readouts_are_what_their_names_say(model, scans):
+    x = Scaling()(scans[0])
+    with torch.no_grad():
+        z = model(torch.from_numpy(x[None]), T_R).latents[0].double().numpy()
+    levels = pywt.wavedec(z.T, "db2", mode="periodization", level=2)
+    i, j = np.triu_indices(6, 1)
+    expected = {
+        "latent_mean": z.mean(0),
+        "latent_sd": z.std(0, ddof=1),
+        "latent_max": z.max(0),
+        "scale_energy": np.concatenate([np.log((c**2).mean(-1)) for c in levels]),
+        "latent_correlation": np.arctanh(np.corrcoef(z.T)[i, j]),
+    }
+    assert set(expected) == set(READOUTS)
+    for name, value in expected.items():
+        np.testing.assert_allclose(readout(model, x, T_R, name), value, atol=1e-6, err_msg=name)
+
+
+def test_an_unknown_readout_is_refused(model, scans):
+    with pytest.raises(ValueError, match=r"read-out must be one of .*latent_mean.*got 'last'"):
+        readout(model, scans[0].values, T_R, "last")
