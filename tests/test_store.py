@@ -1,6 +1,7 @@
 """The store: what goes in comes out, whatever interrupts it, and windows in seconds from it."""
 
 import json
+import os
 import pickle
 import signal
 import subprocess
@@ -11,12 +12,10 @@ from dataclasses import dataclass, field
 import numpy as np
 import pandas as pd
 import pytest
-from torch.utils.data import DataLoader
 
 from mnemodyn.data.scaling import METHODS, Scaling
 from mnemodyn.data.scans import DataError, Scan, load_scans
 from mnemodyn.data.store import Store, convert
-from mnemodyn.data.windows import SecondsWindows, collate
 
 PARCELS = tuple("abcde")
 
@@ -164,7 +163,7 @@ def test_killed_at_random_moments_ends_in_the_same_bytes(tmp_path):
     for _ in range(3):
         child = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE)
         child.stdout.readline()
-        time.sleep(rng.uniform(0.02, 0.15))
+        time.sleep(rng.uniform(0.02, 0.2))
         child.send_signal(signal.SIGKILL)
         child.wait()
         child.stdout.close()
@@ -232,8 +231,6 @@ def test_refusals(tmp_path):
 def test_one_conversion_at_a_time(tmp_path):
     fcntl = pytest.importorskip("fcntl")
     (tmp_path / "store").mkdir()
-    import os
-
     at = os.open(tmp_path / "store", os.O_RDONLY)
     fcntl.flock(at, fcntl.LOCK_EX)
     with pytest.raises(DataError, match="another conversion"):
@@ -261,6 +258,10 @@ def test_maps_are_closed_after_a_while(tmp_path, monkeypatch):
 
 
 def test_windows_in_seconds(tmp_path):
+    from torch.utils.data import DataLoader  # here, so that the killed conversions start without torch
+
+    from mnemodyn.data.windows import SecondsWindows, collate
+
     scans = [scan(0, 100, 0.72), scan(1, 30, 2.0), scan(2, 12, 2.0)]
     store = convert(scans, tmp_path / "store", dtype="float32")
     for source in (store, scans):
