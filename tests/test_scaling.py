@@ -1,6 +1,7 @@
 """Scaling against scikit-learn and NumPy on the pooled values."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -90,9 +91,7 @@ def test_a_store_fits_the_same(tmp_path, method):
 def test_constant_parcels_are_zero(method):
     values = SCANS[0].values.copy()
     values[:, 2] = 7_777.7
-    flat = object.__new__(Scan)
-    for name, value in (vars(SCANS[0]) | {"values": values}).items():
-        object.__setattr__(flat, name, value)
+    flat = replace(SCANS[0], values=values)
     assert moments(values)[1, 2] == 0
     x = Scaling(method).fit([flat, *SCANS[1:]])(flat)
     assert np.isfinite(x).all()

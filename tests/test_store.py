@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import pandas as pd
@@ -106,22 +106,20 @@ def test_windows_are_scaled_with_the_whole_scan(tmp_path, dtype):
 def test_constant_parcels_and_lost_frames(tmp_path):
     values = scan(3).values.copy()
     values[:, 1] = 9_999.3
-    flat = object.__new__(Scan)  # whatever the reader refuses, the store keeps what it is given
     censored = np.zeros(len(values), dtype=bool)
     censored[[4, 9]] = True
     values[4] = np.nan
     values[9, 0] = 1e9
-    for name, value in vars(scan(3)).items():
-        object.__setattr__(flat, name, value)
-    object.__setattr__(flat, "values", values)
-    object.__setattr__(flat, "censored", censored)
+    flat = replace(scan(3), values=values, censored=censored, session="2", run="1", mean_fd=0.2)
     store = convert([flat, scan(4)], tmp_path / "store")
     x = store.read(0)
     assert (x[:, 1] == 0).all()
     assert (x[4] == 0).all()
     kept = values[~censored].astype(float)
     np.testing.assert_allclose(x[~censored, 2], (kept[:, 2] - kept[:, 2].mean()) / kept[:, 2].std(), atol=4e-3)
-    assert store.table["n_kept"].tolist() == [len(values) - 2, 68]
+    assert (store[0].session, store[0].run, store[0].mean_fd, store[1].mean_fd) == ("2", "1", 0.2, None)
+    np.testing.assert_array_equal(store[0].constant, [False, True, False, False, False])
+    assert store.table["n_usable"].tolist() == [len(values) - 2, 68]
     np.testing.assert_array_equal(store.censored(0), censored)
     np.testing.assert_array_equal(store.censored(0, 5, 20), censored[5:20])
     assert store.censored(1) is None

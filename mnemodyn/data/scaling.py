@@ -175,13 +175,15 @@ class Scaling:
         if self.method in ("robust_parcel_over_scans", "subtract_mean_global_p99"):
             return self._fit_quantiles(scans)
         n, mean, squares, within, low, high = 0, 0.0, 0.0, 0.0, np.inf, -np.inf
-        for m, n_kept in _moments(scans):
-            difference = m[MEAN] - mean
-            mean = mean + difference * (n_kept / (n + n_kept))
-            squares = squares + n_kept * m[SD] ** 2 + difference**2 * (n * n_kept / (n + n_kept))  # Chan et al. 1979
-            within += n_kept * np.mean(m[SD] ** 2)
+        for m, n_usable in _moments(scans):
+            difference = m[MEAN] - mean  # pooled as in Chan, Golub & LeVeque 1979
+            mean = mean + difference * (n_usable / (n + n_usable))
+            squares = (
+                squares + n_usable * m[SD] ** 2 + difference**2 * (n * n_usable / (n + n_usable))
+            )
+            within += n_usable * np.mean(m[SD] ** 2)
             low, high = np.minimum(low, m[MIN]), np.maximum(high, m[MAX])
-            n += n_kept
+            n += n_usable
         if self.method == "subtract_mean_global_sd":
             return Scaling(self.method, float(np.sqrt(within / n)))
         if self.method == "zscore_parcel_over_scans":
@@ -195,7 +197,7 @@ class Scaling:
         centre, sketch = Scaling("subtract_mean"), None
         for scan in scans:
             x = centre(scan)
-            x = x if getattr(scan, "censored", None) is None else x[~scan.censored]
+            x = x if scan.censored is None else x[~scan.censored]
             x = x if robust else x.reshape(-1, 1)
             sketch = sketch or QuantileSketch(x.shape[1])
             sketch.add(x)
@@ -240,9 +242,9 @@ class Scaling:
 
     def __call__(self, scan: Scan) -> np.ndarray:
         """Scaled values, shape (time, parcel), float32; a frame without a value is 0."""
-        offset, scale = self.affine(moments(scan.values, getattr(scan, "censored", None)))
+        offset, scale = self.affine(moments(scan.values, scan.censored))
         scaled = ((scan.values - offset) / scale).astype(np.float32)
-        return np.nan_to_num(scaled, copy=False) if getattr(scan, "censored", None) is not None else scaled
+        return scaled if scan.censored is None else np.nan_to_num(scaled, copy=False)
 
     def to_dict(self) -> dict:
         """The state, such that ``Scaling(**state)`` is the same again."""
@@ -252,8 +254,7 @@ class Scaling:
 def _moments(scans: Sequence[Scan]) -> Iterator[tuple[np.ndarray, int]]:
     """Moments and number of frames that are not censored, of every scan; those a store keeps are not computed."""
     if hasattr(scans, "moments"):
-        yield from ((scans.moments(i), int(n)) for i, n in enumerate(scans.table["n_kept"]))
+        yield from ((scans.moments(i), int(n)) for i, n in enumerate(scans.table["n_usable"]))
         return
     for scan in scans:
-        censored = getattr(scan, "censored", None)
-        yield moments(scan.values, censored), scan.n_frames if censored is None else int((~censored).sum())
+        yield moments(scan.values, scan.censored), scan.n_usable

@@ -28,7 +28,6 @@ import os
 import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import fields
 from pathlib import Path
 
 import numpy as np
@@ -129,7 +128,7 @@ def _source(scans) -> tuple[list[dict], Callable[[int], Scan], list[dict]]:
     """Rows of the table to be, how to load the scan of a row by its number, and what was left out before."""
     if not hasattr(scans, "load"):
         names = ("participant_id", "session", "run")
-        rows = [{name: getattr(scan, name, "") for name in names} for scan in scans]
+        rows = [{name: getattr(scan, name) for name in names} for scan in scans]
         for row, scan in zip(rows, scans, strict=True):
             row |= {"path": scan.source, "source_bytes": scan.values.nbytes}
         return rows, lambda number: scans[number], []
@@ -231,8 +230,7 @@ def _write_shard(
                         f"{scan.source}: {count[0]} parcels, the store has {count[1]} of other names or order",
                         problem="parcel-count" if count[0] != count[1] else "parcel-order",
                     )
-                censored = getattr(scan, "censored", None)
-                m = moments(scan.values, censored)
+                m = moments(scan.values, scan.censored)
             except DataError as error:
                 facts = {name: row.get(name) for name in (*ENTITIES, "source_bytes")}
                 excluded.append(facts | {"problem": error.problem, "message": str(error)})
@@ -241,19 +239,17 @@ def _write_shard(
                 _npy_header(stream, dtype, 0, len(scan.parcels))
             stored = _stored(scan.values, m, dtype)
             stream.write(stored.data)
-            censored = np.zeros(scan.n_frames, dtype=bool) if censored is None else np.asarray(censored, dtype=bool)
+            censored = np.zeros(scan.n_frames, dtype=bool) if scan.censored is None else scan.censored
             sd = np.where(m[SD] > 0, m[SD], np.inf)
             off = ((_restored(stored, m) - scan.values.astype(np.float64)) / sd)[~censored]
-            facts = {name: getattr(scan, name, "") for name in ("participant_id", "session", "run")}
+            known = {name: getattr(scan, name) for name in ("participant_id", "session", "run", "mean_fd")}
             rows.append(
                 row
-                | {name: value for name, value in facts.items() if not row.get(name)}
+                | {name: value for name, value in known.items() if row.get(name) in (None, "")}
+                | {name: getattr(scan, name) for name in ("t_r", "t_r_source", "source")}
                 | {
-                    "t_r": scan.t_r,
-                    "t_r_source": getattr(scan, "t_r_source", ""),
-                    "source": scan.source,
                     "n_frames": scan.n_frames,
-                    "n_kept": int((~censored).sum()),
+                    "n_usable": scan.n_usable,
                     "start": start,
                     "error_max": float(np.abs(off).max()),
                     "error_rms": float(np.sqrt(np.square(off).mean())),
@@ -314,7 +310,7 @@ class Store(Sequence):
     Attributes
     ----------
     table : DataFrame
-        A row a scan: the columns of the cohort's index, and ``n_frames``, ``n_kept`` (frames not censored), ``t_r``
+        A row a scan: the columns of the cohort's index, and ``n_frames``, ``n_usable`` (frames not censored), ``t_r``
         (s), ``sha256``, and ``error_max`` and ``error_rms``, the error of the values that come back, in SDs of their
         parcel over the scan.
     excluded : DataFrame
@@ -382,10 +378,6 @@ class Store(Sequence):
             return self.select(np.arange(len(self))[i])
         stored, m, censored = self._parts(i)
         row = self.table.iloc[i]
-        optional = {name: str(row.get(name) or "") for name in ("session", "run", "t_r_source")} | {
-            "censored": censored
-        }
-        known = {f.name for f in fields(Scan)}
         return Scan(
             row["participant_id"],
             _restored(stored, m),
@@ -393,7 +385,9 @@ class Store(Sequence):
             self.parcels,
             self.atlas,
             row["source"],
-            **{name: value for name, value in optional.items() if name in known},
+            *(str(row[name] or "") for name in ("session", "run", "t_r_source")),
+            censored,
+            None if pd.isna(row["mean_fd"]) else float(row["mean_fd"]),
         )
 
     def _map(self, name: str) -> np.ndarray | None:

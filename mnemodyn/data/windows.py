@@ -61,7 +61,7 @@ class SecondsWindows(Dataset):
             self.scans = scans
             lengths, self.t_r = scans.table["n_frames"].to_numpy(), scans.table["t_r"].to_numpy(float)
         else:
-            self.scans = [(self.scaling(scan), getattr(scan, "censored", None)) for scan in scans]
+            self.scans = [(self.scaling(scan), scan.censored) for scan in scans]
             lengths, self.t_r = np.array([s.n_frames for s in scans]), np.array([s.t_r for s in scans])
         wanted = np.round(seconds / self.t_r).astype(int)
         if (wanted < 2).any():
