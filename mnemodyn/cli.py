@@ -88,6 +88,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     info.add_argument("checkpoint", metavar="CHECKPOINT", help="folder of the checkpoint")
     info.set_defaults(command=_info)
+    _add_convert(commands)
     return parser
 
 
@@ -142,6 +143,60 @@ def _info(options: argparse.Namespace) -> int:
 def _fail(error: Exception, status: int) -> int:
     print(f"mnemodyn: {error}", file=sys.stderr)
     return status
+
+
+_CONVERT = """\
+Write every usable scan of a cohort into a store, a directory that training reads at the speed of the disk.
+
+May be killed at any moment and started again. With more scans in FOLDER it adds those to STORE.
+What could not be used is listed in the store with the reason (mnemodyn.data.store.Store(STORE).excluded).
+"""
+
+
+def _add_convert(commands) -> None:
+    convert = commands.add_parser(
+        "convert",
+        help="write a cohort's scans into a store",
+        description=_CONVERT,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    convert.add_argument("cohort", metavar="COHORT", help="a shipped cohort's name, or a YAML file that describes one")
+    convert.add_argument("folder", metavar="FOLDER", help="where its scans are")
+    convert.add_argument("store", metavar="STORE", help="folder of the store, new or with scans of the same parcels")
+    convert.add_argument(
+        "--dtype",
+        default="float16",
+        choices=["float16", "float32"],
+        help="float16 keeps z-scores, to about 0.0002 SD; float32 keeps the values exactly. Default: float16",
+    )
+    convert.set_defaults(command=_convert)
+
+
+def _convert(options: argparse.Namespace) -> int:
+    try:
+        from tqdm import tqdm
+
+        from mnemodyn.data import cohorts
+        from mnemodyn.data.store import convert
+
+        found = cohorts.index(cohorts.load_cohort(options.cohort), options.folder)
+        with tqdm(total=len(found.table), unit="scan", disable=None) as bar:  # shown at a terminal only
+
+            def progress(done: int, todo: int) -> None:
+                bar.total = todo
+                bar.update(done - bar.n)
+
+            store = convert(found, options.store, dtype=options.dtype, progress=progress)
+    except (ImportError, OSError, ValueError) as error:
+        return _fail(error, 1)
+    people, error = store.table["participant_id"].nunique(), store.table["error_max"].max()
+    print(
+        f"{options.store}: {len(store)} scans of {people} participants, {len(store.parcels)} parcels, {store.dtype} "
+        f"(largest error {error:.2g} SD)" + (", SIMULATED" if store.simulated else "")
+    )
+    for problem, count in store.excluded.get("problem", []).value_counts().items() if len(store.excluded) else ():
+        print(f"left out: {count} {problem}")
+    return 0
 
 
 if __name__ == "__main__":
