@@ -124,6 +124,7 @@ def test_constant_parcels_and_lost_frames(tmp_path):
     np.testing.assert_array_equal(store.censored(0, 5, 20), censored[5:20])
     assert store.censored(1) is None
     assert store.verify() == 2
+    np.testing.assert_array_equal(replace(store[0], t_r=3.0).values, store[0].values)
 
 
 def test_more_scans_leave_old_bytes_alone(tmp_path):
@@ -235,6 +236,34 @@ def test_one_conversion_at_a_time(tmp_path):
         convert([scan(0)], tmp_path / "store")
     os.close(at)
     assert len(convert([scan(0)], tmp_path / "store")) == 1
+
+
+def test_who_is_in_a_store_is_known_without_its_values(tmp_path):
+    convert([scan(i) for i in range(4)], tmp_path / "store")
+    store = Store(tmp_path / "store")
+    for there, here in zip(store, map(scan, range(4)), strict=True):
+        assert (there.participant_id, there.n_frames, there.t_r) == (here.participant_id, here.n_frames, here.t_r)
+        assert "values" not in vars(there)
+    with pytest.raises(IndexError):
+        store[4]
+    assert store[-1].participant_id == "sub-0003"
+
+
+def test_the_command(tmp_path, capsys):
+    from mnemodyn.cli import main
+
+    folder, to = str(tmp_path / "abide"), str(tmp_path / "store")
+    assert main(["simulate", "abide", folder, "--participants", "12", "--frames", "60"]) == 0
+    assert main(["convert", "abide", folder, to]) == 0
+    printed = capsys.readouterr().out
+    store = load_scans(to)
+    assert f"{len(store)} scans of" in printed
+    assert "SIMULATED" in printed
+    assert "left out: " in printed
+    assert {"site", "age", "sex"} <= set(store.table)
+    assert store.verify() == len(store) > 5
+    assert main(["convert", "abide", folder, to, "--dtype", "float32"]) == 1
+    assert main(["convert", "atlantis", folder, to]) == 2
 
 
 def test_load_scans_and_pickle(tmp_path):

@@ -28,6 +28,7 @@ import os
 import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -303,8 +304,25 @@ def _checksum(stored: np.ndarray, m: np.ndarray, censored: np.ndarray) -> str:
     return digest.hexdigest()
 
 
+class _StoredScan(Scan):
+    """A scan whose values are read when they are asked for; it was checked when it was converted."""
+
+    def __post_init__(self):
+        pass
+
+    @cached_property
+    def values(self) -> np.ndarray:
+        store, i = self._from
+        return _restored(*store._parts(i)[:2])
+
+    @property
+    def n_frames(self) -> int:
+        store, i = self._from
+        return store._where[i][3]
+
+
 class Store(Sequence):
-    """The scans of a store, read when they are asked for.
+    """The scans of a store. A scan's values are read when they are asked for.
 
     Goes to other processes as its folder and rows: each opens its own maps.
 
@@ -359,7 +377,11 @@ class Store(Sequence):
 
     def _index(self) -> None:
         columns = ("shard", "place", "start", "n_frames")
-        self._where = list(zip(*(self.table[c].tolist() for c in columns), strict=True)) if len(self.table) else []
+        self._where = list(zip(*(self.table[c].tolist() for c in columns), strict=True))
+        self._facts = {name: self.table[name].tolist() for name in ("participant_id", "t_r", "source")}
+        for name in ("session", "run", "t_r_source", "mean_fd"):
+            missing = None if name == "mean_fd" else ""
+            self._facts[name] = [missing if pd.isna(value) else value for value in self.table[name]]
 
     def __getstate__(self) -> dict:
         return self.__dict__ | {"_maps": {}}
@@ -383,19 +405,12 @@ class Store(Sequence):
         """Scan `i`, or the store of a slice. A float32 scan's values are the map; writing to them reaches no file."""
         if isinstance(i, slice):
             return self.select(np.arange(len(self))[i])
-        stored, m, censored = self._parts(i)
-        row = self.table.iloc[i]
-        return Scan(
-            row["participant_id"],
-            _restored(stored, m),
-            float(row["t_r"]),
-            self.parcels,
-            self.atlas,
-            row["source"],
-            *(str(row[name] or "") for name in ("session", "run", "t_r_source")),
-            censored,
-            None if pd.isna(row["mean_fd"]) else float(row["mean_fd"]),
-        )
+        i = range(len(self))[i]
+        scan = object.__new__(_StoredScan)
+        scan.__dict__ |= {name: column[i] for name, column in self._facts.items()}
+        scan.__dict__ |= {"parcels": self.parcels, "atlas": self.atlas, "_from": (self, i)}
+        scan.__dict__["censored"] = self._parts(i)[2]
+        return scan
 
     def _map(self, name: str) -> np.ndarray | None:
         if name not in self._maps:
@@ -467,6 +482,18 @@ class Store(Sequence):
                 x *= (m[SD] / scale).astype(np.float32)
                 x += ((m[MEAN] - offset) / scale).astype(np.float32)
         return x if censored is None else np.nan_to_num(x, copy=False)
+
+    def summary(self) -> str:
+        """What is in it, and how many scans were left out for which reason."""
+        people, error = self.table["participant_id"].nunique(), self.table["error_max"].max()
+        lines = [
+            f"{len(self)} scans of {people} participants, {len(self.parcels)} parcels, {self.dtype} (largest error "
+            f"{error:.2g} SD)" + (", SIMULATED" if self.simulated else "")
+        ]
+        out = self.excluded
+        out = out[out["left_out_of"] != "targets"] if "left_out_of" in out else out
+        counts = out["problem"].value_counts() if len(out) else {}
+        return "\n".join([*lines, *(f"left out: {count} {problem}" for problem, count in counts.items())])
 
     @property
     def fingerprint(self) -> str:
