@@ -401,6 +401,10 @@ class Store(Sequence):
         chosen._index()
         return chosen
 
+    def at_least(self, seconds: float) -> "Store":
+        """The same store with only the scans that last `seconds` or longer."""
+        return self.select((self.table["n_frames"] >= (seconds / self.table["t_r"]).round()).to_numpy())
+
     def __getitem__(self, i):
         """Scan `i`, or the store of a slice. A float32 scan's values are the map; writing to them reaches no file."""
         if isinstance(i, slice):
