@@ -15,6 +15,7 @@ _HOME = {
     "load_scan": "mnemodyn.data.scans",
     "load_scans": "mnemodyn.data.scans",
     "Scaling": "mnemodyn.data.scaling",
+    "Store": "mnemodyn.data.store",
     "ModelConfig": "mnemodyn.model.config",
     "MnemoDyn": "mnemodyn.model.network",
     "run_notebook": "mnemodyn.running",

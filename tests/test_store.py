@@ -197,11 +197,19 @@ def test_damage_is_a_named_problem(tmp_path):
         path = folder / "00001.npy"
         path.write_bytes(path.read_bytes()[:-10])
 
+    def swap(old, new):
+        def change(folder):
+            path = folder / "00001.npy"
+            path.write_bytes(path.read_bytes().replace(old, new, 1))
+
+        return change
+
     assert problem("values", alter("00001.npy")) == "checksum"
     assert problem("moments", alter("00000.moments.npy")) == "checksum"
     assert problem("rows", alter("00000.json")) == "checksum"
     assert problem("truncated", truncate) == "truncated"
     assert problem("header", lambda f: (f / "00001.npy").write_bytes(b"")) == "truncated"
+    assert problem("another dtype", swap(b"'<f2'", b"'<i2'")) == "truncated"
     assert problem("missing", lambda f: (f / "00001.npy").unlink()) == "missing"
     assert problem("none", lambda f: (f / "store.json").unlink()) == "unfinished"
 

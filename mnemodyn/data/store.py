@@ -17,15 +17,16 @@ states: at BOLD's usual 10,000 +- 50 a float16 of the value itself would be off 
 the source's own, and come back exactly.
 
 The format is NumPy's, read through a memory map, with an index in JSON. ``benchmarks/store.py`` reads the same random
-windows from it, from Zarr and from Arrow: a window is one slice of one map here, whole chunks to copy there, and both
-would be new dependencies. JSON keeps text and numbers apart ("0050642" stays text), which CSV does not, and reads
-40,000 rows in about a second, which leaves Parquet nothing to save.
+windows from it, from Zarr and from Arrow: Zarr has to copy whole chunks for each; Arrow's memory map is as quick as
+this one, but a new dependency much larger than this package. JSON keeps text and numbers apart ("0050642" stays text),
+which CSV does not, and opens a store of 40,000 scans quickly enough to leave Parquet nothing to save.
 """
 
 import hashlib
 import json
 import os
 import re
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property
@@ -91,7 +92,7 @@ def convert(
     rows, load, left_out = _source(scans)
     keys = [_key(row) for row in rows]
     if len(set(keys)) < len(keys):
-        twice = next(k for i, k in enumerate(keys) if k in keys[:i])
+        twice = Counter(keys).most_common(1)[0][0]
         raise DataError(f"{twice[-1]}: two scans share {', '.join(ENTITIES)} = {twice}", problem="duplicate-scan")
     folder.mkdir(parents=True, exist_ok=True)
     with _locked(folder):
@@ -123,7 +124,8 @@ def convert(
         if head is None:
             raise DataError(f"none of the {len(rows)} scans for {folder} is usable", problem="no-scan")
         files = {path.name: sha256(path) for path in (folder / "parcels.json", *_shards(folder))}
-        write_json(folder / "store.json", {"files": files, "excluded": left_out})
+        catalogue = {"files": files, "excluded": left_out}
+        write_json(folder / "store.json", catalogue | {"sha256": _digest(catalogue)})
     return Store(folder)
 
 
@@ -201,18 +203,24 @@ def _open_for_writing(folder: Path, dtype: str, simulated: bool) -> dict | None:
 
 def _head(folder: Path) -> dict:
     head = _read_json(folder / "parcels.json")
-    if head["format"] != FORMAT:
-        raise DataError(f"{folder}: store format {head['format']}, this version reads {FORMAT}", problem="format")
+    if head.keys() != {"format", "dtype", "simulated", "atlas", "parcels"} or head["format"] != FORMAT:
+        found = head.get("format")
+        raise DataError(f"{folder}/parcels.json: format {found}, this version reads {FORMAT}", problem="format")
     return head | {"parcels": tuple(head["parcels"])}
 
 
 def _read_json(path: Path) -> dict:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8"))
+        return content if isinstance(content, dict) else {}
     except FileNotFoundError:
         raise DataError(f"{path}: the store lacks this file; run its conversion again", problem="missing") from None
     except ValueError as error:
         raise DataError(f"{path}: damaged ({error}); convert into a new folder", problem="checksum") from None
+
+
+def _digest(content: dict) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def _write_shard(
@@ -357,9 +365,9 @@ class Store(Sequence):
                 + ("its conversion has not ended; run it again" if begun else "no store (there is no store.json)"),
                 problem="unfinished" if begun else "not-a-store",
             )
-        head, catalogue = _head(self.folder), _read_json(self.folder / "store.json")
-        self.dtype, self.atlas, self.parcels = head["dtype"], head["atlas"], head["parcels"]
-        self.simulated = head["simulated"]
+        catalogue = _read_json(self.folder / "store.json")
+        if catalogue.pop("sha256", None) != _digest(catalogue):
+            raise DataError(f"{self.folder}/store.json: altered since the conversion (checksum)", problem="checksum")
         rows, excluded = [], catalogue["excluded"]
         for name, checksum in catalogue["files"].items():
             part = _read_json(self.folder / name)
@@ -368,6 +376,9 @@ class Store(Sequence):
             if name != "parcels.json":
                 rows += [row | {"shard": Path(name).stem, "place": i} for i, row in enumerate(part["scans"])]
                 excluded = excluded + part["excluded"]
+        head = _head(self.folder)
+        self.dtype, self.atlas, self.parcels = head["dtype"], head["atlas"], head["parcels"]
+        self.simulated = head["simulated"]
         self.table = pd.DataFrame(rows)
         there = {_key(row) for row in rows}
         self.excluded = pd.DataFrame([row for row in excluded if _key(row) not in there])
@@ -421,12 +432,16 @@ class Store(Sequence):
             path = self.folder / name
             try:
                 # "c", because torch takes no array that is read-only; what is written to it reaches no file.
-                self._maps[name] = np.load(path, mmap_mode="c")
+                found = np.load(path, mmap_mode="c")
+                kind = {1: "bool", 2: self.dtype, 3: "float64"}.get(found.ndim)
+                if found.dtype != kind or (found.ndim > 1 and found.shape[-1] != len(self.parcels)):
+                    raise ValueError(f"{found.dtype} of shape {found.shape}")
+                self._maps[name] = found
             except FileNotFoundError:
                 if not name.endswith(".censored.npy"):
                     raise DataError(f"{path}: the store lacks this file", problem="missing") from None
                 self._maps[name] = None
-            except (ValueError, EOFError) as error:
+            except Exception as error:  # NumPy reads the header as Python, which fails in many ways
                 raise DataError(f"{path}: truncated or damaged ({error})", problem="truncated") from None
         return self._maps[name]
 
