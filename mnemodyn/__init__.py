@@ -14,6 +14,7 @@ _HOME = {
     "Scan": "mnemodyn.data.scans",
     "load_scan": "mnemodyn.data.scans",
     "load_scans": "mnemodyn.data.scans",
+    "save_scan": "mnemodyn.data.scans",
     "Scaling": "mnemodyn.data.scaling",
     "Store": "mnemodyn.data.store",
     "ModelConfig": "mnemodyn.model.config",
