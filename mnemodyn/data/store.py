@@ -1,7 +1,7 @@
 """A store: every usable scan of a cohort in one directory that many processes read at once.
 
 =======================  ==============================================================================================
-``parcels.json``         format, dtype, atlas, parcels and whether simulated, written first and never changed
+``parcels.json``         dtype, cohort, atlas and parcels, and whether simulated; written first and never changed
 ``00000.npy``            values of up to 256 scans one after the other, shape (frames, parcels)
 ``00000.moments.npy``    mean, SD, smallest and largest of each parcel of each scan, shape (scans, 4, parcels), float64
 ``00000.censored.npy``   the frames censored for motion, bool, where there are any
@@ -71,7 +71,7 @@ def convert(
     dtype : {"float16", "float32"}
     scans_per_shard : int
     progress : callable, optional
-        Called with the number of scans done and of all scans to do.
+        Called with the number of the scan at hand, from 1, and of all scans to do.
 
     Returns
     -------
@@ -80,9 +80,10 @@ def convert(
     Raises
     ------
     DataError
-        If the folder holds something else, a store of another dtype, or a scan whose file has changed since; if two
-        scans share participant, session, run and path; if no scan is usable; if another conversion is at work.
-        A scan that cannot be read, or has other parcels than the first, is listed in ``Store.excluded`` instead.
+        If the folder holds something else, a store of another dtype or cohort, or a scan whose file has changed
+        since; if two scans share participant, session, run and path; if no scan is usable; if another conversion is
+        at work. A scan that cannot be read, or has other parcels than the first, is listed in ``Store.excluded``
+        instead.
     """
     if dtype not in DTYPES:
         raise DataError(f"dtype must be one of {DTYPES}, got {dtype!r}", problem="dtype")
@@ -96,9 +97,13 @@ def convert(
         raise DataError(f"{twice[-1]}: two scans share {', '.join(ENTITIES)} = {twice}", problem="duplicate-scan")
     folder.mkdir(parents=True, exist_ok=True)
     with _locked(folder):
-        simulated = bool(getattr(scans, "simulated", False))
-        head = _open_for_writing(folder, dtype, simulated)
-        new = {"format": FORMAT, "dtype": dtype, "simulated": simulated}
+        new = {
+            "format": FORMAT,
+            "dtype": dtype,
+            "cohort": getattr(getattr(scans, "cohort", None), "name", ""),
+            "simulated": bool(getattr(scans, "simulated", False)),
+        }
+        head = _open_for_writing(folder, new)
         kept, left = {}, {}
         for path in _shards(folder):
             shard = _read_json(path)
@@ -179,7 +184,7 @@ def _locked(folder: Path) -> Iterator[None]:
         os.close(at)
 
 
-def _open_for_writing(folder: Path, dtype: str, simulated: bool) -> dict | None:
+def _open_for_writing(folder: Path, new: dict) -> dict | None:
     """The store's ``parcels.json``, if it has scans; whatever a killed conversion left half done is removed."""
     ours = re.compile(r"parcels\.json|store\.json|\d{5,}(\.moments|\.censored)?\.(npy|json)|\..*")
     strange = [p.name for p in folder.iterdir() if not ours.fullmatch(p.name)]
@@ -189,21 +194,21 @@ def _open_for_writing(folder: Path, dtype: str, simulated: bool) -> dict | None:
     for path in folder.iterdir():
         if path.name.endswith(".tmp") or (path.suffix == ".npy" and path.name.split(".")[0] not in whole):
             path.unlink()
-    if not whole:
+    if not whole or not (folder / "parcels.json").is_file():
         return None
     head = _head(folder)
-    if head["dtype"] != dtype:
-        raise DataError(
-            f"{folder}: a store of {head['dtype']}, {dtype} was asked for; name a new folder", problem="dtype"
-        )
-    if head["simulated"] != simulated:
-        raise DataError(f"{folder}: real and simulated scans do not go into one store", problem="simulated")
+    for name, value in new.items():
+        if head[name] != value:
+            raise DataError(
+                f"{folder}: a store with {name} {head[name]!r}, but {name} is {value!r} here; name a new folder",
+                problem=name,
+            )
     return head
 
 
 def _head(folder: Path) -> dict:
     head = _read_json(folder / "parcels.json")
-    if head.keys() != {"format", "dtype", "simulated", "atlas", "parcels"} or head["format"] != FORMAT:
+    if head.keys() != {"format", "dtype", "cohort", "simulated", "atlas", "parcels"} or head["format"] != FORMAT:
         found = head.get("format")
         raise DataError(f"{folder}/parcels.json: format {found}, this version reads {FORMAT}", problem="format")
     return head | {"parcels": tuple(head["parcels"])}
@@ -315,8 +320,9 @@ def _checksum(stored: np.ndarray, m: np.ndarray, censored: np.ndarray) -> str:
 class _StoredScan(Scan):
     """A scan whose values are read when they are asked for; it was checked when it was converted."""
 
-    def __post_init__(self):
-        pass
+    def __getstate__(self) -> dict:
+        """Goes to another process with its values, not with its store."""
+        return {name: value for name, value in vars(self).items() if name != "_from"} | {"values": self.values}
 
     @cached_property
     def values(self) -> np.ndarray:
@@ -325,6 +331,8 @@ class _StoredScan(Scan):
 
     @property
     def n_frames(self) -> int:
+        if "_from" not in vars(self):  # a copy with something replaced
+            return self.values.shape[0]
         store, i = self._from
         return store._where[i][3]
 
@@ -346,7 +354,7 @@ class Store(Sequence):
         parcel over the scan.
     excluded : DataFrame
         What could not be used: ``participant_id``, ``path`` or ``file``, ``problem``, ``message``.
-    dtype, atlas : str
+    dtype, cohort, atlas : str
     parcels : tuple of str
     simulated : bool
 
@@ -378,7 +386,7 @@ class Store(Sequence):
                 excluded = excluded + part["excluded"]
         head = _head(self.folder)
         self.dtype, self.atlas, self.parcels = head["dtype"], head["atlas"], head["parcels"]
-        self.simulated = head["simulated"]
+        self.cohort, self.simulated = head["cohort"], head["simulated"]
         self.table = pd.DataFrame(rows)
         there = {_key(row) for row in rows}
         self.excluded = pd.DataFrame([row for row in excluded if _key(row) not in there])
