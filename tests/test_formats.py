@@ -115,6 +115,8 @@ def test_orientation_is_never_guessed(tmp_path):
     numbered = table(tmp_path / "sub-1.csv", ("", *"012"), ",", np.column_stack([np.arange(30), VALUES]))
     assert problem(numbered) == "orientation"
     assert problem(table(tmp_path / "sub-2.csv", "012", ",")) == "header"
+    unnamed = table(tmp_path / "sub-4.csv", ("", "b", "c"), ",")
+    assert problem(unnamed) == "header"
     bare = tmp_path / "sub-3.csv"
     np.savetxt(bare, VALUES, delimiter=",", fmt="%.9g")
     assert problem(bare) == "orientation"

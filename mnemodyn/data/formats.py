@@ -97,7 +97,7 @@ def read_cifti(path: str | Path) -> tuple[np.ndarray, tuple, float | None]:
     from nibabel.cifti2 import Cifti2Image, SeriesAxis
 
     path = Path(path)
-    with open(path, "rb") as stream:
+    with _reading(path, "file"), open(path, "rb") as stream:
         start = stream.read(540)
     if len(start) < 540 or start[4:7] not in (b"n+2", b"ni2"):
         kind = "a NIfTI-1 volume" if start[344:347] in (b"n+1", b"ni1") else "no NIfTI-2 file"
@@ -216,9 +216,7 @@ def _table(path: Path, separator: str, header: list[str] | None, skip: int) -> n
     import pandas as pd
 
     with _reading(path, "table of numbers"):
-        table = pd.read_csv(
-            path, sep=separator, header=None, skiprows=skip, na_values=["n/a", "NaN", "nan"], comment=None
-        )
+        table = pd.read_csv(path, sep=separator, header=None, skiprows=skip, na_values=["n/a"])
     width = table.shape[1] if header is None else len(header)
     words = [i for i, kind in enumerate(table.dtypes) if kind.kind not in "iuf"]
     if words:
@@ -227,7 +225,7 @@ def _table(path: Path, separator: str, header: list[str] | None, skip: int) -> n
         raise DataError(
             f"{path.name}: columns must be parcels with numbers, got text in {names[:3]}, "
             f"for example {found.iloc[0][:40] if len(found) else ''!r}",
-            "truncated" if len(words) == table.shape[1] else "text",
+            "text",
         )
     values = table.to_numpy(np.float64)
     if values.shape[1] != width:
@@ -271,6 +269,8 @@ def _text(path: Path, key: str | None) -> Raw:
         header, values = header[1:], values[:, 1:]
         if header == [str(i) for i in range(len(header))]:
             return Raw(values)  # both numbered: neither says which is time
+    if not all(word.strip() for word in header):
+        raise DataError(f"{path.name}: the first line must name every column, got {header[:3]}, ...", problem="header")
     return Raw(values, tuple(header))
 
 
