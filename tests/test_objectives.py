@@ -12,7 +12,8 @@ import torch
 from test_training import CPU, MODEL, TRAINING, run, simulated
 
 from mnemodyn.data.scaling import Scaling
-from mnemodyn.data.scans import DataError
+from mnemodyn.data.scans import DataError, split_participants
+from mnemodyn.data.store import convert
 from mnemodyn.model.network import MnemoDyn, Output
 from mnemodyn.parameters import ParameterError
 from mnemodyn.pretrain import training as training_module
@@ -283,6 +284,26 @@ def test_windows_in_seconds_mix_lengths_and_repetition_times():
     assert len(FixedWindows(short, Scaling(), ALL["masked"], 32, 0, seconds=40.0)[0]["x"]) == 15
     with pytest.raises(DataError, match=r"expected at least 10 frames of 6 parcels, got \(9, 6\)"):
         FixedWindows([replace(short[0], values=short[0].values[:9])], Scaling(), ALL["masked"], 32, 0, seconds=40.0)
+
+
+def test_a_store_gives_the_windows_of_its_scans(tmp_path):
+    scans = simulated(3)
+    lost = np.zeros(128, dtype=bool)
+    lost[40:50] = True
+    scans[1] = replace(scans[1], censored=lost)
+    store = convert(scans, tmp_path / "store", dtype="float32")
+    ours, theirs = (RandomWindows(s, Scaling(), ALL["masked"], 32, seed=5) for s in (scans, store))
+    for draw in range(20):
+        a, b = ours[draw], theirs[draw]
+        assert a["scan"] == b["scan"]
+        assert torch.equal(a["hidden"], b["hidden"])
+        torch.testing.assert_close(a["x"], b["x"], atol=1e-5, rtol=1e-5)
+        assert torch.equal(a["censored"], b["censored"])
+        assert not a["x"][a["censored"]].any()
+    known, chosen, held = split_participants(store, n_test=1, n_validation=1)
+    assert [len(side) for side in (known, chosen, held)] == [1, 1, 1]
+    _, history = train(tmp_path / "run", ALL["masked"], train=known, validation=chosen)
+    assert history[-1]["val_r2_hidden"] > 0
 
 
 # Training: in a process of its own, so that it can be killed
