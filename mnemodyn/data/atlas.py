@@ -246,7 +246,9 @@ def read_atlas(source: str | Path) -> Atlas:
         return schaefer400_tian3()
     path = Path(source)
     if not path.is_file():
-        raise DataError(f"atlas must be {SCHAEFER400_TIAN3!r} or a .dlabel.nii, got {path}: no such file", problem="atlas")
+        raise DataError(
+            f"atlas must be {SCHAEFER400_TIAN3!r} or a .dlabel.nii, got {path}: no such file", problem="atlas"
+        )
     try:
         image = nibabel.load(path)
         maps, axis = (image.header.get_axis(i) for i in range(2))

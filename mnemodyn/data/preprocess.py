@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Preprocessing", "align", "averaging", "parcel_axis", "parcellate", "preprocess", "preprocess_scan"]
 
-BLOCK = 128  # frames held in memory as float64 at a time
+BLOCK = 8192  # grayordinates in memory as float64 at a time; a CIFTI-2 file holds the series of each in one piece
 DENSE, VOLUMES = ".dtseries.nii", ("_bold.nii.gz", "_bold.nii")
 
 
@@ -109,7 +109,7 @@ def parcellate(values: np.ndarray, labels: np.ndarray) -> np.ndarray:
     Parameters
     ----------
     values : array-like, shape (time, grayordinate)
-        An array, or a proxy of one that is read in blocks of frames.
+        An array, or a proxy of one that is read in blocks.
     labels : ndarray, shape (grayordinate,), int
         0 for none, otherwise 1 to n_parcels.
 
@@ -128,9 +128,11 @@ def parcellate(values: np.ndarray, labels: np.ndarray) -> np.ndarray:
             f"labels must be one a grayordinate, values have shape {tuple(values.shape)} and labels {labels.shape}",
             problem="atlas",
         )
-    weights = averaging(labels)
-    blocks = (np.asarray(values[i : i + BLOCK], dtype=float) for i in range(0, values.shape[0], BLOCK))
-    return np.concatenate([(weights @ block.T).T for block in blocks]).astype(np.float32)
+    weights = averaging(labels).tocsc()
+    sums = np.zeros((weights.shape[0], values.shape[0]))
+    for i in range(0, len(labels), BLOCK):
+        sums += weights[:, i : i + BLOCK] @ np.ascontiguousarray(values[:, i : i + BLOCK].T, dtype=float)
+    return sums.T.astype(np.float32, order="C")
 
 
 def align(atlas: Atlas, axis: "BrainModelAxis") -> np.ndarray:
@@ -408,7 +410,9 @@ def _clean(source: Path, values: np.ndarray, t_r: float, settings: Preprocessing
     for name in ("low_pass", "high_pass"):
         value = getattr(settings, name)
         if value is not None and value >= 0.5 / t_r:
-            raise DataError(f"{name} must be below {0.5 / t_r:g} Hz at {t_r:g} s a frame, got {value}", problem="setting")
+            raise DataError(
+                f"{name} must be below {0.5 / t_r:g} Hz at {t_r:g} s a frame, got {value}", problem="setting"
+            )
     return clean(
         np.asarray(values, float),
         confounds=_confounds(source, settings.confounds, len(values)) if settings.confounds else None,
@@ -535,7 +539,7 @@ def preprocess(
         Where scans go, see `output_path`.
     settings : Preprocessing
     jobs : int, default 1
-        Processes, one scan each; a scan needs about 200 MB.
+        Processes, one scan each.
 
     Returns
     -------
@@ -575,7 +579,10 @@ def preprocess(
         ours = version("mnemodyn")
     except PackageNotFoundError:  # run from its folder
         ours = "unknown"
-    given = asdict(settings) | {"atlas": Path(settings.atlas).name, "surfaces": [Path(s).name for s in settings.surfaces]}
+    given = asdict(settings) | {
+        "atlas": Path(settings.atlas).name,
+        "surfaces": [Path(s).name for s in settings.surfaces],
+    }
     facts = {
         "Settings": json.loads(json.dumps(given)),
         "AtlasSHA256": sha256(settings.atlas) if Path(settings.atlas).is_file() else None,
