@@ -207,7 +207,7 @@ def _axis(masks: list[np.ndarray], structures: np.ndarray, affine: np.ndarray) -
         for mask, side in zip(masks, ("LEFT", "RIGHT"), strict=True)
     ]
     for name, code in STRUCTURES.items():
-        voxels = np.argwhere(structures.T == code)[:, ::-1]
+        voxels = np.argwhere((structures == code).T)[:, ::-1]
         if len(voxels):
             parts.append(BrainModelAxis(name, voxel=voxels, affine=affine, volume_shape=structures.shape))
     return sum(parts[1:], parts[0])

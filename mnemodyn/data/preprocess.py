@@ -313,9 +313,9 @@ def _label_volume(image, path: Path):
     maskers = _nilearn("maskers")
     if not path.is_file():
         raise DataError(f"atlas {path}: no such file", problem="atlas")
-    masker = maskers.NiftiLabelsMasker(path, standardize=False, resampling_target="data", keep_masked_labels=False)
+    masker = maskers.NiftiLabelsMasker(path, standardize=None, resampling_target="data", keep_masked_labels=False)
     values = masker.fit_transform(image)
-    keys = [int(k) for k in masker.region_ids_.values() if k != "background"]
+    keys = [int(key) for place, key in masker.region_ids_.items() if place != "background"]
     table = Path(re.sub(r"\.nii(\.gz)?$", ".tsv", str(path)))
     names = {}
     if table.is_file():  # BIDS: index and name
@@ -421,7 +421,7 @@ def _clean(source: Path, values: np.ndarray, t_r: float, settings: Preprocessing
         high_pass=settings.high_pass,
         filter="butterworth" if settings.low_pass or settings.high_pass else False,
         detrend=False,
-        standardize=False,
+        standardize=None,
     )
 
 
