@@ -89,6 +89,7 @@ def _parser() -> argparse.ArgumentParser:
     info.add_argument("checkpoint", metavar="CHECKPOINT", help="folder of the checkpoint")
     info.set_defaults(command=_info)
     _add_preprocess(commands)
+    _add_index(commands)
     return parser
 
 
@@ -205,6 +206,54 @@ def _preprocess(options: argparse.Namespace) -> int:
     counts = rows["status"].value_counts()
     print(", ".join(f"{counts.get(status, 0)} {status}" for status in ("done", "skipped", "failed")))
     return int(len(failed) > 0)
+
+
+_INDEX = """\
+Find a cohort's scans in FOLDER, match them with their phenotypes, read each once, and print what is there: scans,
+participants, sites, frames, repetition times, every target's distribution, and what was left out and why.
+
+COHORT is the name of one that comes with the package, or a YAML file of your own.
+"""
+
+
+def _add_index(commands: argparse._SubParsersAction) -> None:
+    index = commands.add_parser(
+        "index",
+        help="say what scans a folder holds",
+        description=_INDEX,
+        epilog="cohorts of the package: abide, adhd200, adni, bids, hbn, hcp_aging, nkir, ukb",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    index.add_argument("cohort", metavar="COHORT", help="name or YAML file")
+    index.add_argument("folder", metavar="FOLDER", help="folder of the scans; nothing in it is changed")
+    index.add_argument("--json", action="store_true", help="print JSON, with every excluded file")
+    index.add_argument("--table", metavar="FILE", help="write a row a usable scan: .csv, or .tsv")
+    index.add_argument("--workers", type=int, default=1, metavar="N", help="processes that read (default: 1)")
+    index.set_defaults(command=_index)
+
+
+def _index(options: argparse.Namespace) -> int:
+    from mnemodyn.data.cohorts import index, load_cohort
+    from mnemodyn.files import write_text
+
+    try:
+        cohort = load_cohort(options.cohort)
+    except ValueError as error:
+        return _fail(error, 2)
+    try:
+        found = index(cohort, options.folder, progress=_progress, workers=options.workers)
+        if options.table:
+            separator = "," if options.table.endswith(".csv") else "\t"
+            write_text(options.table, found.table.to_csv(index=False, sep=separator))
+    except (OSError, ValueError) as error:
+        return _fail(error, 1)
+    print(json.dumps(found.summary(), indent=2, ensure_ascii=False) if options.json else found)
+    return 0
+
+
+def _progress(done: int, total: int) -> None:
+    if sys.stderr.isatty():
+        print(f"\r{done} of {total} scans", end="\n" if done == total else "", file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":
