@@ -179,6 +179,7 @@ def _add_preprocess(commands: "argparse._SubParsersAction") -> None:
     add("--high-pass", type=float, metavar="HZ", help="lower end of the band that is kept (needs nilearn)")
     add("--confounds", nargs="+", default=[], metavar="COLUMN", help="regressed out (needs nilearn)")
     add("--surfaces", nargs=2, default=[], metavar=("LEFT", "RIGHT"), help="midthickness surfaces, fs_LR 32k")
+    add("--t-r", type=float, metavar="SECONDS", help="repetition time of files that state none")
     add("--table", action="store_true", help="write _timeseries.tsv in place of .ptseries.nii")
     add("--jobs", type=int, default=1, metavar="N", help="scans at a time; each needs about 500 MB")
     command.set_defaults(command=_preprocess)
@@ -195,6 +196,7 @@ def _preprocess(options: argparse.Namespace) -> int:
             options.high_pass,
             tuple(options.confounds),
             tuple(options.surfaces),
+            options.t_r,
             options.table,
         )
         rows = preprocess(options.sources, options.output, settings, jobs=options.jobs)

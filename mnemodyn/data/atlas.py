@@ -79,7 +79,7 @@ class Atlas:
     Attributes
     ----------
     name : str
-        Letters, digits and hyphens.
+        Letters and digits.
     labels : ndarray, shape (grayordinate,), int
         0 for none, otherwise 1 to ``len(parcels)``.
     parcels : tuple of str
@@ -266,7 +266,7 @@ def read_atlas(source: str | Path) -> Atlas:
     labels = np.zeros(len(keys), int)
     for i, key in enumerate(kept, start=1):
         labels[keys == key] = i
-    name = re.sub(r"[^A-Za-z0-9-]", "", path.name.removesuffix(".nii").removesuffix(".dlabel"))
+    name = re.sub(r"[^A-Za-z0-9]", "", path.name.removesuffix(".nii").removesuffix(".dlabel"))
     return Atlas(name, labels, tuple(table[k][0] for k in kept), axis)
 
 

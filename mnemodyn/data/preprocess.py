@@ -5,6 +5,7 @@ import re
 import shutil
 import subprocess
 import tempfile
+import warnings
 from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -19,8 +20,9 @@ import numpy as np
 import pandas as pd
 
 from mnemodyn.data.atlas import Atlas, greyordinates, read_atlas
-from mnemodyn.data.scans import DataError, Scan
-from mnemodyn.files import sha256, write_bytes, write_json, write_text
+from mnemodyn.data.formats import entities, motion, read_cifti, sidecar_t_r, volume_t_r
+from mnemodyn.data.scans import DataError, Scan, _agree_on_t_r, save_scan
+from mnemodyn.files import sha256, write_json
 
 if TYPE_CHECKING:
     from nibabel.cifti2 import BrainModelAxis, ParcelsAxis
@@ -47,6 +49,8 @@ class Preprocessing:
     surfaces : tuple of str
         Left and right midthickness (``.surf.gii``, fs_LR 32k) in the space of the volumes; only for volumes with an
         atlas of grayordinates.
+    t_r : float, optional
+        Repetition time in seconds, for files that state none in their header or sidecar.
     table : bool
         Write ``_timeseries.tsv`` in place of ``_timeseries.ptseries.nii``. A label volume always gives a table.
     """
@@ -56,6 +60,7 @@ class Preprocessing:
     high_pass: float | None = None
     confounds: tuple[str, ...] = ()
     surfaces: tuple[str, ...] = ()
+    t_r: float | None = None
     table: bool = False
 
     def __post_init__(self):
@@ -213,26 +218,36 @@ def preprocess_scan(source: str | Path, settings: Preprocessing) -> tuple[Scan, 
     DataError
         Where the file cannot be used, or a program or package is missing; the message says how to get it.
     """
-    import nibabel
-
     source = Path(source)
     participant = _participant(source)
     try:
-        image = nibabel.load(source)
-    except Exception as error:
-        raise DataError(f"{source.name}: not a readable image ({error})", problem="unreadable") from error
-    try:
-        t_r, origin = _t_r(source, image)
-        values, parcels, axis, name = _parcels(source, image, t_r, settings)
+        if source.name.endswith(DENSE):
+            values, t_r, origin, parcels, axis, facts = _from_dense(source, source, settings)
+        elif settings.label_volume:
+            values, t_r, origin, parcels, axis, facts = _from_labels(source, settings)
+        else:
+            values, t_r, origin, parcels, axis, facts = _from_volume(source, settings)
         if settings.confounds or settings.low_pass or settings.high_pass:
             values = _clean(source, values, t_r, settings)
     except DataError as error:
         message = str(error)
         named = message if message.startswith(source.name) else f"{source.name}: {message}"
         raise DataError(named, problem=error.problem) from error
-    scan = Scan(participant, np.ascontiguousarray(values, np.float32), t_r, parcels, name, source.name)
-    facts = {"RepetitionTime": t_r, "RepetitionTimeSource": origin, "NumberOfVolumes": scan.n_frames, "Atlas": name}
-    return scan, axis, facts
+    named = entities(source.name)
+    censored, _ = motion(source)
+    scan = Scan(
+        participant,
+        np.ascontiguousarray(values, np.float32),
+        t_r,
+        parcels,
+        facts["Atlas"],
+        source.name,
+        named.get("ses", ""),
+        named.get("run", ""),
+        origin,
+        censored,
+    )
+    return scan, axis, {"RepetitionTime": t_r, "RepetitionTimeFrom": origin, **facts}
 
 
 def _participant(source: Path) -> str:
@@ -244,84 +259,67 @@ def _participant(source: Path) -> str:
     return found[0]
 
 
-def _t_r(source: Path, image) -> tuple[float, str]:
-    """Repetition time in seconds of the header, or of the sidecar where the header has none, and which of the two."""
-    from nibabel.cifti2 import BrainModelAxis, Cifti2Image, SeriesAxis
-
-    if isinstance(image, Cifti2Image):
-        series, models = (image.header.get_axis(i) for i in range(2))
-        if not isinstance(series, SeriesAxis) or not isinstance(models, BrainModelAxis):
-            raise DataError(
-                f"axes must be (series, grayordinates), got ({type(series).__name__}, {type(models).__name__})",
-                problem="not-dense",
-            )
-        step, scale, unit = series.step, {"SECOND": 1}.get(series.unit), series.unit
-    else:
-        if len(image.shape) != 4:
-            raise DataError(f"a series of volumes must have 4 dimensions, got {image.shape}", problem="not-a-series")
-        step, unit = image.header.get_zooms()[3], image.header.get_xyzt_units()[1]
-        scale = {"sec": 1, "msec": 1e-3, "usec": 1e-6}.get(unit)
-    header = round(float(step) * scale, 6) if scale and 0 < step < np.inf else None
-    sidecar = source.with_name(re.sub(r"\.(dtseries\.nii|nii(\.gz)?)$", ".json", source.name))
-    beside = None
-    if sidecar.is_file():
-        try:
-            beside = json.loads(sidecar.read_text(encoding="utf-8")).get("RepetitionTime")
-        except (json.JSONDecodeError, UnicodeDecodeError, AttributeError) as error:
-            raise DataError(f"{sidecar.name}: not a JSON object ({error})", problem="sidecar") from error
-    if header and beside and abs(header - beside) > 1e-3:
-        raise DataError(f"the header's repetition time is {header} s, that of {sidecar.name} {beside} s", problem="t-r")
-    t_r = header or beside
-    if not t_r or not 0 < t_r < np.inf:
-        raise DataError(
-            f"the repetition time must be > 0 seconds, got {step} {unit} in the header and {beside} in {sidecar.name}; "
-            "write it into one of them",
-            problem="no-t-r",
-        )
-    return float(t_r), "header" if header else "sidecar"
-
-
 @lru_cache(maxsize=2)  # of one process: many scans, one atlas
 def _atlas(source: str) -> Atlas:
     return read_atlas(source)
 
 
-def _parcels(source: Path, image, t_r: float, settings: Preprocessing):
-    """Values (time, parcel), parcel names, axis of the parcels or None, name of the atlas."""
-    import nibabel
+def _from_dense(source: Path, dense: Path, settings: Preprocessing):
+    """Values, t_r and its origin, parcels, their axis, and facts; `dense` is `source` on grayordinates."""
+    from nibabel.cifti2 import BrainModelAxis, SeriesAxis
 
-    dense = isinstance(image, nibabel.Cifti2Image)
-    if settings.label_volume:
-        if dense:
-            raise DataError(f"a dense series needs an atlas of grayordinates, got {settings.atlas}", problem="atlas")
-        return _label_volume(image, Path(settings.atlas))
+    values, (series, axis), header = read_cifti(dense)
+    if not isinstance(series, SeriesAxis) or not isinstance(axis, BrainModelAxis):
+        raise DataError(
+            f"axes must be (series, grayordinates), got ({type(series).__name__}, {type(axis).__name__})", "not-dense"
+        )
+    t_r, origin = _agree_on_t_r(source.name, header, sidecar_t_r(source), settings.t_r, False)
     atlas = _atlas(settings.atlas)
-    if dense:
-        return *_dense(image, atlas), atlas.name
-    with tempfile.TemporaryDirectory() as folder:
-        surface = nibabel.load(to_grayordinates(source, t_r, settings.surfaces, Path(folder)))
-        return *_dense(surface, atlas), atlas.name
-
-
-def _dense(image, atlas: Atlas):
-    axis = image.header.get_axis(1)
     labels = align(atlas, axis)
-    return parcellate(image.dataobj, labels), atlas.parcels, parcel_axis(labels, atlas.parcels, axis)
+    absent = int(np.count_nonzero(atlas.labels) - np.count_nonzero(labels))
+    facts = {"Atlas": atlas.name, "AtlasGrayordinatesAbsent": absent}
+    return parcellate(values, labels), t_r, origin, atlas.parcels, parcel_axis(labels, atlas.parcels, axis), facts
 
 
-def _label_volume(image, path: Path):
-    maskers = _nilearn("maskers")
-    if not path.is_file():
-        raise DataError(f"atlas {path}: no such file", problem="atlas")
-    masker = maskers.NiftiLabelsMasker(path, standardize=None, resampling_target="data", keep_masked_labels=False)
+def _from_volume(source: Path, settings: Preprocessing):
+    _, header = _volume(source)
+    t_r, origin = _agree_on_t_r(source.name, header, sidecar_t_r(source), settings.t_r, False)
+    with tempfile.TemporaryDirectory() as folder:
+        dense = to_grayordinates(source, t_r, settings.surfaces, Path(folder))
+        values, _, _, parcels, axis, facts = _from_dense(dense, dense, settings)
+    return values, t_r, origin, parcels, axis, facts
+
+
+def _from_labels(source: Path, settings: Preprocessing):
+    image, header = _volume(source)
+    t_r, origin = _agree_on_t_r(source.name, header, sidecar_t_r(source), settings.t_r, False)
+    path = Path(settings.atlas)
+    masker = _nilearn("maskers").NiftiLabelsMasker(
+        path, standardize=None, resampling_target="data", keep_masked_labels=False
+    )
     values = masker.fit_transform(image)
     keys = [int(key) for place, key in masker.region_ids_.items() if place != "background"]
     table = Path(re.sub(r"\.nii(\.gz)?$", ".tsv", str(path)))
     names = {}
     if table.is_file():  # BIDS: index and name
         names = pd.read_csv(table, sep="\t").set_index("index")["name"].astype(str).to_dict()
-    name = re.sub(r"[^A-Za-z0-9-]", "", re.sub(r"\.nii(\.gz)?$", "", path.name))
-    return values, tuple(names.get(k, str(k)) for k in keys), None, name
+    return values, t_r, origin, tuple(names.get(k, str(k)) for k in keys), None, {"Atlas": _plain_name(path)}
+
+
+def _volume(source: Path):
+    import nibabel
+
+    try:
+        image = nibabel.load(source)
+    except Exception as error:
+        raise DataError(f"not a readable volume ({error})", problem="truncated") from error
+    if len(image.shape) != 4:
+        raise DataError(f"a series of volumes must have 4 dimensions, got shape {image.shape}", problem="not-a-series")
+    return image, volume_t_r(image.header)
+
+
+def _plain_name(path: Path) -> str:
+    return re.sub(r"[^A-Za-z0-9]", "", re.sub(r"\.nii(\.gz)?$", "", path.name))
 
 
 def to_grayordinates(source: Path, t_r: float, surfaces: Sequence[str], folder: Path) -> Path:
@@ -413,20 +411,25 @@ def _clean(source: Path, values: np.ndarray, t_r: float, settings: Preprocessing
             raise DataError(
                 f"{name} must be below {0.5 / t_r:g} Hz at {t_r:g} s a frame, got {value}", problem="setting"
             )
-    return clean(
-        np.asarray(values, float),
-        confounds=_confounds(source, settings.confounds, len(values)) if settings.confounds else None,
-        t_r=t_r,
-        low_pass=settings.low_pass,
-        high_pass=settings.high_pass,
-        filter="butterworth" if settings.low_pass or settings.high_pass else False,
-        detrend=False,
-        standardize=None,
-    )
+    confounds = _confounds(source, settings.confounds, len(values)) if settings.confounds else None
+    band = settings.low_pass or settings.high_pass
+    with warnings.catch_warnings():
+        # How confounds are scaled changes nothing: what is regressed out is the space they span.
+        warnings.filterwarnings("ignore", ".*confounds will be standardized", DeprecationWarning)
+        return clean(
+            np.asarray(values, float),
+            confounds=confounds,
+            t_r=t_r,
+            low_pass=settings.low_pass,
+            high_pass=settings.high_pass,
+            filter="butterworth" if band else False,
+            detrend=False,
+            standardize=None,
+        )
 
 
 def _confounds(source: Path, columns: Sequence[str], n_frames: int) -> np.ndarray:
-    """Columns of fMRIPrep's table, shape (time, column); what a derivative lacks in the first frame is 0."""
+    """Columns of fMRIPrep's table, (time, column); what a derivative lacks in the first frame is 0."""
     stem = re.split(r"_(?:space|den|desc|res)-", source.name)[0]
     found = sorted(source.parent.glob(f"{stem}_desc-confounds_timeseries.tsv"))
     if not found:
@@ -474,14 +477,14 @@ def output_path(source: Path, folder: Path, atlas: str, table: bool) -> Path:
     participant = _participant(source)
     if participant not in stem:
         stem = f"{participant}_{stem}"
-    session = re.search(r"(?:^|_)(ses-[A-Za-z0-9]+)", stem)
+    session = entities(stem).get("ses")
     ending = "tsv" if table else "ptseries.nii"
     return (
         folder
         / participant
-        / (session[1] if session else "")
+        / (f"ses-{session}" if session else "")
         / "func"
-        / f"{stem}_seg-{re.sub('-', '', atlas)}_stat-mean_timeseries.{ending}"
+        / f"{stem}_seg-{atlas}_stat-mean_timeseries.{ending}"
     )
 
 
@@ -502,26 +505,13 @@ def _one(source: Path, folder: Path, atlas: str, facts: dict, settings: Preproce
                 return row | {"status": "skipped"}
         scan, axis, found = preprocess_scan(source, settings)
         sidecar.unlink(missing_ok=True)
-        if output.suffix == ".tsv":
-            frame = pd.DataFrame(scan.values, columns=list(scan.parcels))
-            write_text(output, frame.to_csv(sep="\t", index=False, float_format="%.9g"))
-        else:
-            write_bytes(output, _ptseries(scan, axis))
+        save_scan(scan, output, axis=axis)
         write_json(sidecar, found | facts)
         return row | {"status": "done"}
     except DataError as error:
         return row | {"problem": error.problem, "message": str(error)}
     except Exception as error:  # one scan must not end the others
         return row | {"problem": "unreadable", "message": f"{source.name}: {type(error).__name__}: {error}"}
-
-
-def _ptseries(scan: Scan, axis: "ParcelsAxis") -> bytes:
-    from nibabel import Cifti2Image
-    from nibabel.cifti2 import SeriesAxis
-
-    image = Cifti2Image(scan.values, (SeriesAxis(0, scan.t_r, scan.n_frames, unit="SECOND"), axis))
-    image.nifti_header.set_intent("ConnParcelSries")
-    return image.to_bytes()
 
 
 def preprocess(
@@ -556,11 +546,9 @@ def preprocess(
         raise DataError(f"jobs must be >= 1, got {jobs}", problem="setting")
     folder = Path(folder)
     found = find_sources(sources, settings)
-    if settings.label_volume:
-        atlas = re.sub(r"\.nii(\.gz)?$", "", Path(settings.atlas).name)
-        atlas = re.sub(r"[^A-Za-z0-9-]", "", atlas)
-    else:
-        atlas = _atlas(settings.atlas).name
+    if settings.label_volume and not Path(settings.atlas).is_file():
+        raise DataError(f"atlas {settings.atlas}: no such file", problem="atlas")
+    atlas = _plain_name(Path(settings.atlas)) if settings.label_volume else _atlas(settings.atlas).name
     if settings.confounds or settings.low_pass or settings.high_pass or settings.label_volume:
         _nilearn("signal")
     targets = Counter()

@@ -178,9 +178,7 @@ class Scaling:
         for m, n_usable in _moments(scans):
             difference = m[MEAN] - mean  # pooled as in Chan, Golub & LeVeque 1979
             mean = mean + difference * (n_usable / (n + n_usable))
-            squares = (
-                squares + n_usable * m[SD] ** 2 + difference**2 * (n * n_usable / (n + n_usable))
-            )
+            squares = squares + n_usable * m[SD] ** 2 + difference**2 * (n * n_usable / (n + n_usable))
             within += n_usable * np.mean(m[SD] ** 2)
             low, high = np.minimum(low, m[MIN]), np.maximum(high, m[MAX])
             n += n_usable
