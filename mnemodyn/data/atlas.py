@@ -15,7 +15,7 @@ from mnemodyn.files import write_bytes
 if TYPE_CHECKING:
     from nibabel.cifti2 import BrainModelAxis
 
-__all__ = ["SCHAEFER400_TIAN3", "Atlas", "installed_files", "read_atlas", "schaefer400_tian3", "write_atlas"]
+__all__ = ["SCHAEFER400_TIAN3", "Atlas", "cortex_surfaces", "read_atlas", "schaefer400_tian3", "write_atlas"]
 
 SCHAEFER400_TIAN3 = "schaefer400-tian3"
 
@@ -156,6 +156,11 @@ def greyordinates() -> list[Path]:
         "91282_Greyordinates/R.atlasroi.32k_fs_LR.shape.gii",
         "91282_Greyordinates/Atlas_ROIs.2.nii.gz",
     )
+
+
+def cortex_surfaces() -> list[Path]:
+    """Left and right midthickness of the conte69 average, fs_LR 32k, from the package brainspace; for drawing."""
+    return installed_files("brainspace==0.3.0", "surfaces/conte69_32k_lh.gii", "surfaces/conte69_32k_rh.gii")
 
 
 def schaefer400_tian3() -> Atlas:
