@@ -263,8 +263,8 @@ def survey(scans: Sequence[Scan], mean_fd: Sequence[float] | None = None) -> Sur
 def outlying(table: pd.DataFrame, limit: float = OUTLYING) -> pd.DataFrame:
     """Which scans stand out, by robust z-scores: (value - median) / (1.4826 MAD).
 
-    A low similarity of connectivity, a high mean FD (of its logarithm, because it is skewed), and a lag-1
-    autocorrelation that is either, among the scans with the same repetition time, on which it depends.
+    A low similarity of connectivity (as Fisher z), a high mean FD (its logarithm: both are skewed as they are), and a
+    lag-1 autocorrelation that is either, among the scans with the same repetition time, on which it depends.
 
     Parameters
     ----------
@@ -286,7 +286,7 @@ def outlying(table: pd.DataFrame, limit: float = OUTLYING) -> pd.DataFrame:
 
     z = pd.DataFrame(
         {
-            "fc_similarity": robust(table["fc_similarity"]),
+            "fc_similarity": robust(np.arctanh(table["fc_similarity"].clip(upper=0.999999))),
             "lag1": table.groupby(table["t_r"].round(3))["lag1"].transform(robust),
             "mean_fd": robust(np.log(table["mean_fd"].clip(lower=1e-3))),
         }
