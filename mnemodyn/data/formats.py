@@ -12,6 +12,7 @@ import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
+from xml.etree import ElementTree
 
 import numpy as np
 
@@ -96,7 +97,7 @@ def read_cifti(path: str | Path) -> tuple[np.ndarray, tuple, float | None]:
     from nibabel.cifti2 import Cifti2Image, SeriesAxis
 
     path = Path(path)
-    with open(path, "rb") as stream:
+    with _reading(path, "file"), open(path, "rb") as stream:
         start = stream.read(540)
     if len(start) < 540 or start[4:7] not in (b"n+2", b"ni2"):
         kind = "a NIfTI-1 volume" if start[344:347] in (b"n+1", b"ni1") else "no NIfTI-2 file"
@@ -107,7 +108,8 @@ def read_cifti(path: str | Path) -> tuple[np.ndarray, tuple, float | None]:
     with _reading(path, "CIFTI-2 file"):
         header = nibabel.Nifti2Header(start[:540], check=False)
         shape, item = header.get_data_shape(), header.get_data_dtype().itemsize
-        if 32 not in _extensions(path, header.endianness):
+        xml = _cifti_xml(path, header.endianness)
+        if xml is None:
             raise DataError(f"{path.name}: expected CIFTI-2, got a NIfTI-2 volume without its header", "not-cifti")
         needed = int(header["vox_offset"]) + item * np.prod([int(n) for n in shape], dtype=object)
         if min(shape, default=0) < 1 or needed > path.stat().st_size:
@@ -116,15 +118,15 @@ def read_cifti(path: str | Path) -> tuple[np.ndarray, tuple, float | None]:
                 f"{path.stat().st_size}",
                 "truncated",
             )
+        for index in ElementTree.fromstring(xml).iter("MatrixIndicesMap"):  # nibabel acts on these unchecked
+            declared = sum(int(model.get("IndexCount", 0)) for model in index.iter("BrainModel"))
+            if declared > max(shape) or abs(int(index.get("SeriesExponent", 0))) > 12:
+                raise DataError(f"{path.name}: an axis claims {declared} elements of {max(shape)}", "truncated")
         image = Cifti2Image.from_filename(path)
         if image.ndim != 2:
             raise DataError(f"{path.name}: expected two axes, got shape {image.shape}", "not-a-table")
         axes = []
         for i, n in enumerate(image.shape):
-            index = image.header.matrix.get_index_map(i)
-            declared = sum(model.index_count for model in index.brain_models)
-            if declared not in (0, n) or abs(index.series_exponent or 0) > 12:  # before nibabel acts on them
-                raise DataError(f"{path.name}: axis {i} describes {declared} elements of {n}", "truncated")
             axes.append(image.header.get_axis(i))
             if len(axes[-1]) != n:
                 raise DataError(f"{path.name}: axis {i} describes {len(axes[-1])} elements of {n}", "truncated")
@@ -137,21 +139,23 @@ def read_cifti(path: str | Path) -> tuple[np.ndarray, tuple, float | None]:
     return values, tuple(axes), float(series.step) if stated else None
 
 
-def _extensions(path: Path, order: str) -> list[int]:
-    """Codes of the extensions between a NIfTI-2 header and its data; CIFTI-2 is 32."""
-    codes = []
+def _cifti_xml(path: Path, order: str) -> bytes | None:
+    """The extension between a NIfTI-2 header and its data that makes it CIFTI-2 (code 32)."""
     kind = np.dtype("i4").newbyteorder(order)
     with open(path, "rb") as stream:
         stream.seek(540)
         if stream.read(4)[:1] != b"\1":
-            return codes
-        while len(head := stream.read(8)) == 8 and len(codes) < 16:
-            size, code = np.frombuffer(head, kind)
-            if size < 8:
-                break
-            codes.append(int(code))
-            stream.seek(int(size) - 8, os.SEEK_CUR)
-    return codes
+            return None
+        for _ in range(16):
+            if len(head := stream.read(8)) < 8:
+                return None
+            size, code = (int(n) for n in np.frombuffer(head, kind))
+            if not 8 <= size <= path.stat().st_size:
+                return None
+            if code == 32:
+                return stream.read(size - 8).rstrip(b"\0")
+            stream.seek(size - 8, os.SEEK_CUR)
+    return None
 
 
 def volume_t_r(header) -> float | None:
@@ -212,9 +216,7 @@ def _table(path: Path, separator: str, header: list[str] | None, skip: int) -> n
     import pandas as pd
 
     with _reading(path, "table of numbers"):
-        table = pd.read_csv(
-            path, sep=separator, header=None, skiprows=skip, na_values=["n/a", "NaN", "nan"], comment=None
-        )
+        table = pd.read_csv(path, sep=separator, header=None, skiprows=skip, na_values=["n/a"])
     width = table.shape[1] if header is None else len(header)
     words = [i for i, kind in enumerate(table.dtypes) if kind.kind not in "iuf"]
     if words:
@@ -223,7 +225,7 @@ def _table(path: Path, separator: str, header: list[str] | None, skip: int) -> n
         raise DataError(
             f"{path.name}: columns must be parcels with numbers, got text in {names[:3]}, "
             f"for example {found.iloc[0][:40] if len(found) else ''!r}",
-            "truncated" if len(words) == table.shape[1] else "text",
+            "text",
         )
     values = table.to_numpy(np.float64)
     if values.shape[1] != width:
@@ -267,6 +269,8 @@ def _text(path: Path, key: str | None) -> Raw:
         header, values = header[1:], values[:, 1:]
         if header == [str(i) for i in range(len(header))]:
             return Raw(values)  # both numbered: neither says which is time
+    if not all(word.strip() for word in header):
+        raise DataError(f"{path.name}: the first line must name every column, got {header[:3]}, ...", problem="header")
     return Raw(values, tuple(header))
 
 
