@@ -90,6 +90,7 @@ def _parser() -> argparse.ArgumentParser:
     info.set_defaults(command=_info)
     _add_preprocess(commands)
     _add_index(commands)
+    _add_simulate(commands)
     return parser
 
 
@@ -250,6 +251,55 @@ def _index(options: argparse.Namespace) -> int:
     except (OSError, ValueError) as error:
         return _fail(error, 1)
     print(json.dumps(found.summary(), indent=2, ensure_ascii=False) if options.json else found)
+    return 0
+
+
+_SIMULATE = """\
+Write a SIMULATED cohort: scans in the real one's formats and folders, its phenotype table, a few broken files, and
+effects of known size on connectivity. FOLDER/simulated.json says what was planted.
+"""
+
+
+def _add_simulate(commands: argparse._SubParsersAction) -> None:
+    simulate = commands.add_parser("simulate", help="write a SIMULATED cohort", description=_SIMULATE)
+    simulate.add_argument("cohort", metavar="COHORT", help="abide, adhd200, adni, hbn, hcp_aging, nkir or ukb")
+    simulate.add_argument("folder", metavar="FOLDER", help="where it goes; must be empty or absent")
+    simulate.add_argument("--participants", type=int, default=40, metavar="N", help="people (default: 40)")
+    simulate.add_argument("--seed", type=int, default=0, metavar="S")
+    simulate.add_argument("--parcels", type=int, default=40, metavar="N", help="even (default: 40)")
+    simulate.add_argument("--frames", type=int, metavar="N", help="default: as in the real cohort")
+    simulate.add_argument(
+        "--effect",
+        nargs=2,
+        action="append",
+        default=[],
+        metavar=("NAME", "D"),
+        help="size of a target's, site's or mean_fd's effect in standard deviations (default: 1); may be repeated",
+    )
+    simulate.add_argument("--generator", choices=("ou", "hcp7"), default="ou", help="default: ou")
+    simulate.set_defaults(command=_simulate)
+
+
+def _simulate(options: argparse.Namespace) -> int:
+    from mnemodyn.data.simulate import simulate_cohort
+
+    try:
+        truth = simulate_cohort(
+            options.cohort,
+            options.folder,
+            n_participants=options.participants,
+            seed=options.seed,
+            n_parcels=options.parcels,
+            n_frames=options.frames,
+            effects={name: float(d) for name, d in options.effect},
+            generator=options.generator,
+        )
+    except ValueError as error:
+        return _fail(error, 2)
+    except OSError as error:
+        return _fail(error, 1)
+    effects = ", ".join(f"{name} {e['d']:g}" for name, e in truth["effects"].items())
+    print(f"SIMULATED {truth['cohort']} -> {options.folder}; effects in SD: {effects}")
     return 0
 
 

@@ -1,11 +1,13 @@
 """Cohorts: a YAML description of where scans, participants and targets are, and the index of a folder by it."""
 
 import hashlib
+import multiprocessing
 import os
 import re
 from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import nullcontext
 from dataclasses import MISSING, asdict, dataclass, field, fields, replace
 from importlib import resources
 from pathlib import Path
@@ -14,7 +16,8 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from mnemodyn.data.scans import DataError, Scan, load_scan
+from mnemodyn.data.formats import entities
+from mnemodyn.data.scans import DataError, Scan, load_scan, series_digest
 from mnemodyn.parameters import read_yaml
 
 __all__ = ["Cohort", "Column", "Index", "Phenotype", "Reader", "Target", "index", "load_cohort", "shipped"]
@@ -35,8 +38,12 @@ class Reader:
         Repetition time in seconds, for files that do not state one.
     t_r_by : dict
         ``{"site": {name: seconds}}`` where it depends on the site; a site that is not listed has none.
+    override_t_r : bool
+        Take these although a file states another.
     frames_first : bool, optional
         Whether rows are frames, for files that do not say.
+    key : str, optional
+        Which array of a ``.npz`` or ``.mat``.
     max_constant_parcels, min_frames : int
     atlas : str
         Name of the atlas, for files that do not state one.
@@ -44,7 +51,9 @@ class Reader:
 
     t_r: float | None = None
     t_r_by: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    override_t_r: bool = False
     frames_first: bool | None = None
+    key: str | None = None
     max_constant_parcels: int = 0
     min_frames: int = 2
     atlas: str = ""
@@ -74,7 +83,7 @@ class Phenotype:
     skip_rows : tuple of int
         Lines to leave out, the first being 0 (NDA's tables describe their columns in line 1).
     optional : bool
-        Whether the file, or columns of it, may be missing.
+        Whether the file may be missing: all scans are then without phenotype.
     """
 
     file: str
@@ -98,6 +107,8 @@ class Column:
         Raw values that carry no label.
     unit : str
         Of a regression's values; ``years`` or ``months`` for an age, which is converted to years.
+    optional : bool
+        Whether the tables may be without it.
     """
 
     column: str
@@ -105,6 +116,7 @@ class Column:
     mapping: Mapping[str, str] = field(default_factory=dict)
     exclude: tuple[str, ...] = ()
     unit: str = ""
+    optional: bool = False
 
     def __post_init__(self):
         if self.kind not in KINDS:
@@ -139,7 +151,7 @@ class Cohort:
         Templates of entities.
     site, family, age, sex, mean_fd : Column, optional
         Age in years or months, sex to ``male`` and ``female``, mean framewise displacement in mm. Without a value
-        in the table the site is the entity ``site``.
+        in the table the site is the entity ``site``, and ``mean_fd`` that of the motion file beside the scan.
     targets : tuple of Target
     missing : tuple of str
         Raw values that mean "not known", beside an empty cell, NA, n/a, nan and null.
@@ -312,7 +324,7 @@ def _pattern(pattern: str) -> re.Pattern:
 
 
 def _entities(path: str, match: re.Match) -> defaultdict[str, str]:
-    pairs = dict(re.findall(r"(?:^|_)([a-z]+)-([A-Za-z0-9]+)", path.rsplit("/", 1)[-1]))
+    pairs = entities(path.rsplit("/", 1)[-1])
     for short, long in (("sub", "participant"), ("ses", "session")):
         if short in pairs:
             pairs[long] = pairs.pop(short)
@@ -365,7 +377,8 @@ class Index:
         DataError
             Where the file changed since and can no longer be used.
         """
-        return _load(self.folder / row["path"], row["participant_id"], float(row["t_r"]), self.cohort.reader)
+        scan = _load(self.folder / row["path"], row["participant_id"], float(row["t_r"]), self.cohort.reader)
+        return replace(scan, session=row["session"], run=row["run"])
 
     def labelled(self, target: str) -> pd.DataFrame:
         """The rows of `table` that have a value of a target.
@@ -455,7 +468,9 @@ def _load(path: Path, participant_id: str, t_r: float | None, reader: Reader) ->
     scan = load_scan(
         path,
         t_r=t_r,
+        override_t_r=reader.override_t_r and t_r is not None,
         participant_id=participant_id,
+        key=reader.key,
         frames_first=reader.frames_first,
         max_constant_parcels=reader.max_constant_parcels,
         min_frames=reader.min_frames,
@@ -469,16 +484,17 @@ def _inspect(job: tuple) -> dict[str, Any]:
     try:
         scan = _load(path, participant_id, t_r, reader)
     except DataError as error:
-        return {"problem": error.problem, "message": str(error)}
+        return {"problem": error.problem, "message": str(error).removeprefix(path.name)}
     except OSError as error:
-        return {"problem": "unreadable", "message": f"{path.name}: {error.strerror}"}
+        return {"problem": "unreadable", "message": f": {error.strerror}"}
     return {
         "n_frames": scan.n_frames,
         "t_r": scan.t_r,
         "n_parcels": len(scan.parcels),
         "n_constant": int(scan.constant.sum()),
         "parcels": hashlib.sha256("\n".join(scan.parcels).encode()).hexdigest(),
-        "series": hashlib.sha256(np.ascontiguousarray(scan.values).tobytes()).hexdigest(),
+        "series": series_digest(scan),
+        "mean_fd": scan.mean_fd,
     }
 
 
@@ -511,14 +527,14 @@ def index(
     """
     cohort = cohort if isinstance(cohort, Cohort) else load_cohort(cohort)
     folder = Path(folder)
-    found, entities = _find(cohort, folder)
-    raw, status, rows = _phenotypes(cohort, folder, entities)
+    found, named = _find(cohort, folder)
+    raw, status, rows = _phenotypes(cohort, folder, named)
     out = [
         (path, participant, problem, f"{path}: {message}", "targets")
         for path, participant, (problem, message) in zip(found.path, found.participant_id, status, strict=True)
         if problem
     ]
-    values = _variables(cohort, raw, entities)
+    values = _variables(cohort, raw, named)
     if "sex" in values:  # the only variable here that two sessions cannot differ in
         n_sexes = values.sex.groupby(found.participant_id).transform("nunique")
         for i in np.flatnonzero(n_sexes > 1):
@@ -537,13 +553,15 @@ def index(
         for path, participant, t_r in zip(found.path, found.participant_id, times, strict=True)
     ]
     read = pd.DataFrame(_run(jobs, progress, workers), index=found.index)
-    for name in ("problem", "message", "n_frames", "t_r", "n_parcels", "n_constant", "parcels", "series"):
+    for name in ("problem", "message", "n_frames", "t_r", "n_parcels", "n_constant", "parcels", "series", "mean_fd"):
         if name not in read:
             read[name] = None
     _compare(read, found)
+    measured = read.mean_fd.astype(float)
+    values["mean_fd"] = values.get("mean_fd", measured).fillna(measured)
     broken = read.problem.notna()
-    out += [
-        (path, participant, problem, message, "all")
+    out += [  # many cohorts give every participant's file one name: the path says which
+        (path, participant, problem, path + message, "all")
         for path, participant, problem, message in zip(
             found.path[broken],
             found.participant_id[broken],
@@ -591,8 +609,8 @@ def _find(cohort: Cohort, folder: Path) -> tuple[pd.DataFrame, list[defaultdict[
             f"{folder}: none of its {len(paths)} files{example} matches {' or '.join(cohort.scans)} of the cohort "
             f"{cohort.name}; correct its scans"
         )
-    entities = [_entities(path, match) for path, match in hits]
-    people = [re.sub(r"[^A-Za-z0-9]", "", cohort.participant.format_map(e)) for e in entities]
+    named = [_entities(path, match) for path, match in hits]
+    people = [re.sub(r"[^A-Za-z0-9]", "", cohort.participant.format_map(e)) for e in named]
     unnamed = [path for (path, _), who in zip(hits, people, strict=True) if not who]
     if unnamed:
         raise DataError(f"{unnamed[0]}: no participant in its name; the cohort reads it as {cohort.participant}")
@@ -600,11 +618,11 @@ def _find(cohort: Cohort, folder: Path) -> tuple[pd.DataFrame, list[defaultdict[
         {
             "path": [path for path, _ in hits],
             "participant_id": [f"sub-{who}" for who in people],
-            "session": [cohort.session.format_map(e) for e in entities],
-            "run": [cohort.run.format_map(e) for e in entities],
+            "session": [cohort.session.format_map(e) for e in named],
+            "run": [cohort.run.format_map(e) for e in named],
         }
     )
-    return found, entities
+    return found, named
 
 
 def _read_table(cohort: Cohort, folder: Path, table: Phenotype) -> pd.DataFrame | None:
@@ -646,12 +664,12 @@ def _read_table(cohort: Cohort, folder: Path, table: Phenotype) -> pd.DataFrame 
     return content.mask(missing, "")
 
 
-def _phenotypes(cohort: Cohort, folder: Path, entities: list) -> tuple[pd.DataFrame, list[tuple[str, str]], dict]:
+def _phenotypes(cohort: Cohort, folder: Path, named: list) -> tuple[pd.DataFrame, list[tuple[str, str]], dict]:
     """The raw values of every scan (a row a scan, a column a phenotype column), whether it has any, and counts."""
     tables = [(t, content) for t in cohort.phenotype if (content := _read_table(cohort, folder, t)) is not None]
     needed = list(dict.fromkeys(v.column for v in cohort.variables.values()))
-    raw = pd.DataFrame("", index=range(len(entities)), columns=needed)
-    status = [("", "")] * len(entities) if tables else [("no-phenotype", "there is no phenotype table")] * len(entities)
+    raw = [dict.fromkeys(needed, "") for _ in named]
+    status = [("", "")] * len(named) if tables else [("no-phenotype", "there is no phenotype table")] * len(named)
     counts = {"rows": 0, "identical": 0, "contradictory": 0, "without_scan": 0}
     taken: set[str] = set()
     for number, (table, content) in enumerate(tables):
@@ -669,7 +687,7 @@ def _phenotypes(cohort: Cohort, folder: Path, entities: list) -> tuple[pd.DataFr
                     which = next(c for c, a, b in zip(columns, rows[key], row, strict=True) if a != b)
                     contradictory[key] = f"its rows of {table.file} differ in {which}"
             rows.setdefault(key, row)
-        wanted = [tuple(_key(t.format_map(e)) for t in table.match.values()) for e in entities]
+        wanted = [tuple(_key(t.format_map(e)) for t in table.match.values()) for e in named]
         for place, template in enumerate(table.match.values()):
             if not any(key[place] for key in wanted):
                 raise DataError(f"phenotype of {cohort.name}: no scan has the entities of {template!r}", "no-phenotype")
@@ -680,10 +698,10 @@ def _phenotypes(cohort: Cohort, folder: Path, entities: list) -> tuple[pd.DataFr
             if key in contradictory:
                 status[i] = ("contradictory-phenotype", contradictory[key])
             elif key in rows:
-                raw.loc[i, columns] = rows[key]
+                raw[i] |= dict(zip(columns, rows[key], strict=True))
             elif number == 0:
                 status[i] = ("no-phenotype", f"no row of {table.file} for {' '.join(key)}")
-    absent = [c for c in needed if c not in taken] if tables and not all(t.optional for t, _ in tables) else []
+    absent = [v.column for v in cohort.variables.values() if v.column not in taken and not v.optional and tables]
     if absent:
         have = sorted({c for _, content in tables for c in content})
         raise DataError(
@@ -691,11 +709,14 @@ def _phenotypes(cohort: Cohort, folder: Path, entities: list) -> tuple[pd.DataFr
             f"{have[:30]}",
             problem="no-phenotype",
         )
-    raw.loc[[problem == "contradictory-phenotype" for problem, _ in status]] = ""
-    return raw, status, counts
+    raw = [
+        dict.fromkeys(needed, "") if p == "contradictory-phenotype" else r
+        for r, (p, _) in zip(raw, status, strict=True)
+    ]
+    return pd.DataFrame(raw, index=range(len(raw)), columns=needed, dtype=object), status, counts
 
 
-def _variables(cohort: Cohort, raw: pd.DataFrame, entities: list) -> pd.DataFrame:
+def _variables(cohort: Cohort, raw: pd.DataFrame, named: list) -> pd.DataFrame:
     """Values with their labels and units; None where there is none."""
     values = pd.DataFrame(index=raw.index)
     for name, column in cohort.variables.items():
@@ -729,7 +750,7 @@ def _variables(cohort: Cohort, raw: pd.DataFrame, entities: list) -> pd.DataFram
                 problem="unexpected-label",
             )
     site = raw[cohort.site.column] if cohort.site else pd.Series("", index=raw.index)
-    site = site.where(site != "", [e["site"] for e in entities])
+    site = site.where(site != "", [e["site"] for e in named])
     values["site"] = site.map(lambda s: cohort.site.mapping.get(_label(s), s)) if cohort.site else site
     return values
 
@@ -754,25 +775,13 @@ def _families(cohort: Cohort, people: pd.Series, family: pd.Series | None) -> li
 
 def _run(jobs: list, progress: Callable[[int, int], None] | None, workers: int) -> list[dict]:
     done = []
-    with ProcessPoolExecutor(workers) if workers > 1 else _Here() as pool:
-        for result in pool.map(_inspect, jobs, chunksize=8):
+    spawn = multiprocessing.get_context("spawn")  # a fork of a process with torch's threads can hang
+    with ProcessPoolExecutor(workers, spawn) if workers > 1 else nullcontext() as pool:
+        for result in pool.map(_inspect, jobs, chunksize=8) if pool else map(_inspect, jobs):
             done.append(result)
             if progress:
                 progress(len(done), len(jobs))
     return done
-
-
-class _Here:
-    """This process as a pool of one."""
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
-        return False
-
-    def map(self, function, jobs, chunksize):
-        return map(function, jobs)
 
 
 def _compare(read: pd.DataFrame, found: pd.DataFrame) -> None:
@@ -786,13 +795,11 @@ def _compare(read: pd.DataFrame, found: pd.DataFrame) -> None:
         n = int(read.n_parcels[i])
         kind = "parcel-count" if n != n_usual else "parcel-order"
         what = f"{n} parcels" if n != n_usual else f"other parcels, or the same {n} in another order,"
-        read.loc[i, ["problem", "message"]] = kind, f"{found.path[i]}: {what} than the {n_usual} of most scans"
-    for _, group in usable.groupby("series", sort=False):
-        if len(group) < 2:
-            continue
+        read.loc[i, ["problem", "message"]] = kind, f": {what} than the {n_usual} of most scans"
+    for _, group in usable[usable.series.duplicated(keep=False)].groupby("series", sort=False):
         people = found.participant_id[group.index].unique()
         # one participant's copy can go; whose series it is that stands under two names nobody knows
         for i in group.index if len(people) > 1 else group.index[1:]:
             other = next(found.path[j] for j in group.index if j != i)
-            message = f"{found.path[i]}: the same series as {other}"
+            message = f": the same series as {other}"
             read.loc[i, ["problem", "message"]] = "duplicate-series", message
