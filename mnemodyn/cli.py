@@ -89,6 +89,7 @@ def _parser() -> argparse.ArgumentParser:
     info.add_argument("checkpoint", metavar="CHECKPOINT", help="folder of the checkpoint")
     info.set_defaults(command=_info)
     _add_preprocess(commands)
+    _add_convert(commands)
     _add_index(commands)
     _add_simulate(commands)
     return parser
@@ -182,7 +183,7 @@ def _add_preprocess(commands: "argparse._SubParsersAction") -> None:
     add("--surfaces", nargs=2, default=[], metavar=("LEFT", "RIGHT"), help="midthickness surfaces, fs_LR 32k")
     add("--t-r", type=float, metavar="SECONDS", help="repetition time of files that state none")
     add("--table", action="store_true", help="write _timeseries.tsv in place of .ptseries.nii")
-    add("--jobs", type=int, default=1, metavar="N", help="scans at a time; each needs about 500 MB")
+    add("--jobs", type=int, default=1, metavar="N", help="scans at a time; a dense one of 1,200 frames needs 1 GB")
     command.set_defaults(command=_preprocess)
 
 
@@ -209,6 +210,51 @@ def _preprocess(options: argparse.Namespace) -> int:
     counts = rows["status"].value_counts()
     print(", ".join(f"{counts.get(status, 0)} {status}" for status in ("done", "skipped", "failed")))
     return int(len(failed) > 0)
+
+
+_CONVERT = """\
+Write every usable scan of a cohort into a store, a directory that training reads at the speed of the disk.
+
+May be killed at any moment and started again. With more scans in FOLDER it adds those to STORE.
+What could not be used is listed in the store with the reason (mnemodyn.data.store.Store(STORE).excluded).
+"""
+
+
+def _add_convert(commands: argparse._SubParsersAction) -> None:
+    convert = commands.add_parser(
+        "convert",
+        help="write a cohort's scans into a store",
+        description=_CONVERT,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    convert.add_argument("cohort", metavar="COHORT", help="a shipped cohort's name, or a YAML file that describes one")
+    convert.add_argument("folder", metavar="FOLDER", help="where its scans are")
+    convert.add_argument("store", metavar="STORE", help="folder of the store, new or with scans of the same parcels")
+    convert.add_argument(
+        "--dtype",
+        default="float16",
+        choices=["float16", "float32"],
+        help="float16 keeps z-scores, to about 0.0002 SD; float32 keeps the values exactly. Default: float16",
+    )
+    convert.add_argument("--workers", type=int, default=1, metavar="N", help="processes that index (default: 1)")
+    convert.set_defaults(command=_convert)
+
+
+def _convert(options: argparse.Namespace) -> int:
+    from mnemodyn.data.cohorts import index, load_cohort
+    from mnemodyn.data.store import convert
+
+    try:
+        cohort = load_cohort(options.cohort)
+    except ValueError as error:
+        return _fail(error, 2)
+    try:
+        found = index(cohort, options.folder, progress=_progress, workers=options.workers)
+        store = convert(found, options.store, dtype=options.dtype, progress=_progress)
+    except (OSError, ValueError) as error:
+        return _fail(error, 1)
+    print(f"{options.store}: {store.summary()}")
+    return 0
 
 
 _INDEX = """\
