@@ -12,7 +12,7 @@ from scipy.signal import welch
 from mnemodyn.data.scans import DataError, Scan, load_scans
 from mnemodyn.files import resolve
 
-__all__ = ["Collection", "Survey", "connectivity", "homotopic_pairs", "open_scans", "outlying", "spectrum", "survey"]
+__all__ = ["Collection", "Survey", "connectivity", "homotopic_pairs", "open_scans", "outlying", "quality", "spectrum", "survey"]
 
 SLOW = 0.1  # Hz: haemodynamic fluctuations lie below
 OUTLYING = 3.5  # modified z-score, Iglewicz and Hoaglin (1993), How to Detect and Handle Outliers
@@ -258,6 +258,11 @@ def survey(scans: Sequence[Scan], mean_fd: Sequence[float] | None = None) -> Sur
     mean = np.zeros([len(scans[0].parcels)] * 2)
     mean[pairs] = np.tanh(total / len(table))
     return Survey(table, spectra, mean + mean.T + np.eye(len(mean)))
+
+
+def quality(scans: Sequence[Scan]) -> pd.DataFrame:
+    """The table of :func:`survey`."""
+    return survey(scans).table
 
 
 def outlying(table: pd.DataFrame, limit: float = OUTLYING) -> pd.DataFrame:
