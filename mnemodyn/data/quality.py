@@ -12,7 +12,17 @@ from scipy.signal import welch
 from mnemodyn.data.scans import DataError, Scan, load_scans
 from mnemodyn.files import resolve
 
-__all__ = ["Collection", "Survey", "connectivity", "homotopic_pairs", "open_scans", "outlying", "quality", "spectrum", "survey"]
+__all__ = [
+    "Collection",
+    "Survey",
+    "connectivity",
+    "homotopic_pairs",
+    "open_scans",
+    "outlying",
+    "quality",
+    "spectrum",
+    "survey",
+]
 
 SLOW = 0.1  # Hz: haemodynamic fluctuations lie below
 OUTLYING = 3.5  # modified z-score, Iglewicz and Hoaglin (1993), How to Detect and Handle Outliers
