@@ -171,7 +171,7 @@ def test_each_scan_fails_alone_and_says_why(tmp_path, atlas_file, capsys):
     write_dense(folder, "sub-02_bold.dtseries.nii", t_r=0.0)
     write_dense(folder, "sub-03_bold.dtseries.nii", unit="HERTZ")
     write_dense(folder, "sub-04_bold.dtseries.nii").with_name("sub-04_bold.json").write_text('{"RepetitionTime": 0.8}')
-    (folder / "sub-05_bold.dtseries.nii").write_bytes((folder / "sub-01_bold.dtseries.nii").read_bytes()[:900])
+    (folder / "sub-05_bold.dtseries.nii").write_bytes((folder / "sub-01_bold.dtseries.nii").read_bytes()[:-100])
     write_dense(folder, "rest_bold.dtseries.nii")
     x = series()
     x[3, 7] = np.nan
