@@ -198,6 +198,7 @@ rule speed:
     input:
         "notebooks/speed.ipynb",
         "book/data/speed_cpu.json",
+        "book/data/store_cpu.json",
         sources(),
     output:
         outputs("speed"),

@@ -264,7 +264,7 @@ def main() -> None:
         "kind": "cpu",
         "threads": 1,
         "date": datetime.now(UTC).date().isoformat(),
-        "command": shlex.join(["python", "-m", "benchmarks.store", *sys.argv[1:]]),
+        "command": shlex.join(["python", "-m", "benchmarks.store", *(a.rsplit("/", 1)[-1] for a in sys.argv[1:])]),
         "surroundings": surroundings(),
         "note": "SIMULATED scans but for ABIDE; files in the system's cache; other work ran on the machine",
         "batch": BATCH,

@@ -105,6 +105,7 @@ def _parser() -> argparse.ArgumentParser:
     info.add_argument("checkpoint", metavar="CHECKPOINT", help="folder of the checkpoint")
     info.set_defaults(command=_info)
     _add_pretrain(commands)
+    _add_preprocess(commands)
     _add_convert(commands)
     _add_index(commands)
     _add_simulate(commands)
@@ -224,6 +225,70 @@ def _pretrain(options: argparse.Namespace) -> int:
 def _fail(error: Exception, status: int) -> int:
     print(f"mnemodyn: {error}", file=sys.stderr)
     return status
+
+
+_PREPROCESS = """\
+Turn dense series (.dtseries.nii), or volumes, into parcels: sub-*/func/*_seg-ATLAS_stat-mean_timeseries.ptseries.nii
+with a JSON sidecar each. What is complete already is skipped, so that an ended run goes on.
+
+Volumes need a label volume as atlas, or Connectome Workbench (wb_command) and --surfaces in the volumes' space.
+"""
+_PREPROCESS_EXAMPLES = """\
+examples:
+  mnemodyn preprocess derivatives/fmriprep -o parcels --atlas schaefer400-tian3 --jobs 4
+  mnemodyn preprocess derivatives/fmriprep -o parcels --atlas my.dlabel.nii --high-pass 0.01 \\
+      --confounds trans_x trans_y trans_z rot_x rot_y rot_z csf white_matter
+  mnemodyn preprocess sub-01_task-rest_bold.nii.gz -o parcels --atlas schaefer400-tian3 --surfaces L.surf.gii R.surf.gii
+
+exit status: 0 done; 1 some scans failed, which are listed with the reason; 2 wrong usage.
+"""
+
+
+def _add_preprocess(commands: "argparse._SubParsersAction") -> None:
+    command = commands.add_parser(
+        "preprocess",
+        help="turn dense series or volumes into parcels",
+        description=_PREPROCESS,
+        epilog=_PREPROCESS_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = command.add_argument
+    add("sources", nargs="+", metavar="SOURCE", help="file, or a folder that is searched")
+    add("-o", "--output", required=True, metavar="FOLDER", help="where the scans go")
+    add("--atlas", required=True, help="schaefer400-tian3, a .dlabel.nii, or a label volume (.nii.gz) for volumes")
+    add("--low-pass", type=float, metavar="HZ", help="upper end of the band that is kept (needs nilearn)")
+    add("--high-pass", type=float, metavar="HZ", help="lower end of the band that is kept (needs nilearn)")
+    add("--confounds", nargs="+", default=[], metavar="COLUMN", help="regressed out (needs nilearn)")
+    add("--surfaces", nargs=2, default=[], metavar=("LEFT", "RIGHT"), help="midthickness surfaces, fs_LR 32k")
+    add("--t-r", type=float, metavar="SECONDS", help="repetition time of files that state none")
+    add("--table", action="store_true", help="write _timeseries.tsv in place of .ptseries.nii")
+    add("--jobs", type=int, default=1, metavar="N", help="scans at a time; a dense one of 1,200 frames needs 1 GB")
+    command.set_defaults(command=_preprocess)
+
+
+def _preprocess(options: argparse.Namespace) -> int:
+    from mnemodyn.data.preprocess import Preprocessing, preprocess
+    from mnemodyn.data.scans import DataError
+
+    try:
+        settings = Preprocessing(
+            options.atlas,
+            options.low_pass,
+            options.high_pass,
+            tuple(options.confounds),
+            tuple(options.surfaces),
+            options.t_r,
+            options.table,
+        )
+        rows = preprocess(options.sources, options.output, settings, jobs=options.jobs)
+    except (DataError, OSError) as error:
+        return _fail(error, 2)
+    failed = rows[rows["status"] == "failed"]
+    for row in failed.itertuples():
+        print(f"{row.problem}: {row.message}", file=sys.stderr)
+    counts = rows["status"].value_counts()
+    print(", ".join(f"{counts.get(status, 0)} {status}" for status in ("done", "skipped", "failed")))
+    return int(len(failed) > 0)
 
 
 _CONVERT = """\

@@ -130,6 +130,26 @@ def test_arrays_are_chosen_by_key(tmp_path):
     np.testing.assert_array_equal(load_scan(path, t_r=1, frames_first=True, key="b").values, VALUES + 1)
 
 
+KINDS = ["f8", "f4", "i1", "u1", "i2", "u2", "i4", "u4", "i8", "u8"]
+
+
+@pytest.mark.parametrize(
+    ("kind", "how"),
+    [
+        *((kind, {"do_compression": packed}) for kind in KINDS for packed in (False, True)),
+        *((kind, {"format": "4"}) for kind in ("f8", "u1", "i2", "u2", "i4")),
+    ],
+)
+def test_matlab_files_of_every_version_and_number(tmp_path, kind, how):
+    values = np.random.default_rng(1).integers(0, 100, (20, 3)).astype(kind)
+    other = {"n": 3.5, "word": "text", "x": np.ones((2, 2)) * 1j}
+    if "format" not in how:
+        other |= {"cells": np.array([[1, "a"]], dtype=object), "inside": {"a": np.eye(3)}}
+    path = tmp_path / "sub-1.mat"
+    savemat(path, {**other, "tc": values}, **how)
+    np.testing.assert_array_equal(load_scan(path, t_r=1, frames_first=True, key="tc").values, values)
+
+
 def test_what_is_no_parcellated_series(tmp_path):
     dense = BrainModelAxis.from_surface([0, 1, 2], 9, "CortexLeft")
     path = cifti(tmp_path / "sub-1_bold.dtseries.nii", VALUES, SERIES, dense)
