@@ -67,8 +67,8 @@ class Setting:
 
 
 SETTINGS = {
-    "hcp7": Setting(240, 0.55, 15, (100.0, 200.0, 400.0), (0.03, 0.1, 0.2), (8, 16, 32), draws=300),
-    "abide": Setting(112, 0.6, 5, (50.0, 100.0, 200.0), (0.01, 0.03, 0.1), (24, 48, 96), draws=800),
+    "hcp7": Setting(240, 0.55, 15, (100.0, 200.0, 400.0), (0.03, 0.1, 0.2), (8, 16, 32), draws=160),
+    "abide": Setting(112, 0.6, 5, (50.0, 100.0, 200.0), (0.01, 0.03, 0.1), (24, 48, 96), draws=600),
 }
 
 
@@ -209,7 +209,7 @@ def choose(setting: Setting, sides: dict, log) -> dict:
     tried = r2["spatiotemporal_gaussian"]
     n_lags = next(n for n in (8, 4, 2) if tried[str((shrinkage, n))] == max(tried.values()))
     found["spatiotemporal_gaussian"] = [shrinkage, n_lags]
-    own = {w: SpatiotemporalGaussian(shrinkage, n_lags, own=w) for w in (0.1, 0.2, 0.3, 0.5)}
+    own = {w: SpatiotemporalGaussian(shrinkage, n_lags, own=w) for w in (0.02, 0.05, 0.1, 0.2)}
     found["own_covariance"] = best("own_covariance", own)
     front = {"n_lags": n_lags, "shrinkage": shrinkage, "weight": 0.0}
     for weight in setting.front_weights:

@@ -126,14 +126,16 @@ def conditional_mean(
     square = residual.square().sum((1, 2), keepdim=True)
     enough = tolerance**2 * square
     for _ in range(steps):
-        if bool((square <= enough).all()):
+        # Each scan stops for itself, so that what is in its batch has no influence.
+        active = square > enough
+        if not bool(active.any()):
             break
         product = covariance(direction) * seen
-        step = square / (direction * product).sum((1, 2), keepdim=True).clamp_min(torch.finfo(x.dtype).tiny)
+        step = active * square / (direction * product).sum((1, 2), keepdim=True).clamp_min(torch.finfo(x.dtype).tiny)
         weights, residual = weights + step * direction, residual - step * product
         new = residual.square().sum((1, 2), keepdim=True)
         direction = residual + new / square.clamp_min(torch.finfo(x.dtype).tiny) * direction
-        square = new
+        square = torch.where(active, new, square)
     return torch.where(hidden, covariance(weights), x)
 
 
@@ -196,7 +198,7 @@ class Front(nn.Module):
     """Conditional mean of hidden entries under the group's Gaussian process, adapted to each scan.
 
     What it knows of the group are buffers, fitted in closed form by :meth:`fit` and saved with the weights. Not
-    fitted, it holds uncorrelated noise and fills hidden entries with zero, each parcel's mean. No gradient passes it.
+    fitted, the group is white noise, of which only the adaptation to the scan makes more. No gradient passes it.
 
     Parameters
     ----------
