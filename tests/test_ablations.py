@@ -54,7 +54,8 @@ def grid(tmp_path):
 def test_the_books_grid_is_sound(size):
     grid = read_grid(GRID, size)
     assert grid.cells[0].name == "default"
-    assert not grid.cells[0].settings and not grid.cells[0].test
+    assert not grid.cells[0].settings
+    assert not grid.cells[0].test
     assert len({cell.label for cell in grid.cells}) == len(grid.cells)
 
 
@@ -152,6 +153,14 @@ def test_settings_of_the_network_that_only_ablations_ask_for():
 
 def test_the_command_refuses_and_says_what(tmp_path, capsys):
     (tmp_path / "grid.yaml").write_text(TINY)
-    arguments = ["ablate", "hcp7", str(tmp_path / "grid.yaml"), "tyny", str(tmp_path), "--out", str(tmp_path / "o.json")]
+    arguments = [
+        "ablate",
+        "hcp7",
+        str(tmp_path / "grid.yaml"),
+        "tyny",
+        str(tmp_path),
+        "--out",
+        str(tmp_path / "o.json"),
+    ]
     assert main(arguments) == 2
     assert "unknown size tyny; did you mean tiny?" in capsys.readouterr().err

@@ -17,6 +17,7 @@ from mnemodyn.evaluate.inside import (
     reads_from,
     scale_shares,
     simulate_var,
+    streams,
     summarise,
 )
 from mnemodyn.model.config import ModelConfig
@@ -78,6 +79,20 @@ def test_operators_and_field_are_what_their_names_say():
     )
 
 
+def test_streams_are_what_a_block_computes():
+    model, x = make(n_blocks=1), torch.randn(16, 4)
+    found = streams(model, x, 0.7)
+    assert list(found) == ["drive of block 1", "latents of block 1"]
+    block, path = model.blocks[0], x[None]
+    with torch.no_grad():
+        drive = block.field(path, block.derivative(path, 0.7)) + block.lift(
+            torch.cat([path, torch.ones_like(path)], -1)
+        )
+        latents = block.pyramid(drive.mT)[0].mT
+    np.testing.assert_allclose(found["drive of block 1"], drive[0], atol=1e-6)
+    np.testing.assert_allclose(found["latents of block 1"], latents[0], atol=1e-6)
+
+
 def test_shares_of_scales_follow_the_frequency():
     t = np.arange(256)
     slow, fast = (np.sin(2 * np.pi * f * t)[:, None].repeat(2, 1) for f in (1 / 64, 0.4))
@@ -90,15 +105,16 @@ def test_an_association_is_found_and_none_is_not():
     rng = np.random.default_rng(0)
     b = rng.random((12, 12))
     pairs = [(i, i + 6) for i in range(6)]
-    true = association(b + 0.3 * rng.random((5, 12, 12)), b, pairs, seed=0, n_permutations=200)
-    null = association(rng.random((5, 12, 12)), b, pairs, seed=0, n_permutations=200)
+    true = association(b + 0.3 * rng.random((12, 12)), b, pairs, seed=0, n_permutations=200)
+    null = association(rng.random((12, 12)), b, pairs, seed=0, n_permutations=200)
     assert true["low"] > true["null_high"]
     assert true["p"] == pytest.approx(1 / 201, abs=1e-6)
     assert null["p"] > 0.05
     # What depends on the hemispheres alone is kept by every permutation: it is no evidence.
     sides = (np.arange(12) < 6)[:, None] == (np.arange(12) < 6)
-    kept = association(sides[None] + np.zeros((2, 1, 1)), sides + 0.0, pairs, seed=0, n_permutations=50)
-    assert kept["r"] == pytest.approx(1) and kept["p"] == 1
+    kept = association(sides + 0.0, sides + 0.0, pairs, seed=0, n_permutations=50)
+    assert kept["r"] == pytest.approx(1)
+    assert kept["p"] == 1
 
 
 def test_rolling_forward_appends_what_the_network_fills():
@@ -119,6 +135,8 @@ def test_rolling_forward_appends_what_the_network_fills():
     assert noisy[0].shape == (2, 10, 4)
     np.testing.assert_array_equal(noisy[0], noisy[1])
     assert not np.allclose(noisy[0], noisy[2])
+    alone = generate(None, start, 8, 0.7, step=4, errors=errors, seed=0)
+    assert all(any(np.allclose(part, e) for e in errors.numpy()) for row in alone for part in np.split(row, 2))
     drawn = noisy[0][:, :4] - expected[:, :4]
     assert all(any(np.allclose(d, e, atol=1e-5) for e in errors.numpy()) for d in drawn)
 

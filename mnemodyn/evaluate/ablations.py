@@ -223,7 +223,10 @@ def run_cell(grid: Grid, cell: Cell, fold: int, scans: Sequence[Scan], folder: P
     if len(people) < 3:
         raise DataError(f"expected three people or more beside the {grid.n_test} held out, got {len(people)}")
     roles = {people[fold % len(people)]: "score", people[(fold + 1) % len(people)]: "choose"}
-    sides = {role: [s for s in known if roles.get(s.participant_id, "train") == role] for role in ("train", "choose", "score")}
+    sides = {
+        role: [s for s in known if roles.get(s.participant_id, "train") == role]
+        for role in ("train", "choose", "score")
+    }
     settings = grid.training(cell)
     n_train, (objective, model, training, _, data) = _configure(settings | {"seed": fold})
     sides["train"] = sides["train"][: n_train or None]
@@ -309,7 +312,11 @@ def collect(grid: Grid, records: Mapping[str, Sequence[Mapping]], **facts) -> di
         differences = [(b[key] - a["error"]) / a["total"] for a, b in zip(mine, other, strict=True)]
         rows.append(
             {
-                **{k: v for k, v in asdict(cell).items() if k in ("name", "group", "label", "settings", "test", "against")},
+                **{
+                    k: v
+                    for k, v in asdict(cell).items()
+                    if k in ("name", "group", "label", "settings", "test", "against")
+                },
                 "r2": _interval([1 - a["error"] / a["total"] for a in mine]),
                 "difference": None if cell.name == DEFAULT else _interval(differences),
                 "by_fold": [round(1 - a["error"] / a["total"], 6) for a in mine],

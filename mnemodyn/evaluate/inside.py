@@ -27,6 +27,7 @@ __all__ = [
     "reads_from",
     "scale_shares",
     "simulate_var",
+    "streams",
     "summarise",
 ]
 
@@ -73,11 +74,32 @@ def coarse_mean(block: OperatorBlock) -> np.ndarray:
 def banded_gain(block: OperatorBlock, level: int) -> np.ndarray:
     """Root sum of squares of a level's kernels over taps, mean over segments: (2K out, 2K in), finest level 0."""
     operator = block.banded[level]
-    if hasattr(operator, "kernel"):
-        weight = operator.mixing[..., None] * operator.kernel[:, None]
-    else:
-        weight = operator.weight
+    weight = operator.mixing[..., None] * operator.kernel[:, None] if hasattr(operator, "kernel") else operator.weight
     return weight.detach().square().sum(-1).sqrt().mean(0).numpy()
+
+
+@torch.no_grad()
+def streams(model: MnemoDyn, x: Tensor, t_r: float) -> dict[str, np.ndarray]:
+    """What drives each block and what leaves its operators, for a window x (time, parcel): (time, channel) each."""
+    found: dict[str, np.ndarray] = {}
+
+    def keep(name: str, part: Tensor) -> None:
+        found[name] = found.get(name, 0) + part[0].numpy()
+
+    hooks = []
+    for i, block in enumerate(model.blocks, 1):
+        for part in (block.field, block.lift):
+            if part is not None:
+                hooks.append(part.register_forward_hook(lambda _, __, out, i=i: keep(f"drive of block {i}", out)))
+        hooks.append(
+            block.output.register_forward_pre_hook(lambda _, given, i=i: keep(f"latents of block {i}", given[0]))
+        )
+    try:
+        model(x[None], t_r)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return found
 
 
 def scale_shares(x: np.ndarray, wavelet: str, n_levels: int) -> np.ndarray:
@@ -148,13 +170,12 @@ def reads_from(
 def association(
     a: np.ndarray, b: np.ndarray, pairs: Sequence[tuple[int, int]], *, seed: int, n_permutations: int = 1000
 ) -> dict:
-    """Spearman correlation of the off-diagonal entries of matrices, with an interval and a permutation test.
+    """Spearman correlation of the off-diagonal entries of two matrices, with an interval and a permutation test.
 
     Parameters
     ----------
-    a : ndarray, shape (window, parcel, parcel)
-        Its mean over windows is correlated; the interval is a 95 % bootstrap over windows.
-    b : ndarray, shape (parcel, parcel)
+    a, b : ndarray, shape (parcel, parcel)
+        The interval is a 95 % bootstrap over rows of both.
     pairs : sequence of (left, right)
         Columns of homotopic parcels. They are permuted as pairs (both sides together, and other columns among
         themselves), in rows and columns alike: what two hemispheres share by symmetry stays. Spatial autocorrelation
@@ -169,24 +190,26 @@ def association(
     """
     rng, n = np.random.default_rng(seed), len(b)
     off = ~np.eye(n, dtype=bool)
-    target = rankdata(b[off])
+    ranked = np.zeros((2, n, n))
+    for ranks, matrix in zip(ranked, (a, b), strict=True):
+        ranks[off] = rankdata(matrix[off])
 
-    def correlation(first: np.ndarray, second: np.ndarray) -> float:
-        return float(np.corrcoef(rankdata(first[off]), second)[0, 1])
+    def correlation(first: np.ndarray, rows: np.ndarray) -> float:
+        kept = off[rows]
+        return float(np.corrcoef(first[rows][kept], ranked[1][rows][kept])[0, 1])
 
-    r = correlation(a.mean(0), target)
-    draws = rng.integers(0, len(a), (200, len(a)))
-    low, high = np.quantile([correlation(a[d].mean(0), target) for d in draws], [0.025, 0.975])
+    r = correlation(ranked[0], np.arange(n))
+    low, high = np.quantile(
+        [correlation(ranked[0], rng.integers(0, n, n)) for _ in range(n_permutations)], [0.025, 0.975]
+    )
     pairs = np.array(pairs, int).reshape(-1, 2)
-    single = np.setdiff1d(np.arange(n), pairs)
-    ranked, null = np.zeros((n, n)), []
-    ranked[off] = rankdata(a.mean(0)[off])
+    single, null = np.setdiff1d(np.arange(n), pairs), []
     for _ in range(n_permutations):
         moved = np.arange(n)
         moved[pairs] = pairs[rng.permutation(len(pairs))]
         moved[single] = single[rng.permutation(len(single))]
-        null.append(np.corrcoef(ranked[np.ix_(moved, moved)][off], target)[0, 1])
-    p = (1 + sum(value >= r for value in null)) / (1 + n_permutations)
+        null.append(correlation(ranked[0][np.ix_(moved, moved)], np.arange(n)))
+    p = (1 + sum(value >= r - 1e-12 for value in null)) / (1 + n_permutations)
     found = {"r": r, "low": low, "high": high, "null_high": np.quantile(null, 0.95), "p": p}
     return {name: round(float(value), 6) for name, value in found.items()}
 
@@ -206,7 +229,7 @@ def forecast_errors(model: MnemoDyn, windows: Tensor, t_r: float, step: int) -> 
 
 
 def generate(
-    model: MnemoDyn,
+    model: MnemoDyn | None,
     start: Tensor,
     n_frames: int,
     t_r: float,
@@ -222,7 +245,8 @@ def generate(
 
     Parameters
     ----------
-    model : MnemoDyn
+    model : MnemoDyn or None
+        None predicts zero: what the errors alone look like, one after the other.
     start : Tensor, shape (batch, time, parcel)
         The past to begin with; as many frames are kept as the past of every step.
     n_frames : int
@@ -242,7 +266,7 @@ def generate(
     generator = torch.Generator().manual_seed(seed)
     past, parts = start, []
     for _ in range(-(-n_frames // step)):
-        new = _future(model, past, step, t_r)
+        new = start.new_zeros(len(past), step, past.shape[2]) if model is None else _future(model, past, step, t_r)
         if errors is not None:
             new = new + errors[torch.randint(len(errors), (len(past),), generator=generator)]
         parts.append(new)
