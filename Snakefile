@@ -140,6 +140,7 @@ for name in ("reconstruction", "identification"):
             f"notebooks/{name}.ipynb",
             sources("data", "model", "evaluate"),
             CHECKPOINT,
+            files("book/data/reconstruction_*.json") if name == "reconstruction" else [],
         output:
             outputs(name),
         message:

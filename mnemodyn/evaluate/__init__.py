@@ -10,6 +10,7 @@ LABELS = {
     "spatiotemporal_gaussian": "spatio-temporal Gaussian",
     "own_covariance": "the same, own covariance mixed in",
     "front_end": "the network's front end alone",
+    "blocks_alone": "operator blocks without front end",
     "transformer": "patch transformer",
     "fc": "Pearson FC",
 }

@@ -351,8 +351,8 @@ def pretrain(
     last = _prepare(folder, identity, restart)
 
     torch.manual_seed(training.seed)
-    module = Pretraining(MnemoDyn(model), objective, training)
     scaled = [[(scaling(s), s.t_r) for s in scans] for scans in (train, validation)]
+    module = Pretraining(MnemoDyn(model).fit_front([x for x, _ in scaled[0]]), objective, training)
     random = RandomWindows(scaled[0], model.n_timepoints, objective, training.seed)
     # The masks of validation must not follow the seed of a run, or runs could not be compared.
     fixed = FixedWindows(scaled[1], model.n_timepoints, objective, seed=0)
