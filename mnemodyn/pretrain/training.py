@@ -437,9 +437,7 @@ def pretrain(
     last = _prepare(folder, identity, facts, restart)
 
     torch.manual_seed(training.seed)
-    network = MnemoDyn(model)
-    if network.front is not None:
-        network.fit_front([scaling(scan) for scan in train])
+    network = MnemoDyn(model).fit_front([scaling(scan) for scan in train] if model.front != "none" else [])
     if machine.recompute:
         for block in network.blocks:
             block.forward = partial(torch.utils.checkpoint.checkpoint, block.forward, use_reentrant=False)
