@@ -9,7 +9,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constr
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help book test lint lab benchmark reconstruct clean
+.PHONY: help book test lint lab benchmark reconstruct ablations clean
 
 help:
 	@echo "make book [PROFILE=quick] [CORES=2]  run the notebooks and build the book: _build/html/index.html"
@@ -21,6 +21,7 @@ help:
 	@echo "make benchmark                       time and memory on this machine: runs/speed.json, in about ten minutes"
 	@echo "make reconstruct DATA=hcp7           hidden entries of held-out people, all baselines, three seeds, from scratch:"
 	@echo "                                     book/data/reconstruction_hcp7.json; DATA=abide ABIDE=FOLDER for the other"
+	@echo "make ablations                       the larger grid of ablations, in half an hour of one core: book/data/ablations.json"
 	@echo "make clean                           remove the runs and the built book; .venv stays"
 	@echo
 	@echo "PYTHON=python3.12 chooses the interpreter that .venv is made with (3.11 or newer)."
@@ -47,6 +48,9 @@ benchmark: .venv/.installed
 
 reconstruct: .venv/.installed
 	@$(BIN)/python -m benchmarks.reconstruct "$(or $(DATA),hcp7)" $(if $(ABIDE),--folder "$(ABIDE)")
+
+ablations: .venv/.installed
+	@$(BIN)/python -m mnemodyn.cli ablate "$(or $(DATA),hcp7)" notebooks/ablations.yaml cpu runs/ablations/cpu --out book/data/ablations.json
 
 clean:
 	rm -rf _build book/runs .snakemake

@@ -479,6 +479,7 @@ def _ablate(options: argparse.Namespace) -> int:
     facts = {
         "data": options.data,
         "size": options.size,
+        "command": f"mnemodyn ablate {options.data} {options.grid} {options.size} FOLDER --out FILE",
         "cpu_minutes": round(minutes, 1),
         "date": datetime.now(UTC).date().isoformat(),
     }

@@ -19,6 +19,7 @@ from time import process_time
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import torch
 from scipy.stats import t as student
 
@@ -34,7 +35,7 @@ from mnemodyn.pretrain.objective import Masked
 from mnemodyn.pretrain.windows import cut_windows
 from mnemodyn.provenance import surroundings
 
-__all__ = ["DEFAULT", "Cell", "Condition", "Grid", "collect", "read_grid", "run_cell", "run_grid", "score"]
+__all__ = ["DEFAULT", "Cell", "Condition", "Grid", "collect", "read_grid", "run_cell", "run_grid", "score", "table"]
 
 DEFAULT = "default"
 
@@ -252,7 +253,7 @@ def run_cell(grid: Grid, cell: Cell, fold: int, scans: Sequence[Scan], folder: P
                 training=training,
                 scaling=Scaling(data.scaling),
                 restart=True,
-                machine=Machine(accelerator="cpu"),
+                machine=Machine(),
             )
         network.parent.mkdir(exist_ok=True)
         (unfinished / "best").rename(network)
@@ -336,3 +337,13 @@ def collect(grid: Grid, records: Mapping[str, Sequence[Mapping]], **facts) -> di
         "versions": {name: found["versions"][name] for name in ("torch", "lightning", "numpy")},
         **facts,
     }
+
+
+def table(found: Mapping) -> pd.DataFrame:
+    """What `collect` gives, a row a cell: name, group, label, n_parameters, r2; value, low, high of the difference."""
+    rows = []
+    for cell in found["cells"]:
+        difference = cell["difference"] or dict.fromkeys(("value", "low", "high"))
+        kept = {key: cell[key] for key in ("name", "group", "label", "n_parameters")}
+        rows.append({**kept, "r2": cell["r2"]["value"], **difference})
+    return pd.DataFrame(rows).astype(dict.fromkeys(("value", "low", "high"), float))
