@@ -475,20 +475,21 @@ def ablations(rows: pd.DataFrame) -> Figure:
     return figure
 
 
-def matrices(drawn: dict[str, np.ndarray], label: str, *, names: Sequence[str] = (), signed: bool = True) -> Figure:
-    """Matrices side by side, each on its own scale: signed ones around zero, others up from it.
+def matrices(drawn: dict[str, np.ndarray], label: str, *, names: Sequence[str] = ()) -> Figure:
+    """Matrices side by side, each on its own scale: those with negative entries around zero, others up from it.
 
-    `names` are those of rows and columns, of which about twelve are written at the first matrix.
+    `names` are those of rows and columns, of which about twelve are written at the first matrix. Colours end at the
+    99th percentile.
     """
-    figure, axes = plt.subplots(1, len(drawn), figsize=(7, 1.1 + 5.2 / len(drawn)), squeeze=False)
+    figure, axes = plt.subplots(1, len(drawn), figsize=(7, 1.4 + 5.2 / len(drawn)), squeeze=False)
     for ax, (title, matrix) in zip(axes[0], drawn.items(), strict=True):
-        top = np.abs(matrix).max() if matrix.shape[0] < 30 else np.quantile(np.abs(matrix), 0.99)
-        limits = (
-            {"cmap": "RdBu_r", "vmin": -top, "vmax": top} if signed else {"cmap": "cividis", "vmin": 0, "vmax": top}
-        )
-        image = ax.imshow(matrix, interpolation="none", **limits)
+        signed, top = matrix.min() < 0, np.quantile(np.abs(matrix), 0.99)
+        limits = {"cmap": "RdBu_r", "vmin": -top} if signed else {"cmap": "cividis", "vmin": 0}
+        image = ax.imshow(matrix, interpolation="none", vmax=top, **limits)
         ax.set_title(title, fontsize=9)
-        figure.colorbar(image, ax=ax, shrink=0.6, orientation="horizontal", pad=0.04)
+        bar = figure.colorbar(image, ax=ax, shrink=0.6, orientation="horizontal", pad=0.04)
+        bar.locator = matplotlib.ticker.MaxNLocator(2)
+        bar.update_ticks()
         if names:
             ax.set(xticks=[], yticks=[])
     if names:
@@ -538,6 +539,8 @@ def generated(found: dict[str, list[dict]]) -> Figure:
         for ax, measure in ((middle, "fc_similarity"), (right, "metastability")):
             ax.plot([i] * len(series), [s[measure] for s in series], marker, color=colour, ms=5, mfc="none", label=name)
     left.set(xlabel="frequency (Hz)", ylabel="power (per Hz)", yscale="log")
+    left.yaxis.set_major_formatter("{x:g}")
+    left.minorticks_off()
     middle.set_ylabel("similarity of FC (r)")
     right.set_ylabel("metastability")
     for ax in (middle, right):
