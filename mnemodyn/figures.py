@@ -462,9 +462,9 @@ def ablations(rows: pd.DataFrame) -> Figure:
     ax.set_yticks(rows.index, rows["label"])
     ax.set(xlabel="change of R² on hidden entries", ylim=(len(rows) - 0.4, -0.6))
     # Most changes are small beside a few: linear near zero, logarithmic beyond.
-    ax.set_xscale("symlog", linthresh=0.02, linscale=1.5)
-    ends = max(0.02, float(rows[["value", "low", "high"]].abs().max().max()))
-    ticks = [t for t in (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2) if t <= 1.3 * ends]
+    ax.set_xscale("symlog", linthresh=0.01)
+    ends = max(0.01, float(rows[["value", "low", "high"]].abs().max().max()))
+    ticks = [t for t in (0.01, 0.03, 0.1, 0.3, 1, 3) if t <= 1.3 * ends]
     low, high = float(rows[["value", "low"]].min().min()), float(rows[["value", "high"]].max().max())
     ticks = [-t for t in ticks[::-1] if -t > 1.5 * low] + [0] + [t for t in ticks if t < 1.5 * high]
     ax.set_xticks(ticks, [f"{t:+g}".replace("-", "\N{MINUS SIGN}") if t else "0" for t in ticks])
