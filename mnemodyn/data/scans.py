@@ -430,6 +430,10 @@ def load_scans(source: str | Path, *, pattern: str = "*", **settings) -> list[Sc
         raise DataError(
             f"data must be 'hcp7' or a folder of scans, got {str(source)!r}, which is no folder", problem="no-file"
         )
+    if (folder / "store.json").is_file():
+        from mnemodyn.data.store import Store
+
+        return Store(folder)
     named = {}
     for path in sorted(p for p in folder.rglob(pattern) if _is_scan(p.name)):
         named.setdefault(path.with_name(path.name.split(".")[0]), path)  # .ptseries.nii sorts before .tsv
