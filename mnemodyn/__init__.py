@@ -17,6 +17,8 @@ _HOME = {
     "Scaling": "mnemodyn.data.scaling",
     "ModelConfig": "mnemodyn.model.config",
     "MnemoDyn": "mnemodyn.model.network",
+    "from_pretrained": "mnemodyn.hub",
+    "publish": "mnemodyn.hub",
     "run_notebook": "mnemodyn.running",
 }
 

@@ -10,6 +10,7 @@ from torch.nn import functional
 from mnemodyn.model.config import ModelConfig
 from mnemodyn.model.control import bridge
 from mnemodyn.model.operator import OperatorBlock
+from mnemodyn.model.pretrained import Pretrained
 from mnemodyn.model.reference import ReferenceBlock, prediction_head, read_settings, read_weights
 
 __all__ = ["MnemoDyn", "Output"]
@@ -36,7 +37,7 @@ class Output(NamedTuple):
     prediction: Tensor | None = None
 
 
-class MnemoDyn(nn.Module):
+class MnemoDyn(nn.Module, Pretrained):
     r"""Wavelet operator driven by the scan's own path.
 
     The stream starts as the visible scan, zero where it is hidden. Each block reads the stream, its derivative per
