@@ -17,6 +17,7 @@ _HOME = {
     "Scaling": "mnemodyn.data.scaling",
     "ModelConfig": "mnemodyn.model.config",
     "MnemoDyn": "mnemodyn.model.network",
+    "MnemoDynEncoder": "mnemodyn.evaluate.readout",
     "from_pretrained": "mnemodyn.hub",
     "publish": "mnemodyn.hub",
     "run_notebook": "mnemodyn.running",
