@@ -3,12 +3,39 @@
 import hashlib
 import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
+
+
+@contextmanager
+def writing(path: str | os.PathLike) -> Iterator[BinaryIO]:
+    """Give a stream whose bytes become ``path`` at the end of the block, or nothing at all if the block fails.
+
+    A reader sees the old file or the new one, never a part. Missing parent folders are made.
+
+    Raises
+    ------
+    OSError
+        Where the folder cannot be made or written; the old file is then untouched.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # The same folder, because a rename is atomic only within one file system.
+    partial = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(partial, "wb") as stream:
+            yield stream
+            stream.flush()
+            os.fsync(stream.fileno())
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def write_bytes(path: str | os.PathLike, content: bytes) -> Path:
-    """Write ``content`` so that a reader sees the old file or the new one, never a part.
+    """Write ``content`` so that a reader sees the old file or the new one, never a part (see `writing`).
 
     Parameters
     ----------
@@ -24,21 +51,11 @@ def write_bytes(path: str | os.PathLike, content: bytes) -> Path:
     Raises
     ------
     OSError
-        Where the folder cannot be made or written; the old file is then untouched.
+        As `writing`.
     """
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    # The same folder, because a rename is atomic only within one file system.
-    partial = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(partial, "wb") as stream:
-            stream.write(content)
-            stream.flush()
-            os.fsync(stream.fileno())
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
-    return path
+    with writing(path) as stream:
+        stream.write(content)
+    return Path(path)
 
 
 def write_text(path: str | os.PathLike, text: str) -> Path:

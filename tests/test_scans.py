@@ -118,7 +118,7 @@ def test_unusable_files_are_named(tmp_path):
     with pytest.raises(DataError, match="no file ending in"):
         load_scans(tmp_path)
     with pytest.raises(DataError, match="name must end in"):
-        load_scan(tmp_path / "sub-01.csv")
+        load_scan(tmp_path / "sub-01.xlsx")
     with pytest.raises(DataError, match="no such file"):
         load_scan(tmp_path / "sub-01_timeseries.tsv")
     with pytest.raises(DataError, match="no participant"):

@@ -24,8 +24,17 @@ def homotopic_pairs(parcels: tuple[str, ...]) -> list[tuple[int, int]]:
     return pairs
 
 
+def _varying(scan: Scan) -> tuple[np.ndarray, tuple[str, ...]]:
+    """Values and names of the parcels that are not constant; censored frames without a value get the parcel's mean."""
+    keep = ~scan.constant
+    values = scan.values[:, keep]
+    if scan.censored is not None and np.isnan(values).any():
+        values = np.where(np.isnan(values), np.nanmean(values, axis=0), values)
+    return values, tuple(p for p, k in zip(scan.parcels, keep, strict=True) if k)
+
+
 def spectrum(scan: Scan) -> tuple[np.ndarray, np.ndarray]:
-    """Welch's estimate of the power spectrum, mean over parcels scaled to unit variance.
+    """Welch's estimate of the power spectrum, mean over the parcels that vary, scaled to unit variance.
 
     Returns
     -------
@@ -33,13 +42,14 @@ def spectrum(scan: Scan) -> tuple[np.ndarray, np.ndarray]:
     power : ndarray, shape (n,), per Hz
         Windows of 256 frames, or the whole scan where it is shorter.
     """
-    z = (scan.values - scan.values.mean(0)) / scan.values.std(0)
+    values, _ = _varying(scan)
+    z = (values - values.mean(0)) / values.std(0)
     frequency, power = welch(z, fs=1 / scan.t_r, nperseg=min(256, scan.n_frames), axis=0)
     return frequency, power.mean(1)
 
 
 def quality(scans: list[Scan]) -> pd.DataFrame:
-    """A row a scan.
+    """A row a scan, over the parcels that are not constant.
 
     Returns
     -------
@@ -50,9 +60,10 @@ def quality(scans: list[Scan]) -> pd.DataFrame:
     """
     rows = []
     for scan in scans:
-        z = (scan.values - scan.values.mean(0, dtype=float)) / scan.values.std(0, dtype=float)
+        values, parcels = _varying(scan)
+        z = (values - values.mean(0, dtype=float)) / values.std(0, dtype=float)
         frequency, power = spectrum(scan)
-        pairs = homotopic_pairs(scan.parcels)
+        pairs = homotopic_pairs(parcels)
         rows.append(
             {
                 "participant": scan.participant_id,

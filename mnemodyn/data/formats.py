@@ -1,0 +1,505 @@
+"""The file formats of a scan, read and written: CIFTI-2, TSV, CSV, 1D, NumPy and MATLAB; and what BIDS keeps beside."""
+
+import contextlib
+import csv
+import io
+import itertools
+import json
+import os
+import re
+import warnings
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from mnemodyn import files
+
+__all__ = ["READERS", "DataError", "Raw", "motion", "read_cifti", "sidecar_t_r", "volume_t_r", "write"]
+
+DENSE = 10_000  # a CIFTI-2 series with more brain models than this is never one column a parcel
+INFLATION = 200  # times its size that a compressed array may grow; BOLD in float64 grows about 1.1 times
+SOURCE = ("sub", "ses", "task", "acq", "ce", "rec", "dir", "run", "echo")  # BIDS entities that name a recording
+
+
+class DataError(ValueError):
+    """Data that cannot be used; the message names the file, what was expected and what was found.
+
+    Attributes
+    ----------
+    problem : str
+        What is wrong in one short kebab-case name, for example ``"nan"``, ``"truncated"`` or ``"no-t-r"``.
+    """
+
+    def __init__(self, message: str, problem: str = "unusable"):
+        super().__init__(message)
+        self.problem = problem
+
+
+class Raw(NamedTuple):
+    """What a file holds: `values` (time, parcel) with names, or in an unknown orientation where `parcels` is None."""
+
+    values: np.ndarray
+    parcels: tuple[str, ...] | None = None
+    t_r: float | None = None
+
+
+@contextlib.contextmanager
+def _reading(path: Path, what: str) -> Iterator[None]:
+    """Whatever a library raises on a broken file becomes one named problem."""
+    try:
+        with warnings.catch_warnings(), np.errstate(all="ignore"):
+            warnings.simplefilter("ignore")
+            yield
+    except DataError:
+        raise
+    except Exception as error:
+        reason = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
+        raise DataError(f"{path.name}: not a readable {what} ({reason})", problem="truncated") from error
+
+
+def _real(path: Path, values: np.ndarray) -> np.ndarray:
+    if values.dtype.kind not in "iuf" or values.ndim != 2:
+        raise DataError(
+            f"{path.name}: expected a table of real numbers, got shape {values.shape} of {values.dtype}", "not-a-table"
+        )
+    with np.errstate(all="ignore"):
+        return np.array(values, dtype=np.float32, order="C")
+
+
+def read_cifti(path: str | Path) -> tuple[np.ndarray, tuple, float | None]:
+    """Any CIFTI-2 file with two axes, time in rows where one of them is a series.
+
+    Sizes that the header declares are held against the file's before anything is allocated.
+
+    Parameters
+    ----------
+    path : str or Path
+
+    Returns
+    -------
+    values : ndarray, shape (time or map, parcel or grayordinate), float32
+    axes : tuple of two nibabel axes
+        Of the rows and of the columns.
+    t_r : float or None
+        Seconds; None where no axis is a series in seconds.
+
+    Raises
+    ------
+    DataError
+        ``"not-cifti"`` for another kind of NIfTI, ``"truncated"`` where the file is shorter than its header says
+        or cannot be parsed.
+    """
+    import nibabel
+    from nibabel.cifti2 import Cifti2Image, SeriesAxis
+
+    path = Path(path)
+    with open(path, "rb") as stream:
+        start = stream.read(540)
+    if len(start) < 540 or start[4:7] not in (b"n+2", b"ni2"):
+        kind = "a NIfTI-1 volume" if start[344:347] in (b"n+1", b"ni1") else "no NIfTI-2 file"
+        raise DataError(
+            f"{path.name}: expected CIFTI-2, got {kind}; volumes are made into parcels by 'mnemodyn preprocess'",
+            "truncated" if len(start) < 540 and start[4:7] == b"n+2" else "not-cifti",
+        )
+    with _reading(path, "CIFTI-2 file"):
+        header = nibabel.Nifti2Header(start[:540], check=False)
+        shape, item = header.get_data_shape(), header.get_data_dtype().itemsize
+        if 32 not in _extensions(path, header.endianness):
+            raise DataError(f"{path.name}: expected CIFTI-2, got a NIfTI-2 volume without its header", "not-cifti")
+        needed = int(header["vox_offset"]) + item * np.prod([int(n) for n in shape], dtype=object)
+        if min(shape, default=0) < 1 or needed > path.stat().st_size:
+            raise DataError(
+                f"{path.name}: the header declares shape {shape[4:]}, {needed} bytes; the file has "
+                f"{path.stat().st_size}",
+                "truncated",
+            )
+        image = Cifti2Image.from_filename(path)
+        if image.ndim != 2:
+            raise DataError(f"{path.name}: expected two axes, got shape {image.shape}", "not-a-table")
+        axes = []
+        for i, n in enumerate(image.shape):
+            index = image.header.matrix.get_index_map(i)
+            declared = sum(model.index_count for model in index.brain_models)
+            if declared not in (0, n) or abs(index.series_exponent or 0) > 12:  # before nibabel acts on them
+                raise DataError(f"{path.name}: axis {i} describes {declared} elements of {n}", "truncated")
+            axes.append(image.header.get_axis(i))
+            if len(axes[-1]) != n:
+                raise DataError(f"{path.name}: axis {i} describes {len(axes[-1])} elements of {n}", "truncated")
+        values = np.asarray(image.dataobj)
+    values = _real(path, values)
+    if isinstance(axes[1], SeriesAxis) and not isinstance(axes[0], SeriesAxis):
+        values, axes = np.ascontiguousarray(values.T), axes[::-1]
+    series = axes[0]
+    stated = isinstance(series, SeriesAxis) and series.unit == "SECOND"
+    return values, tuple(axes), float(series.step) if stated else None
+
+
+def _extensions(path: Path, order: str) -> list[int]:
+    """Codes of the extensions between a NIfTI-2 header and its data; CIFTI-2 is 32."""
+    codes = []
+    kind = np.dtype("i4").newbyteorder(order)
+    with open(path, "rb") as stream:
+        stream.seek(540)
+        if stream.read(4)[:1] != b"\1":
+            return codes
+        while len(head := stream.read(8)) == 8 and len(codes) < 16:
+            size, code = np.frombuffer(head, kind)
+            if size < 8:
+                break
+            codes.append(int(code))
+            stream.seek(int(size) - 8, os.SEEK_CUR)
+    return codes
+
+
+def volume_t_r(header) -> float | None:
+    """Repetition time in seconds of a NIfTI volume's header, in whichever unit of time it is written.
+
+    None where the header states none: no fourth axis, a zero, or a unit that is no time.
+    """
+    zooms, unit = header.get_zooms(), header.get_xyzt_units()[1]
+    scale = {"sec": 1.0, "msec": 1e-3, "usec": 1e-6}.get(unit)
+    if len(zooms) < 4 or not zooms[3] > 0 or scale is None:
+        return None
+    return round(float(zooms[3]) * scale, 9)
+
+
+def _cifti(path: Path, key: str | None) -> Raw:
+    from nibabel.cifti2 import BrainModelAxis, ParcelsAxis, ScalarAxis
+
+    values, (rows, columns), t_r = read_cifti(path)
+    if isinstance(rows, BrainModelAxis | ParcelsAxis):
+        kinds = f"({type(rows).__name__}, {type(columns).__name__})"
+        raise DataError(f"{path.name}: expected a series by parcels, got axes {kinds}", "not-a-series")
+    if isinstance(columns, ParcelsAxis | ScalarAxis):
+        return Raw(values, tuple(map(str, columns.name)), t_r)
+    if isinstance(columns, BrainModelAxis):
+        if "parcellated" in path.name and len(columns) < DENSE:  # one column a parcel under a borrowed axis
+            return Raw(values, numbered(len(columns)), t_r)
+        raise DataError(
+            f"{path.name}: a dense series of {len(columns)} grayordinates; average it within the parcels of an atlas "
+            "first, with: mnemodyn preprocess",
+            "dense",
+        )
+    raise DataError(f"{path.name}: expected parcels in columns, got {type(columns).__name__}", "not-a-series")
+
+
+def _nii_gz(path: Path, key: str | None) -> Raw:
+    raise DataError(
+        f"{path.name}: expected CIFTI-2, which is never compressed, got .nii.gz; volumes are made into parcels by "
+        "'mnemodyn preprocess'",
+        "not-cifti",
+    )
+
+
+def numbered(n: int) -> tuple[str, ...]:
+    """Names for `n` parcels whose file has none: 1, 2, ..."""
+    return tuple(str(i + 1) for i in range(n))
+
+
+def _is_number(word: str) -> bool:
+    try:
+        float(word)
+    except ValueError:
+        return False
+    return True
+
+
+def _table(path: Path, separator: str, header: list[str] | None, skip: int) -> np.ndarray:
+    """Numbers below a header; every row as long as it. A cell without a value (n/a) is NaN."""
+    import pandas as pd
+
+    with _reading(path, "table of numbers"):
+        table = pd.read_csv(
+            path, sep=separator, header=None, skiprows=skip, na_values=["n/a", "NaN", "nan"], comment=None
+        )
+    width = table.shape[1] if header is None else len(header)
+    words = [i for i, kind in enumerate(table.dtypes) if kind.kind not in "iuf"]
+    if words:
+        names = [header[i] if header and i < len(header) else f"column {i + 1}" for i in words]
+        found = table[words[0]].dropna().astype(str)
+        raise DataError(
+            f"{path.name}: columns must be parcels with numbers, got text in {names[:3]}, "
+            f"for example {found.iloc[0][:40] if len(found) else ''!r}",
+            "truncated" if len(words) == table.shape[1] else "text",
+        )
+    values = table.to_numpy(np.float64)
+    if values.shape[1] != width:
+        raise DataError(
+            f"{path.name}: the header names {width} columns, the rows have {values.shape[1]}", problem="truncated"
+        )
+    with open(path, "rb") as stream:
+        stream.seek(max(0, path.stat().st_size - 64 * (width + 1)))
+        end = stream.read()
+    last = end.rstrip(b"\r\n").rsplit(b"\n", 1)[-1]
+    if width > 1 and separator != r"\s+" and not end.endswith(b"\n") and last.count(separator.encode()) < width - 1:
+        ends = last.count(separator.encode()) + 1
+        raise DataError(f"{path.name}: the last line ends early, in column {ends} of {width}", problem="truncated")
+    return values
+
+
+def _first_line(path: Path) -> str:
+    with _reading(path, "text file"), open(path, encoding="utf-8-sig", newline="") as stream:
+        line = stream.readline(10_000_000)
+        if not line.strip():
+            raise DataError(f"{path.name}: the file is empty or begins with an empty line", problem="truncated")
+        return line.rstrip("\r\n")
+
+
+def _text(path: Path, key: str | None) -> Raw:
+    """TSV and CSV. A header of names says that columns are parcels; a first column without a name is an index."""
+    separator = "," if path.name.lower().endswith(".csv") else "\t"
+    with _reading(path, "text file"):
+        header = next(csv.reader([_first_line(path)], delimiter=separator))
+    if all(map(_is_number, header)):
+        whole = all(word.strip().isdecimal() for word in header)
+        if not whole:
+            return Raw(_table(path, separator, None, 0))
+        if separator == ",":  # BIDS gives every TSV a header, nothing gives a CSV one
+            raise DataError(
+                f"{path.name}: the first line is of whole numbers, {header[:3]}: a header or a frame? Name the columns",
+                "header",
+            )
+    values = _table(path, separator, header, 1)
+    if header[0] == "" and len(header) > 1 and np.array_equal(values[:, 0], np.arange(len(values))):
+        header, values = header[1:], values[:, 1:]
+        if header == [str(i) for i in range(len(header))]:
+            return Raw(values)  # both numbered: neither says which is time
+    return Raw(values, tuple(header))
+
+
+def _one_d(path: Path, key: str | None) -> Raw:
+    """AFNI's 1D as the Preprocessed Connectomes Project writes it: a first line ``#1 #2 ...``, a column a parcel."""
+    first = _first_line(path)
+    if not first.startswith("#"):
+        return Raw(_table(path, r"\s+", None, 0))
+    words = first.split("\t") if "\t" in first else first.split()
+    if not all(len(w) > 1 and w[0] == "#" for w in words):
+        raise DataError(f"{path.name}: the first line must name every column as #NAME, got {first[:60]!r}", "header")
+    return Raw(_table(path, "\t" if "\t" in first else r"\s+", words, 1), tuple(w[1:] for w in words))
+
+
+def _npy(path: Path, key: str | None) -> Raw:
+    with _reading(path, "NumPy array"):
+        return Raw(np.load(path, mmap_mode="r", allow_pickle=False))  # a map never reaches past the file's end
+
+
+def _choose(path: Path, key: str | None, found: dict[str, tuple]) -> str:
+    """The one two-dimensional array of `found` (name: shape), or the one that `key` names."""
+    tables = [name for name, shape in found.items() if len(shape) == 2 and min(shape) > 1]
+    if key is None and len(tables) == 1:
+        return tables[0]
+    if key not in found:
+        listed = ", ".join(f"{name} {tuple(shape)}" for name, shape in list(found.items())[:12]) or "none"
+        asked = "key must say which array is the scan" if key is None else f"no array {key!r}"
+        raise DataError(f"{path.name}: {asked}; it holds {listed}", problem="key")
+    return key
+
+
+def _npz(path: Path, key: str | None) -> Raw:
+    with _reading(path, "NumPy archive"), zipfile.ZipFile(path) as archive:
+        found = {}
+        for member in archive.infolist():
+            if not member.filename.endswith(".npy"):
+                continue
+            if member.file_size > INFLATION * member.compress_size + 2**20:
+                raise DataError(f"{path.name}: {member.filename} would grow {INFLATION} times and more", "truncated")
+            with archive.open(member) as stream:
+                version = np.lib.format.read_magic(stream)
+                read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+                shape, _, kind = read(stream)
+            if kind.itemsize * np.prod(shape, dtype=object) > member.file_size or min(shape, default=0) < 0:
+                raise DataError(f"{path.name}: {member.filename} is shorter than its header says", "truncated")
+            found[member.filename.removesuffix(".npy")] = shape
+        with archive.open(_choose(path, key, found) + ".npy") as stream:
+            return Raw(np.lib.format.read_array(stream, allow_pickle=False))
+
+
+def _mat(path: Path, key: str | None) -> Raw:
+    from scipy.io import loadmat, whosmat
+
+    with _reading(path, "MATLAB file"):
+        with open(path, "rb") as stream:
+            if stream.read(20).startswith(b"MATLAB 7.3"):
+                raise DataError(f"{path.name}: MATLAB's 7.3 format is not read; save it with: save -v7", "mat-7.3")
+        numeric = {"double", "single", *(f"{u}int{bits}" for u in ("", "u") for bits in (8, 16, 32, 64))}
+        found = {name: shape for name, shape, kind in whosmat(path) if kind in numeric}
+        name = _choose(path, key, found)
+        if np.prod(found[name], dtype=object) > INFLATION * path.stat().st_size + 2**20:
+            raise DataError(f"{path.name}: {name} {found[name]} cannot be in so short a file", "truncated")
+        return Raw(loadmat(path, variable_names=[name])[name])
+
+
+# By the end of the name, the longer first.
+READERS = {
+    ".nii.gz": _nii_gz,
+    ".nii": _cifti,
+    ".tsv": _text,
+    ".csv": _text,
+    ".1d": _one_d,
+    ".npy": _npy,
+    ".npz": _npz,
+    ".mat": _mat,
+}
+
+
+def read(path: Path, key: str | None = None) -> Raw:
+    """Read one file by the end of its name; `values` are float32.
+
+    Raises
+    ------
+    DataError
+        For a name that ends otherwise, and for a file that is not what its name says.
+    """
+    reader = next((r for ending, r in READERS.items() if path.name.lower().endswith(ending)), None)
+    if reader is None:
+        raise DataError(f"{path.name}: the name must end in one of {', '.join(READERS)}", problem="format")
+    if not path.is_file():
+        raise DataError(f"{path}: no such file", problem="no-file")
+    raw = reader(path, key)
+    return raw._replace(values=_real(path, raw.values))
+
+
+# What stands beside a scan
+
+
+def entities(name: str) -> dict[str, str]:
+    """BIDS entities of a file's name, in order: ``sub-01_task-rest_bold.tsv`` has sub and task."""
+    return dict(part.split("-", 1) for part in name.split(".")[0].split("_") if "-" in part)
+
+
+def _json(path: Path) -> dict:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{path.name}: not a JSON object ({error})", problem="sidecar") from error
+    if not isinstance(content, dict):
+        raise DataError(f"{path.name}: not a JSON object, got {type(content).__name__}", problem="sidecar")
+    return content
+
+
+def sidecar_t_r(path: Path, *, inherited: bool = True) -> float | None:
+    """``RepetitionTime`` in seconds from the JSON that BIDS's inheritance gives to `path`; None where there is none.
+
+    The file of the same name comes first. Else, from the file's own folder up to the data set's root, the one with
+    the most of the name's entities and no other, of the same suffix or ``bold``; not where `inherited` is False.
+
+    Raises
+    ------
+    DataError
+        Where the sidecar is no JSON object, the time is no number, or two that stand equally near differ.
+    """
+    stem = path.name.split(".")[0]
+    if (t_r := _stated(path.with_name(f"{stem}.json"))) is not None or not inherited:
+        return t_r
+    parts = [f"{k}-{v}" for k, v in entities(path.name).items()]
+    if len(parts) > 8:  # every subset is looked for
+        parts = [part for part in parts if part.split("-")[0] in SOURCE]
+    folders = [path.parent]
+    while folders[-1].name.startswith(("sub-", "ses-", "func")) and folders[-1] != folders[-1].parent:
+        folders.append(folders[-1].parent)
+    suffixes = dict.fromkeys([stem.rsplit("_", 1)[-1], "timeseries", "bold"])
+    for folder, size, suffix in itertools.product(folders, range(len(parts), -1, -1), suffixes):
+        names = ("_".join([*chosen, suffix]) + ".json" for chosen in itertools.combinations(parts, size))
+        found = {name: t_r for name in names if (t_r := _stated(folder / name)) is not None}
+        if len(set(found.values())) > 1:
+            raise DataError(f"{path.name}: its sidecars disagree on RepetitionTime, {found}", problem="t-r-conflict")
+        if found:
+            return next(iter(found.values()))
+    return None
+
+
+def _stated(file: Path) -> float | None:
+    if not file.is_file() or (stated := _json(file).get("RepetitionTime")) is None:
+        return None
+    if isinstance(stated, bool) or not isinstance(stated, int | float):
+        raise DataError(f"{file.name}: RepetitionTime must be a number of seconds, got {stated!r}", problem="sidecar")
+    return float(stated) if abs(stated) < 1e9 else float("inf")
+
+
+def motion(path: Path) -> tuple[np.ndarray | None, float | None]:
+    """Censored frames and mean framewise displacement (mm), from the tables that XCP-D or fMRIPrep left beside `path`.
+
+    XCP-D: ``*_outliers.tsv`` (column framewise_displacement, 1 for a censored frame) and ``*_motion.tsv``.
+    fMRIPrep: ``*_desc-confounds_timeseries.tsv``, its columns ``motion_outlier*`` and ``non_steady_state_outlier*``.
+
+    Returns
+    -------
+    censored : ndarray of bool, shape (time of the recording,), or None
+    mean_fd : float or None
+
+    Raises
+    ------
+    DataError
+        Where such a table cannot be read.
+    """
+    source = "_".join(f"{k}-{v}" for k, v in entities(path.name).items() if k in SOURCE)
+    if not source:
+        return None, None
+
+    def table(*endings):
+        import pandas as pd
+
+        for ending in endings:
+            file = path.with_name(f"{source}_{ending}.tsv")
+            if file.is_file() and file != path:
+                with _reading(file, "table of confounds"):
+                    content = pd.read_csv(file, sep="\t", na_values=["n/a"])
+                    return content.apply(pd.to_numeric)
+        return None
+
+    def mean(content):
+        with np.errstate(all="ignore"):
+            fd = content["framewise_displacement"].mean() if "framewise_displacement" in content else np.nan
+        return float(fd) if np.isfinite(fd) else None
+
+    outliers = table("outliers", "desc-filtered_outliers")
+    moved = table("motion", "desc-filtered_motion")
+    confounds = table("desc-confounds_timeseries", "desc-confounds_regressors")
+    censored = None
+    if outliers is not None and "framewise_displacement" in outliers:
+        censored = outliers["framewise_displacement"].to_numpy(float) > 0
+    elif confounds is not None:
+        flags = confounds.filter(regex=r"^(motion|non_steady_state)_outlier")
+        censored = (flags.to_numpy(float) > 0).any(axis=1)
+    fd = next((m for m in (mean(t) for t in (moved, confounds) if t is not None) if m is not None), None)
+    return censored, fd
+
+
+# Written back
+
+
+def parcels_axis(parcels: tuple[str, ...]):
+    """A CIFTI-2 axis for parcels whose place in the brain is not known.
+
+    The format wants a place for every parcel: each gets one voxel of its own, in a row at the origin of a volume
+    as long as there are parcels. No surface is claimed, so that Workbench draws nothing false on a cortex.
+    """
+    from nibabel.cifti2 import ParcelsAxis
+
+    voxels = [np.array([[i, 0, 0]], dtype="i4") for i in range(len(parcels))]
+    return ParcelsAxis(list(parcels), voxels, [{}] * len(parcels), np.eye(4), (len(parcels), 1, 1))
+
+
+def write(path: Path, values: np.ndarray, parcels: tuple[str, ...], t_r: float, axis=None) -> None:
+    """Write ``.ptseries.nii``, or ``.tsv`` and its JSON; `values` (time, parcel), `t_r` in seconds."""
+    if path.name.endswith(".ptseries.nii"):
+        from nibabel.cifti2 import Cifti2Image, SeriesAxis
+
+        rows = SeriesAxis(0, float(t_r), len(values), unit="SECOND")
+        image = Cifti2Image(np.asarray(values, np.float32), (rows, parcels_axis(parcels) if axis is None else axis))
+        image.nifti_header.set_intent("ConnParcelSries")
+        files.write_bytes(path, image.to_bytes())
+    elif path.name.endswith(".tsv"):
+        if any(re.search(r'[\t\r\n"]', name) for name in parcels):
+            raise DataError(f"{path.name}: names of parcels must be free of tabs, quotes and line ends", "header")
+        text = io.StringIO()
+        text.write("\t".join(parcels) + "\n")
+        for row in np.asarray(values, np.float32):
+            text.write("\t".join("n/a" if np.isnan(v) else str(v) for v in row) + "\n")
+        files.write_text(path, text.getvalue())
+        files.write_json(path.with_suffix(".json"), {"RepetitionTime": float(t_r)})
+    else:
+        raise DataError(f"{path.name}: the name must end in .ptseries.nii or .tsv", problem="format")

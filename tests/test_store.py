@@ -1,0 +1,308 @@
+"""The store: what goes in comes out, whatever interrupts it, and windows in seconds from it."""
+
+import json
+import os
+import pickle
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from mnemodyn.data.scaling import METHODS, Scaling
+from mnemodyn.data.scans import DataError, Scan, load_scans
+from mnemodyn.data.store import Store, convert
+
+PARCELS = tuple("abcde")
+
+
+def scan(i, n_frames=None, t_r=None, parcels=PARCELS):
+    rng = np.random.default_rng(i)
+    n = n_frames or 40 + 7 * (i % 5)
+    values = 10_000 + 50 * rng.standard_normal((n, len(parcels))).cumsum(0) * np.arange(1, len(parcels) + 1)
+    return Scan(f"sub-{i:04d}", values.astype(np.float32), t_r or (0.72, 2.0)[i % 2], parcels, "Test", f"{i}.tsv")
+
+
+@dataclass
+class Index:
+    """What an index of a cohort has, over scans made on demand; `broken` cannot be read."""
+
+    numbers: list[int]
+    broken: tuple[int, ...] = ()
+    excluded: list[dict] = field(default_factory=list)
+    loaded: list[int] = field(default_factory=list)
+
+    @property
+    def table(self):
+        rows = [
+            {"path": f"{i}.tsv", "participant_id": f"sub-{i:04d}", "age": 20 + i, "code": f"00{i}", "site": None}
+            for i in self.numbers
+        ]
+        return pd.DataFrame(rows)
+
+    def load(self, row):
+        i = int(row["path"].split(".")[0])
+        self.loaded.append(i)
+        if i in self.broken:
+            raise DataError(f"{i}.tsv: truncated", problem="truncated")
+        return scan(i)
+
+
+def content(folder):
+    return {p.name: p.read_bytes() for p in folder.iterdir()}
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
+def test_what_goes_in_comes_out(tmp_path, dtype):
+    scans = [scan(i) for i in range(7)]
+    store = convert(scans, tmp_path / "store", dtype=dtype, scans_per_shard=3)
+    assert len(store) == 7
+    assert (store.parcels, store.atlas, store.dtype) == (PARCELS, "Test", dtype)
+    assert list(store.table["participant_id"]) == [s.participant_id for s in scans]
+    worst = 0.0
+    for there, here, row in zip(store, scans, store.table.itertuples(), strict=True):
+        assert (there.participant_id, there.t_r, there.source) == (here.participant_id, here.t_r, here.source)
+        x = here.values.astype(float)
+        off = (there.values - x) / x.std(0)
+        worst = max(worst, np.abs(off).max())
+        assert row.error_max == pytest.approx(np.abs(off).max(), rel=1e-6)
+        assert row.error_rms == pytest.approx(np.sqrt((off**2).mean()), rel=1e-6)
+    # Half a unit in the last place of a float16 below 8, and nothing for float32.
+    assert worst == 0 if dtype == "float32" else 1e-5 < worst < 2**-9
+    assert store.verify() == 7
+    assert [len(p) for p in (store[2:5], store.select(np.arange(7) > 4))] == [3, 2]
+    assert store[2:5][1].participant_id == scans[3].participant_id
+
+
+def test_index_is_kept_with_its_types_and_reasons(tmp_path):
+    outside = [{"file": "x.tsv", "participant_id": "sub-x", "problem": "nan", "message": "x.tsv: NaN"}]
+    store = convert(Index([1, 2, 3], broken=(2,), excluded=outside), tmp_path / "store")
+    assert list(store.table["code"]) == ["001", "003"]
+    assert list(store.table["age"]) == [21, 23]
+    assert store.table["site"].isna().all()
+    assert list(store.excluded["problem"]) == ["nan", "truncated"]
+    assert store.excluded["message"].iloc[1] == "2.tsv: truncated"
+    other = convert([scan(0), scan(1, parcels=("a", "b", "c", "e", "d"))], tmp_path / "other")
+    assert (len(other), *other.excluded["problem"]) == (1, "parcel-order")
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
+def test_windows_are_scaled_with_the_whole_scan(tmp_path, dtype):
+    scans = [scan(i) for i in range(6)]
+    store = convert(scans, tmp_path / "store", dtype=dtype, scans_per_shard=4)
+    for method in METHODS:
+        scaling = Scaling(method).fit(scans)
+        for i in (0, 3, 5):
+            expected = scaling(scans[i])[5:25]
+            # The error of a float16 z-score, in the units of the method.
+            atol = 4e-3 * scans[i].values.std(0).max() / scaling.affine(store.moments(i))[1].min()
+            np.testing.assert_allclose(store.read(i, 5, 25, scaling), expected, rtol=1e-5, atol=atol)
+
+
+def test_constant_parcels_and_lost_frames(tmp_path):
+    values = scan(3).values.copy()
+    values[:, 1] = 9_999.3
+    censored = np.zeros(len(values), dtype=bool)
+    censored[[4, 9]] = True
+    values[4] = np.nan
+    values[9, 0] = 1e9
+    flat = replace(scan(3), values=values, censored=censored, session="2", run="1", mean_fd=0.2)
+    store = convert([flat, scan(4)], tmp_path / "store")
+    x = store.read(0)
+    assert (x[:, 1] == 0).all()
+    assert (x[4] == 0).all()
+    kept = values[~censored].astype(float)
+    np.testing.assert_allclose(x[~censored, 2], (kept[:, 2] - kept[:, 2].mean()) / kept[:, 2].std(), atol=4e-3)
+    assert (store[0].session, store[0].run, store[0].mean_fd, store[1].mean_fd) == ("2", "1", 0.2, None)
+    np.testing.assert_array_equal(store[0].constant, [False, True, False, False, False])
+    assert store.table["n_usable"].tolist() == [len(values) - 2, 68]
+    np.testing.assert_array_equal(store.censored(0), censored)
+    np.testing.assert_array_equal(store.censored(0, 5, 20), censored[5:20])
+    assert store.censored(1) is None
+    assert store.verify() == 2
+
+
+def test_more_scans_leave_old_bytes_alone(tmp_path):
+    first = convert(Index([0, 1, 2, 3, 4], broken=(3,)), tmp_path / "store", scans_per_shard=2)
+    before = content(tmp_path / "store")
+    index = Index([9, 0, 1, 2, 3, 4, 5], broken=(3,))
+    store = convert(index, tmp_path / "store", scans_per_shard=2)
+    after = content(tmp_path / "store")
+    assert index.loaded == [9, 5]
+    assert {n for n in before if after[n] != before[n]} == {"store.json"}
+    assert [s.source for s in store] == ["0.tsv", "1.tsv", "2.tsv", "4.tsv", "9.tsv", "5.tsv"]
+    assert first.fingerprint != store.fingerprint
+    assert first.fingerprint == store[:4].fingerprint
+    assert len(store.excluded) == 1
+
+
+KILLED = """
+import sys, time
+sys.path.insert(0, {tests!r})
+from test_store import Index, convert
+index = Index(list(range(60)), broken=(7, 41))
+load = index.load
+index.load = lambda row: (time.sleep(0.003), load(row))[1]
+print("ready", flush=True)
+convert(index, {folder!r}, scans_per_shard=4)
+"""
+
+
+def test_killed_at_random_moments_ends_in_the_same_bytes(tmp_path):
+    whole = convert(Index(list(range(60)), broken=(7, 41)), tmp_path / "whole", scans_per_shard=4)
+    folder = tmp_path / "killed"
+    code = KILLED.format(tests=str(__file__).rpartition("/")[0], folder=str(folder))
+    rng = np.random.default_rng(0)
+    seen = set()
+    for _ in range(3):
+        child = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE)
+        child.stdout.readline()
+        time.sleep(rng.uniform(0.02, 0.2))
+        child.send_signal(signal.SIGKILL)
+        child.wait()
+        child.stdout.close()
+        seen.add(len(list(folder.glob("*.json"))) if folder.exists() else 0)
+        if folder.exists() and (folder / "parcels.json").exists() and not (folder / "store.json").exists():
+            with pytest.raises(DataError, match="has not ended; run it again"):
+                Store(folder)
+    assert min(seen) < 17  # it was killed before its end
+    again = convert(Index(list(range(60)), broken=(7, 41)), folder, scans_per_shard=4)
+    assert content(folder) == content(tmp_path / "whole")
+    assert again.fingerprint == whole.fingerprint
+
+
+def test_damage_is_a_named_problem(tmp_path):
+    def problem(name, change):
+        folder = tmp_path / name
+        convert([scan(i) for i in range(4)], folder, scans_per_shard=2)
+        change(folder)
+        with pytest.raises(DataError) as caught:
+            Store(folder).verify()
+        return caught.value.problem
+
+    def alter(name):
+        def change(folder):
+            data = bytearray((folder / name).read_bytes())
+            data[-5] ^= 1
+            (folder / name).write_bytes(data)
+
+        return change
+
+    def truncate(folder):
+        path = folder / "00001.npy"
+        path.write_bytes(path.read_bytes()[:-10])
+
+    assert problem("values", alter("00001.npy")) == "checksum"
+    assert problem("moments", alter("00000.moments.npy")) == "checksum"
+    assert problem("rows", alter("00000.json")) == "checksum"
+    assert problem("truncated", truncate) == "truncated"
+    assert problem("header", lambda f: (f / "00001.npy").write_bytes(b"")) == "truncated"
+    assert problem("missing", lambda f: (f / "00001.npy").unlink()) == "missing"
+    assert problem("none", lambda f: (f / "store.json").unlink()) == "unfinished"
+
+
+def test_refusals(tmp_path):
+    with pytest.raises(DataError, match="dtype must be one of"):
+        convert([scan(0)], tmp_path / "a", dtype="int8")
+    with pytest.raises(DataError, match="two scans share"):
+        convert([scan(0), scan(0)], tmp_path / "a")
+    with pytest.raises(DataError, match="none of the 1 scans"):
+        convert(Index([1], broken=(1,)), tmp_path / "b")
+    with pytest.raises(DataError, match="no store"):
+        Store(tmp_path)
+    (tmp_path / "c").mkdir()
+    (tmp_path / "c" / "notes.txt").write_text("mine")
+    with pytest.raises(DataError, match="not a store"):
+        convert([scan(0)], tmp_path / "c")
+    convert([scan(0)], tmp_path / "d")
+    with pytest.raises(DataError, match="a store of float16, float32 was asked for"):
+        convert([scan(0)], tmp_path / "d", dtype="float32")
+    longer = scan(0, n_frames=60)
+    with pytest.raises(DataError, match="when it was converted"):
+        convert([longer], tmp_path / "d")
+
+
+def test_one_conversion_at_a_time(tmp_path):
+    fcntl = pytest.importorskip("fcntl")
+    (tmp_path / "store").mkdir()
+    at = os.open(tmp_path / "store", os.O_RDONLY)
+    fcntl.flock(at, fcntl.LOCK_EX)
+    with pytest.raises(DataError, match="another conversion"):
+        convert([scan(0)], tmp_path / "store")
+    os.close(at)
+    assert len(convert([scan(0)], tmp_path / "store")) == 1
+
+
+def test_load_scans_and_pickle(tmp_path):
+    convert([scan(i) for i in range(3)], tmp_path / "store")
+    store = load_scans(tmp_path / "store")
+    assert isinstance(store, Store)
+    store.read(0)
+    data = pickle.dumps(store)
+    assert len(data) < 20_000  # no values travel
+    np.testing.assert_array_equal(pickle.loads(data).read(1), store.read(1))
+
+
+def test_maps_are_closed_after_a_while(tmp_path, monkeypatch):
+    monkeypatch.setattr("mnemodyn.data.store.KEEP_MAPPED", 1000)
+    store = convert([scan(i) for i in range(8)], tmp_path / "store", scans_per_shard=1)
+    for i in range(8):
+        store.read(i)
+        assert len(store._maps) <= 9
+
+
+def test_windows_in_seconds(tmp_path):
+    from torch.utils.data import DataLoader  # here, so that the killed conversions start without torch
+
+    from mnemodyn.data.windows import SecondsWindows, collate
+
+    scans = [scan(0, 100, 0.72), scan(1, 30, 2.0), scan(2, 12, 2.0)]
+    store = convert(scans, tmp_path / "store", dtype="float32")
+    for source in (store, scans):
+        windows = SecondsWindows(source, 40.0, seed=3)
+        assert windows.n_dropped == 1
+        items = [windows[i] for i in range(400)]
+        assert {(i["scan"], len(i["x"])) for i in items} == {(0, 56), (1, 20)}
+        # Windows 0 ... 44 of the first and 0 ... 10 of the second, each as likely as any other.
+        share = np.mean([i["scan"] == 0 for i in items])
+        assert abs(share - 45 / 56) < 4 * np.sqrt(45 / 56 * 11 / 56 / 400)
+        z = {i: Scaling()(s) for i, s in enumerate(scans)}
+        found = {(i["scan"], _where(z[i["scan"]], i["x"].numpy())) for i in items}
+        assert {s for _, s in found} >= {0, 44}
+        assert len(found) == 56
+        same = windows[7]["x"]
+        np.testing.assert_array_equal(SecondsWindows(source, 40.0, seed=3)[7]["x"], same)
+
+    padded = SecondsWindows(store, 40.0, short="pad", seed=0)
+    assert padded.n_dropped == 0
+    items = [next(padded[i] for i in range(1000) if padded[i]["scan"] == s) for s in range(3)]
+    batch = collate(items)
+    assert batch["x"].shape == (3, 56, 5)
+    assert batch["lengths"].tolist() == [56, 20, 12]
+    assert (batch["x"][2, 12:] == 0).all()
+    np.testing.assert_allclose(batch["x"][2, :12], Scaling()(scans[2]), atol=1e-5)
+    assert batch["censored"].sum(1).tolist() == [0, 36, 44]
+    np.testing.assert_allclose(batch["t_r"], [0.72, 2.0, 2.0])
+    loader = DataLoader(padded, batch_size=4, sampler=range(8), collate_fn=collate)
+    assert [len(b["x"]) for b in loader] == [4, 4]
+
+    with pytest.raises(DataError, match="none of 3 scans holds a window"):
+        SecondsWindows(store, 500.0)
+    with pytest.raises(ValueError, match="fewer than 2 frames"):
+        SecondsWindows(store, 1.0)
+    with pytest.raises(ValueError, match="short must be"):
+        SecondsWindows(store, 40.0, short="tile")
+
+
+def _where(whole, part):
+    return next(i for i in range(len(whole)) if np.allclose(whole[i : i + len(part)], part, atol=1e-5))
+
+
+def test_store_json_names_every_part(tmp_path):
+    convert([scan(i) for i in range(4)], tmp_path / "store", scans_per_shard=2)
+    listed = json.loads((tmp_path / "store" / "store.json").read_text())["files"]
+    assert sorted(listed) == ["00000.json", "00001.json", "parcels.json"]
