@@ -88,6 +88,8 @@ def _parser() -> argparse.ArgumentParser:
     )
     info.add_argument("checkpoint", metavar="CHECKPOINT", help="folder of the checkpoint")
     info.set_defaults(command=_info)
+    _add_index(commands)
+    _add_simulate(commands)
     return parser
 
 
@@ -142,6 +144,103 @@ def _info(options: argparse.Namespace) -> int:
 def _fail(error: Exception, status: int) -> int:
     print(f"mnemodyn: {error}", file=sys.stderr)
     return status
+
+
+_INDEX = """\
+Find a cohort's scans in FOLDER, match them with their phenotypes, read each once, and print what is there: scans,
+participants, sites, frames, repetition times, every target's distribution, and what was left out and why.
+
+COHORT is the name of one that comes with the package, or a YAML file of your own.
+"""
+
+
+def _add_index(commands: argparse._SubParsersAction) -> None:
+    index = commands.add_parser(
+        "index",
+        help="say what scans a folder holds",
+        description=_INDEX,
+        epilog="cohorts of the package: abide, adhd200, adni, bids, hbn, hcp_aging, nkir, ukb",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    index.add_argument("cohort", metavar="COHORT", help="name or YAML file")
+    index.add_argument("folder", metavar="FOLDER", help="folder of the scans; nothing in it is changed")
+    index.add_argument("--json", action="store_true", help="print JSON, with every excluded file")
+    index.add_argument("--table", metavar="FILE", help="write a row a usable scan: .csv, or .tsv")
+    index.add_argument("--workers", type=int, default=1, metavar="N", help="processes that read (default: 1)")
+    index.set_defaults(command=_index)
+
+
+def _index(options: argparse.Namespace) -> int:
+    from mnemodyn.data.cohorts import index, load_cohort
+    from mnemodyn.files import write_text
+
+    try:
+        cohort = load_cohort(options.cohort)
+    except ValueError as error:
+        return _fail(error, 2)
+    try:
+        found = index(cohort, options.folder, progress=_progress, workers=options.workers)
+        if options.table:
+            separator = "," if options.table.endswith(".csv") else "\t"
+            write_text(options.table, found.table.to_csv(index=False, sep=separator))
+    except (OSError, ValueError) as error:
+        return _fail(error, 1)
+    print(json.dumps(found.summary(), indent=2, ensure_ascii=False) if options.json else found)
+    return 0
+
+
+_SIMULATE = """\
+Write a SIMULATED cohort: scans in the real one's formats and folders, its phenotype table, a few broken files, and
+effects of known size on connectivity. FOLDER/simulated.json says what was planted.
+"""
+
+
+def _add_simulate(commands: argparse._SubParsersAction) -> None:
+    simulate = commands.add_parser("simulate", help="write a SIMULATED cohort", description=_SIMULATE)
+    simulate.add_argument("cohort", metavar="COHORT", help="abide, adhd200, adni, hbn, hcp_aging, nkir or ukb")
+    simulate.add_argument("folder", metavar="FOLDER", help="where it goes; must be empty or absent")
+    simulate.add_argument("--participants", type=int, default=40, metavar="N", help="people (default: 40)")
+    simulate.add_argument("--seed", type=int, default=0, metavar="S")
+    simulate.add_argument("--parcels", type=int, default=40, metavar="N", help="even (default: 40)")
+    simulate.add_argument("--frames", type=int, metavar="N", help="default: as in the real cohort")
+    simulate.add_argument(
+        "--effect",
+        nargs=2,
+        action="append",
+        default=[],
+        metavar=("NAME", "D"),
+        help="size of a target's, site's or mean_fd's effect in standard deviations (default: 1); may be repeated",
+    )
+    simulate.add_argument("--generator", choices=("ou", "hcp7"), default="ou", help="default: ou")
+    simulate.set_defaults(command=_simulate)
+
+
+def _simulate(options: argparse.Namespace) -> int:
+    from mnemodyn.data.simulate import simulate_cohort
+
+    try:
+        truth = simulate_cohort(
+            options.cohort,
+            options.folder,
+            n_participants=options.participants,
+            seed=options.seed,
+            n_parcels=options.parcels,
+            n_frames=options.frames,
+            effects={name: float(d) for name, d in options.effect},
+            generator=options.generator,
+        )
+    except ValueError as error:
+        return _fail(error, 2)
+    except OSError as error:
+        return _fail(error, 1)
+    effects = ", ".join(f"{name} {e['d']:g}" for name, e in truth["effects"].items())
+    print(f"SIMULATED {truth['cohort']} -> {options.folder}; effects in SD: {effects}")
+    return 0
+
+
+def _progress(done: int, total: int) -> None:
+    if sys.stderr.isatty():
+        print(f"\r{done} of {total} scans", end="\n" if done == total else "", file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":
