@@ -14,6 +14,7 @@ _HOME = {
     "Scan": "mnemodyn.data.scans",
     "load_scan": "mnemodyn.data.scans",
     "load_scans": "mnemodyn.data.scans",
+    "save_scan": "mnemodyn.data.scans",
     "Scaling": "mnemodyn.data.scaling",
     "ModelConfig": "mnemodyn.model.config",
     "MnemoDyn": "mnemodyn.model.network",

@@ -277,6 +277,14 @@ def test_bids_needs_no_table(data):
     assert found.summary()["t_r"] == {"0.8": 5}
 
 
+def test_scans_alone_are_a_cohort(tmp_path, data):
+    (tmp_path / "c.yaml").write_text('scans: "**/sub-{participant}_*.tsv"\nreader: {t_r: 2}\n')
+    found = index(tmp_path / "c.yaml", data)
+    assert found.cohort.name == "c"
+    assert len(found.table) == 5
+    assert found.summary()["problems"] == {"no-phenotype": 5}
+
+
 def test_the_pages_example_runs(tmp_path):
     text = re.search(r"```yaml\n(# mine.yaml.*?)```", PAGE.read_text(encoding="utf-8"), re.S)[1]
     (tmp_path / "mine.yaml").write_text(text)

@@ -78,7 +78,7 @@ def test_damaged_files_are_named_problems(tmp_path, ending):
         try:
             assert isinstance(read(path, damaged(WHOLE[ending], *damage)), Scan)
         except DataError as error:
-            assert error.problem != "unusable"
-            assert path.name in str(error)
+            if error.problem == "unusable" or path.name not in str(error):
+                raise
 
     examine()

@@ -668,7 +668,7 @@ def _phenotypes(cohort: Cohort, folder: Path, named: list) -> tuple[pd.DataFrame
     """The raw values of every scan (a row a scan, a column a phenotype column), whether it has any, and counts."""
     tables = [(t, content) for t in cohort.phenotype if (content := _read_table(cohort, folder, t)) is not None]
     needed = list(dict.fromkeys(v.column for v in cohort.variables.values()))
-    raw = pd.DataFrame("", index=range(len(named)), columns=needed)
+    raw = [dict.fromkeys(needed, "") for _ in named]
     status = [("", "")] * len(named) if tables else [("no-phenotype", "there is no phenotype table")] * len(named)
     counts = {"rows": 0, "identical": 0, "contradictory": 0, "without_scan": 0}
     taken: set[str] = set()
@@ -698,7 +698,7 @@ def _phenotypes(cohort: Cohort, folder: Path, named: list) -> tuple[pd.DataFrame
             if key in contradictory:
                 status[i] = ("contradictory-phenotype", contradictory[key])
             elif key in rows:
-                raw.loc[i, columns] = rows[key]
+                raw[i] |= dict(zip(columns, rows[key], strict=True))
             elif number == 0:
                 status[i] = ("no-phenotype", f"no row of {table.file} for {' '.join(key)}")
     absent = [v.column for v in cohort.variables.values() if v.column not in taken and not v.optional and tables]
@@ -709,8 +709,11 @@ def _phenotypes(cohort: Cohort, folder: Path, named: list) -> tuple[pd.DataFrame
             f"{have[:30]}",
             problem="no-phenotype",
         )
-    raw.loc[[problem == "contradictory-phenotype" for problem, _ in status]] = ""
-    return raw, status, counts
+    raw = [
+        dict.fromkeys(needed, "") if p == "contradictory-phenotype" else r
+        for r, (p, _) in zip(raw, status, strict=True)
+    ]
+    return pd.DataFrame(raw, index=range(len(raw)), columns=needed, dtype=object), status, counts
 
 
 def _variables(cohort: Cohort, raw: pd.DataFrame, named: list) -> pd.DataFrame:
@@ -793,9 +796,7 @@ def _compare(read: pd.DataFrame, found: pd.DataFrame) -> None:
         kind = "parcel-count" if n != n_usual else "parcel-order"
         what = f"{n} parcels" if n != n_usual else f"other parcels, or the same {n} in another order,"
         read.loc[i, ["problem", "message"]] = kind, f": {what} than the {n_usual} of most scans"
-    for _, group in usable.groupby("series", sort=False):
-        if len(group) < 2:
-            continue
+    for _, group in usable[usable.series.duplicated(keep=False)].groupby("series", sort=False):
         people = found.participant_id[group.index].unique()
         # one participant's copy can go; whose series it is that stands under two names nobody knows
         for i in group.index if len(people) > 1 else group.index[1:]:

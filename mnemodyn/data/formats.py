@@ -12,6 +12,7 @@ import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
+from xml.etree import ElementTree
 
 import numpy as np
 
@@ -107,7 +108,8 @@ def read_cifti(path: str | Path) -> tuple[np.ndarray, tuple, float | None]:
     with _reading(path, "CIFTI-2 file"):
         header = nibabel.Nifti2Header(start[:540], check=False)
         shape, item = header.get_data_shape(), header.get_data_dtype().itemsize
-        if 32 not in _extensions(path, header.endianness):
+        xml = _cifti_xml(path, header.endianness)
+        if xml is None:
             raise DataError(f"{path.name}: expected CIFTI-2, got a NIfTI-2 volume without its header", "not-cifti")
         needed = int(header["vox_offset"]) + item * np.prod([int(n) for n in shape], dtype=object)
         if min(shape, default=0) < 1 or needed > path.stat().st_size:
@@ -116,15 +118,15 @@ def read_cifti(path: str | Path) -> tuple[np.ndarray, tuple, float | None]:
                 f"{path.stat().st_size}",
                 "truncated",
             )
+        for index in ElementTree.fromstring(xml).iter("MatrixIndicesMap"):  # nibabel acts on these unchecked
+            declared = sum(int(model.get("IndexCount", 0)) for model in index.iter("BrainModel"))
+            if declared > max(shape) or abs(int(index.get("SeriesExponent", 0))) > 12:
+                raise DataError(f"{path.name}: an axis claims {declared} elements of {max(shape)}", "truncated")
         image = Cifti2Image.from_filename(path)
         if image.ndim != 2:
             raise DataError(f"{path.name}: expected two axes, got shape {image.shape}", "not-a-table")
         axes = []
         for i, n in enumerate(image.shape):
-            index = image.header.matrix.get_index_map(i)
-            declared = sum(model.index_count for model in index.brain_models)
-            if declared not in (0, n) or abs(index.series_exponent or 0) > 12:  # before nibabel acts on them
-                raise DataError(f"{path.name}: axis {i} describes {declared} elements of {n}", "truncated")
             axes.append(image.header.get_axis(i))
             if len(axes[-1]) != n:
                 raise DataError(f"{path.name}: axis {i} describes {len(axes[-1])} elements of {n}", "truncated")
@@ -137,21 +139,23 @@ def read_cifti(path: str | Path) -> tuple[np.ndarray, tuple, float | None]:
     return values, tuple(axes), float(series.step) if stated else None
 
 
-def _extensions(path: Path, order: str) -> list[int]:
-    """Codes of the extensions between a NIfTI-2 header and its data; CIFTI-2 is 32."""
-    codes = []
+def _cifti_xml(path: Path, order: str) -> bytes | None:
+    """The extension between a NIfTI-2 header and its data that makes it CIFTI-2 (code 32)."""
     kind = np.dtype("i4").newbyteorder(order)
     with open(path, "rb") as stream:
         stream.seek(540)
         if stream.read(4)[:1] != b"\1":
-            return codes
-        while len(head := stream.read(8)) == 8 and len(codes) < 16:
-            size, code = np.frombuffer(head, kind)
-            if size < 8:
-                break
-            codes.append(int(code))
-            stream.seek(int(size) - 8, os.SEEK_CUR)
-    return codes
+            return None
+        for _ in range(16):
+            if len(head := stream.read(8)) < 8:
+                return None
+            size, code = (int(n) for n in np.frombuffer(head, kind))
+            if not 8 <= size <= path.stat().st_size:
+                return None
+            if code == 32:
+                return stream.read(size - 8).rstrip(b"\0")
+            stream.seek(size - 8, os.SEEK_CUR)
+    return None
 
 
 def volume_t_r(header) -> float | None:

@@ -139,6 +139,19 @@ def _sample(k: np.ndarray, s: np.ndarray, t_r: float, shape: tuple[int, int], rn
     return x.swapaxes(0, 1)
 
 
+def _covariances(s: np.ndarray, blocks: list[np.ndarray], strength: np.ndarray) -> np.ndarray:
+    """Correlations (person, parcel, parcel) whose edges in block i are EDGE_SD * strength[:, i] above their base.
+
+    The base is half of `s`, and REACH * EDGE_SD within the blocks: what is added is never negative, so that the least
+    eigenvalue is at least 0.5 - 2 * REACH * EDGE_SD.
+    """
+    sigma = np.repeat((0.5 * s + 0.5 * np.eye(len(s)))[None], len(strength), axis=0)
+    for block, amount in zip(blocks, EDGE_SD * (REACH + strength).T, strict=True):
+        edges = np.ix_(range(len(strength)), block, block)
+        sigma[edges] += amount[:, None, None] * (1 - np.eye(len(block)))
+    return sigma
+
+
 def _draw(column: Column, name: str, layout: Layout, n: int, rng: np.random.Generator):
     """Values of a variable for `n` people, their z-scores by the population's moments, and what one unit of z is."""
     if column.kind == "classification":
@@ -262,13 +275,7 @@ def simulate_cohort(
     for t_r in np.unique(times):
         group = np.flatnonzero(times == t_r)
         for members in (group[i : i + CHUNK] for i in range(0, len(group), CHUNK)):
-            sigma = np.repeat((0.5 * s + 0.5 * np.eye(len(s)))[None], len(members), axis=0)
-            for i, block in enumerate(blocks):
-                edges = np.ones((len(block), len(block))) - np.eye(len(block))
-                # the base keeps the whole from ever being negative: the least eigenvalue is 0.5 - 2 REACH EDGE_SD
-                amount = EDGE_SD * (REACH + strength[members, i])
-                sigma[np.ix_(range(len(members)), block, block)] += amount[:, None, None] * edges
-            mix = half @ _root(sigma)
+            mix = half @ _root(_covariances(s, blocks, strength[members]))
             for session, run in product(layout.sessions, layout.runs):
                 first = (session, run) == (layout.sessions[0], layout.runs[0])
                 series = _sample(k, s, t_r, (len(members), n_frames), rng) @ mix
