@@ -124,6 +124,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_simulate(commands)
     _add_embed(commands)
     _add_reconstruct(commands)
+    _add_export(commands)
     _add_publish(commands)
     _add_book(commands)
     _add_completion(commands)
@@ -469,6 +470,38 @@ def _reconstruct(options: argparse.Namespace) -> int:
         print(json.dumps({"output": options.output, **done}, indent=2))
     else:
         print(f"{options.output}: {done['n_filled']} of {done['n_frames']} frames filled")
+    return 0
+
+
+_EXPORT = """\
+Write a network as a program that runs without this package: FILE.pt2 for torch.export.load, FILE.onnx for an ONNX
+runtime. FILE.json beside it says what goes in: parcels in their order, repetition time, scaling.
+"""
+
+
+def _add_export(commands: argparse._SubParsersAction) -> None:
+    export = commands.add_parser(
+        "export",
+        help="write a network as a .pt2 or .onnx program",
+        description=_EXPORT,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    export.add_argument("checkpoint", metavar="CHECKPOINT", help="folder or file, or NAME/MODEL on the hub")
+    export.add_argument("output", metavar="FILE", help="program to write: .pt2 or .onnx")
+    export.add_argument(
+        "--frames", type=int, metavar="N", help="of the scans it will read (default: those of a training window)"
+    )
+    export.set_defaults(command=_export)
+
+
+def _export(options: argparse.Namespace) -> int:
+    try:
+        from mnemodyn.export import export
+        from mnemodyn.hub import from_pretrained
+
+        print(export(from_pretrained(options.checkpoint), options.output, n_timepoints=options.frames))
+    except (ImportError, OSError, RuntimeError, ValueError) as error:
+        return _fail(error, 1)
     return 0
 
 

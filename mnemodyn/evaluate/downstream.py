@@ -227,7 +227,9 @@ def blocks_of(
         elif name == "tangent":
             found[name] = Tangent([frames(scan) for scan in scans])
         elif name in ("confounds", "site"):
-            found[name] = Standardised(confounds(task.table, task.target, CONFOUNDS if name == "confounds" else (name,)))
+            found[name] = Standardised(
+                confounds(task.table, task.target, CONFOUNDS if name == "confounds" else (name,))
+            )
         else:
             raise DataError(f"unknown features {name!r}; known are fc, tangent, confounds, site, model:... of {POOLED}")
     return found

@@ -194,9 +194,9 @@ def _perceptron(x: np.ndarray, y: np.ndarray, splits: list, kind: str, seed: int
         else:
             model = MLPClassifier(alpha=decay, **shared)
             weights = np.where(y == 1, 0.5 / y.mean(), 0.5 / (1 - y.mean()))
-            p = cross_val_predict(
-                model, x, y, cv=splits, method="predict_proba", params={"sample_weight": weights}
-            )[:, 1].clip(1e-9, 1 - 1e-9)
+            p = cross_val_predict(model, x, y, cv=splits, method="predict_proba", params={"sample_weight": weights})[
+                :, 1
+            ].clip(1e-9, 1 - 1e-9)
             inner = np.log(p / (1 - p))
             found.append(
                 _Choice(name, roc_auc_score(y, inner), inner, lambda m=model, w=weights: _Evidence(m.fit(x, y, w)))

@@ -210,6 +210,8 @@ def _seen(x: Tensor, hidden: Tensor | None, censored: Tensor | None) -> tuple[Te
         unseen = censored[..., None].expand_as(x) if hidden is None else hidden | censored[..., None]
     if unseen is not None:
         x = x.masked_fill(unseen, 0)
+    if torch.compiler.is_exporting():  # a program cannot branch on values: its input has to be finite
+        return x, unseen, censored
     finite = x.isfinite()
     if bool(finite.all()):
         return x, unseen, censored
