@@ -16,7 +16,7 @@ import torch
 
 from mnemodyn.checkpoint import Checkpoint, CheckpointError
 from mnemodyn.data.formats import read_cifti
-from mnemodyn.data.scaling import moments
+from mnemodyn.data.scaling import Scaling, moments
 from mnemodyn.data.scans import DataError, Scan, load_scan, save_scan, scan_files
 from mnemodyn.evaluate.readout import READOUTS, readouts
 from mnemodyn.files import write_text
@@ -95,8 +95,7 @@ def embed(
         _parquet()
     if unknown := sorted(set(names) - set(READOUTS)):
         raise ValueError(f"read-out must be one of {tuple(READOUTS)}, got {unknown[0]!r}")
-    if checkpoint.scaling is None:
-        raise CheckpointError("the checkpoint does not know its scaling; name it (--scaling, or dataclasses.replace)")
+    _scaling(checkpoint)
     jobs = list(_jobs(sources, pattern, {"parcels": checkpoint.parcels, **reading}))
     output.parent.mkdir(parents=True, exist_ok=True)
     identity = {"network": _digest(checkpoint), "readouts": list(names), "reading": repr(sorted(reading.items()))}
@@ -164,7 +163,7 @@ def _load(path: Path, reading: dict) -> Scan:
 def _row(job: Job, checkpoint: Checkpoint, names: Sequence[str]) -> dict:
     scan = job.load()
     checkpoint.check(scan)
-    x, model = checkpoint.scaling(scan), checkpoint.model
+    x, model = _scaling(checkpoint)(scan), checkpoint.model
     parts = [(x, scan.censored)]
     if model.reference:  # the draft's weights belong to one length
         n = model.config.n_timepoints
@@ -175,6 +174,12 @@ def _row(job: Job, checkpoint: Checkpoint, names: Sequence[str]) -> dict:
     features = {name: np.mean([f[name] for f in found], axis=0).astype(np.float32) for name in names}
     about = (job.name, scan.participant_id, scan.session, scan.run, scan.t_r, scan.n_frames, scan.n_usable)
     return {"about": about, "features": {name: value.tolist() for name, value in features.items()}}
+
+
+def _scaling(checkpoint: Checkpoint) -> Scaling:
+    if checkpoint.scaling is None:
+        raise CheckpointError("the checkpoint does not know its scaling; name it (--scaling, or dataclasses.replace)")
+    return checkpoint.scaling
 
 
 def _digest(checkpoint: Checkpoint) -> str:
@@ -241,7 +246,9 @@ def _parquet() -> Any:
 
 
 def _write_parquet(path: Path, rows: Iterator[list]) -> int:
-    pa, writer, width, waiting = _parquet(), None, 0, []
+    pa, width = _parquet(), 0
+    writer: Any = None
+    waiting: list[list] = []
     kinds = [pa.string()] * 4 + [pa.float64(), pa.int64(), pa.int64()]
 
     def flush() -> None:
@@ -300,8 +307,7 @@ def reconstruct(
     path = Path(path)
     scan = _load(path, {"parcels": checkpoint.parcels, **reading})
     checkpoint.check(scan)
-    if checkpoint.scaling is None:
-        raise CheckpointError("the checkpoint does not know its scaling; name it (--scaling, or dataclasses.replace)")
+    scaling = _scaling(checkpoint)
     censored = np.zeros(scan.n_frames, bool) if scan.censored is None else scan.censored
     if not whole and not censored.any():
         raise DataError(
@@ -312,10 +318,10 @@ def reconstruct(
     from nibabel.cifti2 import ParcelsAxis
 
     parameter = next(checkpoint.model.parameters())
-    x = torch.as_tensor(checkpoint.scaling(scan)[None]).to(parameter)
+    x = torch.as_tensor(scaling(scan)[None]).to(parameter)
     missing = torch.as_tensor(censored[None], device=x.device) if censored.any() else None
     y = checkpoint.model(x, scan.t_r, censored=missing).reconstruction[0].double().cpu().numpy()
-    offset, scale = checkpoint.scaling.affine(moments(scan.values, scan.censored))
+    offset, scale = scaling.affine(moments(scan.values, scan.censored))
     y = np.where(np.isfinite(scale), y, 0) * np.where(np.isfinite(scale), scale, 0) + offset
     filled = np.ones_like(censored) if whole else censored
     values = np.where(filled[:, None], y, scan.values).astype(np.float32)

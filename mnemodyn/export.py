@@ -5,6 +5,7 @@ import io
 import logging
 import warnings
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -73,7 +74,9 @@ def export(checkpoint: Checkpoint, path: str | Path, *, n_timepoints: int | None
             except ImportError as error:
                 raise ValueError("an .onnx needs onnx and onnxscript: pip install 'mnemodyn[export]'") from error
             logging.getLogger("torch.onnx").setLevel(logging.ERROR)
-            made = torch.onnx.export(program, dynamo=True, verbose=False, output_names=["reconstruction", "latents"])
+            made: Any = torch.onnx.export(
+                program, dynamo=True, verbose=False, output_names=["reconstruction", "latents"]
+            )
             content.write(made.model_proto.SerializeToString())
     write_bytes(path, content.getvalue())
     write_json(

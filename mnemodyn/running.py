@@ -184,7 +184,7 @@ def _execute(source: Any, partial: Path, parameters: dict, kernel_name: str) -> 
 
             def _kernel_spec_manager_default(self) -> KernelSpecManager:
                 # With no folder to look in, "python3" is the kernel of sys.executable.
-                own = {"kernel_dirs": []} if kernel_name == "python3" else {}
+                own: dict[str, list] = {"kernel_dirs": []} if kernel_name == "python3" else {}
                 return KernelSpecManager(parent=self, **own)
 
         logging.getLogger("papermill").setLevel(logging.CRITICAL)

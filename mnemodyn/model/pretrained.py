@@ -1,7 +1,7 @@
 """``from_pretrained``, ``save_pretrained`` and ``push_to_hub``; what touches files is :mod:`mnemodyn.hub`."""
 
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, cast
 
 from huggingface_hub import ModelHubMixin
 
@@ -26,7 +26,7 @@ class Pretrained(ModelHubMixin, library_name="mnemodyn"):
 
         checkpoint = from_pretrained(pretrained_model_name_or_path, **settings)
         checkpoint.model.checkpoint = checkpoint
-        return checkpoint.model
+        return cast(Self, checkpoint.model)
 
     def _save_pretrained(self, save_directory: Path) -> None:
         from mnemodyn.hub import save_network
