@@ -326,7 +326,13 @@ def _results(name: str, content: Any, path: tuple[str, ...] = ()) -> list[dict]:
         intervals, n = content.get("r2_hidden_interval", {}), content.get("n_participants")
         where = f"{n} held-out participants" if n else "held-out participants"
         return [
-            {"name": f"R² of hidden entries, {method}", "value": value, "interval": intervals.get(method), "on": where}
+            {
+                "name": f"R² of hidden entries, {method}",
+                "value": value,
+                "interval": intervals.get(method),
+                "on": where,
+                "baseline": method != "model",
+            }
             for method, value in content["r2_hidden"].items()
         ]
     if not isinstance(content, dict):
@@ -357,6 +363,7 @@ def card(checkpoint: Checkpoint, repo_id: str, subfolder: str, licence: str, row
                 metric_value=row["value"],
             )
             for row in rows
+            if not row.get("baseline")
         ]
         or None,
     )
@@ -468,12 +475,10 @@ def _explained(repo_id: str, revision: str | None) -> Iterator[None]:
             f"{repo_id}: {constants.ENDPOINT} was not reached and no copy is here ({_first_line(error)}); check the "
             "connection, HF_ENDPOINT and HF_HUB_OFFLINE, and try again"
         ) from error
-    except RuntimeError as error:
-        if isinstance(error, HubError):
-            raise
+    except (RuntimeError, OSError) as error:
         raise HubError(
-            f"{repo_id}: the upload broke off ({_first_line(error.__cause__ or error)}); nothing was committed, run "
-            "the same command again"
+            f"{repo_id}: the transfer broke off ({_first_line(error.__cause__ or error)}); nothing was changed "
+            "there, run the same command again"
         ) from error
 
 
