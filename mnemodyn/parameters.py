@@ -5,10 +5,11 @@ import difflib
 import json
 import os
 import re
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Iterable, Mapping
+from dataclasses import fields
+from typing import Any, Literal, get_args, get_origin
 
-__all__ = ["ParameterError", "check_parameters", "read_parameters", "read_yaml"]
+__all__ = ["ParameterError", "build", "check_parameters", "check_settings", "read_parameters", "read_yaml", "unknown"]
 
 _EXPECTED = {
     bool: "true or false",
@@ -22,6 +23,54 @@ _EXPECTED = {
 
 class ParameterError(ValueError):
     """A notebook's parameters, or those passed to it, cannot be used."""
+
+
+def unknown(kind: str, name: object, known: Iterable[str]) -> ParameterError:
+    """The error for a name that is not among the known ones: it lists them, and says which is nearest."""
+    known = list(known)
+    near = difflib.get_close_matches(str(name), known, n=1)
+    hint = f"; did you mean {near[0]}?" if near else ""
+    return ParameterError(f"unknown {kind} {name}{hint} (known: {', '.join(known) or 'none'})")
+
+
+def build(cls: type, settings: Mapping[str, Any], kind: str) -> Any:
+    """A dataclass from a mapping.
+
+    Raises
+    ------
+    ParameterError
+        If a setting is unknown (named by `kind`) or missing, or the class refuses a value.
+    """
+    known = [f.name for f in fields(cls) if f.init]
+    for name in settings:
+        if name not in known:
+            raise unknown(kind, name, known)
+    try:
+        return cls(**settings)
+    except (TypeError, ValueError) as error:
+        raise ParameterError(str(error)) from error
+
+
+def check_settings(config: Any) -> None:
+    """Check the values of a dataclass of settings against its annotations: int, float, bool, str, Literal.
+
+    Raises
+    ------
+    ValueError
+        If a value is of another type, or not among a Literal's; or a number is negative.
+    """
+    for f in fields(config):
+        value, kind = getattr(config, f.name), f.type
+        if options := get_args(kind) if get_origin(kind) is Literal else ():
+            if value not in options:
+                raise ValueError(f"{f.name} must be one of {', '.join(map(str, options))}, got {value!r}")
+        elif kind in (int, float, bool, str):
+            if not isinstance(value, (float, int) if kind is float else kind) or isinstance(value, bool) != (
+                kind is bool
+            ):
+                raise ValueError(f"{f.name} must be {kind.__name__}, got {value!r}")
+            if kind in (int, float) and not 0 <= value < float("inf"):
+                raise ValueError(f"{f.name} must be positive or 0, and finite, got {value}")
 
 
 def read_yaml(text: str) -> Any:
@@ -113,9 +162,7 @@ def check_parameters(known: Mapping[str, Any], given: Mapping[str, Any]) -> dict
     checked = {}
     for name, value in given.items():
         if name not in known:
-            near = difflib.get_close_matches(str(name), known, n=1)
-            hint = f"; did you mean {near[0]}?" if near else ""
-            raise ParameterError(f"unknown parameter {name}{hint} (known: {', '.join(known) or 'none'})")
+            raise unknown("parameter", name, known)
         checked[name] = _convert(name, known[name], value)
     return checked
 

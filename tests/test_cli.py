@@ -103,3 +103,46 @@ def test_the_command_line_starts_without_heavy_imports():
     )
     root = Path(__file__).resolve().parents[1]
     assert subprocess.run([sys.executable, "-c", code], cwd=root).returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--objective", "latnet"], "unknown objective latnet; did you mean latent?"),
+        (["-s", "epoch", "3"], "unknown setting epoch; did you mean epochs?"),
+        (["--config", "c.yaml"], "unknown training setting learning_rat; did you mean learning_rate?"),
+        (["-s", "epochs", "many"], "epochs must be int, got 'many'"),
+    ],
+)
+def test_refused_settings_of_pretrain_are_status_2(tmp_path, monkeypatch, capsys, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    Path("c.yaml").write_text("training: {learning_rat: 1e-3}\n")
+    assert main(["pretrain", "absent", "out", *arguments]) == 2
+    printed = capsys.readouterr().err
+    assert printed.startswith("mnemodyn: ")
+    assert message in printed
+    assert not Path("out").exists()
+
+
+def test_pretrain_from_a_file_of_settings(tmp_path, monkeypatch, capsys):
+    import numpy as np
+
+    monkeypatch.chdir(tmp_path)
+    rng = np.random.default_rng(0)
+    for i in range(3):
+        table = rng.standard_normal((40, 4))
+        lines = ["\t".join("abcd"), *("\t".join(map(str, row)) for row in table)]
+        Path(f"sub-{i}_timeseries.tsv").write_text("\n".join(lines))
+    Path("c.yaml").write_text(
+        "model: {n_timepoints: 16, n_blocks: 1, n_channels: 4, input_width: 4, n_levels: 2}\n"
+        "training: {epochs: 3, windows_per_epoch: 4}\ndata: {t_r: 2.0, n_test: 1}\nmachine: {accelerator: cpu}\n"
+    )
+    command = ["pretrain", ".", "out", "--objective", "denoise", "--config", "c.yaml", "-s", "sigma", "0.5"]
+    assert main([*command, "-s", "epochs", "1"]) == 0
+    assert Path("out/best/config.json").is_file()
+    assert "out/best: val_r2_clean " in capsys.readouterr().out
+    record = json.loads(Path("out/run.json").read_text())
+    assert record["identity"]["objective"] == {"name": "denoise", "multiresolution_weight": 1.0, "sigma": 0.5}
+    assert record["ran_on"]["versions"]["torch"]
+    assert main(["pretrain", "absent", "out"]) == 1
+    assert "data must be 'hcp7' or a folder" in capsys.readouterr().err

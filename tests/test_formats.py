@@ -115,6 +115,8 @@ def test_orientation_is_never_guessed(tmp_path):
     numbered = table(tmp_path / "sub-1.csv", ("", *"012"), ",", np.column_stack([np.arange(30), VALUES]))
     assert problem(numbered) == "orientation"
     assert problem(table(tmp_path / "sub-2.csv", "012", ",")) == "header"
+    unnamed = table(tmp_path / "sub-4.csv", ("", "b", "c"), ",")
+    assert problem(unnamed) == "header"
     bare = tmp_path / "sub-3.csv"
     np.savetxt(bare, VALUES, delimiter=",", fmt="%.9g")
     assert problem(bare) == "orientation"
@@ -126,6 +128,26 @@ def test_arrays_are_chosen_by_key(tmp_path):
     assert problem(path, frames_first=True) == "key"
     assert problem(path, frames_first=True, key="c") == "key"
     np.testing.assert_array_equal(load_scan(path, t_r=1, frames_first=True, key="b").values, VALUES + 1)
+
+
+KINDS = ["f8", "f4", "i1", "u1", "i2", "u2", "i4", "u4", "i8", "u8"]
+
+
+@pytest.mark.parametrize(
+    ("kind", "how"),
+    [
+        *((kind, {"do_compression": packed}) for kind in KINDS for packed in (False, True)),
+        *((kind, {"format": "4"}) for kind in ("f8", "u1", "i2", "u2", "i4")),
+    ],
+)
+def test_matlab_files_of_every_version_and_number(tmp_path, kind, how):
+    values = np.random.default_rng(1).integers(0, 100, (20, 3)).astype(kind)
+    other = {"n": 3.5, "word": "text", "x": np.ones((2, 2)) * 1j}
+    if "format" not in how:
+        other |= {"cells": np.array([[1, "a"]], dtype=object), "inside": {"a": np.eye(3)}}
+    path = tmp_path / "sub-1.mat"
+    savemat(path, {**other, "tc": values}, **how)
+    np.testing.assert_array_equal(load_scan(path, t_r=1, frames_first=True, key="tc").values, values)
 
 
 def test_what_is_no_parcellated_series(tmp_path):

@@ -72,7 +72,7 @@ def test_damaged_files_are_named_problems(tmp_path, ending):
     path = tmp_path / f"sub-01{ending}"
     np.testing.assert_allclose(read(path, WHOLE[ending]).values, VALUES, rtol=1e-4)
 
-    @settings(max_examples=40, deadline=2000, derandomize=True, database=None, suppress_health_check=list(HealthCheck))
+    @settings(max_examples=40, deadline=5000, derandomize=True, database=None, suppress_health_check=list(HealthCheck))
     @given(DAMAGE)
     def examine(damage):
         try:

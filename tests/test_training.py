@@ -17,7 +17,7 @@ from mnemodyn.data.scaling import Scaling
 from mnemodyn.data.scans import DataError, Scan
 from mnemodyn.model.config import ModelConfig
 from mnemodyn.pretrain.objective import Masked
-from mnemodyn.pretrain.training import ResumeError, TrainingConfig, pretrain
+from mnemodyn.pretrain.training import Machine, ResumeError, TrainingConfig, pretrain
 from mnemodyn.pretrain.windows import Draws, FixedWindows, RandomWindows
 
 PARCELS = tuple(f"parcel-{i}" for i in range(6))
@@ -37,15 +37,20 @@ def simulated(n: int, seed: int = 0, n_frames: int = 128) -> list[Scan]:
     return scans
 
 
-def run(folder, *, train=None, validation=None, training=TRAINING, **settings):
+CPU = Machine(accelerator="cpu")
+
+
+def run(
+    folder, *, train=None, validation=None, model=MODEL, objective=OBJECTIVE, training=TRAINING, machine=CPU, **settings
+):
     return pretrain(
         train or simulated(3),
         validation or simulated(1, seed=9),
         folder,
-        model=MODEL,
-        objective=OBJECTIVE,
+        model=model,
+        objective=objective,
         training=training,
-        accelerator="cpu",
+        machine=machine,
         **settings,
     )
 
@@ -75,7 +80,7 @@ def test_learns_and_writes_what_it_says(finished):
 def test_kept_weights_are_those_validated(finished):
     """The best checkpoint, evaluated by hand on the validation windows, gives the R2 that was logged."""
     _, checkpoint, _ = finished
-    windows = FixedWindows([(Scaling()(s), s.t_r) for s in simulated(1, seed=9)], 32, OBJECTIVE, seed=0)
+    windows = FixedWindows(simulated(1, seed=9), Scaling(), OBJECTIVE, 32, 0)
     x, hidden = (torch.stack([w[k] for w in windows]) for k in ("x", "hidden"))
     with torch.no_grad():
         error = (checkpoint.model(x, 2.0, hidden=hidden).reconstruction - x)[hidden]
@@ -169,15 +174,13 @@ def test_refuses_bad_settings(settings, message):
 
 
 def test_draws_depend_on_their_number_alone():
-    scans = [(Scaling()(s), s.t_r) for s in simulated(3)]
-    windows = RandomWindows(scans, 32, OBJECTIVE, seed=5)
-    a, b = windows[7], RandomWindows(scans, 32, OBJECTIVE, seed=5)[7]
-    assert all(torch.equal(a[k], b[k]) for k in a)
+    windows, again = (RandomWindows(simulated(3), Scaling(), OBJECTIVE, 32, seed=5) for _ in range(2))
+    a, b = windows[7], again[7]
+    assert a["scan"] == b["scan"]
+    assert all(torch.equal(a[k], b[k]) for k in ("x", "hidden", "t_r"))
     assert not torch.equal(a["x"], windows[8]["x"])
     assert a["hidden"].sum() == 16 * 6
-    draws = Draws(4)
-    draws.set_epoch(2)
-    assert list(draws) == [8, 9, 10, 11]
+    assert list(Draws(4, 2, lambda: 4)) == [[8, 9], [10, 11]]
 
 
 def test_importing_the_package_does_not_import_lightning():

@@ -7,8 +7,10 @@ import itertools
 import json
 import os
 import re
+import struct
 import warnings
 import zipfile
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -97,7 +99,7 @@ def read_cifti(path: str | Path) -> tuple[np.ndarray, tuple, float | None]:
     from nibabel.cifti2 import Cifti2Image, SeriesAxis
 
     path = Path(path)
-    with open(path, "rb") as stream:
+    with _reading(path, "file"), open(path, "rb") as stream:
         start = stream.read(540)
     if len(start) < 540 or start[4:7] not in (b"n+2", b"ni2"):
         kind = "a NIfTI-1 volume" if start[344:347] in (b"n+1", b"ni1") else "no NIfTI-2 file"
@@ -216,9 +218,7 @@ def _table(path: Path, separator: str, header: list[str] | None, skip: int) -> n
     import pandas as pd
 
     with _reading(path, "table of numbers"):
-        table = pd.read_csv(
-            path, sep=separator, header=None, skiprows=skip, na_values=["n/a", "NaN", "nan"], comment=None
-        )
+        table = pd.read_csv(path, sep=separator, header=None, skiprows=skip, na_values=["n/a"])
     width = table.shape[1] if header is None else len(header)
     words = [i for i, kind in enumerate(table.dtypes) if kind.kind not in "iuf"]
     if words:
@@ -227,7 +227,7 @@ def _table(path: Path, separator: str, header: list[str] | None, skip: int) -> n
         raise DataError(
             f"{path.name}: columns must be parcels with numbers, got text in {names[:3]}, "
             f"for example {found.iloc[0][:40] if len(found) else ''!r}",
-            "truncated" if len(words) == table.shape[1] else "text",
+            "text",
         )
     values = table.to_numpy(np.float64)
     if values.shape[1] != width:
@@ -271,6 +271,8 @@ def _text(path: Path, key: str | None) -> Raw:
         header, values = header[1:], values[:, 1:]
         if header == [str(i) for i in range(len(header))]:
             return Raw(values)  # both numbered: neither says which is time
+    if not all(word.strip() for word in header):
+        raise DataError(f"{path.name}: the first line must name every column, got {header[:3]}, ...", problem="header")
     return Raw(values, tuple(header))
 
 
@@ -326,14 +328,66 @@ def _mat(path: Path, key: str | None) -> Raw:
 
     with _reading(path, "MATLAB file"):
         with open(path, "rb") as stream:
-            if stream.read(20).startswith(b"MATLAB 7.3"):
-                raise DataError(f"{path.name}: MATLAB's 7.3 format is not read; save it with: save -v7", "mat-7.3")
-        numeric = {"double", "single", *(f"{u}int{bits}" for u in ("", "u") for bits in (8, 16, 32, 64))}
-        found = {name: shape for name, shape, kind in whosmat(path) if kind in numeric}
+            start = stream.read(128)
+        if start.startswith(b"MATLAB 7.3"):
+            raise DataError(f"{path.name}: MATLAB's 7.3 format is not read; save it with: save -v7", "mat-7.3")
+        if start[124:128] in (b"\0\1IM", b"\1\0MI"):
+            found = _mat5(path)
+            return Raw(found[_choose(path, key, {name: values.shape for name, values in found.items()})])
+        if 0 not in start[:4]:
+            raise DataError(f"{path.name}: expected a MATLAB file of version 4 to 7, got another", problem="truncated")
+        found = {name: shape for name, shape, kind in whosmat(path) if kind in ("double", "single") or "int" in kind}
         name = _choose(path, key, found)
-        if np.prod(found[name], dtype=object) > INFLATION * path.stat().st_size + 2**20:
+        if np.prod(found[name], dtype=object) > path.stat().st_size:
             raise DataError(f"{path.name}: {name} {found[name]} cannot be in so short a file", "truncated")
         return Raw(loadmat(path, variable_names=[name])[name])
+
+
+_MAT5 = {1: "i1", 2: "u1", 3: "i2", 4: "u2", 5: "i4", 6: "u4", 7: "f4", 9: "f8", 12: "i8", 13: "u8"}
+
+
+def _mat5(path: Path) -> dict[str, np.ndarray]:
+    """The real numeric arrays of a MATLAB file of version 5 to 7, after its published description of the format.
+
+    Not by scipy, which ends the process where a damaged file names a type of number that is not in its table.
+    """
+    content = path.read_bytes()
+    order = "<" if content[126:128] == b"IM" else ">"
+
+    def elements(data: memoryview) -> Iterator[tuple[int, memoryview]]:
+        at = 0
+        while at + 8 <= len(data):
+            kind, size = struct.unpack_from(f"{order}II", data, at)
+            start, step = at + 8, 8 + size + (0 if kind == 15 else -size % 8)
+            if kind >> 16:  # up to four bytes, in the tag itself
+                kind, size, start, step = kind & 0xFFFF, kind >> 16, at + 4, 8
+            if start + size > min(len(data), at + step):
+                raise DataError(f"{path.name}: an element of {size} bytes does not fit into the file", "truncated")
+            yield kind, data[start : start + size]
+            at += step
+
+    found = {}
+    for kind, body in elements(memoryview(content)[128:]):
+        if kind == 15:
+            inflate = zlib.decompressobj()
+            whole = inflate.decompress(body, INFLATION * len(body) + 2**20)
+            if not inflate.eof:
+                raise DataError(f"{path.name}: an array is cut short or grows {INFLATION} times", "truncated")
+            kind, body = next(elements(memoryview(whole)))
+        if kind != 14:
+            continue
+        parts = elements(body)
+        flags = struct.unpack_from(f"{order}I", next(parts)[1])[0]
+        if not 6 <= flags & 0xFF <= 15 or flags & 0x0800:  # text, cells, structures, sparse; complex
+            continue
+        shape = tuple(int(n) for n in np.frombuffer(next(parts)[1], f"{order}i4"))
+        name = bytes(next(parts)[1]).decode("latin-1")
+        stored, numbers = next(parts)
+        values = np.frombuffer(numbers, order + _MAT5[stored])
+        if min(shape, default=0) < 0:
+            raise DataError(f"{path.name}: {name} has shape {shape}", problem="truncated")
+        found[name] = values.reshape(shape, order="F")
+    return found
 
 
 # By the end of the name, the longer first.

@@ -192,10 +192,8 @@ class Scaling:
 
     def _fit_quantiles(self, scans: Sequence[Scan]) -> "Scaling":
         robust = self.method == "robust_parcel_over_scans"
-        centre, sketch = Scaling("subtract_mean"), None
-        for scan in scans:
-            x = centre(scan)
-            x = x if scan.censored is None else x[~scan.censored]
+        sketch = None
+        for x in _centred(scans):
             x = x if robust else x.reshape(-1, 1)
             sketch = sketch or QuantileSketch(x.shape[1])
             sketch.add(x)
@@ -247,6 +245,17 @@ class Scaling:
     def to_dict(self) -> dict:
         """The state, such that ``Scaling(**state)`` is the same again."""
         return asdict(self)
+
+
+def _centred(scans: Sequence[Scan]) -> Iterator[np.ndarray]:
+    """Values of every scan without its means, frames that are not censored; a store needs not compute the means."""
+    centre = Scaling("subtract_mean")
+    if hasattr(scans, "read"):
+        pairs = ((scans.read(i, scaling=centre), scans.censored(i)) for i in range(len(scans)))
+    else:
+        pairs = ((centre(scan), scan.censored) for scan in scans)
+    for x, censored in pairs:
+        yield x if censored is None else x[~censored]
 
 
 def _moments(scans: Sequence[Scan]) -> Iterator[tuple[np.ndarray, int]]:

@@ -521,6 +521,7 @@ def split_participants(
     Returns
     -------
     train, validation, test : list of Scan
+        Or stores, where `scans` is one.
 
     Raises
     ------
@@ -534,11 +535,9 @@ def split_participants(
             f"{n_test} and {n_validation} of {len(people)} participants"
         )
     held, chosen = set(people[-n_test:]), set(people[-n_test - n_validation : -n_test])
-    return (
-        [s for s in scans if s.participant_id not in held | chosen],
-        [s for s in scans if s.participant_id in chosen],
-        [s for s in scans if s.participant_id in held],
-    )
+    sides = [0 if s.participant_id in held else 1 if s.participant_id in chosen else 2 for s in scans]
+    rows = [[i for i, side in enumerate(sides) if side == wanted] for wanted in (2, 1, 0)]
+    return tuple(scans.select(kept) if hasattr(scans, "select") else [scans[i] for i in kept] for kept in rows)
 
 
 def one_per_participant(scans: Sequence[Scan]) -> list[Scan]:

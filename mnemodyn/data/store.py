@@ -1,7 +1,7 @@
 """A store: every usable scan of a cohort in one directory that many processes read at once.
 
 =======================  ==============================================================================================
-``parcels.json``         format, dtype, atlas, parcels and whether simulated, written first and never changed
+``parcels.json``         dtype, cohort, atlas and parcels, and whether simulated; written first and never changed
 ``00000.npy``            values of up to 256 scans one after the other, shape (frames, parcels)
 ``00000.moments.npy``    mean, SD, smallest and largest of each parcel of each scan, shape (scans, 4, parcels), float64
 ``00000.censored.npy``   the frames censored for motion, bool, where there are any
@@ -17,15 +17,16 @@ states: at BOLD's usual 10,000 +- 50 a float16 of the value itself would be off 
 the source's own, and come back exactly.
 
 The format is NumPy's, read through a memory map, with an index in JSON. ``benchmarks/store.py`` reads the same random
-windows from it, from Zarr and from Arrow: a window is one slice of one map here, whole chunks to copy there, and both
-would be new dependencies. JSON keeps text and numbers apart ("0050642" stays text), which CSV does not, and reads
-40,000 rows in about a second, which leaves Parquet nothing to save.
+windows from it, from Zarr and from Arrow: Zarr has to copy whole chunks for each; Arrow's memory map is as quick as
+this one, but a new dependency much larger than this package. JSON keeps text and numbers apart ("0050642" stays text),
+which CSV does not, and opens a store of 40,000 scans quickly enough to leave Parquet nothing to save.
 """
 
 import hashlib
 import json
 import os
 import re
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property
@@ -70,7 +71,7 @@ def convert(
     dtype : {"float16", "float32"}
     scans_per_shard : int
     progress : callable, optional
-        Called with the number of scans done and of all scans to do.
+        Called with the number of the scan at hand, from 1, and of all scans to do.
 
     Returns
     -------
@@ -79,9 +80,10 @@ def convert(
     Raises
     ------
     DataError
-        If the folder holds something else, a store of another dtype, or a scan whose file has changed since; if two
-        scans share participant, session, run and path; if no scan is usable; if another conversion is at work.
-        A scan that cannot be read, or has other parcels than the first, is listed in ``Store.excluded`` instead.
+        If the folder holds something else, a store of another dtype or cohort, or a scan whose file has changed
+        since; if two scans share participant, session, run and path; if no scan is usable; if another conversion is
+        at work. A scan that cannot be read, or has other parcels than the first, is listed in ``Store.excluded``
+        instead.
     """
     if dtype not in DTYPES:
         raise DataError(f"dtype must be one of {DTYPES}, got {dtype!r}", problem="dtype")
@@ -91,13 +93,17 @@ def convert(
     rows, load, left_out = _source(scans)
     keys = [_key(row) for row in rows]
     if len(set(keys)) < len(keys):
-        twice = next(k for i, k in enumerate(keys) if k in keys[:i])
+        twice = Counter(keys).most_common(1)[0][0]
         raise DataError(f"{twice[-1]}: two scans share {', '.join(ENTITIES)} = {twice}", problem="duplicate-scan")
     folder.mkdir(parents=True, exist_ok=True)
     with _locked(folder):
-        simulated = bool(getattr(scans, "simulated", False))
-        head = _open_for_writing(folder, dtype, simulated)
-        new = {"format": FORMAT, "dtype": dtype, "simulated": simulated}
+        new = {
+            "format": FORMAT,
+            "dtype": dtype,
+            "cohort": getattr(getattr(scans, "cohort", None), "name", ""),
+            "simulated": bool(getattr(scans, "simulated", False)),
+        }
+        head = _open_for_writing(folder, new)
         kept, left = {}, {}
         for path in _shards(folder):
             shard = _read_json(path)
@@ -123,7 +129,8 @@ def convert(
         if head is None:
             raise DataError(f"none of the {len(rows)} scans for {folder} is usable", problem="no-scan")
         files = {path.name: sha256(path) for path in (folder / "parcels.json", *_shards(folder))}
-        write_json(folder / "store.json", {"files": files, "excluded": left_out})
+        catalogue = {"files": files, "excluded": left_out}
+        write_json(folder / "store.json", catalogue | {"sha256": _digest(catalogue)})
     return Store(folder)
 
 
@@ -177,7 +184,7 @@ def _locked(folder: Path) -> Iterator[None]:
         os.close(at)
 
 
-def _open_for_writing(folder: Path, dtype: str, simulated: bool) -> dict | None:
+def _open_for_writing(folder: Path, new: dict) -> dict | None:
     """The store's ``parcels.json``, if it has scans; whatever a killed conversion left half done is removed."""
     ours = re.compile(r"parcels\.json|store\.json|\d{5,}(\.moments|\.censored)?\.(npy|json)|\..*")
     strange = [p.name for p in folder.iterdir() if not ours.fullmatch(p.name)]
@@ -187,32 +194,38 @@ def _open_for_writing(folder: Path, dtype: str, simulated: bool) -> dict | None:
     for path in folder.iterdir():
         if path.name.endswith(".tmp") or (path.suffix == ".npy" and path.name.split(".")[0] not in whole):
             path.unlink()
-    if not whole:
+    if not whole or not (folder / "parcels.json").is_file():
         return None
     head = _head(folder)
-    if head["dtype"] != dtype:
-        raise DataError(
-            f"{folder}: a store of {head['dtype']}, {dtype} was asked for; name a new folder", problem="dtype"
-        )
-    if head["simulated"] != simulated:
-        raise DataError(f"{folder}: real and simulated scans do not go into one store", problem="simulated")
+    for name, value in new.items():
+        if head[name] != value:
+            raise DataError(
+                f"{folder}: a store with {name} {head[name]!r}, but {name} is {value!r} here; name a new folder",
+                problem=name,
+            )
     return head
 
 
 def _head(folder: Path) -> dict:
     head = _read_json(folder / "parcels.json")
-    if head["format"] != FORMAT:
-        raise DataError(f"{folder}: store format {head['format']}, this version reads {FORMAT}", problem="format")
+    if head.keys() != {"format", "dtype", "cohort", "simulated", "atlas", "parcels"} or head["format"] != FORMAT:
+        found = head.get("format")
+        raise DataError(f"{folder}/parcels.json: format {found}, this version reads {FORMAT}", problem="format")
     return head | {"parcels": tuple(head["parcels"])}
 
 
 def _read_json(path: Path) -> dict:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8"))
+        return content if isinstance(content, dict) else {}
     except FileNotFoundError:
         raise DataError(f"{path}: the store lacks this file; run its conversion again", problem="missing") from None
     except ValueError as error:
         raise DataError(f"{path}: damaged ({error}); convert into a new folder", problem="checksum") from None
+
+
+def _digest(content: dict) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def _write_shard(
@@ -307,8 +320,9 @@ def _checksum(stored: np.ndarray, m: np.ndarray, censored: np.ndarray) -> str:
 class _StoredScan(Scan):
     """A scan whose values are read when they are asked for; it was checked when it was converted."""
 
-    def __post_init__(self):
-        pass
+    def __getstate__(self) -> dict:
+        """Goes to another process with its values, not with its store."""
+        return {name: value for name, value in vars(self).items() if name != "_from"} | {"values": self.values}
 
     @cached_property
     def values(self) -> np.ndarray:
@@ -317,6 +331,8 @@ class _StoredScan(Scan):
 
     @property
     def n_frames(self) -> int:
+        if "_from" not in vars(self):  # a copy with something replaced
+            return self.values.shape[0]
         store, i = self._from
         return store._where[i][3]
 
@@ -338,7 +354,7 @@ class Store(Sequence):
         parcel over the scan.
     excluded : DataFrame
         What could not be used: ``participant_id``, ``path`` or ``file``, ``problem``, ``message``.
-    dtype, atlas : str
+    dtype, cohort, atlas : str
     parcels : tuple of str
     simulated : bool
 
@@ -357,9 +373,9 @@ class Store(Sequence):
                 + ("its conversion has not ended; run it again" if begun else "no store (there is no store.json)"),
                 problem="unfinished" if begun else "not-a-store",
             )
-        head, catalogue = _head(self.folder), _read_json(self.folder / "store.json")
-        self.dtype, self.atlas, self.parcels = head["dtype"], head["atlas"], head["parcels"]
-        self.simulated = head["simulated"]
+        catalogue = _read_json(self.folder / "store.json")
+        if catalogue.pop("sha256", None) != _digest(catalogue):
+            raise DataError(f"{self.folder}/store.json: altered since the conversion (checksum)", problem="checksum")
         rows, excluded = [], catalogue["excluded"]
         for name, checksum in catalogue["files"].items():
             part = _read_json(self.folder / name)
@@ -368,6 +384,9 @@ class Store(Sequence):
             if name != "parcels.json":
                 rows += [row | {"shard": Path(name).stem, "place": i} for i, row in enumerate(part["scans"])]
                 excluded = excluded + part["excluded"]
+        head = _head(self.folder)
+        self.dtype, self.atlas, self.parcels = head["dtype"], head["atlas"], head["parcels"]
+        self.cohort, self.simulated = head["cohort"], head["simulated"]
         self.table = pd.DataFrame(rows)
         there = {_key(row) for row in rows}
         self.excluded = pd.DataFrame([row for row in excluded if _key(row) not in there])
@@ -401,6 +420,10 @@ class Store(Sequence):
         chosen._index()
         return chosen
 
+    def at_least(self, seconds: float) -> "Store":
+        """The same store with only the scans that last `seconds` or longer."""
+        return self.select((self.table["n_frames"] >= (seconds / self.table["t_r"]).round()).to_numpy())
+
     def __getitem__(self, i):
         """Scan `i`, or the store of a slice. A float32 scan's values are the map; writing to them reaches no file."""
         if isinstance(i, slice):
@@ -417,12 +440,16 @@ class Store(Sequence):
             path = self.folder / name
             try:
                 # "c", because torch takes no array that is read-only; what is written to it reaches no file.
-                self._maps[name] = np.load(path, mmap_mode="c")
+                found = np.load(path, mmap_mode="c")
+                kind = {1: "bool", 2: self.dtype, 3: "float64"}.get(found.ndim)
+                if found.dtype != kind or (found.ndim > 1 and found.shape[-1] != len(self.parcels)):
+                    raise ValueError(f"{found.dtype} of shape {found.shape}")
+                self._maps[name] = found
             except FileNotFoundError:
                 if not name.endswith(".censored.npy"):
                     raise DataError(f"{path}: the store lacks this file", problem="missing") from None
                 self._maps[name] = None
-            except (ValueError, EOFError) as error:
+            except Exception as error:  # NumPy reads the header as Python, which fails in many ways
                 raise DataError(f"{path}: truncated or damaged ({error})", problem="truncated") from None
         return self._maps[name]
 

@@ -1,8 +1,9 @@
-"""Training with Lightning: resumable, validated by participant, the two best checkpoints kept."""
+"""Training with Lightning: resumable at any step, on one device or many, the two best checkpoints kept."""
 
 import csv
 import hashlib
 import io
+import itertools
 import json
 import logging
 import math
@@ -10,147 +11,214 @@ import os
 import shutil
 import sys
 import warnings
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
 import lightning
+import numpy as np
 import torch
+import torch.distributed
+import torch.utils.checkpoint
+from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.pytorch.callbacks import Callback, EarlyStopping, ModelCheckpoint, WeightAveraging
+from lightning.pytorch.utilities import rank_zero_only
 from torch.utils.data import DataLoader
 
 import mnemodyn
 from mnemodyn.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from mnemodyn.data.scaling import Scaling
 from mnemodyn.data.scans import DataError, Scan, fingerprint
-from mnemodyn.files import write_json, write_text
+from mnemodyn.files import write_bytes, write_json, write_text
 from mnemodyn.model.config import ModelConfig
 from mnemodyn.model.network import MnemoDyn
-from mnemodyn.pretrain.objective import Masked
-from mnemodyn.pretrain.windows import Draws, FixedWindows, RandomWindows
+from mnemodyn.pretrain.config import Machine, TrainingConfig
+from mnemodyn.pretrain.objective import Objective
+from mnemodyn.pretrain.windows import Draws, FixedWindows, RandomWindows, Windows, collate
+from mnemodyn.provenance import surroundings
 
-__all__ = ["Pretraining", "ResumeError", "TrainingConfig", "pretrain"]
+__all__ = ["Machine", "Pretraining", "ResumeError", "TrainingConfig", "TrainingError", "pretrain"]
 
-METRIC = "val_r2_hidden"
+
+class TrainingError(RuntimeError):
+    """Training cannot go on; what it has reached is kept."""
 
 
 class ResumeError(RuntimeError):
     """A folder holds an unfinished run of another configuration."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class TrainingConfig:
-    """How a network is trained.
-
-    Attributes
-    ----------
-    epochs : int
-        At most; early stopping may end sooner.
-    windows_per_epoch : int
-        Random windows drawn in an epoch.
-    batch_size : int
-    learning_rate : float
-        Peak of a cosine schedule.
-    warmup_share : float
-        Share of all steps over which the rate rises to its peak.
-    weight_decay : float
-        AdamW's, on matrices and kernels only.
-    clip : float
-        Largest norm of the gradient.
-    ema_decay : float
-        Of the averaged weights, which are the ones validated and kept.
-    patience : int
-        Epochs without a better validation result before training stops.
-    seed : int
-        Of the initial weights, windows and masks.
-    """
-
-    epochs: int = 10
-    windows_per_epoch: int = 240
-    batch_size: int = 8
-    learning_rate: float = 2e-3
-    warmup_share: float = 0.1
-    weight_decay: float = 0.05
-    clip: float = 1.0
-    ema_decay: float = 0.98
-    patience: int = 10
-    seed: int = 0
-
-    def __post_init__(self):
-        for f in fields(self):
-            value = getattr(self, f.name)
-            if isinstance(value, bool) or not isinstance(value, (f.type, int)):
-                raise ValueError(f"{f.name} must be {f.type.__name__}, got {value!r}")
-            if value < 0 or (value == 0 and f.name in ("epochs", "windows_per_epoch", "batch_size", "clip")):
-                raise ValueError(f"{f.name} must be positive, got {value}")
-        if self.ema_decay >= 1 or self.warmup_share >= 1:
-            raise ValueError(
-                f"ema_decay and warmup_share must be below 1, got {self.ema_decay} and {self.warmup_share}"
-            )
-
-    def to_dict(self) -> dict:
-        return asdict(self)
-
-
 class Pretraining(lightning.LightningModule):
-    """A network, an objective and an optimiser.
+    """A network, an objective and an optimiser. Logs the training loss and the objective's validation scores."""
 
-    Logs the training loss, and on the validation scans the R2 of hidden and (apart) of visible entries.
-    """
-
-    def __init__(self, model: MnemoDyn, objective: Masked, config: TrainingConfig):
+    def __init__(self, model: MnemoDyn, objective: Objective, config: TrainingConfig):
         super().__init__()
         self.model, self.objective, self.config = model, objective, config
-        self._sums: list[torch.Tensor] = []
+        self.parts = objective.parts(model)
+        self.scores: dict[str, float] = {}
+        self._sums: dict[str, torch.Tensor] = {}
         self._losses: list[torch.Tensor] = []
 
+    def on_train_batch_start(self, batch: dict, batch_idx: int) -> None:
+        # Whatever is random in a step depends on the step alone, so that a resumed run draws what it would have drawn.
+        place = [self.config.seed, self.global_step, batch_idx, self.global_rank]
+        torch.manual_seed(int(np.random.SeedSequence(place).generate_state(1)[0]))
+
     def training_step(self, batch: dict, _: int) -> torch.Tensor:
-        output = self.model(batch["x"], batch["t_r"], hidden=batch["hidden"])
-        loss = self.objective.loss(output, batch["x"], batch["hidden"])
-        self._losses.append(loss.detach())
-        return loss
+        terms = self.objective.loss(self.model, batch, self.parts)
+        totals = torch.stack([total for total, _ in terms.values()])
+        counts = torch.stack([count.to(totals) for _, count in terms.values()])
+        joined = torch.cat([counts, totals.detach()])
+        if self.trainer.world_size > 1:  # means over the joined batch, though its parts may count unequally many
+            torch.distributed.all_reduce(joined)
+        counts, sums = joined.chunk(2)
+        counts = counts.clamp_min(1)
+        value = (sums / counts).sum()
+        if not value.isfinite():
+            rate, scans = self.optimizers().param_groups[0]["lr"], ", ".join(sorted(set(batch["scan"])))
+            raise TrainingError(
+                f"the loss is {value.item()} at step {self.global_step} (learning rate {rate:.2g}), in a batch of "
+                f"{scans}. Look at these scans; where they are sound, take a smaller learning_rate"
+            )
+        self._losses.append(value)
+        # Gradients are averaged over the processes.
+        return (totals * (self.trainer.world_size / counts)).sum()
+
+    def optimizer_step(self, *args, **kwargs) -> None:
+        super().optimizer_step(*args, **kwargs)
+        self.objective.after_step(self.model, self.parts)
 
     def on_train_epoch_start(self) -> None:
         self._losses.clear()
 
+    def on_save_checkpoint(self, checkpoint: dict) -> None:
+        checkpoint["losses"] = [float(loss) for loss in self._losses]
+
+    def on_load_checkpoint(self, checkpoint: dict) -> None:
+        self._losses = [torch.tensor(loss) for loss in checkpoint["losses"]]
+
     def validation_step(self, batch: dict, _: int) -> None:
-        x, hidden = batch["x"], batch["hidden"]
-        error = (self.model(x, batch["t_r"], hidden=hidden).reconstruction - x).square().double()
-        power = x.square().double()
-        self._sums.append(
-            torch.stack([error[hidden].sum(), power[hidden].sum(), error[~hidden].sum(), power[~hidden].sum()])
-        )
+        for name, value in self.objective.sums(self.model, batch, self.parts).items():
+            self._sums[name] = self._sums.get(name, 0) + value
 
     def on_validation_epoch_end(self) -> None:
-        hidden_error, hidden_power, error, power = torch.stack(self._sums).sum(0)
+        joined = torch.cat([value.reshape(-1) for value in self._sums.values()])
+        if self.trainer.world_size > 1:
+            torch.distributed.all_reduce(joined)
+        sizes = [value.numel() for value in self._sums.values()]
+        sums = zip(self._sums, joined.split(sizes), strict=True)
+        sums = {name: part[0] if len(part) == 1 else part for name, part in sums}
         self._sums.clear()
-        self.log(METRIC, 1 - hidden_error / hidden_power)
-        self.log("val_r2_visible", 1 - error / power)
+        self.scores = {f"val_{name}": value for name, value in self.objective.scores(sums).items()}
         if self._losses:
-            self.log("train_loss", torch.stack(self._losses).mean())
+            self.scores = {"train_loss": float(torch.stack([x.cpu() for x in self._losses]).mean()), **self.scores}
+        self.log_dict(self.scores)
 
     def configure_optimizers(self) -> dict:
         config = self.config
-        decayed = [p for p in self.parameters() if p.ndim > 1]
-        others = [p for p in self.parameters() if p.ndim <= 1]
+        groups = {True: [], False: []}
+        for name, p in self.named_parameters():
+            if p.requires_grad:
+                groups[p.ndim > 1 and not name.endswith("bias")].append(p)
         optimizer = torch.optim.AdamW(
             [
-                {"params": decayed, "weight_decay": config.weight_decay},
-                {"params": others, "weight_decay": 0.0},
+                {"params": groups[True], "weight_decay": config.weight_decay},
+                {"params": groups[False], "weight_decay": 0.0},
             ],
             lr=config.learning_rate,
             betas=(0.9, 0.95),
         )
-        total = config.epochs * math.ceil(config.windows_per_epoch / config.batch_size)
-        warmup = max(1, round(config.warmup_share * total))
-
-        def rate(step: int) -> float:
-            if step < warmup:
-                return (step + 1) / warmup
-            return max(0.01, 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, total - warmup))))
-
-        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, rate)
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, rate_of(config))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+
+def rate_of(config: TrainingConfig) -> Callable[[int], float]:
+    """The learning rate at a step, as a share of its peak."""
+    steps = math.ceil(config.windows_per_epoch / config.batch_size)
+    total = config.epochs * steps
+    warmup = max(1, round(config.warmup_share * total))
+
+    def rate(step: int) -> float:
+        if step < warmup:
+            return (step + 1) / warmup
+        step, cycle = step - warmup, total - warmup
+        if config.schedule == "restarts":
+            cycle = config.restart_epochs * steps
+            while step >= cycle:
+                step, cycle = step - cycle, cycle * config.restart_factor
+        return max(0.01, 0.5 * (1 + math.cos(math.pi * step / max(1, cycle))))
+
+    return rate
+
+
+class Batches(lightning.LightningDataModule):
+    """Batches of windows: those of this process, from the step that training has come to."""
+
+    def __init__(self, train: RandomWindows, validation: FixedWindows, config: TrainingConfig, workers: int):
+        super().__init__()
+        self.train, self.validation, self.config, self.workers = train, validation, config, workers
+
+    def train_dataloader(self) -> DataLoader:
+        trainer, config = self.trainer, self.config
+        draws = Draws(
+            config.windows_per_epoch,
+            config.batch_size,
+            lambda: trainer.global_step,
+            rank=trainer.global_rank,
+            world=trainer.world_size,
+            parts=config.accumulate,
+        )
+        return self._loader(self.train, draws)
+
+    def val_dataloader(self) -> DataLoader:
+        mine = range(self.trainer.global_rank, len(self.validation), self.trainer.world_size)
+        if not mine:
+            raise DataError(
+                f"each process must have a validation window, got {len(self.validation)} for {self.trainer.world_size}"
+            )
+        size = -(-self.config.batch_size // (self.trainer.world_size * self.config.accumulate))
+        return self._loader(self.validation, [mine[i : i + size] for i in range(0, len(mine), size)])
+
+    def _loader(self, windows: Windows, batches) -> DataLoader:
+        return DataLoader(windows, batch_sampler=batches, collate_fn=collate, num_workers=self.workers)
+
+
+class WholeFiles(TorchCheckpointIO):
+    """Checkpoints are written whole or not at all, so that a full disk or a kill costs no earlier one."""
+
+    def save_checkpoint(self, checkpoint: dict, path: str, storage_options: object = None) -> None:
+        content = io.BytesIO()
+        torch.save(checkpoint, content)
+        try:
+            write_bytes(path, content.getbuffer())
+        except OSError as error:
+            last = Path(path).with_name("last.ckpt")
+            kept = (
+                f"{last} is whole: make room, and the same call goes on from it" if last.is_file() else "none is kept"
+            )
+            raise TrainingError(
+                f"{path}: this checkpoint of {content.tell() / 2**20:.1f} MiB could not be written "
+                f"({error.strerror or error}). Of the earlier ones {kept}"
+            ) from error
+
+
+class Last(ModelCheckpoint):
+    """``last.ckpt``, at the end of every epoch and every so many steps within it.
+
+    Comes after the best list among the callbacks, so that the state it saves holds it.
+    """
+
+    def __init__(self, folder: Path, every: int):
+        super().__init__(folder, "last", save_top_k=1, enable_version_counter=False)
+        self.every = every
+
+    def on_train_batch_end(self, trainer, *_) -> None:
+        step = trainer.global_step
+        ends = trainer.fit_loop.epoch_loop.batch_progress.is_last_batch
+        if self.every and step % self.every == 0 and step != self._last_global_step_saved and not ends:
+            self._last_global_step_saved = step
+            trainer.save_checkpoint(Path(self.dirpath) / "last.ckpt")
 
 
 class History(Callback):
@@ -160,8 +228,8 @@ class History(Callback):
     A resumed run shows the lines it resumes from first, so its output is that of a run never interrupted.
     """
 
-    def __init__(self, path: Path, *, epochs: int, bar: bool):
-        self.path, self.epochs, self.bar = path, epochs, bar
+    def __init__(self, path: Path, objective: Objective, *, epochs: int, bar: bool):
+        self.path, self.objective, self.epochs, self.bar = path, objective, epochs, bar
         self.rows: list[dict] = []
         self._progress = None
 
@@ -172,41 +240,41 @@ class History(Callback):
         self.rows = list(state_dict["rows"])
 
     def on_fit_start(self, trainer, pl_module) -> None:
-        for row in self.rows:
+        for row in self.rows if trainer.is_global_zero else ():
             self._say(row)
 
     def on_train_start(self, trainer, pl_module) -> None:
-        if self.bar:
+        if self.bar and trainer.is_global_zero:
             from tqdm.std import tqdm
 
             steps = int(trainer.estimated_stepping_batches)
             self._progress = tqdm(total=steps, initial=trainer.global_step, unit="step", file=sys.stdout)
 
-    def on_train_batch_end(self, *_) -> None:
+    def on_train_batch_end(self, trainer, *_) -> None:
         if self._progress is not None:
-            self._progress.update()
+            self._progress.update(trainer.global_step - self._progress.n)
 
     def on_validation_end(self, trainer, pl_module) -> None:
         if trainer.sanity_checking:
             return
-        row = {"epoch": trainer.current_epoch + 1}
-        for name in ("train_loss", METRIC, "val_r2_visible"):
-            row[name] = float(trainer.callback_metrics[name])
+        row = {"epoch": trainer.current_epoch + 1, **pl_module.scores}
         self.rows = [r for r in self.rows if r["epoch"] < row["epoch"]] + [row]
-        text = io.StringIO()
-        writer = csv.DictWriter(text, row, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(self.rows)
-        write_text(self.path, text.getvalue())
-        self._say(row)
+        if trainer.is_global_zero:
+            text = io.StringIO()
+            writer = csv.DictWriter(text, row, lineterminator="\n")
+            writer.writeheader()
+            writer.writerows(self.rows)
+            write_text(self.path, text.getvalue())
+            self._say(row)
 
     def _say(self, row: dict) -> None:
-        line = (
-            f"epoch {row['epoch']:3d}/{self.epochs}  train loss {row['train_loss']:.4f}  "
-            f"validation R2 hidden {row[METRIC]:.4f}  visible {row['val_r2_visible']:.4f}"
-        )
+        scores = "  ".join(f"{k.removeprefix('val_')} {v:.4f}" for k, v in row.items() if k.startswith("val_"))
+        line = f"epoch {row['epoch']:3d}/{self.epochs}  train loss {row['train_loss']:.4f}  validation {scores}"
+        if warning := self.objective.warning({k.removeprefix("val_"): v for k, v in row.items()}):
+            line += f"\n  warning: {warning}"
         if self._progress is not None:
-            self._progress.set_postfix_str(f"validation R2 {row[METRIC]:.3f}")
+            monitor = self.objective.monitor
+            self._progress.set_postfix_str(f"{monitor} {row[monitor]:.3f}" + (f", {warning}" if warning else ""))
         else:
             print(line, flush=True)
 
@@ -256,9 +324,13 @@ def _differences(there: dict, here: dict, prefix: str = "") -> list[str]:
     return found
 
 
-def _prepare(folder: Path, identity: dict, restart: bool) -> Path | None:
-    """The Lightning checkpoint to go on from, if any; the folder emptied of another run's files."""
+def _prepare(folder: Path, identity: dict, facts: dict, restart: bool) -> Path | None:
+    """The Lightning checkpoint to go on from, if any; the folder emptied of another run's files.
+
+    Every process comes to the same answer, whether it looks before or after the first one has emptied the folder.
+    """
     record, last = folder / "run.json", folder / "last.ckpt"
+    found = None
     if record.is_file() and not restart:
         try:
             there = json.loads(record.read_text(encoding="utf-8"))
@@ -266,19 +338,23 @@ def _prepare(folder: Path, identity: dict, restart: bool) -> Path | None:
             raise ResumeError(f"{record}: damaged ({error}); delete {folder} or pass restart=True") from error
         different = _differences(there["identity"], identity)
         if not different and last.is_file():
-            return last
-        if different and last.is_file() and not there["finished"]:
+            found = last
+        elif different and last.is_file() and not there["finished"]:
             raise ResumeError(
                 f"{folder} holds an unfinished run of another configuration: {'; '.join(different[:6])}. "
                 "Go on with that one, name another folder, or pass restart=True to give it up."
             )
-    if folder.is_dir():
-        for path in [*folder.glob("*.ckpt"), folder / "history.csv", record]:
-            path.unlink(missing_ok=True)
-        for name in ("best", "second"):
-            shutil.rmtree(folder / name, ignore_errors=True)
-    write_json(record, {"identity": identity, "finished": False})
-    return None
+    if rank_zero_only.rank == 0:
+        if folder.is_dir():
+            for path in folder.glob(".*.tmp"):
+                path.unlink(missing_ok=True)
+        if folder.is_dir() and found is None:
+            for path in [*folder.glob("*.ckpt"), folder / "history.csv", record]:
+                path.unlink(missing_ok=True)
+            for name in ("best", "second"):
+                shutil.rmtree(folder / name, ignore_errors=True)
+        write_json(record, {"identity": identity, "finished": False, **facts})
+    return found
 
 
 def pretrain(
@@ -287,129 +363,151 @@ def pretrain(
     folder: str | Path,
     *,
     model: ModelConfig,
-    objective: Masked,
+    objective: Objective,
     training: TrainingConfig,
     scaling: Scaling | None = None,
     restart: bool = False,
-    accelerator: str = "auto",
+    machine: Machine | None = None,
 ) -> tuple[Checkpoint, list[dict]]:
     """Pretrain a network on scans without labels.
 
     Parameters
     ----------
     train, validation : sequence of Scan
-        Of different participants; the validation scans choose the checkpoint.
+        Of different participants; the validation scans choose the checkpoint. They may be read lazily, and differ in
+        length and repetition time.
     folder : str or Path
-        Gets ``history.csv``, the Lightning checkpoints, and the two best as ``best/`` and ``second/``. An
-        interrupted run of the same configuration, data and code goes on from its last epoch.
+        Gets ``history.csv``, ``run.json`` (configuration, data, commit), the Lightning checkpoints, and the two best
+        as ``best/`` and ``second/``. An interrupted run of the same configuration, data and code goes on from its last
+        checkpoint, to the same weights.
     model : ModelConfig
-    objective : Masked
+    objective : Objective
     training : TrainingConfig
     scaling : Scaling, optional
         Fitted here, on the training scans.
     restart : bool
         Give up an unfinished run in `folder`.
-    accelerator : str
-        Lightning's: ``auto``, ``cpu``, ``gpu``.
+    machine : Machine, optional
+        Devices, processes and the like.
 
     Returns
     -------
     checkpoint : Checkpoint
-        The best by validation R2 on hidden entries.
+        The best by the objective's validation metric.
     history : list of dict
-        A row an epoch: ``epoch, train_loss, val_r2_hidden, val_r2_visible``.
+        A row an epoch: ``epoch``, ``train_loss``, and the objective's scores, their names beginning with ``val_``.
 
     Raises
     ------
     DataError
-        If a participant is in both sets, or scans do not fit the configuration.
+        If a participant is in both sets, scans do not fit the configuration, or a window holds NaN.
     ResumeError
         If `folder` holds an unfinished run of another configuration.
+    TrainingError
+        If the loss is NaN or infinite, or a checkpoint cannot be written; earlier checkpoints stay as they are.
     """
-    folder = Path(folder)
+    folder, machine = Path(folder), machine or Machine()
     both = {s.participant_id for s in train} & {s.participant_id for s in validation}
     if both:
         raise DataError(f"participants in both training and validation: {sorted(both)}")
-    for scan in (*train, *validation):
+    for scan in itertools.chain(train, validation):
         if scan.parcels != train[0].parcels:
             raise DataError(f"{scan.source}: parcels differ from those of {train[0].source}")
-        if scan.n_frames < model.n_timepoints or len(scan.parcels) != model.n_parcels:
-            raise DataError(
-                f"{scan.source}: expected at least {model.n_timepoints} frames of {model.n_parcels} "
-                f"parcels, got {scan.values.shape}"
-            )
+        if len(scan.parcels) != model.n_parcels:
+            raise DataError(f"{scan.source}: expected {model.n_parcels} parcels, got {len(scan.parcels)}")
     scaling = (scaling or Scaling()).fit(train)
+    settings = (scaling, objective, model.n_timepoints)
+    windows = RandomWindows(train, *settings, training.seed, seconds=training.window_seconds)
+    # The views of validation must not follow the seed of a run, or runs could not be compared.
+    fixed = FixedWindows(validation, *settings, 0, seconds=training.window_seconds)
     identity = {
         "model": model.to_dict(),
         "objective": objective.to_dict(),
         "training": training.to_dict(),
         "scaling": scaling.to_dict(),
-        "data": {"train": fingerprint(train), "validation": fingerprint(validation)},
+        "data": {
+            name: getattr(scans, "fingerprint", None) or fingerprint(scans)
+            for name, scans in (("train", train), ("validation", validation))
+        },
         "code": _code_digest(),
         "torch": torch.__version__,
     }
-    last = _prepare(folder, identity, restart)
+    identity = json.loads(json.dumps(identity))
+    facts = {"machine": asdict(machine), "ran_on": surroundings()}
+    last = _prepare(folder, identity, facts, restart)
 
     torch.manual_seed(training.seed)
-    module = Pretraining(MnemoDyn(model), objective, training)
-    scaled = [[(scaling(s), s.t_r) for s in scans] for scans in (train, validation)]
-    random = RandomWindows(scaled[0], model.n_timepoints, objective, training.seed)
-    # The masks of validation must not follow the seed of a run, or runs could not be compared.
-    fixed = FixedWindows(scaled[1], model.n_timepoints, objective, seed=0)
-    history = History(folder / "history.csv", epochs=training.epochs, bar=_someone_is_watching())
+    network = MnemoDyn(model)
+    if machine.recompute:
+        for block in network.blocks:
+            block.forward = partial(torch.utils.checkpoint.checkpoint, block.forward, use_reentrant=False)
+    module = Pretraining(network, objective, training)
+    history = History(folder / "history.csv", objective, epochs=training.epochs, bar=_someone_is_watching())
     best = ModelCheckpoint(
         folder,
-        "{epoch:03d}-{" + METRIC + ":.4f}",
-        monitor=METRIC,
+        "{epoch:03d}-{" + objective.monitor + ":.4f}",
+        monitor=objective.monitor,
         mode="max",
         save_top_k=2,
         enable_version_counter=False,
     )
     callbacks = [
-        WeightAveraging(avg_fn=_ema(training.ema_decay)),
+        *([WeightAveraging(avg_fn=_ema(training.ema_decay))] if training.ema_decay else []),
         history,
-        EarlyStopping(METRIC, mode="max", patience=training.patience),
+        EarlyStopping(objective.monitor, mode="max", patience=training.patience),
         best,
-        # Comes after the best list, so that the state it saves holds it.
-        ModelCheckpoint(folder, "last", save_top_k=1, enable_version_counter=False),
+        Last(folder, machine.checkpoint_every),
     ]
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", module="lightning")
         trainer = lightning.Trainer(
-            accelerator=accelerator,
-            devices=1,
+            accelerator=machine.accelerator,
+            devices=machine.devices,
+            num_nodes=machine.nodes,
+            strategy=machine.strategy,
+            precision=training.precision,
+            accumulate_grad_batches=training.accumulate,
             max_epochs=training.epochs,
             callbacks=callbacks,
-            logger=False,
+            plugins=[WholeFiles()],
+            logger=_tensorboard(folder) if machine.tensorboard else False,
             gradient_clip_val=training.clip,
-            deterministic=True,
+            deterministic=machine.deterministic,
+            use_distributed_sampler=False,
             num_sanity_val_steps=0,
             enable_progress_bar=False,
             enable_model_summary=False,
         )
-        trainer.fit(
-            module,
-            DataLoader(random, training.batch_size, sampler=Draws(training.windows_per_epoch)),
-            DataLoader(fixed, training.batch_size),
-            ckpt_path=last,
-            weights_only=True,
-        )
-    ranked = sorted(best.best_k_models.items(), key=lambda item: -float(item[1]))
-    for name, (path, score) in zip(("best", "second"), ranked, strict=False):
-        state = torch.load(path, map_location="cpu", weights_only=True)["state_dict"]
-        network = MnemoDyn(model)
-        network.load_state_dict({k.removeprefix("model."): v for k, v in state.items()})
-        record = {
-            "objective": objective.to_dict(),
-            "settings": training.to_dict(),
-            "train_participants": sorted({s.participant_id for s in train}),
-            "validation_participants": sorted({s.participant_id for s in validation}),
-            METRIC: float(score),
-        }
-        save_checkpoint(
-            folder / name,
-            Checkpoint(network, train[0].parcels, train[0].t_r, scaling, identity["data"]["train"], record),
-        )
-    write_json(folder / "run.json", {"identity": identity, "finished": True})
-    return load_checkpoint(folder / "best"), history.rows
+        trainer.fit(module, Batches(windows, fixed, training, machine.workers), ckpt_path=last, weights_only=True)
+    # From the file: where training ran in other processes, their callbacks are not these.
+    state = torch.load(folder / "last.ckpt", map_location="cpu", weights_only=True)["callbacks"]
+    if trainer.is_global_zero:
+        ranked = sorted(state[best.state_key]["best_k_models"].items(), key=lambda item: -float(item[1]))
+        for name, (path, score) in zip(("best", "second"), ranked, strict=False):
+            weights = torch.load(path, map_location="cpu", weights_only=True)["state_dict"]
+            network = MnemoDyn(model)
+            network.load_state_dict({k.removeprefix("model."): v for k, v in weights.items() if k.startswith("model.")})
+            record = {
+                "objective": objective.to_dict(),
+                "settings": training.to_dict(),
+                "train_participants": sorted({s.participant_id for s in train}),
+                "validation_participants": sorted({s.participant_id for s in validation}),
+                objective.monitor: float(score),
+            }
+            save_checkpoint(
+                folder / name,
+                Checkpoint(network, train[0].parcels, train[0].t_r, scaling, identity["data"]["train"], record),
+            )
+        write_json(folder / "run.json", {"identity": identity, "finished": True, **facts})
+    trainer.strategy.barrier()
+    return load_checkpoint(folder / "best"), state[history.state_key]["rows"]
+
+
+def _tensorboard(folder: Path):
+    try:
+        from lightning.pytorch.loggers import TensorBoardLogger
+
+        return TensorBoardLogger(folder, name="", version="tensorboard")
+    except ImportError as error:
+        raise ImportError("tensorboard=True needs TensorBoard: pip install 'mnemodyn[tensorboard]'") from error

@@ -1,14 +1,19 @@
 """Windows of scans for training and validation. Every draw is a function of its number alone."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import lru_cache
 
 import numpy as np
 import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset, Sampler
 
-from mnemodyn.pretrain.objective import Masked
+from mnemodyn.data.scaling import Scaling
+from mnemodyn.data.scans import DataError, Scan
+from mnemodyn.pretrain.objective import Objective
 
-__all__ = ["Draws", "FixedWindows", "RandomWindows", "cut_windows"]
+__all__ = ["Draws", "FixedWindows", "RandomWindows", "Windows", "collate", "cut_windows", "window_frames"]
 
 
 def cut_windows(values: np.ndarray, n_timepoints: int) -> np.ndarray:
@@ -35,66 +40,190 @@ def cut_windows(values: np.ndarray, n_timepoints: int) -> np.ndarray:
     return values[: n * n_timepoints].reshape(n, n_timepoints, values.shape[1])
 
 
-class RandomWindows(Dataset):
-    """Draw i is a window of a scan, and a mask, chosen by a generator seeded with (seed, i).
+def window_frames(scan: Scan, n_timepoints: int, seconds: float) -> int:
+    """Frames of a window of a scan: `n_timepoints`, or as many as `seconds` have where that is not 0.
 
-    So a resumed run sees what it would have seen, whatever the number of workers.
+    A scan that is shorter than `seconds`, but not by more than half, is one window.
+
+    Raises
+    ------
+    DataError
+        If the scan is too short.
+    """
+    frames = round(seconds / scan.t_r) if seconds else n_timepoints
+    least = max(2, -(-frames // 2)) if seconds else frames
+    if scan.n_frames < least:
+        raise DataError(
+            f"{scan.source}: expected at least {least} frames of {len(scan.parcels)} parcels, got "
+            f"({scan.n_frames}, {len(scan.parcels)})"
+        )
+    return min(frames, scan.n_frames)
+
+
+class Windows(Dataset):
+    """Windows of scans, which are scaled when they are needed.
+
+    An item is a dict: ``x`` (time, parcel), ``t_r`` (seconds), ``scan`` (where it is from), the objective's view of
+    it, and ``censored`` (time,) where any scan has censored frames, whose values are set to zero.
 
     Parameters
     ----------
-    scans : sequence of (ndarray of shape (time, parcel), float)
-        Scaled values and t_r in seconds.
+    scans : sequence of Scan
+        Of one atlas. May read its items lazily; where it has the ``read`` and ``censored`` of a store, windows are
+        read alone.
+    scaling : Scaling
+    objective : Objective
     n_timepoints : int
         Window length in frames.
-    objective : Masked
+    seconds : float
+        Window length in seconds instead, where it is not 0.
     seed : int
+    held : int
+        Scaled scans kept in memory.
     """
 
-    def __init__(self, scans: Sequence[tuple[np.ndarray, float]], n_timepoints: int, objective: Masked, seed: int):
-        self.scans, self.n_timepoints, self.objective, self.seed = scans, n_timepoints, objective, seed
-        for values, _ in scans:
-            cut_windows(values, n_timepoints)  # refuses a scan that is too short
-        self.starts = np.array([len(values) - n_timepoints + 1 for values, _ in scans])
+    def __init__(
+        self,
+        scans: Sequence[Scan],
+        scaling: Scaling,
+        objective: Objective,
+        n_timepoints: int,
+        seed: int,
+        *,
+        seconds: float = 0.0,
+        held: int = 256,
+    ):
+        self.scans, self.scaling, self.objective, self.seed = scans, scaling, objective, seed
+        sizes = [(scan.n_frames, window_frames(scan, n_timepoints, seconds), _censored(scan).any()) for scan in scans]
+        self.n_frames, self.frames, censored = (np.array(column) for column in zip(*sizes, strict=True))
+        self.any_censored = bool(censored.any())
+        self._scaled = lru_cache(held)(lambda which: (scaling(self.scans[which]), _censored(self.scans[which])))
+
+    def cut(self, which: int, start: int, seed: int, *, training: bool) -> dict:
+        """The window of scan `which` that begins at frame `start`, and its view.
+
+        Raises
+        ------
+        DataError
+            If a value is NaN or infinite in a frame that is not censored.
+        """
+        scan = self.scans[which]
+        frames = slice(start, start + int(self.frames[which]))
+        if hasattr(self.scans, "read"):  # a store reads these frames alone
+            values = self.scans.read(which, frames.start, frames.stop, self.scaling)
+            censored = self.scans.censored(which, frames.start, frames.stop)
+            censored = np.zeros(len(values), dtype=bool) if censored is None else np.array(censored)
+        else:
+            values, censored = (part[frames] for part in self._scaled(which))
+        wrong = ~np.isfinite(values) & ~censored[:, None]
+        if wrong.any():
+            frame, parcel = np.argwhere(wrong)[0]
+            raise DataError(
+                f"{scan.source or scan.participant_id}: {int(wrong.sum())} values are NaN or infinite, first in frame "
+                f"{start + frame}, parcel {scan.parcels[parcel]!r}; censor the frame or leave the scan out"
+            )
+        x = torch.from_numpy(np.where(censored[:, None], np.float32(0), values))
+        view = self.objective.view(x, t_r=scan.t_r, parcels=scan.parcels, seed=seed, training=training)
+        item = {"x": x, "t_r": torch.tensor(scan.t_r), "scan": scan.source or scan.participant_id, **view}
+        return item | ({"censored": torch.from_numpy(censored.copy())} if self.any_censored else {})
+
+
+def _censored(scan: Scan) -> np.ndarray:
+    censored = getattr(scan, "censored", None)
+    return np.zeros(scan.n_frames, dtype=bool) if censored is None else censored
+
+
+def collate(items: Sequence[dict]) -> dict:
+    """A batch of windows: padded with zeros at their ends where they differ in length, which ``lengths`` then tells."""
+    batch = {}
+    for key, first in items[0].items():
+        values = [item[key] for item in items]
+        if not isinstance(first, Tensor):
+            batch[key] = values
+        else:
+            batch[key] = pad_sequence(values, batch_first=True) if first.ndim else torch.stack(values)
+    lengths = torch.tensor([len(item["x"]) for item in items])
+    return batch if bool((lengths == lengths[0]).all()) else batch | {"lengths": lengths}
+
+
+class RandomWindows(Windows):
+    """Draw i is a window of a scan, and a view of it, chosen by a generator seeded with (seed, i).
+
+    So a resumed run sees what it would have seen, whatever the number of workers and processes.
+    """
 
     def __getitem__(self, draw: int) -> dict:
         rng = np.random.default_rng([self.seed, draw])
         # Every possible window of the whole data set is as likely as any other.
-        which = rng.choice(len(self.scans), p=self.starts / self.starts.sum())
-        start = rng.integers(self.starts[which])
-        values, t_r = self.scans[which]
-        x = torch.from_numpy(values[start : start + self.n_timepoints])
-        hidden = self.objective.hide((1, *x.shape), seed=int(rng.integers(2**62)), training=True)[0]
-        return {"x": x, "hidden": hidden, "t_r": torch.tensor(t_r)}
+        starts = self.n_frames - self.frames + 1
+        which = int(rng.choice(len(self.scans), p=starts / starts.sum()))
+        start = int(rng.integers(starts[which]))
+        return self.cut(which, start, int(rng.integers(2**62)), training=True)
 
 
 class Draws(Sampler):
-    """Numbers of the draws of an epoch: epoch e takes ``e n ... (e + 1) n - 1``."""
+    """The draws of every batch, from the step that training has come to until the end of its epoch.
 
-    def __init__(self, n: int):
-        self.n, self.epoch = n, 0
+    Step s of an epoch of n draws takes `batch_size` draws in their order. They are dealt to the processes in turn, so
+    that the batches of all of them, joined, are the batch that one process would have. A step of several parts
+    (gradient accumulation) deals them to the parts in the same way.
 
-    def set_epoch(self, epoch: int) -> None:
-        self.epoch = epoch
+    Parameters
+    ----------
+    n : int
+        Draws in an epoch.
+    batch_size : int
+        Draws in a step, over all processes and parts.
+    step : callable
+        Returns the steps done so far; asked when an epoch, or the rest of one, begins.
+    rank, world : int
+        This process, and how many there are.
+    parts : int
+        Parts of a step.
+    """
+
+    def __init__(
+        self, n: int, batch_size: int, step: Callable[[], int], *, rank: int = 0, world: int = 1, parts: int = 1
+    ):
+        rest = n % batch_size or batch_size
+        if rest < world * parts:
+            raise ValueError(
+                f"every step needs a window for each process and part: {world} processes and {parts} parts, but "
+                f"batch_size {batch_size} and windows_per_epoch {n} give a step of {rest}"
+            )
+        self.n, self.batch_size, self.step = n, batch_size, step
+        self.rank, self.world, self.parts = rank, world, parts
+
+    @property
+    def steps(self) -> int:
+        """Steps of an epoch."""
+        return -(-self.n // self.batch_size)
 
     def __len__(self) -> int:
-        return self.n
+        return self.steps * self.parts
 
-    def __iter__(self) -> Iterator[int]:
-        return iter(range(self.epoch * self.n, (self.epoch + 1) * self.n))
+    def __iter__(self) -> Iterator[list[int]]:
+        epoch, done = divmod(self.step(), self.steps)
+        for first in range(done * self.batch_size, self.n, self.batch_size):
+            draws = range(epoch * self.n + first, epoch * self.n + min(first + self.batch_size, self.n))
+            for part in range(self.parts):
+                yield list(draws[part * self.world + self.rank :: self.parts * self.world])
 
 
-class FixedWindows(Dataset):
-    """The consecutive windows of every scan, each with one mask that never changes."""
+class FixedWindows(Windows):
+    """The consecutive windows of every scan, each with one view that never changes."""
 
-    def __init__(self, scans: Sequence[tuple[np.ndarray, float]], n_timepoints: int, objective: Masked, seed: int):
-        self.items = []
-        for values, t_r in scans:
-            for x in torch.from_numpy(cut_windows(values, n_timepoints)):
-                hidden = objective.hide((1, *x.shape), seed=seed + len(self.items))[0]
-                self.items.append({"x": x, "hidden": hidden, "t_r": torch.tensor(t_r)})
+    def __init__(self, *args, **settings):
+        super().__init__(*args, **settings)
+        self.items = [
+            (which, start)
+            for which, (n, frames) in enumerate(zip(self.n_frames, self.frames, strict=True))
+            for start in range(0, n - frames + 1, frames)
+        ]
 
     def __len__(self) -> int:
         return len(self.items)
 
     def __getitem__(self, index: int) -> dict:
-        return self.items[index]
+        which, start = self.items[index]
+        return self.cut(which, start, self.seed + index, training=False)
