@@ -16,7 +16,7 @@ help:
 	@echo "                                     profiles: $(PROFILES)"
 	@echo "                                     DATA=FOLDER: scans of your own in place of the profile's"
 	@echo "make test                            run the tests"
-	@echo "make lint                            check style and formatting"
+	@echo "make lint                            check style, formatting and types"
 	@echo "make lab                             open the notebooks in JupyterLab"
 	@echo "make benchmark                       time and memory on this machine: runs/speed.json, in about ten minutes"
 	@echo "make clean                           remove the runs and the built book; .venv stays"
@@ -35,6 +35,7 @@ test: .venv/.installed
 lint: .venv/.installed
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
+	@$(BIN)/mypy
 
 lab: .venv/.installed
 	@$(PIP) --editable ".[lab]"
