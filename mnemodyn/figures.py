@@ -54,7 +54,7 @@ def use_style() -> None:
             "figure.figsize": (7, 3),
             "figure.dpi": 100,
             "figure.constrained_layout.use": True,
-            "axes.prop_cycle": matplotlib.cycler(color=COLOURS),
+            "axes.prop_cycle": plt.cycler(color=COLOURS),
             "axes.spines.top": False,
             "axes.spines.right": False,
             "font.size": 9,

@@ -110,7 +110,7 @@ def run_notebook(
     }
     write_json(record, manifest)
 
-    failure = None
+    failure: dict | None = None
     try:
         _execute(source, partial, given, kernel_name)
     except KeyboardInterrupt:

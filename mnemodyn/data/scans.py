@@ -194,8 +194,8 @@ def _agree_on_t_r(name: str, header: float | None, sidecar: float | None, settin
         if setting is None:
             raise DataError(f"{name}: override_t_r needs t_r in seconds", problem="no-t-r")
         return setting, "setting"
-    stated = {"header": header, "sidecar": sidecar, "setting": setting}
-    stated = {source: t_r for source, t_r in stated.items() if t_r is not None}
+    named = {"header": header, "sidecar": sidecar, "setting": setting}
+    stated = {source: t_r for source, t_r in named.items() if t_r is not None}
     usable = {source: t_r for source, t_r in stated.items() if np.isfinite(t_r) and t_r > 0}
     if not usable or (setting is not None and "setting" not in usable):
         if stated:

@@ -100,7 +100,7 @@ def _people(table: pd.DataFrame) -> pd.DataFrame:
     return table.drop_duplicates("participant_id").reset_index(drop=True)
 
 
-def _strata(target: Sequence, n: int) -> np.ndarray:
+def _strata(target: Sequence | np.ndarray, n: int) -> np.ndarray:
     """Classes, or for numbers of more than two values their fifths (fewer where `n` is small)."""
     values = pd.Series(np.asarray(target))
     if values.nunique() < 2:
