@@ -8,6 +8,7 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,7 +20,7 @@ from mnemodyn.data.formats import read_cifti
 from mnemodyn.data.scaling import Scaling, moments
 from mnemodyn.data.scans import DataError, Scan, load_scan, save_scan, scan_files
 from mnemodyn.evaluate.readout import READOUTS, readouts
-from mnemodyn.files import write_text
+from mnemodyn.files import write_json, write_text
 
 __all__ = ["Embedded", "embed", "reconstruct"]
 
@@ -285,8 +286,9 @@ def reconstruct(
         A scan with censored frames, see :func:`~mnemodyn.data.scans.load_scan`.
     checkpoint : Checkpoint
     output : str or Path
-        ``.ptseries.nii`` or ``.tsv``; a ``.ptseries.nii`` keeps the places of its parcels where `path` states them. The
-        frames that were filled are listed beside it, in XCP-D's form.
+        ``.ptseries.nii`` or ``.tsv``; a ``.ptseries.nii`` keeps the places of its parcels where `path` states them.
+        Beside it go the censored frames in XCP-D's form and a JSON sidecar; below a folder ``sub-...``, the
+        ``dataset_description.json`` of a BIDS derivative is written where there is none.
     whole : bool
         Write the network's reconstruction of every frame, not of the censored ones only.
     **reading
@@ -329,5 +331,13 @@ def reconstruct(
     if path.name.endswith(".nii") and str(output).endswith(".nii"):
         columns = read_cifti(path)[1][1]
         axis = columns if isinstance(columns, ParcelsAxis) else None
-    save_scan(replace(scan, values=values), output, axis=axis)
+    output = save_scan(replace(scan, values=values), output, axis=axis)
+    made_by = {"GeneratedBy": [{"Name": "mnemodyn", "Version": version("mnemodyn")}]}
+    facts = {"RepetitionTime": scan.t_r, "Sources": [path.name], "NetworkSHA256": _digest(checkpoint)}
+    facts |= {"FilledFrames": np.flatnonzero(filled)}
+    write_json(output.with_name(f"{output.name.split('.')[0]}.json"), facts | made_by)
+    root = next((folder.parent for folder in output.parents if folder.name.startswith("sub-")), None)
+    if root is not None and not (root / "dataset_description.json").exists():
+        what = {"Name": "Scans with censored frames filled", "BIDSVersion": "1.10.0", "DatasetType": "derivative"}
+        write_json(root / "dataset_description.json", what | made_by)
     return {"n_frames": scan.n_frames, "n_filled": int(filled.sum())}

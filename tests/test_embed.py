@@ -160,10 +160,14 @@ def test_censored_frames_are_filled(checkpoint, tmp_path, capsys):
     damaged = values.copy()
     damaged[censored] += 500
     path = save_scan(Scan("sub-1", damaged, 0.8, PARCELS, censored=censored), tmp_path / "sub-1.ptseries.nii")
-    output = tmp_path / "out" / "sub-1.ptseries.nii"
+    output = tmp_path / "out" / "sub-1" / "func" / "sub-1.ptseries.nii"
     assert main(["reconstruct", str(path), "-o", str(output), "-c", str(checkpoint)]) == 0
     assert capsys.readouterr().out == f"{output}: 3 of 60 frames filled\n"
     filled = load_scan(output)
+    assert json.loads((output.parent / "sub-1.json").read_text())["FilledFrames"] == [10, 11, 30]
+    described = json.loads((tmp_path / "out" / "dataset_description.json").read_text())
+    assert described["DatasetType"] == "derivative"
+    assert {"Name", "BIDSVersion", "GeneratedBy"} <= set(described)
     assert np.array_equal(filled.values[~censored], values[~censored])
     assert np.array_equal(filled.censored, censored)
     trained = load_checkpoint(checkpoint)
@@ -248,18 +252,9 @@ def test_holding_it_wrong_names_the_mend(how, checkpoint, tmp_path, monkeypatch,
 
         monkeypatch.setattr(mnemodyn.embed.os, "replace", full)
     elif how == "unwritable folder":
-        output = Path("/proc/e.csv")
-        if os.getuid() == 0:
-            real = open
-            monkeypatch.setattr(
-                "builtins.open",
-                lambda path, *a, **k: (
-                    (_ for _ in ()).throw(PermissionError(errno.EACCES, "Permission denied", str(path)))
-                    if ".e.csv.part" in str(path)
-                    else real(path, *a, **k)
-                ),
-            )
-            output = tmp_path / "e.csv"
+        folder = tmp_path / "closed"
+        folder.mkdir(mode=0o500)
+        output = (folder if os.getuid() else Path("/sys")) / "e.csv"  # nothing stops root but the kernel
     elif how == "no scans":
         scan = tmp_path / "none"
         scan.mkdir()

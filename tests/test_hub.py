@@ -3,7 +3,6 @@
 import json
 import pickle
 import shutil
-from dataclasses import replace
 from pathlib import Path
 
 import huggingface_hub
@@ -83,7 +82,7 @@ def test_published_and_loaded_again(run, hub):
     there, back = load_checkpoint(run / "best"), from_pretrained("lab/tiny")
     assert same(there.model, back.model)
     assert (back.parcels, back.t_r, back.scaling) == (there.parcels, there.t_r, there.scaling)
-    assert b"sub-" not in files["config.json"].replace(b"sub-network", b"")
+    assert b"sub-" not in files["config.json"]
     assert back.training["n_train_participants"] == 2
     model = MnemoDyn.from_pretrained("lab/tiny")
     assert same(model, there.model)
@@ -247,5 +246,3 @@ def test_a_folder_that_is_not_what_was_asked_for(run, tmp_path):
         find_checkpoint(tmp_path)
     with pytest.raises(CheckpointError, match="its config.json holds its hyper-parameters"):
         write_folder(run, tmp_path / "out", hyper_parameters=run / "run.json")
-    checkpoint = load_checkpoint(run / "best")
-    assert replace(checkpoint).model is checkpoint.model
