@@ -128,6 +128,8 @@ def test_rows_of_other_settings_are_not_taken_up(scans, checkpoint, tmp_path, ca
     path.write_text(path.read_text().replace("\n", "\n1\t2\t3\t4\t5\t6\n", 1))
     assert embed(scans, tmp_path / "e.csv", checkpoint, "--json") == 0
     assert json.loads(capsys.readouterr().out)["n_resumed"] == 11, "the scan that changed is read again"
+    table = pd.read_csv(tmp_path / "e.csv").set_index("file")
+    assert table.loc[str(path), "n_frames"] == len(path.read_text().splitlines()) - 1
     with monkeypatch.context() as patch:
         patch.setattr(mnemodyn.embed, "_write_table", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
