@@ -82,6 +82,7 @@ class MnemoDyn(nn.Module):
                 shrinkage=config.front_shrinkage,
                 weight=config.front_weight,
                 steps=config.front_steps,
+                n_modes=config.front_modes,
             )
         self.head = prediction_head(config) if config.n_classes else None
 
