@@ -9,7 +9,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constr
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help book test lint lab benchmark clean
+.PHONY: help book test lint lab benchmark reconstruct clean
 
 help:
 	@echo "make book [PROFILE=quick] [CORES=2]  run the notebooks and build the book: _build/html/index.html"
@@ -19,6 +19,8 @@ help:
 	@echo "make lint                            check style, formatting and types"
 	@echo "make lab                             open the notebooks in JupyterLab"
 	@echo "make benchmark                       time and memory on this machine: runs/speed.json, in about ten minutes"
+	@echo "make reconstruct DATA=hcp7           hidden entries of held-out people, all baselines, three seeds, from scratch:"
+	@echo "                                     book/data/reconstruction_hcp7.json; DATA=abide ABIDE=FOLDER for the other"
 	@echo "make clean                           remove the runs and the built book; .venv stays"
 	@echo
 	@echo "PYTHON=python3.12 chooses the interpreter that .venv is made with (3.11 or newer)."
@@ -43,6 +45,9 @@ lab: .venv/.installed
 
 benchmark: .venv/.installed
 	@$(BIN)/python -m benchmarks.speed --quick --published --out runs/speed.json
+
+reconstruct: .venv/.installed
+	@$(BIN)/python -m benchmarks.reconstruct "$(or $(DATA),hcp7)" $(if $(ABIDE),--folder "$(ABIDE)")
 
 clean:
 	rm -rf _build book/runs .snakemake

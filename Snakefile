@@ -156,6 +156,7 @@ for name in ("reconstruction", "identification"):
             f"notebooks/{name}.ipynb",
             sources("data", "model", "evaluate"),
             checkpoint(OBJECTIVES[0]),
+            files("book/data/reconstruction_*.json") if name == "reconstruction" else [],
         output:
             outputs(name),
         message:

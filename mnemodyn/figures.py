@@ -340,6 +340,25 @@ def reconstruction(rows: pd.DataFrame) -> Figure:
     return figure
 
 
+def differences(rows: pd.DataFrame) -> Figure:
+    """R2 of the network minus that of each method, with its interval, one panel a data set.
+
+    `rows` has ``data, method, value, low, high``.
+    """
+    sets = list(rows["data"].unique())
+    height = 0.9 + 0.3 * max(rows.groupby("data").size())
+    figure, axes = plt.subplots(1, len(sets), figsize=(7, height), sharey=True, squeeze=False)
+    order = rows.groupby("method")["value"].mean().sort_values(ascending=False).index
+    for ax, name in zip(axes[0], sets, strict=True):
+        part = rows[rows["data"] == name].set_index("method").reindex(order)
+        error = np.abs(part[["low", "high"]].to_numpy().T - part["value"].to_numpy())
+        ax.errorbar(part["value"], np.arange(len(part)), xerr=error, fmt="o", ms=4, capsize=2, color=COLOURS[0])
+        ax.axvline(0, color="black", lw=0.8)
+        ax.set(title=name, xlabel="R² of MnemoDyn minus the method's")
+    axes[0, 0].set_yticks(np.arange(len(order)), [LABELS.get(m, m) for m in order])
+    return figure
+
+
 def reconstruction_grid(rows: pd.DataFrame) -> Figure:
     """R2 against the length of the hidden stretches, one panel a hidden share."""
     shares = sorted(rows["hidden_share"].unique())

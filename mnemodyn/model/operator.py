@@ -201,7 +201,8 @@ class OperatorBlock(nn.Module):
             nn.init.normal_(self.lift.weight[:, :p], std=p**-0.5)
             nn.init.zeros_(self.lift.weight[:, p:])
             nn.init.zeros_(self.lift.bias)
-        nn.init.normal_(self.output.weight, std=0.1 * k**-0.5)
+        # Behind a front end a fresh block changes nothing.
+        nn.init.normal_(self.output.weight, std=0.1 * k**-0.5 if config.front == "none" else 0.0)
         if config.linear_bias:
             nn.init.zeros_(self.output.bias)
         self.parcel_scale = nn.Parameter(torch.ones(p)) if config.parcel_scale else None
