@@ -9,7 +9,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constr
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help book test lint lab benchmark clean
+.PHONY: help book test lint lab benchmark abide clean
 
 help:
 	@echo "make book [PROFILE=quick] [CORES=2]  run the notebooks and build the book: _build/html/index.html"
@@ -19,6 +19,7 @@ help:
 	@echo "make lint                            check style and formatting"
 	@echo "make lab                             open the notebooks in JupyterLab"
 	@echo "make benchmark                       time and memory on this machine: runs/speed.json, in about ten minutes"
+	@echo "make abide DATA=FOLDER               diagnosis, sex and age from ABIDE's scans: book/data/abide.json, under half an hour"
 	@echo "make clean                           remove the runs and the built book; .venv stays"
 	@echo
 	@echo "PYTHON=python3.12 chooses the interpreter that .venv is made with (3.11 or newer)."
@@ -42,6 +43,10 @@ lab: .venv/.installed
 
 benchmark: .venv/.installed
 	@$(BIN)/python -m benchmarks.speed --quick --published --out runs/speed.json
+
+abide: .venv/.installed
+	@test -n "$(DATA)" || { echo "make: name the folder of the scans: make abide DATA=FOLDER" >&2; exit 2; }
+	@OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.abide --data "$(DATA)" --out book/data/abide.json --jobs "$(CORES)"
 
 clean:
 	rm -rf _build book/runs .snakemake

@@ -84,7 +84,10 @@ def test_the_table_says_who_is_where_and_its_digest_follows(tmp_path):
     [
         (lambda t: t.assign(sex="male"), "one value only"),
         (lambda t: t[t["participant_id"] < "sub-004"].assign(family=None), "4 families are fewer than 5 folds"),
-        (lambda t: t.assign(sex=np.where(t["participant_id"] < "sub-003", "female", "male"), family=None), "smaller class has 3"),
+        (
+            lambda t: t.assign(sex=np.where(t["participant_id"] < "sub-003", "female", "male"), family=None),
+            "smaller class has 3",
+        ),
         (lambda t: t.assign(sex=t["sex"].where(t.index > 3)), "4 scans have no value"),
         (lambda t: t.assign(family=[str(i) for i in range(len(t))]), "family: participants .* have more than one"),
     ],

@@ -2,6 +2,7 @@
 
 import copy
 import hashlib
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -71,7 +72,7 @@ def draft_head(n_features: int) -> nn.Sequential:
     """The published draft's head: 512, 1024 and 256 units, and one output."""
     sizes = (n_features, 512, 1024, 256)
     layers = []
-    for a, b in zip(sizes[:-1], sizes[1:], strict=True):
+    for a, b in itertools.pairwise(sizes):
         layers += [nn.Linear(a, b), nn.ReLU(), nn.Dropout(0.1)]
     return nn.Sequential(*layers, nn.Linear(256, 1))
 
@@ -94,14 +95,17 @@ class _Tuned(nn.Module):
             self.head = nn.Linear(3 * config.n_channels, 1)
             nn.init.zeros_(self.head.weight)
 
-    def forward(self, x: Tensor, t_r: Tensor) -> Tensor:
-        """Windows (batch, time, parcel) to one value each, (batch,)."""
+    def read(self, x: Tensor, t_r: Tensor) -> Tensor:
+        """What the head reads of windows (batch, time, parcel)."""
         output = self.network(x, t_r)
         if self.what == "draft":
-            series = output.reconstruction
-            return self.head(series.flatten(1) if self.whole else series[:, -1])[:, 0]
+            return output.reconstruction.flatten(1) if self.whole else output.reconstruction[:, -1]
         z = output.latents
-        return self.head(self.norm(torch.cat([z.mean(1), z.std(1), z.amax(1)], dim=1)))[:, 0]
+        return torch.cat([z.mean(1), z.std(1), z.amax(1)], dim=1)
+
+    def forward(self, read: Tensor) -> Tensor:
+        """One value a window, (batch,)."""
+        return self.head(read if self.what == "draft" else self.norm(read))[:, 0]
 
 
 def finetune(
@@ -154,10 +158,25 @@ def finetune(
                 return functional.binary_cross_entropy_with_logits(found, goal[rows], pos_weight=odds)
             return functional.mse_loss(found, goal[rows])
 
+        frozen: dict[int, Tensor] = {}
+
+        @torch.no_grad()
+        def covering(row: int) -> Tensor:
+            if what != "draft":
+                return tuned.read(*series.consecutive(row))
+            if row not in frozen:
+                frozen[row] = tuned.read(*series.consecutive(row))
+            return frozen[row]
+
+        def some(rows: np.ndarray) -> Tensor:
+            if what != "draft":
+                return tuned.read(*series.windows(rows, rng))
+            return torch.stack([covering(int(i))[rng.integers(len(covering(int(i))))] for i in rows])
+
         @torch.no_grad()
         def predict(rows: np.ndarray) -> Tensor:
             tuned.eval()
-            return torch.stack([tuned(*series.consecutive(int(i))).mean() for i in rows])
+            return torch.stack([tuned(covering(int(i))).mean() for i in rows])
 
         inner = [p for p in tuned.network.parameters() if p.requires_grad]
         outer = [p for n, p in tuned.named_parameters() if not n.startswith("network.")]
@@ -169,7 +188,7 @@ def finetune(
             order = rng.permutation(fit)
             for batch in np.array_split(order, max(1, len(order) // BATCH)):
                 optimizer.zero_grad()
-                loss(tuned(*series.windows(batch, rng)), batch).backward()
+                loss(tuned(some(batch)), batch).backward()
                 nn.utils.clip_grad_norm_(tuned.parameters(), 1.0)
                 optimizer.step()
             found = float(loss(predict(validation), validation))

@@ -1,4 +1,4 @@
-r"""From features to predictions: linear heads, a multilayer perceptron, and everything that is chosen in training folds.
+r"""From features to predictions: linear heads, a multilayer perceptron, and what is chosen in training folds.
 
 A linear model with an L2 penalty depends on its features only through their products :math:`K = X X^T`: with
 :math:`K = U \Lambda U^T` on the training scans, the same model fitted on the :math:`n` columns of
@@ -194,9 +194,9 @@ def _perceptron(x: np.ndarray, y: np.ndarray, splits: list, kind: str, seed: int
         else:
             model = MLPClassifier(alpha=decay, **shared)
             weights = np.where(y == 1, 0.5 / y.mean(), 0.5 / (1 - y.mean()))
-            p = cross_val_predict(
-                model, x, y, cv=splits, method="predict_proba", params={"sample_weight": weights}
-            )[:, 1].clip(1e-9, 1 - 1e-9)
+            p = cross_val_predict(model, x, y, cv=splits, method="predict_proba", params={"sample_weight": weights})[
+                :, 1
+            ].clip(1e-9, 1 - 1e-9)
             inner = np.log(p / (1 - p))
             found.append(
                 _Choice(name, roc_auc_score(y, inner), inner, lambda m=model, w=weights: _Evidence(m.fit(x, y, w)))

@@ -110,7 +110,9 @@ class MnemoDynEncoder(TransformerMixin, BaseEstimator):
     >>> model.fit(scans, diagnosis)  # doctest: +SKIP
     """
 
-    def __init__(self, checkpoint=None, readouts=("latent_mean", "latent_sd"), untrained=None, cache=None, device="cpu"):
+    def __init__(
+        self, checkpoint=None, readouts=("latent_mean", "latent_sd"), untrained=None, cache=None, device="cpu"
+    ):
         self.checkpoint = checkpoint
         self.readouts = readouts
         self.untrained = untrained

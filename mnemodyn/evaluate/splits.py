@@ -110,9 +110,7 @@ def _strata(target: Sequence, n: int) -> np.ndarray:
     return pd.factorize(values, sort=True)[0]
 
 
-def repeated_folds(
-    table: pd.DataFrame, target: str, *, n_folds: int = 5, n_repeats: int = 5, seed: int = 0
-) -> Folds:
+def repeated_folds(table: pd.DataFrame, target: str, *, n_folds: int = 5, n_repeats: int = 5, seed: int = 0) -> Folds:
     """Stratified folds over participants, families together, drawn anew in every repeat.
 
     Parameters
