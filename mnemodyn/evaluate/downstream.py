@@ -415,6 +415,8 @@ def evaluate(
         if checkpoint is None:
             raise DataError("fine-tuning needs a checkpoint; name one, or leave the method out")
         blocks["scans"] = Series.of(checkpoint, scans)
+        if any(m.blocks == ("draft",) for m in methods.values()):
+            blocks["scans"].freeze(task.kind)  # before the processes part
     people = task.table["participant_id"]
     work = list(folds.split(people))
     code = _code() if cache is not None else ""

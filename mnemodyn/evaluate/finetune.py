@@ -17,7 +17,7 @@ from mnemodyn.model.network import MnemoDyn
 
 __all__ = ["Series", "draft_head", "finetune"]
 
-EPOCHS = {"draft": 30, "last": 5, "all": 5}
+EPOCHS = {"draft": 20, "last": 5, "all": 5}
 BATCH = 16
 
 
@@ -32,12 +32,15 @@ class Series:
     t_r : ndarray, shape (scan,)
     window : int
         Frames of a training window: those of pretraining, or of the shortest scan.
+    frozen : dict of str to list of Tensor
+        What the draft's head reads of every scan's consecutive windows, by kind; see :meth:`freeze`.
     """
 
     model: MnemoDyn
     x: list[Tensor] = field(repr=False)
     t_r: np.ndarray
     window: int
+    frozen: dict[str, list[Tensor]] = field(default_factory=dict, repr=False)
 
     @classmethod
     def of(cls, checkpoint: Checkpoint, scans: Sequence[Scan]) -> "Series":
@@ -54,6 +57,14 @@ class Series:
         for value in (*self.model.state_dict().values(), *self.x):
             digest.update(value.cpu().numpy().tobytes())
         return digest.hexdigest()
+
+    @torch.no_grad()
+    def freeze(self, kind: str) -> list[Tensor]:
+        """The frozen network's last frame of every window (its whole output for numbers), computed once."""
+        if kind not in self.frozen:
+            outputs = (self.model(*self.consecutive(i)).reconstruction for i in range(len(self.x)))
+            self.frozen[kind] = [o.flatten(1) if kind == "regression" else o[:, -1] for o in outputs]
+        return self.frozen[kind]
 
     def windows(self, rows: np.ndarray, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
         """A random window of each of some scans, and their t_r."""
@@ -83,13 +94,13 @@ class _Tuned(nn.Module):
     def __init__(self, series: Series, what: str, kind: str):
         super().__init__()
         self.network = copy.deepcopy(series.model)
-        self.what, self.whole = what, what == "draft" and kind == "regression"
+        self.what = what
         config = series.model.config
         self.network.requires_grad_(what == "all")
         if what == "last":
             self.network.blocks[-1].requires_grad_(True)
         if what == "draft":
-            self.head = draft_head(config.n_parcels * (series.window if self.whole else 1))
+            self.head = draft_head(series.freeze(kind)[0].shape[1])
         else:
             self.norm = nn.BatchNorm1d(3 * config.n_channels)
             self.head = nn.Linear(3 * config.n_channels, 1)
@@ -98,8 +109,6 @@ class _Tuned(nn.Module):
     def read(self, x: Tensor, t_r: Tensor) -> Tensor:
         """What the head reads of windows (batch, time, parcel)."""
         output = self.network(x, t_r)
-        if self.what == "draft":
-            return output.reconstruction.flatten(1) if self.whole else output.reconstruction[:, -1]
         z = output.latents
         return torch.cat([z.mean(1), z.std(1), z.amax(1)], dim=1)
 
@@ -158,20 +167,15 @@ def finetune(
                 return functional.binary_cross_entropy_with_logits(found, goal[rows], pos_weight=odds)
             return functional.mse_loss(found, goal[rows])
 
-        frozen: dict[int, Tensor] = {}
+        frozen = series.freeze(kind) if what == "draft" else None
 
-        @torch.no_grad()
         def covering(row: int) -> Tensor:
-            if what != "draft":
-                return tuned.read(*series.consecutive(row))
-            if row not in frozen:
-                frozen[row] = tuned.read(*series.consecutive(row))
-            return frozen[row]
+            return frozen[row] if frozen else tuned.read(*series.consecutive(row))
 
         def some(rows: np.ndarray) -> Tensor:
-            if what != "draft":
-                return tuned.read(*series.windows(rows, rng))
-            return torch.stack([covering(int(i))[rng.integers(len(covering(int(i))))] for i in rows])
+            if frozen:
+                return torch.stack([frozen[i][rng.integers(len(frozen[i]))] for i in rows])
+            return tuned.read(*series.windows(rows, rng))
 
         @torch.no_grad()
         def predict(rows: np.ndarray) -> Tensor:
