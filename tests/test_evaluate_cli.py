@@ -1,11 +1,13 @@
-"""From a folder of simulated scans to scores, by the command."""
+"""From a folder of simulated scans to scores, by the command; and what was planted, found in every cohort."""
 
 import json
 
 import pytest
 
 from mnemodyn.cli import main
-from mnemodyn.data.simulate import simulate_cohort
+from mnemodyn.data.cohorts import load_cohort
+from mnemodyn.data.simulate import LAYOUTS, simulate_cohort
+from mnemodyn.evaluate.downstream import Rows, Task, open_scans, planted, published
 
 
 @pytest.fixture(scope="module")
@@ -42,3 +44,31 @@ def test_a_command_from_scans_to_scores(folder, tmp_path, capsys):
 def test_what_cannot_be_done_is_said(folder, tmp_path, capsys, more, message, status):
     assert main(["evaluate", "abide", str(folder), "--json", str(tmp_path / "o.json"), *more]) == status
     assert message in capsys.readouterr().err
+
+
+def test_planted_effects_are_found_in_every_cohort(tmp_path):
+    found = {}
+    for name in LAYOUTS:
+        cohort, folder = load_cohort(name), tmp_path / name
+        n_frames = max(80, cohort.reader.min_frames)
+        truth = simulate_cohort(
+            name, folder, n_participants=50, n_parcels=30, n_frames=n_frames, effects={"sex": 2.0}, broken=False
+        )
+        scans, _ = open_scans(cohort, folder)
+        for target in cohort.targets:
+            task = Task.of(scans.table, target.name, target.kind)
+            effect = planted(Rows(scans, task.rows), task, truth, n_boot=300)
+            found[name, target.name] = effect["found"]["low"] <= effect["planted"] <= effect["found"]["high"]
+    assert len(found) >= 14
+    assert sum(found.values()) >= len(found) - 3, found  # of 95 % intervals, one in twenty misses
+
+
+def test_published_rows_are_found_by_name(tmp_path):
+    path = tmp_path / "published.csv"
+    path.write_text(
+        "study,method,cohort,target,metric,value,sd,source\n"
+        "a,X,ADNI,NC vs MCI,accuracy,60.0,3.5,there\na,X,HCP-Aging,age,mse (z-scored),0.9,0.1,there\n"
+    )
+    assert published(path, "adni", "nc_vs_mci")["value"].tolist() == [60.0]
+    assert published(path, "hcp_aging", "age")["sd"].tolist() == [0.1]
+    assert published(path, "hbn", "age").empty
