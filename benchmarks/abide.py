@@ -27,8 +27,10 @@ from mnemodyn.provenance import surroundings
 
 TARGETS = {"diagnosis": "classification", "sex": "classification", "age": "regression"}
 CLASSICAL = ("site", "confounds", "fc", "fc_harmonised", "fc_pca", "fc_mlp", "tangent")
-NETWORK = ("model", "model+fc", "untrained", "latent_correlation", "response", "last_frame", "draft_head")
-CONTROL = ("fc", "model", "model+fc", "draft_head")
+NETWORK = ("model", "model+fc", "untrained", "latent_correlation", "response", "last_frame")
+TORCH = ("draft_head",)
+TUNED = ("finetune_last", "finetune_all")
+CONTROL = ("fc", "model", "model+fc")
 
 
 def pretrain(scans, folder: Path, epochs: int) -> None:
@@ -100,20 +102,23 @@ def main() -> int:
             "saw": "BOLD of all usable scans, those of every test fold too, without labels",
         },
     }
-    methods = CLASSICAL + NETWORK + (("finetune_last", "finetune_all") if options.finetune else ())
-    content["targets"] = downstream.study(
-        scans,
-        indexed.table,
-        TARGETS,
-        methods,
-        control=CONTROL,
-        by_site=("confounds", "fc", "model", "model+fc"),
-        shots=("fc", "model:latent_correlation"),
-        checkpoint=checkpoint,
-        cache=work / "cache",
-        n_jobs=options.jobs,
-        say=say,
-    )
+    content["targets"] = {}
+    for target, kind in TARGETS.items():
+        headline = target == "diagnosis"
+        content["targets"] |= downstream.study(
+            scans,
+            indexed.table,
+            {target: kind},
+            CLASSICAL + NETWORK + (TORCH if headline else ()) + (TUNED if options.finetune else ()),
+            control=CONTROL + (TORCH if headline else ()),
+            by_site=("confounds", "fc", "model", "model+fc"),
+            shots=("fc", "model:latent_correlation"),
+            checkpoint=checkpoint,
+            cache=work / "cache",
+            n_jobs=options.jobs,
+            say=say,
+        )
+        write_json(options.out, content)  # what there is, should the rest be interrupted
     task = downstream.Task.of(indexed.table, "diagnosis", "classification")
     content["protocol"] = protocol.habits(connectivity(downstream.Rows(scans, task.rows)), task)
     content |= {"seconds": round(time.monotonic() - begin), "surroundings": surroundings()}
