@@ -146,6 +146,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_publish(commands)
     _add_book(commands)
     _add_completion(commands)
+    _add_evaluate(commands)
     return parser
 
 
@@ -797,6 +798,85 @@ def _completion(options: argparse.Namespace) -> int:
 def _progress(done: int, total: int) -> None:
     if sys.stderr.isatty():
         print(f"\r{done} of {total} scans", end="\n" if done == total else "", file=sys.stderr, flush=True)
+
+
+_EVALUATE = """\
+Predict a target from a cohort's scans by several methods on the same folds over participants, and write scores with
+95 % intervals. Without --method: confounds and fc, and with --checkpoint model and model+fc too.
+"""
+
+
+def _add_evaluate(commands: argparse._SubParsersAction) -> None:
+    evaluate = commands.add_parser("evaluate", help="predict a target from a cohort's scans", description=_EVALUATE)
+    evaluate.add_argument("cohort", metavar="COHORT", help="name or YAML file")
+    evaluate.add_argument("source", metavar="FOLDER_OR_STORE", help="folder of the scans, or a store")
+    evaluate.add_argument("--target", required=True, metavar="T", help="one of the cohort's targets")
+    evaluate.add_argument("--json", required=True, metavar="OUT", help="where the scores go")
+    evaluate.add_argument("--checkpoint", metavar="C", help="folder of a checkpoint")
+    evaluate.add_argument("--method", nargs="+", metavar="M", help="such as fc, tangent, model+fc, finetune_all")
+    evaluate.add_argument("--folds", type=int, default=5, metavar="N", help="default: 5")
+    evaluate.add_argument("--repeats", type=int, default=5, metavar="N", help="default: 5")
+    evaluate.add_argument("--leave-one-site-out", action="store_true", help="in place of folds")
+    evaluate.add_argument("--control", choices=("permuted", "noise"), help="shuffled labels, or scans of white noise")
+    evaluate.add_argument("--cache", metavar="DIR", help="keep read-outs and folds here, so that a second run goes on")
+    evaluate.add_argument("--jobs", type=int, default=1, metavar="N", help="processes (default: 1)")
+    evaluate.add_argument("--seed", type=int, default=0, metavar="S")
+    evaluate.set_defaults(command=_evaluate)
+
+
+def _evaluate(options: argparse.Namespace) -> int:
+    from mnemodyn.checkpoint import load_checkpoint
+    from mnemodyn.data.cohorts import load_cohort
+    from mnemodyn.evaluate import downstream, splits
+    from mnemodyn.files import write_json
+
+    methods = options.method or ["confounds", "fc", *(["model", "model+fc"] if options.checkpoint else [])]
+    try:
+        cohort = load_cohort(options.cohort)
+        kinds = {target.name: target.kind for target in cohort.targets}
+        if options.target not in kinds:
+            raise ValueError(f"--target must be one of {', '.join(kinds)} for {cohort.name}, got {options.target!r}")
+        if unknown := [m for m in methods if m not in downstream.METHODS]:
+            raise ValueError(f"--method must be among {', '.join(downstream.METHODS)}, got {unknown[0]!r}")
+    except ValueError as error:
+        return _fail(error, 2)
+    try:
+        checkpoint = load_checkpoint(options.checkpoint) if options.checkpoint else None
+        scans, origin = downstream.open_scans(cohort, options.source, workers=options.jobs)
+        task = downstream.Task.of(scans.table, options.target, kinds[options.target])
+        scans = downstream.Rows(scans, task.rows)
+        if options.leave_one_site_out:
+            folds = splits.leave_one_site_out(task.table)
+        else:
+            folds = splits.repeated_folds(
+                task.table, task.target, n_folds=options.folds, n_repeats=options.repeats, seed=options.seed
+            )
+        if options.control == "permuted":
+            task = downstream.permuted(task, options.seed)
+        elif options.control == "noise":
+            scans = downstream.noise_scans(scans, options.seed)
+        found = downstream.evaluate(
+            scans,
+            task,
+            folds,
+            methods,
+            checkpoint=checkpoint,
+            cache=options.cache,
+            n_jobs=options.jobs,
+            seed=options.seed,
+            say=lambda line: print(line, file=sys.stderr, flush=True),
+        )
+        content = {"cohort": cohort.name, "simulated": getattr(origin, "simulated", None), "control": options.control}
+        content |= {"excluded": len(origin.excluded)} | downstream.report(found, seed=options.seed)
+        write_json(options.json, content)
+        folds.write(Path(options.json).with_suffix(".folds.csv"))
+    except (OSError, ValueError) as error:
+        return _fail(error, 1)
+    for row in content["rows"]:
+        value = row[task.metric]
+        shown = f"{value['value']:.3f} ({value['low']:.3f} to {value['high']:.3f})" if row["failed"] == [] else "FAILED"
+        print(f"{row['method']}: {task.metric} {shown}, n = {row['n']}")
+    return int(any(row["failed"] for row in content["rows"]))
 
 
 if __name__ == "__main__":

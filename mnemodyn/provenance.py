@@ -17,6 +17,8 @@ PACKAGES = (
     "scipy",
     "pandas",
     "pywavelets",
+    "scikit-learn",
+    "nilearn",
     "nibabel",
     "torchcde",
     "matplotlib",

@@ -3,36 +3,93 @@
 import hashlib
 import io
 import os
+import re
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import joblib
 import numpy as np
 import pandas as pd
 
 from mnemodyn.checkpoint import Checkpoint
+from mnemodyn.data.cohorts import Cohort, Index, index
 from mnemodyn.data.scans import DataError, Scan
+from mnemodyn.data.store import Store
 from mnemodyn.evaluate.features import CONFOUNDS, confounds, connectivity, frames
 from mnemodyn.evaluate.heads import Features, Standardised, Tangent, predict, rotate
 from mnemodyn.evaluate.readout import READOUTS, MnemoDynEncoder
 from mnemodyn.evaluate.scores import SCORES, chance, corrected_t, interval, measure, resamples
-from mnemodyn.evaluate.splits import Folds, inner_splits
+from mnemodyn.evaluate.splits import Folds, inner_splits, leave_one_site_out, repeated_folds
 from mnemodyn.files import write_bytes
 
 __all__ = [
     "METHODS",
     "Evaluation",
+    "Indexed",
     "Method",
+    "Rows",
     "Task",
     "evaluate",
     "few_shot",
     "noise_scans",
+    "open_scans",
     "permuted",
+    "planted",
+    "published",
     "report",
+    "study",
     "transfer",
 ]
+
+
+class Indexed(Sequence):
+    """The scans of a cohort's index, read when they are asked for.
+
+    Parameters
+    ----------
+    found : Index
+    """
+
+    def __init__(self, found: Index):
+        self.index, self.table = found, found.table
+
+    def __len__(self) -> int:
+        return len(self.table)
+
+    def __getitem__(self, i: int) -> Scan:
+        return self.index.load(self.table.iloc[i])
+
+
+def open_scans(cohort: Cohort, source: str | Path, *, workers: int = 1) -> tuple[Sequence[Scan], Index | Store]:
+    """Scans of a cohort's folder or of a store, with their ``table``; and the index or store they come from.
+
+    Raises
+    ------
+    DataError
+        As `index` and `Store`.
+    """
+    if (Path(source) / "store.json").is_file():
+        store = Store(source)
+        return store, store
+    found = index(cohort, source, workers=workers)
+    return Indexed(found), found
+
+
+class Rows(Sequence):
+    """Some of the scans of a sequence."""
+
+    def __init__(self, scans: Sequence[Scan], rows: Sequence[int]):
+        self.scans, self.rows = scans, [int(i) for i in rows]
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, i: int) -> Scan:
+        return self.scans[self.rows[i]]
+
 
 POOLED = tuple(name for name in READOUTS if name != "last_frame")
 ONE_UNIT = ("latent_correlation", "response")  # read-outs that are correlations throughout
@@ -128,6 +185,7 @@ class Task:
             raise DataError(f"kind must be one of {tuple(SCORES)}, got {kind!r}")
         known = table[target].notna()
         part = table[known].reset_index(drop=True)
+        part = part.assign(**{c: part[c].replace("", None) for c in ("site", "family") if c in part})
         values = part[target]
         classes = tuple(sorted(map(str, values.unique()))) if kind == "classification" else ()
         if values.nunique() < 2:
@@ -141,7 +199,7 @@ class Task:
     @property
     def families(self) -> np.ndarray:
         people = self.table["participant_id"]
-        return people.to_numpy() if "family" not in self.table else self.table["family"].fillna(people).to_numpy()
+        return (self.table["family"].fillna(people) if "family" in self.table else people).to_numpy()
 
     @property
     def metric(self) -> str:
@@ -156,7 +214,7 @@ def permuted(task: Task, seed: int) -> Task:
     return replace(task, y=np.random.default_rng(seed).permutation(first)[index])
 
 
-class noise_scans(Sequence):  # noqa: N801 - reads as the function it stands for
+class noise_scans(Sequence):
     """Scans of white noise in the shape of others: whatever is predicted from them, the pipeline made up."""
 
     def __init__(self, scans: Sequence[Scan], seed: int):
@@ -357,6 +415,8 @@ def evaluate(
         if checkpoint is None:
             raise DataError("fine-tuning needs a checkpoint; name one, or leave the method out")
         blocks["scans"] = Series.of(checkpoint, scans)
+        if any(m.blocks == ("draft",) for m in methods.values()):
+            blocks["scans"].freeze(task.kind)  # before the processes part
     people = task.table["participant_id"]
     work = list(folds.split(people))
     code = _code() if cache is not None else ""
@@ -392,7 +452,7 @@ def _scores(evaluation: Evaluation, name: str, weights: np.ndarray, rows: np.nda
     """Scores averaged over repeats, each (resample,)."""
     task, people = evaluation.task, evaluation.task.table["participant_id"]
     folds = evaluation.folds.of(people)
-    sites = task.table["site"] if "site" in task.table else None
+    sites = task.table.get("site", None)
     group = None if sites is None or sites.isna().any() or sites.nunique() < 2 else sites.to_numpy()[rows]
     found = [
         measure(task.kind, task.y[rows], p[rows], weights[:, rows], fold=folds[r][rows], group=group)
@@ -467,7 +527,7 @@ def report(evaluation: Evaluation, *, n_boot: int = 1000, seed: int = 0, baselin
         varies = known.sum() > 2 and np.ptp(fd[known]) > 0 and np.ptp(mean[known]) > 0
         row["fd_r"] = float(np.corrcoef(mean[known], fd[known])[0, 1]) if varies else None
         if "site" in task.table and task.table["site"].nunique() > 1:
-            row["site_share"] = _explained(mean, task.table["site"].to_numpy())
+            row["site_share"] = _explained(mean, task.table["site"].fillna("").to_numpy())
         calm = np.flatnonzero(fd < LOW_MOTION)
         if 10 <= len(calm) < len(fd) and len(np.unique(task.y[calm])) > 1:
             found = _scores(evaluation, name, weights, calm)
@@ -504,6 +564,122 @@ def report(evaluation: Evaluation, *, n_boot: int = 1000, seed: int = 0, baselin
         "rows": rows,
         "comparisons": comparisons,
     }
+
+
+def study(
+    scans: Sequence[Scan],
+    table: pd.DataFrame,
+    targets: dict[str, str],
+    methods: Sequence[str],
+    *,
+    n_repeats: int = 5,
+    control: Sequence[str] = (),
+    by_site: Sequence[str] = (),
+    shots: Sequence[str] = (),
+    n_boot: int = 1000,
+    seed: int = 0,
+    say: Callable[[str], None] = lambda line: None,
+    **settings: Any,
+) -> dict[str, dict]:
+    """Every target of a cohort, by every method, with controls.
+
+    Parameters
+    ----------
+    scans : sequence of Scan
+    table : DataFrame
+        A row a scan.
+    targets : dict of str to str
+        Name -> ``classification`` or ``regression``.
+    methods : sequence of str
+    n_repeats : int
+        Of the five folds.
+    control : sequence of str
+        Methods that are also run with shuffled labels and, for the first target, on scans of white noise.
+    by_site : sequence of str
+        Methods that are also tested at sites left out, where there are two or more.
+    shots : sequence of str
+        Features for :func:`few_shot`.
+    n_boot, seed : int
+    say : callable
+        Is given a line a method.
+    **settings
+        Of :func:`evaluate`.
+
+    Returns
+    -------
+    dict of str to dict
+        Target -> ``kfold``, ``leave_one_site_out``, ``permuted``, ``noise`` (each a :func:`report`), ``few_shot``.
+    """
+    found, shared = {}, {}
+    for number, (target, kind) in enumerate(targets.items()):
+        task = Task.of(table, target, kind)
+        some = Rows(scans, task.rows)
+        folds = repeated_folds(task.table, target, n_repeats=n_repeats, seed=seed)
+        once = replace(folds, test_fold=folds.test_fold[:1])
+        # Features other than the confounds do not depend on the target, where the same scans have it.
+        key = tuple(task.rows)
+        blocks = {k: v for k, v in shared.get(key, {}).items() if k not in ("confounds", "site")}
+        plans = {"kfold": (some, task, folds, methods)}
+        if by_site and "site" in task.table and task.table["site"].nunique() > 1 and task.table["site"].notna().all():
+            plans["leave_one_site_out"] = (some, task, leave_one_site_out(task.table), by_site)
+        if control:
+            plans["permuted"] = (some, permuted(task, seed), once, control)
+            if number == 0:
+                plans["noise"] = (noise_scans(some, seed), task, once, control)
+        found[target] = {}
+        for plan, arguments in plans.items():
+            done = evaluate(
+                *arguments,
+                blocks={} if plan == "noise" else blocks,
+                seed=seed,
+                say=lambda line, where=f"{target}, {plan}": say(f"{where}: {line}"),
+                **settings,
+            )
+            found[target][plan] = report(done, n_boot=n_boot, seed=seed)
+        shared[key] = blocks
+        if shots:
+            found[target]["few_shot"] = few_shot({name: blocks[name] for name in shots}, task, once, seed=seed)
+    return found
+
+
+def planted(scans: Sequence[Scan], task: Task, truth: dict, *, n_boot: int = 1000, seed: int = 0) -> dict:
+    """The effect planted in a SIMULATED cohort, and what connectivity shows of it.
+
+    Parameters
+    ----------
+    scans : sequence of Scan
+        Those of the task.
+    task : Task
+    truth : dict
+        Returned by ``simulate_cohort``.
+
+    Returns
+    -------
+    dict
+        ``planted`` and ``found`` (``value``, ``low``, ``high``): difference of the target's own edges between the
+        classes, or for one standard deviation of the target, in SDs of the variation between people.
+    """
+    effect = truth["effects"][task.target]
+    inside = np.isin(np.arange(len(scans[0].parcels)), effect["block"])
+    edges = np.outer(inside, inside)[np.tril_indices(len(inside), -1)]
+    strength = np.tanh(connectivity(scans)[:, edges]).mean(1) / truth["edge_sd"]
+    z = task.y - 0.5 if task.classes else (task.y - task.y.mean()) / float(effect["per"].split()[0])
+    weights = resamples(task.table["participant_id"], n_boot, seed)
+    total = weights.sum(1)
+    means = [weights @ v / total for v in (z, strength)]
+    slopes = (weights @ (z * strength) / total - means[0] * means[1]) / (weights @ z**2 / total - means[0] ** 2)
+    return {"planted": effect["d"], "found": interval(slopes)}
+
+
+def published(path: str | Path, cohort: str, target: str) -> pd.DataFrame:
+    """Rows of a table of published results (``study, method, cohort, target, metric, value, sd, source``) for a target.
+
+    Names are compared by their letters and digits alone.
+    """
+    table = pd.read_csv(path)
+    plain = {c: table[c].str.lower().str.replace(r"[^a-z0-9]", "", regex=True) for c in ("cohort", "target")}
+    wanted = [re.sub(r"[^a-z0-9]", "", name.lower()) for name in (cohort, target)]
+    return table[(plain["cohort"] == wanted[0]) & (plain["target"] == wanted[1])].reset_index(drop=True)
 
 
 def few_shot(

@@ -2,6 +2,7 @@
 
 import copy
 import hashlib
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -16,7 +17,7 @@ from mnemodyn.model.network import MnemoDyn
 
 __all__ = ["Series", "draft_head", "finetune"]
 
-EPOCHS = {"draft": 30, "last": 5, "all": 5}
+EPOCHS = {"draft": 20, "last": 5, "all": 5}
 BATCH = 16
 
 
@@ -31,12 +32,15 @@ class Series:
     t_r : ndarray, shape (scan,)
     window : int
         Frames of a training window: those of pretraining, or of the shortest scan.
+    frozen : dict of str to list of Tensor
+        What the draft's head reads of every scan's consecutive windows, by kind; see :meth:`freeze`.
     """
 
     model: MnemoDyn
     x: list[Tensor] = field(repr=False)
     t_r: np.ndarray
     window: int
+    frozen: dict[str, list[Tensor]] = field(default_factory=dict, repr=False)
 
     @classmethod
     def of(cls, checkpoint: Checkpoint, scans: Sequence[Scan]) -> "Series":
@@ -53,6 +57,14 @@ class Series:
         for value in (*self.model.state_dict().values(), *self.x):
             digest.update(value.cpu().numpy().tobytes())
         return digest.hexdigest()
+
+    @torch.no_grad()
+    def freeze(self, kind: str) -> list[Tensor]:
+        """The frozen network's last frame of every window (its whole output for numbers), computed once."""
+        if kind not in self.frozen:
+            outputs = (self.model(*self.consecutive(i)).reconstruction for i in range(len(self.x)))
+            self.frozen[kind] = [o.flatten(1) if kind == "regression" else o[:, -1] for o in outputs]
+        return self.frozen[kind]
 
     def windows(self, rows: np.ndarray, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
         """A random window of each of some scans, and their t_r."""
@@ -71,7 +83,7 @@ def draft_head(n_features: int) -> nn.Sequential:
     """The published draft's head: 512, 1024 and 256 units, and one output."""
     sizes = (n_features, 512, 1024, 256)
     layers = []
-    for a, b in zip(sizes[:-1], sizes[1:], strict=True):
+    for a, b in itertools.pairwise(sizes):
         layers += [nn.Linear(a, b), nn.ReLU(), nn.Dropout(0.1)]
     return nn.Sequential(*layers, nn.Linear(256, 1))
 
@@ -82,26 +94,27 @@ class _Tuned(nn.Module):
     def __init__(self, series: Series, what: str, kind: str):
         super().__init__()
         self.network = copy.deepcopy(series.model)
-        self.what, self.whole = what, what == "draft" and kind == "regression"
+        self.what = what
         config = series.model.config
         self.network.requires_grad_(what == "all")
         if what == "last":
             self.network.blocks[-1].requires_grad_(True)
         if what == "draft":
-            self.head = draft_head(config.n_parcels * (series.window if self.whole else 1))
+            self.head = draft_head(series.freeze(kind)[0].shape[1])
         else:
             self.norm = nn.BatchNorm1d(3 * config.n_channels)
             self.head = nn.Linear(3 * config.n_channels, 1)
             nn.init.zeros_(self.head.weight)
 
-    def forward(self, x: Tensor, t_r: Tensor) -> Tensor:
-        """Windows (batch, time, parcel) to one value each, (batch,)."""
+    def read(self, x: Tensor, t_r: Tensor) -> Tensor:
+        """What the head reads of windows (batch, time, parcel)."""
         output = self.network(x, t_r)
-        if self.what == "draft":
-            series = output.reconstruction
-            return self.head(series.flatten(1) if self.whole else series[:, -1])[:, 0]
         z = output.latents
-        return self.head(self.norm(torch.cat([z.mean(1), z.std(1), z.amax(1)], dim=1)))[:, 0]
+        return torch.cat([z.mean(1), z.std(1), z.amax(1)], dim=1)
+
+    def forward(self, read: Tensor) -> Tensor:
+        """One value a window, (batch,)."""
+        return self.head(read if self.what == "draft" else self.norm(read))[:, 0]
 
 
 def finetune(
@@ -154,10 +167,20 @@ def finetune(
                 return functional.binary_cross_entropy_with_logits(found, goal[rows], pos_weight=odds)
             return functional.mse_loss(found, goal[rows])
 
+        frozen = series.freeze(kind) if what == "draft" else None
+
+        def covering(row: int) -> Tensor:
+            return frozen[row] if frozen else tuned.read(*series.consecutive(row))
+
+        def some(rows: np.ndarray) -> Tensor:
+            if frozen:
+                return torch.stack([frozen[i][rng.integers(len(frozen[i]))] for i in rows])
+            return tuned.read(*series.windows(rows, rng))
+
         @torch.no_grad()
         def predict(rows: np.ndarray) -> Tensor:
             tuned.eval()
-            return torch.stack([tuned(*series.consecutive(int(i))).mean() for i in rows])
+            return torch.stack([tuned(covering(int(i))).mean() for i in rows])
 
         inner = [p for p in tuned.network.parameters() if p.requires_grad]
         outer = [p for n, p in tuned.named_parameters() if not n.startswith("network.")]
@@ -169,7 +192,7 @@ def finetune(
             order = rng.permutation(fit)
             for batch in np.array_split(order, max(1, len(order) // BATCH)):
                 optimizer.zero_grad()
-                loss(tuned(*series.windows(batch, rng)), batch).backward()
+                loss(tuned(some(batch)), batch).backward()
                 nn.utils.clip_grad_norm_(tuned.parameters(), 1.0)
                 optimizer.step()
             found = float(loss(predict(validation), validation))

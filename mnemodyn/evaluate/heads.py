@@ -1,4 +1,4 @@
-r"""From features to predictions: linear heads, a multilayer perceptron, and everything that is chosen in training folds.
+r"""From features to predictions: linear heads, a multilayer perceptron, and what is chosen in training folds.
 
 A linear model with an L2 penalty depends on its features only through their products :math:`K = X X^T`: with
 :math:`K = U \Lambda U^T` on the training scans, the same model fitted on the :math:`n` columns of

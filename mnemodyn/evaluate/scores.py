@@ -24,7 +24,7 @@ def chance(metric: str) -> float | None:
 
 def resamples(participants: Sequence[str], n_boot: int, seed: int) -> np.ndarray:
     """Weights (1 + n_boot, scan): ones, then how often each scan's participant is drawn."""
-    _, index = np.unique(np.asarray(participants), return_inverse=True)
+    _, index = np.unique(np.asarray(participants, dtype=str), return_inverse=True)
     n = index.max() + 1
     draws = np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), size=n_boot)
     return np.vstack([np.ones(len(index)), draws[:, index]])
