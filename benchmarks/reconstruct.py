@@ -60,6 +60,7 @@ class Setting:
     hidden_share: float
     mask_window: int
     front_weights: tuple[float, ...]
+    front_modes: tuple[int, ...]
     shrinkages: tuple[float, ...]
     ranks: tuple[int, ...]
     draws: int
@@ -73,8 +74,8 @@ class Setting:
 
 
 SETTINGS = {
-    "hcp7": Setting(240, 0.55, 15, (100.0, 200.0, 400.0), (0.03, 0.1, 0.2), (8, 16, 32), draws=160, epochs=6),
-    "abide": Setting(112, 0.6, 5, (50.0, 100.0, 200.0), (0.01, 0.03, 0.1), (24, 48, 96), draws=600, epochs=5),
+    "hcp7": Setting(240, 0.55, 15, (100.0, 200.0, 400.0), (0,), (0.03, 0.1, 0.2), (8, 16, 32), draws=160, epochs=6),
+    "abide": Setting(112, 0.6, 5, (100.0, 200.0), (0, 200), (0.01, 0.03, 0.1), (24, 48, 96), draws=240, epochs=4),
 }
 
 
@@ -204,18 +205,13 @@ def fill_front(front: Front, windows: Windows) -> np.ndarray:
     return torch.cat([front(a, b) for a, b in zip(x.split(8), hidden.split(8), strict=True)]).numpy()
 
 
-def make_front(setting: Setting, chosen: dict, series: list[Series], **changes) -> Front:
-    config = {
-        "n_lags": chosen["n_lags"],
-        "shrinkage": chosen["shrinkage"],
-        "weight": chosen["weight"],
-        "steps": FRONT_STEPS,
-    }
-    return Front(series[0].values.shape[1], **config | changes).fit([s.values for s in series])
+def make_front(setting: Setting, chosen: dict, series: list[Series]) -> Front:
+    front = Front(series[0].values.shape[1], **{"weight": 1.0, "steps": FRONT_STEPS} | chosen)
+    return front.fit([s.values for s in series])
 
 
 def choose(setting: Setting, sides: dict, log) -> dict:
-    """Every setting of a baseline and of the front end by R2 on hidden entries of validation people."""
+    """Every setting of a baseline by R2 on hidden entries of validation people."""
     train = [s.values for s in sides["train"]]
     windows = Windows.consecutive(sides["validation"], setting, seed=100).some(setting.tried)
     r2: dict[str, dict] = defaultdict(dict)
@@ -240,13 +236,25 @@ def choose(setting: Setting, sides: dict, log) -> dict:
     found["spatiotemporal_gaussian"] = [shrinkage, n_lags]
     own = {w: SpatiotemporalGaussian(shrinkage, n_lags, own=w) for w in (0.02, 0.05, 0.1, 0.2)}
     found["own_covariance"] = best("own_covariance", own)
-    front = {"n_lags": n_lags, "shrinkage": shrinkage, "weight": 0.0}
-    for weight in setting.front_weights:
-        filled = fill_front(make_front(setting, front, sides["train"], weight=weight), windows)
-        r2["front"][str(weight)] = windows.r2(filled)
-    log(f"front: {r2['front']}")
-    front["weight"] = max(setting.front_weights, key=lambda w: r2["front"][str(w)])
-    return {"chosen": found, "front": front, "validation_r2": r2, "windows": len(windows.x)}
+    return {"chosen": found, "validation_r2": r2, "windows": len(windows.x)}
+
+
+def choose_front(setting: Setting, sides: dict, chosen: dict, log) -> dict:
+    """The front end on the chosen spatio-temporal Gaussian: its weight and modes, by R2 on validation people."""
+    windows = Windows.consecutive(sides["validation"], setting, seed=100).some(setting.tried)
+    shrinkage, n_lags = chosen["spatiotemporal_gaussian"]
+    r2, best = [], None
+    for n_modes in setting.front_modes:
+        front = make_front(setting, {"n_lags": n_lags, "shrinkage": shrinkage, "n_modes": n_modes}, sides["train"])
+        for weight in setting.front_weights:
+            front.weight = weight
+            r2.append({"n_modes": n_modes, "weight": weight, "r2": windows.r2(fill_front(front, windows))})
+            log(f"front end: {r2[-1]}")
+    best = max(r2, key=lambda row: row["r2"])
+    return {
+        "chosen": {"n_lags": n_lags, "shrinkage": shrinkage, "weight": best["weight"], "n_modes": best["n_modes"]},
+        "validation_r2": r2,
+    }
 
 
 def draw(setting: Setting, sides: dict, chosen: dict, log) -> dict:
@@ -382,8 +390,12 @@ def interval(model: np.ndarray, other: np.ndarray, total: np.ndarray, people: np
 def report(data: str, setting: Setting, folder: Path, windows: Windows, facts: dict) -> dict:
     """The JSON of the book: every method's R2 with its interval, and the network minus each of them."""
     stored = np.load(folder / "baselines.npz")
+    linear_whole = np.load(folder / "whole.npz")
     seeds = [json.loads((folder / f"seed-{s}.json").read_text()) for s in setting.seeds]
     every = {name: stored[name][None] for name in stored.files if name != "total"}
+    every |= {name: linear_whole[name][None] for name in linear_whole.files}
+    fills = np.load(folder / "front.npz")
+    every |= {"front_end": windows.sums(fills["plain"])[:1], "front_end" + WHOLE: windows.sums(fills["whole"])[:1]}
     every |= {name: np.array([s["residual"][name] for s in seeds]) for name in seeds[0]["residual"]}
     total, people = stored["total"], windows.people
 
@@ -397,7 +409,7 @@ def report(data: str, setting: Setting, folder: Path, windows: Windows, facts: d
     sums = {name: residual for name, residual in every.items() if not name.endswith(WHOLE)}
     rows = table(sums)
     best = next(name for name in rows if name in LINEAR)
-    choice = json.loads((folder / "choice.json").read_text())
+    settings = {name: json.loads((folder / f"{name}.json").read_text()) for name in ("choice", "front")}
     return {
         "data": data,
         "r2_hidden": rows,
@@ -408,8 +420,8 @@ def report(data: str, setting: Setting, folder: Path, windows: Windows, facts: d
         "interval": "95 %, bootstrap over people, their windows and training seeds",
         "by_seed": {n: (1 - r.sum(1) / total.sum()).round(5).tolist() for n, r in sums.items() if len(r) > 1},
         "validation": {
-            "settings": choice,
-            "front": float(np.mean([s["history"]["model"][0] for s in seeds])),
+            "settings": settings,
+            "front_end": float(np.mean([s["history"]["model"][0] for s in seeds])),
             "by_epoch": {name: [s["history"][name] for s in seeds] for name in seeds[0]["history"]},
         },
         "n_parameters": seeds[0]["n_parameters"],
@@ -464,8 +476,9 @@ def run(data: str, setting: Setting, folder: Path, source: Path | None) -> dict:
         f"n_{k}": len({s.participant for s in v}) for k, v in sides.items() if k != "test"
     }
     stage("choice.json", lambda path: write_json(path, choose(setting, sides, stage.log)))
-    choice = json.loads((folder / "choice.json").read_text())
-    chosen, front = choice["chosen"], choice["front"]
+    chosen = json.loads((folder / "choice.json").read_text())["chosen"]
+    stage("front.json", lambda path: write_json(path, choose_front(setting, sides, chosen, stage.log)))
+    front = json.loads((folder / "front.json").read_text())["chosen"]
     windows = Windows.consecutive(sides["test"], setting, seed=300)
     known = [*sides["train"], *sides["validation"]]
 
@@ -485,23 +498,23 @@ def run(data: str, setting: Setting, folder: Path, source: Path | None) -> dict:
             filled = method.fit([s.values for s in known]).fill(windows.x, windows.hidden)
             sums[name], sums["total"] = windows.sums(filled)
             stage.log(f"{name}: {1 - sums[name].sum() / sums['total'].sum():.4f}")
-        filled = fill_front(make_front(setting, front, known), windows)
-        sums["front_end"], _ = windows.sums(filled)
-        np.save(folder / "front.npy", filled)
-        fitted, linear = (
-            make_front(setting, front, known),
-            methods["spatiotemporal_gaussian"].fit([s.values for s in known]),
-        )
-        filled = windows.whole(lambda long: fill_front(fitted, long))
-        sums["front_end" + WHOLE], _ = windows.sums(filled)
-        np.save(folder / "front_whole.npy", filled)
-        filled = windows.whole(lambda long: linear.fill(long.x, long.hidden))
-        sums["spatiotemporal_gaussian" + WHOLE], _ = windows.sums(filled)
         np.savez(path, **sums)
+
+    def fill_test_whole(path: Path) -> None:
+        linear = SpatiotemporalGaussian(*chosen["spatiotemporal_gaussian"]).fit([s.values for s in known])
+        filled = windows.whole(lambda long: linear.fill(long.x, long.hidden))
+        np.savez(path, **{"spatiotemporal_gaussian" + WHOLE: windows.sums(filled)[0]})
+
+    def fill_test_front(path: Path) -> None:
+        fitted = make_front(setting, front, known)
+        np.savez(path, plain=fill_front(fitted, windows), whole=windows.whole(lambda long: fill_front(fitted, long)))
 
     stage("draws.pt", lambda path: torch.save(draw(setting, sides, front, stage.log), path))
     stage("baselines.npz", fill_test)
-    draws, filled, whole = torch.load(folder / "draws.pt"), *(np.load(folder / f"front{n}.npy") for n in ("", "_whole"))
+    stage("whole.npz", fill_test_whole)
+    stage("front.npz", fill_test_front)
+    draws, fills = torch.load(folder / "draws.pt"), np.load(folder / "front.npz")
+    filled, whole = fills["plain"], fills["whole"]
     filled_whole = {w.people[0]: whole[rows].reshape(w.x.shape) for rows, w in windows.joined()}
     n_parcels = windows.x.shape[-1]
 
@@ -513,6 +526,7 @@ def run(data: str, setting: Setting, folder: Path, source: Path | None) -> dict:
             front_lags=front["n_lags"],
             front_shrinkage=front["shrinkage"],
             front_weight=front["weight"],
+            front_modes=front["n_modes"],
             front_steps=FRONT_STEPS,
         )
         torch.manual_seed(seed)

@@ -28,6 +28,7 @@ __all__ = [
     "atlas",
     "carpet",
     "connectivity",
+    "downstream",
     "field",
     "filled_stretches",
     "generated",
@@ -41,6 +42,7 @@ __all__ = [
     "reconstruction",
     "reconstruction_grid",
     "scales",
+    "scores",
     "show",
     "spectra",
     "speed",
@@ -59,7 +61,7 @@ def use_style() -> None:
             "figure.figsize": (7, 3),
             "figure.dpi": 100,
             "figure.constrained_layout.use": True,
-            "axes.prop_cycle": matplotlib.cycler(color=COLOURS),
+            "axes.prop_cycle": plt.cycler(color=COLOURS),
             "axes.spines.top": False,
             "axes.spines.right": False,
             "font.size": 9,
@@ -548,3 +550,64 @@ def generated(found: dict[str, list[dict]]) -> Figure:
     handles = dict(zip(*middle.get_legend_handles_labels()[::-1], strict=True))
     figure.legend(handles.values(), handles, ncols=len(found), loc="outside upper center")
     return figure
+
+
+METRICS = {
+    "balanced_accuracy": "balanced accuracy",
+    "auc": "ROC AUC",
+    "macro_f1": "macro-F1",
+    "accuracy": "accuracy",
+    "r": "Pearson r",
+    "r_within_site": "r within sites",
+    "r2": "R²",
+    "mae": "mean absolute error",
+    "mse_z": "MSE, z-scored target",
+}
+
+
+def downstream(reports: dict[str, dict], metric: str, chance: float | None, title: str = "") -> Figure:
+    """A score a method with its interval, a colour a report.
+
+    Parameters
+    ----------
+    reports : dict of str to dict
+        Name in the legend -> report of :func:`mnemodyn.evaluate.downstream.report`.
+    metric : str
+    chance : float, optional
+        Drawn as a dotted line.
+    title : str
+    """
+    names = list(dict.fromkeys(row["method"] for report in reports.values() for row in report["rows"]))[::-1]
+    figure, ax = plt.subplots(figsize=(7, 1.2 + 0.27 * len(names)))
+    for number, (label, report) in enumerate(reports.items()):
+        rows = [row for row in report["rows"] if row[metric]["value"] is not None]
+        place = [names.index(row["method"]) - 0.18 * number for row in rows]
+        value = np.array([row[metric]["value"] for row in rows])
+        error = np.abs([[row[metric][side] - row[metric]["value"] for row in rows] for side in ("low", "high")])
+        ax.errorbar(value, place, xerr=error, fmt="os^v"[number % 4], ms=4, lw=1.2, capsize=2, label=label)
+    if chance is not None:
+        ax.axvline(chance, color="black", ls=":", lw=0.8)
+    ax.set_yticks(range(len(names)), [LABELS.get(name, name) for name in names])
+    ax.set(xlabel=METRICS[metric], title=title)
+    if len(reports) > 1:
+        figure.legend(*ax.get_legend_handles_labels(), ncols=len(reports), loc="outside upper center")
+    return figure
+
+
+def scores(report: dict, metrics: Sequence[str]) -> pd.DataFrame:
+    """A report as a table of texts: a row a method, value and interval a metric, n, folds and p."""
+
+    def text(score: dict | None) -> str:
+        if not score or score["value"] is None:
+            return "failed"
+        shown = f"{score['value']:.3f}"
+        shown += f" ({score['low']:.3f} to {score['high']:.3f})" if score["low"] is not None else ""
+        return shown.replace("-", "\N{MINUS SIGN}")
+
+    rows = []
+    for row in report["rows"]:
+        line = {"method": LABELS.get(row["method"], row["method"]), "n": row["n"], "folds": row["n_folds"]}
+        line |= {METRICS[metric]: text(row.get(metric)) for metric in metrics}
+        p = row.get("p")
+        rows.append(line | {"p": "" if p is None else "< 0.001" if p < 0.001 else f"{p:.3f}"})
+    return pd.DataFrame(rows)

@@ -1,7 +1,8 @@
 """Roles and directives that bring what the runs wrote in ``book/runs`` into the pages.
 
 ``{result}`reconstruction:r2_hidden.model:.2f` `` inserts one value, ``{compare}`NAME:KEY:KEY` ``
-says how two of them stand, ``results-table`` lists methods and ``run-table`` reads the manifests.
+says how two of them stand, ``results-table`` lists methods, ``people-table`` what was predicted
+about people, and ``run-table`` reads the manifests.
 A missing file or key is a warning that names both, which ends the build of the book.
 """
 
@@ -10,6 +11,7 @@ from pathlib import Path
 
 from docutils import nodes
 from docutils.parsers.rst import directives
+from docutils.statemachine import StringList
 from sphinx.util import logging
 from sphinx.util.docutils import SphinxDirective, SphinxRole
 
@@ -96,10 +98,44 @@ class ResultsTable(SphinxDirective):
         return [result]
 
 
+class PeopleTable(SphinxDirective):
+    """``METHOD ...``: those methods' first scores for every target of every ``book/runs/downstream_*.json``."""
+
+    required_arguments, optional_arguments = 1, 9
+    option_spec = dict.fromkeys(("caption",), directives.unchanged)
+
+    def run(self):
+        heads = ["Cohort", "Target", "Folds", "Score", "n", "Method", "Value", "95 % interval", "p"]
+        lines = ["| " + " | ".join(heads) + " |", "|" + " --- |" * len(heads)]
+        for path in sorted(Path(self.env.srcdir, RUNS).glob("downstream_*.json")):
+            if path.name.endswith(".manifest.json"):
+                continue
+            found = lookup(self, path.stem, "targets") or {}
+            name = f"[{lookup(self, path.stem, 'cohort')}](runs/{path.stem}.ipynb)"
+            name += " SIMULATED" if lookup(self, path.stem, "simulated") else ""
+            for target, plans in found.items():
+                for plan, report in plans.items():
+                    lines += self.rows(name, target, plan, report)
+        box = nodes.container(classes=["wide"])
+        self.state.nested_parse(StringList(lines, source=RUNS), 0, box)
+        return [box]
+
+    def rows(self, name, target, plan, report):
+        metric = "balanced_accuracy" if report["kind"] == "classification" else "r"
+        for row in report["rows"]:
+            if row["method"] not in self.arguments or row[metric]["value"] is None:
+                continue
+            p = "" if row.get("p") is None else "< 0.001" if row["p"] < 0.001 else write(row["p"], ".3f")
+            folds = {"kfold": f"{row['n_folds']}", "leave_one_site_out": f"{row['n_folds']} sites"}[plan]
+            ends = " to ".join(write(row[metric][end], ".3f") for end in ("low", "high"))
+            texts = [name, target.replace("_", " "), folds, metric.replace("_", " "), str(row["n"]), row["method"]]
+            yield "| " + " | ".join([*texts, write(row[metric]["value"], ".3f"), ends, p]) + " |"
+
+
 class RunTable(SphinxDirective):
     """Two tables for the runs named: how each one went, and the versions it used."""
 
-    required_arguments, optional_arguments = 1, 9
+    required_arguments, optional_arguments = 1, 30
 
     def run(self):
         keys, rows, used = ["status", "started", "seconds", "cpus", "commit", "dirty"], [], {}
@@ -123,5 +159,6 @@ def setup(app):
     app.add_role("result", Result())
     app.add_role("compare", Compare())
     app.add_directive("results-table", ResultsTable)
+    app.add_directive("people-table", PeopleTable)
     app.add_directive("run-table", RunTable)
     return {"parallel_read_safe": True, "parallel_write_safe": True}

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from mnemodyn.data.quality import homotopic_pairs
 from mnemodyn.evaluate.baselines import VAR
-from mnemodyn.model.front import adapted_covariance, conditional_mean, power
+from mnemodyn.model.front import conditional_mean
 from mnemodyn.model.network import MnemoDyn
 from mnemodyn.model.operator import OperatorBlock
 from mnemodyn.model.wavelet import wavedec
@@ -114,21 +114,19 @@ def scale_shares(x: np.ndarray, wavelet: str, n_levels: int) -> np.ndarray:
     return energy / energy.sum()
 
 
-def _filled(model: MnemoDyn, x: Tensor, hidden: Tensor) -> Tensor | None:
+def _filled(model: MnemoDyn, x: Tensor, hidden: Tensor, tolerance: float) -> Tensor | None:
     """What the front end makes of x, with a gradient; the scan's own covariance is taken as given."""
     front = model.front
     if front is None:
         return None
-    centred, mixing = x - front.mean, None
-    if front.steps:
-        with torch.no_grad():
-            adapted = adapted_covariance(centred[:1], hidden[:1], front.lags[0], weight=front.weight, steps=front.steps)
-            mixing = (power(adapted, 0.5) @ power(front.lags[0], -0.5)).expand(len(x), -1, -1)
-    return conditional_mean(centred, hidden, front.lags, mixing, tolerance=1e-2) + front.mean
+    centred = x - front.mean
+    mixing = front.mixing(centred[:1].detach(), hidden[:1])  # of one scan, repeated
+    mixing = None if mixing is None else mixing.expand(len(x), -1, -1)
+    return conditional_mean(centred, hidden, front.lags, mixing, tolerance=tolerance) + front.mean
 
 
 def reads_from(
-    model: MnemoDyn, x: Tensor, hidden: Tensor, t_r: float, *, seed: int, chunk: int = 32
+    model: MnemoDyn, x: Tensor, hidden: Tensor, t_r: float, *, seed: int, chunk: int = 32, tolerance: float = 1e-2
 ) -> tuple[np.ndarray, np.ndarray]:
     """What the prediction of a hidden entry of each parcel depends on, in one window.
 
@@ -143,6 +141,8 @@ def reads_from(
     seed : int
     chunk : int
         Parcels computed at once.
+    tolerance : float
+        Of the front end's solver, which is differentiated.
 
     Returns
     -------
@@ -159,7 +159,7 @@ def reads_from(
         given = x.expand(len(rows), -1, -1).clone().requires_grad_()
         mask = hidden.expand(len(rows), -1, -1)
         seen = given.masked_fill(mask, 0)
-        out = model(seen, t_r, hidden=mask, filled=_filled(model, seen, mask)).reconstruction
+        out = model(seen, t_r, hidden=mask, filled=_filled(model, seen, mask, tolerance)).reconstruction
         picked = out[torch.arange(len(rows)), frames[rows], rows].sum()  # rows of a batch know nothing of one another
         (gradient,) = torch.autograd.grad(picked, given)
         strength.append(gradient.square().sum(1).sqrt())

@@ -62,6 +62,8 @@ class ModelConfig:
         Frames, > 0, that the group's covariance counts for in a scan's own.
     front_steps : int
         Of the adaptation to the scan; 0 for none.
+    front_modes : int
+        Directions in which people's covariances differ, learned from at least twice as many training scans.
     compat : str
         ``none``, or ``reference``: compute as the published draft does, for weights it has trained; see
         ``mnemodyn.model.reference``. The settings below belong to it.
@@ -96,6 +98,7 @@ class ModelConfig:
     front_shrinkage: float = 0.1
     front_weight: float = 200.0
     front_steps: int = 4
+    front_modes: int = 0
     compat: Literal["none", "reference"] = "none"
     interpolation: Literal["none", "spline", "linear"] = "none"
     linear_bias: bool = True
@@ -109,8 +112,15 @@ class ModelConfig:
                     raise ValueError(f"{f.name} must be one of {', '.join(options)}, got {value!r}")
             elif type(value) is not f.type:
                 raise ValueError(f"{f.name} must be {f.type.__name__}, got {value!r}")
-            least = {"n_timepoints": 2, "n_dense_layers": 0, "n_classes": 0, "n_levels": 0}
-            least |= {"front_lags": 0, "front_steps": 0}
+            least = {
+                "n_timepoints": 2,
+                "n_dense_layers": 0,
+                "n_classes": 0,
+                "n_levels": 0,
+                "front_lags": 0,
+                "front_steps": 0,
+                "front_modes": 0,
+            }
             least = least.get(f.name, 1)
             if f.type is int and value < least:
                 raise ValueError(f"{f.name} must be >= {least}, got {value}")

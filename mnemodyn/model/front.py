@@ -15,6 +15,12 @@ A scan departs from its group. Its covariance is found by expectation maximisati
 
 .. math:: C_s \leftarrow \frac{n_0\,C(0) + \sum_t E[x_t x_t^\top \mid \mathrm{visible}_t;\, C_s]}{n_0 + T}.
 
+People differ more in some directions than in others. In deviations :math:`D = C(0)^{-1/2} (C_s - C(0))\, C(0)^{-1/2}`
+the group's weight keeps the share :math:`\alpha = T / (n_0 + T)` of each. Along `modes`, the principal components
+:math:`B_k` of the training scans' deviations, what is kept is :math:`\beta_k = s_k / (s_k + v_k / T)` where that is
+more: :math:`s_k` is what the two halves of a scan share (their covariance), :math:`v_k / T` what they do not, both
+measured on people that the components were not computed from.
+
 The scan's process is the group's, mixed: :math:`C_s(\tau) = M C(\tau) M^\top` with
 :math:`M = C_s^{1/2} C(0)^{-1/2}`, so that its covariance is :math:`C_s` and its dynamics are the group's.
 """
@@ -26,7 +32,7 @@ import torch
 from scipy.fft import next_fast_len
 from torch import Tensor, nn
 
-__all__ = ["Front", "adapted_covariance", "conditional_mean", "lag_covariances", "power"]
+__all__ = ["Front", "adapted_covariance", "conditional_mean", "covariance_modes", "lag_covariances", "power"]
 
 # Entries of the largest tensor held while covariances are adapted.
 _HELD_ENTRIES = 2**24
@@ -161,7 +167,64 @@ def _expected_products(x: Tensor, hidden: Tensor, covariance: Tensor) -> Tensor:
     return total
 
 
-def adapted_covariance(x: Tensor, hidden: Tensor, covariance: Tensor, *, weight: float, steps: int) -> Tensor:
+def covariance_modes(
+    scans: Sequence[np.ndarray], mean: np.ndarray, covariance: np.ndarray, n_modes: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Directions in which covariances of scans depart from the group's.
+
+    Parameters
+    ----------
+    scans : sequence of ndarray, shape (time, parcel)
+    mean, covariance : ndarray
+        The group's.
+    n_modes : int
+        At most half the number of scans.
+
+    Returns
+    -------
+    modes : ndarray, shape (n_modes, parcel, parcel)
+        Symmetric, orthonormal.
+    signal, noise : ndarray, shape (n_modes,)
+        Variance of the deviation along each, and variance of its estimate from one frame.
+
+    Raises
+    ------
+    ValueError
+        If there are fewer than ``2 n_modes`` scans.
+    """
+    if len(scans) < 2 * n_modes:
+        raise ValueError(f"{n_modes} modes need at least {2 * n_modes} scans, got {len(scans)}")
+    n_parcels, (values, vectors) = len(mean), np.linalg.eigh(covariance)
+    whiten = (vectors * values**-0.5) @ vectors.T
+
+    def deviation(part: np.ndarray) -> np.ndarray:
+        centred = (part - mean) @ whiten
+        return (centred.T @ centred / len(part) - np.eye(n_parcels)).astype(np.float32).ravel()
+
+    halves = np.stack([[deviation(half) for half in np.array_split(scan, 2)] for scan in scans], 1)
+    frames = np.mean([len(scan) / 2 for scan in scans])
+
+    def components(rows: np.ndarray) -> np.ndarray:
+        values, vectors = np.linalg.eigh((rows @ rows.T).astype(np.float64))
+        leading = np.argsort(values)[::-1][:n_modes]
+        return (vectors[:, leading] / np.sqrt(values[leading])).T.astype(np.float32) @ rows
+
+    centred = halves.mean(0) - halves.mean((0, 1))
+    first = np.arange(len(scans)) % 2 == 0
+    a, b = (halves[:, ~first] - halves.mean((0, 1))) @ components(centred[first]).T
+    signal, noise = (a * b).mean(0), ((a - b) ** 2).mean(0) / 2 * frames
+    return components(centred).reshape(n_modes, n_parcels, n_parcels), signal.clip(0), noise
+
+
+def adapted_covariance(
+    x: Tensor,
+    hidden: Tensor,
+    covariance: Tensor,
+    *,
+    weight: float,
+    steps: int,
+    modes: tuple[Tensor, Tensor, Tensor] | None = None,
+) -> Tensor:
     """The covariance of each scan, from its visible entries and with the group's as its prior.
 
     Parameters
@@ -175,16 +238,28 @@ def adapted_covariance(x: Tensor, hidden: Tensor, covariance: Tensor, *, weight:
         Frames that it counts for.
     steps : int
         Of expectation maximisation.
+    modes : (modes, signal, noise), optional
+        See :func:`covariance_modes`.
 
     Returns
     -------
     Tensor, shape (batch, parcel, parcel)
     """
     x, time = torch.where(hidden, 0, x), x.shape[1]
-    adapted = covariance.expand(len(x), -1, -1)
+    adapted, kept = covariance.expand(len(x), -1, -1), time / (weight + time)
+    if modes is not None:
+        directions, signal, noise = modes
+        root, whiten = power(covariance, 0.5), power(covariance, -0.5)
+        more = (signal / (signal + noise / time) - kept).clamp_min(0)
     for _ in range(steps):
         products = torch.stack([_expected_products(*item) for item in zip(x, hidden, adapted, strict=True)])
-        adapted = (weight * covariance + (products + products.mT) / 2) / (weight + time)
+        deviation = (products + products.mT) / (2 * time) - covariance
+        adapted = covariance + kept * deviation
+        if modes is not None:
+            deviation = whiten @ deviation @ whiten
+            along = torch.einsum("bpq,kpq->bk", deviation, directions) * more
+            adapted = adapted + root @ torch.einsum("bk,kpq->bpq", along, directions) @ root
+            adapted = power((adapted + adapted.mT) / 2, 1.0, least=1e-4)
     return adapted
 
 
@@ -211,21 +286,42 @@ class Front(nn.Module):
         Frames that the group's covariance counts for in a scan's own.
     steps : int
         Of the adaptation; 0 leaves the group's covariance as it is.
+    n_modes : int
+        Directions in which people's covariances differ, learned from them; see :func:`covariance_modes`.
     """
 
-    def __init__(self, n_parcels: int, *, n_lags: int, shrinkage: float, weight: float, steps: int):
+    def __init__(self, n_parcels: int, *, n_lags: int, shrinkage: float, weight: float, steps: int, n_modes: int = 0):
         super().__init__()
         self.shrinkage, self.weight, self.steps = shrinkage, weight, steps
         self.register_buffer("mean", torch.zeros(n_parcels))
         self.register_buffer("lags", torch.zeros(n_lags + 1, n_parcels, n_parcels))
         self.lags[0] = torch.eye(n_parcels)
+        self.register_buffer("modes", torch.zeros(n_modes, n_parcels, n_parcels))
+        self.register_buffer("signal", torch.zeros(n_modes))
+        self.register_buffer("noise", torch.ones(n_modes))
 
     def fit(self, scans: Sequence[np.ndarray]) -> "Front":
-        """Set the buffers from scaled training scans, (time, parcel) each; errors as of `lag_covariances`."""
+        """Set the buffers from scaled training scans (time, parcel).
+
+        Errors are those of `lag_covariances` and `covariance_modes`.
+        """
         mean, lags = lag_covariances(scans, len(self.lags) - 1, self.shrinkage)
         self.mean.copy_(torch.from_numpy(mean))
         self.lags.copy_(torch.from_numpy(lags))
+        if n_modes := len(self.modes):
+            found = covariance_modes(scans, mean, lags[0], n_modes)
+            for buffer, value in zip((self.modes, self.signal, self.noise), found, strict=True):
+                buffer.copy_(torch.from_numpy(value))
         return self
+
+    @torch.no_grad()
+    def mixing(self, centred: Tensor, hidden: Tensor) -> Tensor | None:
+        """M of each scan, from its visible entries, mean removed; None without adaptation."""
+        if not self.steps:
+            return None
+        modes = (self.modes, self.signal, self.noise) if len(self.modes) else None
+        adapted = adapted_covariance(centred, hidden, self.lags[0], weight=self.weight, steps=self.steps, modes=modes)
+        return power(adapted, 0.5) @ power(self.lags[0], -0.5)
 
     @torch.no_grad()
     def forward(self, x: Tensor, hidden: Tensor) -> Tensor:
@@ -233,9 +329,6 @@ class Front(nn.Module):
         if not bool(hidden.any()):
             return x
         with torch.autocast(x.device.type, enabled=False):
-            centred, mixing = x.float() - self.mean, None
-            if self.steps:
-                adapted = adapted_covariance(centred, hidden, self.lags[0], weight=self.weight, steps=self.steps)
-                mixing = power(adapted, 0.5) @ power(self.lags[0], -0.5)
-            filled = conditional_mean(centred, hidden, self.lags, mixing) + self.mean
+            centred = x.float() - self.mean
+            filled = conditional_mean(centred, hidden, self.lags, self.mixing(centred, hidden)) + self.mean
         return torch.where(hidden, filled.to(x.dtype), x)

@@ -12,6 +12,7 @@ from mnemodyn.model.config import ModelConfig
 from mnemodyn.model.control import bridge
 from mnemodyn.model.front import Front
 from mnemodyn.model.operator import OperatorBlock
+from mnemodyn.model.pretrained import Pretrained
 from mnemodyn.model.reference import ReferenceBlock, prediction_head, read_settings, read_weights
 
 __all__ = ["MnemoDyn", "Output"]
@@ -38,7 +39,7 @@ class Output(NamedTuple):
     prediction: Tensor | None = None
 
 
-class MnemoDyn(nn.Module):
+class MnemoDyn(nn.Module, Pretrained):
     r"""Wavelet operator driven by the scan's own path.
 
     The stream starts as the visible scan, zero where it is hidden. Each block reads the stream, its derivative per
@@ -82,6 +83,7 @@ class MnemoDyn(nn.Module):
                 shrinkage=config.front_shrinkage,
                 weight=config.front_weight,
                 steps=config.front_steps,
+                n_modes=config.front_modes,
             )
         self.head = prediction_head(config) if config.n_classes else None
 
@@ -240,6 +242,8 @@ def _seen(x: Tensor, hidden: Tensor | None, censored: Tensor | None) -> tuple[Te
         unseen = censored[..., None].expand_as(x) if hidden is None else hidden | censored[..., None]
     if unseen is not None:
         x = x.masked_fill(unseen, 0)
+    if torch.compiler.is_exporting():  # a program cannot branch on values: its input has to be finite
+        return x, unseen, censored
     finite = x.isfinite()
     if bool(finite.all()):
         return x, unseen, censored

@@ -437,7 +437,9 @@ def pretrain(
     last = _prepare(folder, identity, facts, restart)
 
     torch.manual_seed(training.seed)
-    network = MnemoDyn(model).fit_front([scaling(scan) for scan in train] if model.front != "none" else [])
+    network = MnemoDyn(model)
+    if network.front is not None:
+        network.fit_front([scaling(scan) for scan in train])
     if machine.recompute:
         for block in network.blocks:
             block.forward = partial(torch.utils.checkpoint.checkpoint, block.forward, use_reentrant=False)
