@@ -192,8 +192,8 @@ def score(model, scan: Scan, scaling: Scaling, grid: Grid, condition: Condition,
         parts = [np.ascontiguousarray(a[:, :: condition.every]) for a in (given, hidden, censored)]
         x, mask, gone = (torch.from_numpy(a.reshape(-1, window, *a.shape[2:])) for a in parts)
         with torch.no_grad():
-            gone = gone if bool(gone.any()) else None
-            filled = model(x, scan.t_r * condition.every, hidden=mask, censored=gone).reconstruction
+            missing = gone if bool(gone.any()) else None
+            filled = model(x, scan.t_r * condition.every, hidden=mask, censored=missing).reconstruction
         return (filled.numpy().reshape(parts[0].shape) * scale + offset - mean) / sd
 
     censored = np.random.default_rng(seed).random(truth.shape[:2]) < condition.censored
@@ -261,7 +261,7 @@ def run_cell(grid: Grid, cell: Cell, fold: int, scans: Sequence[Scan], folder: P
     checkpoint = load_checkpoint(network)
     condition = Condition(**cell.test)
     parts = [
-        score(checkpoint.model, scan, checkpoint.scaling, grid, condition, 1000 * fold + i)
+        score(checkpoint.model, scan, checkpoint.scaling or Scaling(), grid, condition, 1000 * fold + i)
         for i, scan in enumerate(sides["score"])
     ]
     error, total, plain = (float(sum(part.sum() for part in column)) for column in zip(*parts, strict=True))
