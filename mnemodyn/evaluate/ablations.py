@@ -272,6 +272,7 @@ def run_cell(grid: Grid, cell: Cell, fold: int, scans: Sequence[Scan], folder: P
         "total": total,
         "plain": plain,
         "n_parameters": sum(p.numel() for p in checkpoint.model.parameters()),
+        "commit": surroundings()["commit"],
         "cpu_seconds": round(process_time() - start, 1),
     }
     write_json(path, found)
@@ -332,8 +333,7 @@ def collect(grid: Grid, records: Mapping[str, Sequence[Mapping]], **facts) -> di
         "people": [record["person"] for record in records[DEFAULT]],
         "interval": "95 %, t over folds: each another person, other training people and another seed",
         **{f.name: getattr(grid, f.name) for f in fields(grid)[3:]},
-        "commit": found["commit"],
-        "dirty": found["dirty"],
+        "commits": sorted({record["commit"] or "unknown" for mine in records.values() for record in mine}),
         "versions": {name: found["versions"][name] for name in ("torch", "lightning", "numpy")},
         **facts,
     }
