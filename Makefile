@@ -21,7 +21,7 @@ help:
 	@echo "make benchmark                       time and memory on this machine: runs/speed.json, in about ten minutes"
 	@echo "make reconstruct DATA=hcp7           hidden entries of held-out people, all baselines, three seeds, from scratch:"
 	@echo "                                     book/data/reconstruction_hcp7.json; DATA=abide ABIDE=FOLDER for the other"
-	@echo "make ablations                       the larger grid of ablations, in half an hour of one core: book/data/ablations.json"
+	@echo "make ablations                       the larger grid of ablations, in a quarter of an hour of one core: book/data/ablations.json"
 	@echo "make abide DATA=FOLDER               diagnosis, sex and age from ABIDE's scans: book/data/abide.json, under half an hour"
 	@echo "make clean                           remove the runs and the built book; .venv stays"
 	@echo

@@ -469,7 +469,7 @@ def ablations(rows: pd.DataFrame) -> Figure:
     ticks = [t for t in (0.01, 0.03, 0.1, 0.3, 1, 3) if t <= 1.3 * ends]
     low, high = float(rows[["value", "low"]].min().min()), float(rows[["value", "high"]].max().max())
     ticks = [-t for t in ticks[::-1] if -t > 1.5 * low] + [0] + [t for t in ticks if t < 1.5 * high]
-    ax.set_xticks(ticks, [f"{t:+g}".replace("-", "\N{MINUS SIGN}") if t else "0" for t in ticks])
+    ax.set_xticks(ticks, [f"{t:+g}".replace("-", "\N{MINUS SIGN}") if t else "0" for t in ticks], fontsize=7)
     ax.minorticks_off()
     ax.grid(axis="x", color="0.9", lw=0.6)
     ax.set_axisbelow(True)
