@@ -1,7 +1,7 @@
 """Pages made of all results: ``book/results.yaml`` says what there is, and each entry's file is read where it exists.
 
-``all-results`` is a row a method, data set and task; ``status`` a row an entry; ``given NAME ...`` shows its content only
-where this copy of the book has every ``book/NAME.json`` or page ``book/NAME`` named, and a line about it otherwise.
+``all-results`` is a row a method, data set and task; ``status`` a row an entry; ``given NAME ...`` shows its content
+only where this copy has every ``book/NAME.json`` or page ``book/NAME`` named, and what `otherwise` says if not.
 """
 
 import csv
@@ -56,8 +56,8 @@ def measured(value):
 def read_rows(entry, content):
     """Rows of the table from one file's content: dicts of data, task, method, score, value, low, high, n and kind.
 
-    ``rows`` of the entry says where they are. With ``values`` it names a mapping from methods to numbers, or to mappings
-    with value, low and high; ``intervals`` a mapping from methods to pairs. With ``list`` it names a list of mappings,
+    ``rows`` of the entry says where they are. With ``values`` it names a mapping from methods to numbers, or to
+    mappings with value, low and high; ``intervals`` a mapping from methods to pairs. With ``list`` it names a list of mappings,
     ``method``, ``value``, ``low`` and ``high`` the keys in each. With ``targets`` it names a downstream report, and
     ``scores`` which score is read for each kind of target. ``n`` is the key of the number of participants.
     """

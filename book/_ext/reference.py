@@ -92,7 +92,7 @@ def plain_references(app, what, name, obj, options, lines):
 
 
 def leave_types(app, env, node, contnode):
-    """Types in numpydoc sections are words, "array, shape (time, parcel)"; only what was written as a role must lead somewhere."""
+    """Types in numpydoc sections are words, "array, shape (time, parcel)"; only a role must lead somewhere."""
     return contnode if node.get("refdomain") == "py" and "refwarn" not in node else None
 
 

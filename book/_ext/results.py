@@ -1,7 +1,7 @@
 """Roles and directives that bring what the runs wrote in ``book/runs`` into the pages.
 
 ``{result}`reconstruction:r2_hidden.model:.2f` `` inserts one value, ``{compare}`NAME:KEY:KEY` ``
-says how two of them stand, ``results-table`` lists methods and ``run-table`` reads the manifests.
+says how two of them stand, and ``results-table`` lists methods.
 A missing file or key is a warning that names both, which ends the build of the book.
 """
 
@@ -18,14 +18,19 @@ RUNS = "book/runs"
 MAY_BE_NULL = ("commit", "dirty")  # outside a git clone
 
 
+def source(name):
+    """Path of a result file: of a run by its name, of a committed one as ``data/NAME``."""
+    return f"book/{name}.json" if name.startswith("data/") else f"{RUNS}/{name}.json"
+
+
 def lookup(place, name, key):
-    """Value at the dotted ``key`` of ``book/runs/NAME.json``; None after a warning if absent."""
-    path = f"{RUNS}/{name}.json"
+    """Value at the dotted ``key`` of ``book/runs/NAME.json``, or ``book/data/...``; None after a warning if absent."""
+    path = source(name)
     place.env.note_dependency(path)
     try:
         value = json.loads(Path(place.env.srcdir, path).read_text(encoding="utf-8"))
         for part in key.split("."):
-            value = value[int(part) if isinstance(value, list) else part]
+            value = step(value, part)
         if value != value or (value is None and key not in MAY_BE_NULL):
             raise ValueError(f"it is {value}")
     except (OSError, LookupError, TypeError, ValueError) as error:
@@ -33,6 +38,19 @@ def lookup(place, name, key):
         logger.warning(text, location=place.get_location())
         return None
     return value
+
+
+def step(value, part):
+    """What stands at one part of a key; in a list a number, or ``NAME=TEXT`` for the first element that has it."""
+    if not isinstance(value, list):
+        return value[part]
+    if "=" not in part:
+        return value[int(part)]
+    name, text = part.split("=", 1)
+    for item in value:
+        if str(item.get(name)) == text:
+            return item
+    raise KeyError(part)
 
 
 def write(value, form=""):
@@ -62,8 +80,8 @@ class Result(SphinxRole):
 
     def run(self):
         name, key, form = [*self.text.split(":", 2), "", ""][:3]
-        text, source = write(lookup(self, name, key), form), f"{RUNS}/{name}.json: {key}"
-        return [nodes.abbreviation("", text, explanation=source, classes=["result"])], []
+        text, said = write(lookup(self, name, key), form), f"{source(name)}: {key}"
+        return [nodes.abbreviation("", text, explanation=said, classes=["result"])], []
 
 
 class Compare(SphinxRole):
@@ -96,32 +114,9 @@ class ResultsTable(SphinxDirective):
         return [result]
 
 
-class RunTable(SphinxDirective):
-    """Two tables for the runs named: how each one went, and the versions it used."""
-
-    required_arguments, optional_arguments = 1, 9
-
-    def run(self):
-        keys, rows, used = ["status", "started", "seconds", "cpus", "commit", "dirty"], [], {}
-        for run in self.arguments:
-            facts = [lookup(self, f"{run}.manifest", key) for key in keys]
-            ended, start, seconds, cpus, commit, dirty = facts
-            commit = (commit or "none")[:7] + (", changed" if dirty else "")
-            texts = [write(ended), write(start)[:16].replace("T", " "), write(seconds, ".0f")]
-            rows.append([run, *texts, write(cpus), commit])
-            versions = lookup(self, f"{run}.manifest", "versions") or {}
-            versions["python"] = lookup(self, f"{run}.manifest", "python")
-            for package, version in versions.items():
-                used.setdefault(package, {})[version or "not installed"] = True
-        heads = ["Run", "Ended", "Started", "Seconds", "Cores", "Commit"]
-        versions = [[package, ", ".join(found)] for package, found in used.items()]
-        return [table(heads, rows, (3, 4), ["runs"]), table(["Package", "Version"], versions)]
-
-
 def setup(app):
     """Register the roles and directives with Sphinx."""
     app.add_role("result", Result())
     app.add_role("compare", Compare())
     app.add_directive("results-table", ResultsTable)
-    app.add_directive("run-table", RunTable)
     return {"parallel_read_safe": True, "parallel_write_safe": True}
