@@ -4,7 +4,7 @@ A developer's tool; it needs Playwright (``pip install playwright``) and a Chrom
 
     python book/check_pages.py _build/html --screenshots shots
 
-Pages are opened from a loopback server and from the file system, light and dark, wide and narrow.
+Pages are opened from a loopback server, light and dark, wide and narrow, and once from the file system.
 Reported are console errors, requests that leave the machine, broken links, pages more than three
 clicks of running text away from the front page, images that are missing, unlabelled, without a
 caption in words or wider than their column, tables and code beyond it, text that the theme makes
@@ -160,11 +160,12 @@ def note_error(found, message):
 
 
 def open_pages(folder, pages, base, chromium, screenshots):
-    """Open every page at one address, in two themes and two widths."""
+    """Open every page at one address: from a server in two themes and two widths, from the file system in one."""
+    themes, widths = (("light", "dark"), (1280, 390)) if base.startswith("http") else (("light",), (1280,))
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=chromium, args=FLAGS)
-        for theme in ("light", "dark"):
-            for width in (1280, 390):
+        for theme in themes:
+            for width in widths:
                 context = browser.new_context(color_scheme=theme, viewport={"width": width, "height": 900})
                 tab, found, view = context.new_page(), [], f"{base[:4]}-{theme}-{width}"
                 tab.on("console", partial(note_error, found))

@@ -12,7 +12,7 @@ import yaml
 from docutils import nodes
 from docutils.parsers.rst import directives
 from docutils.statemachine import StringList
-from results import table, write
+from results import link, table, write
 from sphinx.util import logging
 from sphinx.util.docutils import SphinxDirective
 
@@ -56,10 +56,10 @@ def measured(value):
 def read_rows(entry, content):
     """Rows of the table from one file's content: dicts of data, task, method, score, value, low, high, n and kind.
 
-    ``rows`` of the entry says where they are. With ``values`` it names a mapping from methods to numbers, or to
-    mappings with value, low and high; ``intervals`` a mapping from methods to pairs. With ``list`` it names a list of mappings,
-    ``method``, ``value``, ``low`` and ``high`` the keys in each. With ``targets`` it names a downstream report, and
-    ``scores`` which score is read for each kind of target. ``n`` is the key of the number of participants.
+    ``rows`` of the entry says where they are: with ``values``, in a mapping from methods to numbers or to mappings with
+    value, low and high, where ``intervals`` may name a mapping from methods to pairs; with ``list``, in a list of
+    mappings, whose keys for method, value, low and high are given; with ``targets``, in a downstream report, of which
+    ``scores`` says what is read for each kind of target. ``n`` is the key of the number of participants.
     """
     how, kind = entry["rows"], kind_of(entry, content)
     common = {"data": entry["data"], "task": how.get("task", ""), "score": how.get("score", ""), "kind": kind}
@@ -130,10 +130,7 @@ class Collected(SphinxDirective):
 
     def link(self, page, text):
         """A paragraph with a link to a page of the book, without one where the page is absent."""
-        if f"book/{page}" not in self.env.found_docs:
-            return nodes.paragraph("", text)
-        target = self.env.app.builder.get_relative_uri(self.env.docname, f"book/{page}")
-        return nodes.paragraph("", "", nodes.reference("", text, refuri=target, internal=True))
+        return nodes.paragraph("", "", link(self.env, f"book/{page}", text))
 
 
 class AllResults(Collected):
@@ -177,13 +174,16 @@ class Status(Collected):
             content = self.load(entry)
             found = "no" if content is None else "yes"
             kind = kind_of(entry, content) if content else entry["kind"]
-            needs = entry.get("needs", "")
-            rows.append([entry["result"], entry.get("data", ""), kind, found, needs, ""])
-            links.append((entry.get("page"), entry["command"]))
+            rows.append([entry["result"], entry.get("data", ""), kind, found, "", ""])
+            links.append((entry.get("page"), entry.get("needs", ""), entry["command"]))
         result = table(["Result", "Data", "Kind", "Here", "Needs", "Command"], rows, (), ["status"])
-        for line, (page, command) in zip(result.findall(nodes.tbody).__next__().children, links, strict=True):
+        for line, (page, needs, command) in zip(result.findall(nodes.tbody).__next__().children, links, strict=True):
             if page:
                 line[0].children = [self.link(page, line[0].astext())]
+            parts = enumerate(needs.split("`"))
+            line[-2].children = [
+                nodes.paragraph("", "", *(nodes.literal("", t) if i % 2 else nodes.Text(t) for i, t in parts))
+            ]
             line[-1].children = [nodes.paragraph("", "", nodes.literal("", command))]
         return [nodes.container("", result, classes=["scroll"])]
 

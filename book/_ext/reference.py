@@ -87,7 +87,9 @@ def skip_borrowed(app, what, name, obj, skip, options):
 
 
 def plain_references(app, what, name, obj, options, lines):
-    """Numbered references of a docstring as text: several docstrings on one page would share their numbers."""
+    """Reword what would be read wrongly: numbers of references that share a page, a colon that would end a type."""
+    if what in ("attribute", "property") and lines:
+        lines[0] = lines[0].replace(": ", " \N{EN DASH} ")
     lines[:] = [re.sub(r"^(\s*)\.\. (?=\[\d\] )", r"\1* ", re.sub(r"(\[\d\])_", r"\1", line)) for line in lines]
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from docutils import nodes
 from docutils.parsers.rst import directives
+from sphinx import addnodes
 from sphinx.util import logging
 from sphinx.util.docutils import SphinxDirective, SphinxRole
 
@@ -73,6 +74,14 @@ def table(head, rows, numeric=(), classes=()):
             part += nodes.row("", *cells)
         group += part
     return nodes.table("", group, classes=["results", *classes])
+
+
+def link(env, docname, text):
+    """A link to a page; only its text where this copy lacks the page."""
+    if docname not in env.found_docs:
+        return nodes.Text(text)
+    known = {"refdomain": "std", "reftype": "doc", "refdoc": env.docname, "refexplicit": True, "refwarn": True}
+    return addnodes.pending_xref("", nodes.inline("", text), reftarget=f"/{docname}", **known)
 
 
 class Result(SphinxRole):

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import nbformat
 from docutils import nodes
-from results import RUNS, lookup, table, write
+from results import RUNS, link, lookup, table, write
 from sphinx.util.docutils import SphinxDirective
 
 from mnemodyn.parameters import read_parameters
@@ -28,6 +28,11 @@ def rerun(folder, run):
     return shlex.join(words)
 
 
+def command(folder, run):
+    """The command as a block of code."""
+    return nodes.literal_block("", rerun(folder, run), language="bash")
+
+
 def add_command(app, doctree):
     """Put the command below the title of a run's page."""
     name = app.env.docname.removeprefix(f"{RUNS}/")
@@ -37,10 +42,12 @@ def add_command(app, doctree):
     app.env.note_dependency(str(path))
     run = manifest(app.srcdir, name)
     stem = Path(run["notebook"]).stem
-    note = f"An executed notebook. Open it to run and change: make lab NOTEBOOK={stem}. This very run again:"
     box = nodes.container(classes=["rerun"])
-    box += nodes.paragraph("", note)
-    box += nodes.literal_block("", rerun(app.srcdir, run), language="bash")
+    opened = nodes.literal("", f"make lab NOTEBOOK={stem}")
+    box += nodes.paragraph(
+        "", "", nodes.Text("An executed notebook; "), opened, nodes.Text(" opens it. This run again:")
+    )
+    box += command(app.srcdir, run)
     title = next(iter(doctree.findall(nodes.title)), None)
     if title is not None:
         title.parent.insert(title.parent.index(title) + 1, box)
@@ -50,11 +57,8 @@ class Provenance(SphinxDirective):
     """For every run that is a page of this copy: how it went, the versions, and a section of its own."""
 
     def run(self):
-        order = [name for name in self.env.toctree_includes.values() for name in name]
-        prefix = f"{RUNS}/"
-        found = [doc for doc in self.env.found_docs if doc.startswith(prefix)]
-        found.sort(key=lambda doc: (order.index(doc) if doc in order else len(order), doc))
-        names = [doc.removeprefix(prefix) for doc in found]
+        order = [document.docname for document in self.env.app.config.external_site_map.values()]
+        names = [doc.removeprefix(f"{RUNS}/") for doc in order if doc.startswith(f"{RUNS}/")]
         rows, used, sections = [], {}, []
         for name in names:
             facts = {k: lookup(self, f"{name}.manifest", k) for k in ("status", "started", "seconds", "cpus")}
@@ -69,15 +73,14 @@ class Provenance(SphinxDirective):
             sections.append(self.section(name, run))
         versions = [[package, ", ".join(versions)] for package, versions in used.items()]
         heads = ["Run", "Ended", "Started", "Seconds", "MB", "Cores", "Commit"]
-        return [table(heads, rows, (3, 4, 5), ["runs"]), table(["Package", "Version"], versions), *sections]
+        runs = nodes.container("", table(heads, rows, (3, 4, 5), ["runs"]), classes=["scroll"])
+        return [runs, table(["Package", "Version"], versions), *sections]
 
     def section(self, name, run):
         """Parameters and what the notebook printed about itself."""
         section = nodes.section("", nodes.title("", name), ids=[f"run-{nodes.make_id(name)}"], names=[])
-        target = self.env.app.builder.get_relative_uri(self.env.docname, f"{RUNS}/{name}")
-        text = f"{run['notebook']}, as the page "
-        section += nodes.paragraph("", text, nodes.reference("", name, refuri=target, internal=True))
-        section += nodes.literal_block("", rerun(self.env.srcdir, run), language="bash")
+        section += nodes.paragraph("", f"{run['notebook']}, as the page ", link(self.env, f"{RUNS}/{name}", name))
+        section += nodes.container("", command(self.env.srcdir, run), classes=["rerun"])
         printed = last_words(Path(self.env.srcdir, RUNS, f"{name}.ipynb"))
         if printed:
             section += nodes.literal_block("", printed, language="text")
