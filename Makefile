@@ -35,8 +35,9 @@ pdf: .venv/.installed
 	@test -n "$(CHROMIUM)" || { echo "make: Chromium is needed; name it with CHROMIUM=..." >&2; exit 2; }
 	@test -f _build/html/index.html || { echo "make: no book yet: make book" >&2; exit 2; }
 	@$(BIN)/jupyter-book build . --builder singlehtml -W -n > _build/pdf.log 2>&1 || { tail _build/pdf.log; exit 1; }
+	@cp _build/singlehtml/book/index.html _build/singlehtml/book.html    # beside the styles that it names
 	@"$(CHROMIUM)" --headless --no-sandbox --disable-gpu --no-pdf-header-footer --virtual-time-budget=60000 \
-	  --print-to-pdf=_build/mnemodyn.pdf "file://$(CURDIR)/_build/singlehtml/book/index.html" 2>> _build/pdf.log
+	  --print-to-pdf=_build/mnemodyn.pdf "file://$(CURDIR)/_build/singlehtml/book.html" 2>> _build/pdf.log
 	@echo "The book: _build/mnemodyn.pdf"
 
 test: .venv/.installed

@@ -33,7 +33,7 @@ def module_sections(match):
             if (error.name or "mnemodyn").startswith("mnemodyn"):
                 raise
             body = f"Needs the package {error.name}, which is not installed where this copy was built."
-        text.append(f"## {name}\n\n{body}")
+        text.append(f"## {name.removeprefix('mnemodyn.')}\n\n{body}")
     return "\n\n".join(text)
 
 

@@ -1,4 +1,4 @@
-"""What each run was: how it went and what it used, and at the top of its page the command that runs it again."""
+"""What each run was: how it went and what it used; on its page the command that runs it again, and code folded away."""
 
 import json
 import shlex
@@ -33,8 +33,8 @@ def command(folder, run):
     return nodes.literal_block("", rerun(folder, run), language="bash")
 
 
-def add_command(app, doctree):
-    """Put the command below the title of a run's page."""
+def dress(app, doctree):
+    """Put the command below the title of a run's page, and fold code but the parameters; without a script all shows."""
     name = app.env.docname.removeprefix(f"{RUNS}/")
     path = Path(app.srcdir, RUNS, f"{name}.manifest.json")
     if name == app.env.docname or not path.is_file():
@@ -48,6 +48,11 @@ def add_command(app, doctree):
         "", "", nodes.Text("An executed notebook; "), opened, nodes.Text(" opens it. This run again:")
     )
     box += command(app.srcdir, run)
+    for cell in doctree.findall(nodes.container):
+        if "cell_input" in cell["classes"] and not {"tag_parameters", "tag_injected-parameters"} & set(
+            cell.parent["classes"]
+        ):
+            cell["classes"].append("toggle")
     title = next(iter(doctree.findall(nodes.title)), None)
     if title is not None:
         title.parent.insert(title.parent.index(title) + 1, box)
@@ -98,5 +103,5 @@ def last_words(path):
 def setup(app):
     """Register the steps with Sphinx."""
     app.add_directive("provenance", Provenance)
-    app.connect("doctree-read", add_command)
+    app.connect("doctree-read", dress)
     return {"parallel_read_safe": True, "parallel_write_safe": True}
