@@ -57,6 +57,14 @@ def test_a_file_that_says_it_is_simulated_wins_over_the_entry():
     assert read(how, content | {"simulated": False}, kind="SIMULATED")[0]["kind"] == "real"
 
 
+def test_published_rows_name_their_source():
+    line = {"study": "s", "method": "BNT", "cohort": "ADNI", "target": "sex", "metric": "accuracy", "value": "78.9"}
+    (row,) = collect.read_rows({"kind": "published", "rows": "csv"}, [line | {"sd": "4.1", "source": "Table 2"}])
+    assert row["method"] == "BNT (Table 2)"
+    assert row["score"] == "accuracy (SD 4.1)"
+    assert row["value"] == 78.9
+
+
 def test_the_entries_of_the_book_are_sound():
     methods, entries = collect.read_entries(ROOT)
     assert set(methods) >= {"model", "fc"}

@@ -62,13 +62,13 @@ def read_rows(entry, content):
     ``scores`` says what is read for each kind of target. ``n`` is the key of the number of participants.
     """
     how, kind = entry["rows"], kind_of(entry, content)
-    common = {"data": entry["data"], "task": how.get("task", ""), "score": how.get("score", ""), "kind": kind}
     if how == "csv":
         for line in content:
             spread = f" (SD {line['sd']})" if line["sd"] else ""
             row = {"data": line["cohort"], "task": line["target"], "score": line["metric"] + spread, "kind": kind}
             yield {**row, "method": f"{line['method']} ({line['source']})", "value": float(line["value"])}
         return
+    common = {"data": entry["data"], "task": how.get("task", ""), "score": how.get("score", ""), "kind": kind}
     n = pick(content, how["n"]) if "n" in how else None
     if "values" in how:
         intervals = pick(content, how["intervals"]) if "intervals" in how else {}
