@@ -5,8 +5,10 @@ import sys
 from dataclasses import fields
 from pathlib import Path
 
+import matplotlib
 import nbformat
 import pytest
+from matplotlib import font_manager
 
 pytest.importorskip("sphinx")
 ROOT = Path(__file__).parents[1]
@@ -16,6 +18,7 @@ import reference  # noqa: E402
 import results  # noqa: E402
 import runs  # noqa: E402
 
+from mnemodyn import figures  # noqa: E402
 from mnemodyn.model.config import ModelConfig  # noqa: E402
 from mnemodyn.parameters import check_parameters, read_parameters  # noqa: E402
 from mnemodyn.pretrain.config import DataConfig, Machine, TrainingConfig  # noqa: E402
@@ -80,6 +83,18 @@ def test_an_entry_with_a_misspelt_key_is_refused(tmp_path):
     (tmp_path / collect.ENTRIES).write_text(text)
     with pytest.raises(ValueError, match="flie"):
         collect.read_entries(tmp_path)
+
+
+def test_figures_have_one_font_on_every_machine(monkeypatch):
+    """A machine's own DejaVu Sans has other outlines, and what is listed first wins."""
+    own = Path(matplotlib.get_data_path(), "fonts", "ttf", "DejaVuSans.ttf")
+    fonts = font_manager.fontManager
+    theirs = font_manager.FontEntry(fname="/usr/share/fonts/DejaVuSans.ttf", name="DejaVu Sans", style="normal",
+                                    variant="normal", weight=400, stretch="normal", size="scalable")  # fmt: skip
+    monkeypatch.setattr(fonts, "ttflist", [theirs, *fonts.ttflist])
+    with matplotlib.rc_context():
+        figures.use_style()
+        assert Path(str(font_manager.findfont("DejaVu Sans"))).resolve() == own.resolve()
 
 
 def test_a_key_finds_an_element_by_what_it_says():
