@@ -10,7 +10,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constr
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help book pdf test lint lab benchmark reconstruct abide clean
+.PHONY: help book pdf test lint lab benchmark reconstruct abide ablations clean
 
 help:
 	@echo "make book [PROFILE=quick] [CORES=2]  run the notebooks and build the book: _build/html/index.html"
@@ -23,6 +23,7 @@ help:
 	@echo "make benchmark                       time and memory on this machine: runs/speed.json, in about ten minutes"
 	@echo "make reconstruct DATA=hcp7           hidden entries of held-out people, all baselines, three seeds, from scratch:"
 	@echo "                                     book/data/reconstruction_hcp7.json; DATA=abide ABIDE=FOLDER for the other"
+	@echo "make ablations                       the larger grid of ablations, in half an hour of one core: book/data/ablations.json"
 	@echo "make abide DATA=FOLDER               diagnosis, sex and age from ABIDE's scans: book/data/abide.json, under half an hour"
 	@echo "make clean                           remove the runs and the built book; .venv stays"
 	@echo
@@ -60,6 +61,9 @@ benchmark: .venv/.installed
 
 reconstruct: .venv/.installed
 	@$(BIN)/python -m benchmarks.reconstruct "$(or $(DATA),hcp7)" $(if $(ABIDE),--folder "$(ABIDE)")
+
+ablations: .venv/.installed
+	@$(BIN)/python -m mnemodyn.cli ablate "$(or $(DATA),hcp7)" notebooks/ablations.yaml cpu runs/ablations/cpu --out book/data/ablations.json
 
 abide: .venv/.installed
 	@test -n "$(DATA)" || { echo "make: name the folder of the scans: make abide DATA=FOLDER" >&2; exit 2; }

@@ -37,7 +37,8 @@ TRAINED = f"{RUNS}/checkpoints/{PROFILE}"
 # What the network is pretrained for, each in a run of its own; the first one's checkpoint is used by the other pages.
 OBJECTIVES = ["masked", "denoise", "autoencode", "latent"]
 PRETRAINED = [f"pretrain_{name}" for name in OBJECTIVES]
-NOTEBOOKS = ["data", *PRETRAINED, "reconstruction", "objectives", "identification", "speed", "downstream", "protocol"]
+NOTEBOOKS = ["data", *PRETRAINED, "reconstruction", "objectives", "identification", "ablations", "operator", "speed"]
+NOTEBOOKS += ["downstream", "protocol"]
 # One notebook, a page a cohort.
 TASKS = yaml.safe_load(Path("notebooks/tasks.yaml").read_text())
 PAGES = [name for name in NOTEBOOKS if name != "downstream"] + [f"downstream_{cohort}" for cohort in TASKS]
@@ -156,7 +157,7 @@ rule pretrain:
         "mnemodyn run {input[0]} {output[0]} -f - <<< {params.parameters}"
 
 
-for name in ("reconstruction", "identification"):
+for name in ("reconstruction", "identification", "operator"):
     rule:
         name:
             name
@@ -198,6 +199,50 @@ rule objectives:
         mem_mb=resource("objectives", "mem_mb", 4000),
         runtime=resource("objectives", "runtime", 60),
         gpu=resource("objectives", "gpu", 0),
+    shell:
+        "mnemodyn run {input[0]} {output[0]} -f - <<< {params.parameters}"
+
+
+# Finished cells stay in the folder, so that an interrupted grid goes on.
+rule ablate:
+    input:
+        "notebooks/ablations.yaml",
+        sources("data", "model", "pretrain"),
+        "mnemodyn/evaluate/ablations.py",
+    output:
+        f"{RUNS}/checkpoints/{PROFILE}/ablations.json",
+    log:
+        f"{RUNS}/checkpoints/{PROFILE}/ablations.log",
+    message:
+        "The grid of ablations ..."
+    params:
+        data=shlex.quote(config["data"]),
+        size=shlex.quote(config.get("ablations") or "quick"),
+        folder=f"{RUNS}/checkpoints/{PROFILE}/ablations",
+    threads: resource("ablate", "threads", 1)
+    resources:
+        mem_mb=resource("ablate", "mem_mb", 4000),
+        runtime=resource("ablate", "runtime", 240),
+        gpu=resource("ablate", "gpu", 0),
+    shell:
+        "mnemodyn ablate {params.data} {input[0]} {params.size} {params.folder} --out {output} "
+        "--threads {threads} > {log}"
+
+
+# Draws the grid of this build, and a larger one that `make ablations` ran beforehand.
+rule ablations:
+    input:
+        "notebooks/ablations.ipynb",
+        f"{RUNS}/checkpoints/{PROFILE}/ablations.json",
+        "book/data/ablations.json",
+        "book/data/published.csv",
+        sources("evaluate"),
+    output:
+        outputs("ablations"),
+    message:
+        "{input[0]} ..."
+    params:
+        parameters=parameters("ablations", quick=f"{RUNS}/checkpoints/{PROFILE}/ablations.json"),
     shell:
         "mnemodyn run {input[0]} {output[0]} -f - <<< {params.parameters}"
 

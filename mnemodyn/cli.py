@@ -147,6 +147,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_book(commands)
     _add_completion(commands)
     _add_evaluate(commands)
+    _add_ablate(commands)
     return parser
 
 
@@ -463,6 +464,65 @@ def _simulate(options: argparse.Namespace) -> int:
         return _fail(error, 1)
     effects = ", ".join(f"{name} {e['d']:g}" for name, e in truth["effects"].items())
     print(f"SIMULATED {truth['cohort']} -> {options.folder}; effects in SD: {effects}")
+    return 0
+
+
+_ABLATE = """\
+Train and score every cell of a grid of ablations, fold by fold, and write what each changes.
+
+FOLDER keeps every finished cell: the same command goes on where it was stopped. GRID is a YAML file such as
+notebooks/ablations.yaml, SIZE one of its sizes.
+"""
+
+
+def _add_ablate(commands: argparse._SubParsersAction) -> None:
+    ablate = commands.add_parser(
+        "ablate",
+        help="run a grid of ablations",
+        description=_ABLATE,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    ablate.add_argument("data", metavar="DATA", help='"hcp7", or a folder of scans')
+    ablate.add_argument("grid", metavar="GRID", help="YAML file of the cells and sizes")
+    ablate.add_argument("size", metavar="SIZE", help="one of its sizes")
+    ablate.add_argument("folder", metavar="FOLDER", help="where finished cells are kept")
+    ablate.add_argument("--out", required=True, metavar="FILE", help="JSON of the result")
+    ablate.add_argument("--folds", type=int, metavar="N", help="in place of the size's")
+    ablate.add_argument("--threads", type=int, default=1, metavar="N", help="CPU threads (default: 1)")
+    ablate.set_defaults(command=_ablate)
+
+
+def _ablate(options: argparse.Namespace) -> int:
+    from dataclasses import replace
+    from datetime import UTC, datetime
+
+    from mnemodyn.evaluate.ablations import collect, read_grid, run_grid
+    from mnemodyn.files import write_json
+
+    try:
+        grid = read_grid(options.grid, options.size)
+        grid = replace(grid, folds=options.folds) if options.folds else grid
+    except (OSError, ValueError) as error:
+        return _fail(error, 2)
+    try:
+        import torch
+
+        from mnemodyn import load_scans
+
+        torch.set_num_threads(options.threads)
+        records = run_grid(grid, load_scans(options.data), options.folder)
+    except (ImportError, OSError, RuntimeError, ValueError) as error:
+        return _fail(error, 1)
+    minutes = sum(record["cpu_seconds"] for found in records.values() for record in found) / 60
+    facts = {
+        "data": options.data,
+        "size": options.size,
+        "command": f"mnemodyn ablate {options.data} {options.grid} {options.size} FOLDER --out FILE",
+        "cpu_minutes": round(minutes, 1),
+        "date": datetime.now(UTC).date().isoformat(),
+    }
+    write_json(options.out, collect(grid, records, **facts))
+    print(f"{options.out}: {len(grid.cells)} cells, {grid.folds} folds")
     return 0
 
 

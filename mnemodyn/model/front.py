@@ -315,17 +315,20 @@ class Front(nn.Module):
         return self
 
     @torch.no_grad()
+    def mixing(self, centred: Tensor, hidden: Tensor) -> Tensor | None:
+        """M of each scan, from its visible entries, mean removed; None without adaptation."""
+        if not self.steps:
+            return None
+        modes = (self.modes, self.signal, self.noise) if len(self.modes) else None
+        adapted = adapted_covariance(centred, hidden, self.lags[0], weight=self.weight, steps=self.steps, modes=modes)
+        return power(adapted, 0.5) @ power(self.lags[0], -0.5)
+
+    @torch.no_grad()
     def forward(self, x: Tensor, hidden: Tensor) -> Tensor:
         """Fill `hidden` (bool) of scaled scans x, both (batch, time, parcel); visible entries stay as they are."""
         if not bool(hidden.any()):
             return x
         with torch.autocast(x.device.type, enabled=False):
-            centred, mixing = x.float() - self.mean, None
-            if self.steps:
-                modes = (self.modes, self.signal, self.noise) if len(self.modes) else None
-                adapted = adapted_covariance(
-                    centred, hidden, self.lags[0], weight=self.weight, steps=self.steps, modes=modes
-                )
-                mixing = power(adapted, 0.5) @ power(self.lags[0], -0.5)
-            filled = conditional_mean(centred, hidden, self.lags, mixing) + self.mean
+            centred = x.float() - self.mean
+            filled = conditional_mean(centred, hidden, self.lags, self.mixing(centred, hidden)) + self.mean
         return torch.where(hidden, filled.to(x.dtype), x)
