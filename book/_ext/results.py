@@ -132,7 +132,7 @@ class PeopleTable(SphinxDirective):
     option_spec = dict.fromkeys(("caption",), directives.unchanged)
 
     def run(self):
-        heads = ["Cohort", "Target", "Folds", "Score", "n", "Method", "Value", "95 % interval", "p"]
+        heads = ["Cohort", "Target", "n", "Folds", "Method", "Score (95 % interval)", "p"]
         lines = ["| " + " | ".join(heads) + " |", "|" + " --- |" * len(heads)]
         for path in sorted(Path(self.env.srcdir, RUNS).glob("downstream_*.json")):
             if path.name.endswith(".manifest.json"):
@@ -155,8 +155,9 @@ class PeopleTable(SphinxDirective):
             p = "" if row.get("p") is None else "< 0.001" if row["p"] < 0.001 else write(row["p"], ".3f")
             folds = {"kfold": f"{row['n_folds']}", "leave_one_site_out": f"{row['n_folds']} sites"}[plan]
             ends = " to ".join(write(row[metric][end], ".3f") for end in ("low", "high"))
-            texts = [name, target.replace("_", " "), folds, metric.replace("_", " "), str(row["n"]), row["method"]]
-            yield "| " + " | ".join([*texts, write(row[metric]["value"], ".3f"), ends, p]) + " |"
+            score = ("r " if metric == "r" else "") + f"{write(row[metric]['value'], '.3f')} ({ends})"
+            texts = [name, target.replace("_", " "), str(row["n"]), folds, row["method"], score, p]
+            yield "| " + " | ".join(texts) + " |"
 
 
 class RunTable(SphinxDirective):
