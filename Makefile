@@ -2,6 +2,7 @@
 PYTHON ?= python3
 PROFILE ?= quick
 CORES ?= 2
+CHROMIUM ?= $(firstword $(shell command -v chromium chromium-browser google-chrome))
 
 BIN := .venv/bin
 PROFILES := $(sort $(basename $(notdir $(wildcard profiles/*.yaml))))
@@ -9,15 +10,16 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constr
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help book test lint lab benchmark reconstruct abide ablations clean
+.PHONY: help book pdf test lint lab benchmark reconstruct abide ablations clean
 
 help:
 	@echo "make book [PROFILE=quick] [CORES=2]  run the notebooks and build the book: _build/html/index.html"
 	@echo "                                     profiles: $(PROFILES)"
 	@echo "                                     DATA=FOLDER: scans of your own in place of the profile's"
+	@echo "make pdf                             the book as one PDF, by Chromium: _build/mnemodyn.pdf; after make book"
 	@echo "make test                            run the tests"
 	@echo "make lint                            check style, formatting and types"
-	@echo "make lab                             open the notebooks in JupyterLab"
+	@echo "make lab [NOTEBOOK=pretrain]         open the notebooks, or one of them, in JupyterLab"
 	@echo "make benchmark                       time and memory on this machine: runs/speed.json, in about ten minutes"
 	@echo "make reconstruct DATA=hcp7           hidden entries of held-out people, all baselines, three seeds, from scratch:"
 	@echo "                                     book/data/reconstruction_hcp7.json; DATA=abide ABIDE=FOLDER for the other"
@@ -33,6 +35,15 @@ book: .venv/.installed
 	@$(BIN)/snakemake --configfile "profiles/$(PROFILE).yaml" --cores "$(CORES)" $(if $(DATA),--config data="$(DATA)")
 	@echo "The book: _build/html/index.html"
 
+pdf: .venv/.installed
+	@test -n "$(CHROMIUM)" || { echo "make: Chromium is needed; name it with CHROMIUM=..." >&2; exit 2; }
+	@test -f _build/html/index.html || { echo "make: no book yet: make book" >&2; exit 2; }
+	@$(BIN)/jupyter-book build . --builder singlehtml -W -n > _build/pdf.log 2>&1 || { tail _build/pdf.log; exit 1; }
+	@cp _build/singlehtml/book/index.html _build/singlehtml/book.html    # beside the styles that it names
+	@"$(CHROMIUM)" --headless --no-sandbox --disable-gpu --no-pdf-header-footer --virtual-time-budget=60000 \
+	  --print-to-pdf=_build/mnemodyn.pdf "file://$(CURDIR)/_build/singlehtml/book.html" 2>> _build/pdf.log
+	@echo "The book: _build/mnemodyn.pdf"
+
 test: .venv/.installed
 	@$(BIN)/python -m pytest
 
@@ -43,7 +54,7 @@ lint: .venv/.installed
 
 lab: .venv/.installed
 	@$(PIP) --editable ".[lab]"
-	@$(BIN)/jupyter lab --notebook-dir=.
+	@$(BIN)/jupyter lab --notebook-dir=. $(if $(NOTEBOOK),"notebooks/$(NOTEBOOK:.ipynb=).ipynb")
 
 benchmark: .venv/.installed
 	@$(BIN)/python -m benchmarks.speed --quick --published --out runs/speed.json

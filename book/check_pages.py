@@ -4,10 +4,12 @@ A developer's tool; it needs Playwright (``pip install playwright``) and a Chrom
 
     python book/check_pages.py _build/html --screenshots shots
 
-Pages are opened from a loopback server and from the file system, light and dark, wide and narrow.
-Reported are console errors, requests that leave the machine, broken links, images that are missing,
-unlabelled or wider than their column, pages that scroll sideways, mathematics left unset and a
-search that finds nothing. Exit status 1 if there is anything to report.
+Pages are opened from a loopback server, light and dark, wide and narrow, and once from the file system.
+Reported are console errors, requests that leave the machine, broken links, pages more than three
+clicks of running text away from the front page, images that are missing, unlabelled, without a
+caption in words or wider than their column, tables and code beyond it, text that the theme makes
+unreadable, pages that scroll sideways, mathematics left unset, a search that finds nothing and a
+table of results that does not sort and filter. Exit status 1 if there is anything to report.
 """
 
 import argparse
@@ -41,6 +43,50 @@ LOOK = """() => {
     if (right(img) > right(img.closest('article')) + 1 && !scrolls(img))
       found.push('image wider than its column: ' + name);
   }
+  for (const box of document.querySelectorAll('article :is(table, pre, svg, figure)')) {
+    const right = box.getBoundingClientRect().right;
+    if (right > box.closest('article').getBoundingClientRect().right + 1 && !scrolls(box))
+      found.push(box.tagName.toLowerCase() + ' beyond its column: ' + box.textContent.trim().slice(0, 40));
+  }
+  for (const img of document.querySelectorAll('article div.cell_output img'))
+    if (!img.closest('figure')?.querySelector('figcaption')?.textContent.trim())
+      found.push('figure without a caption: ' + img.getAttribute('alt'));
+  const paint = document.createElement('canvas').getContext('2d', {willReadFrequently: true});
+  const levels = color => {
+    paint.clearRect(0, 0, 1, 1);
+    paint.fillStyle = color;
+    paint.fillRect(0, 0, 1, 1);
+    return [...paint.getImageData(0, 0, 1, 1).data];
+  };
+  const light = ([r, g, b]) => [r, g, b].map(v => v / 255)
+    .map(v => v <= 0.04045 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4)
+    .reduce((sum, v, i) => sum + v * [0.2126, 0.7152, 0.0722][i], 0);
+  const dim = new Set();
+  for (const e of document.querySelectorAll('article :is(p, li, td, th, h1, h2, h3, figcaption, pre, code, dt)')) {
+    if (!e.offsetParent || ![...e.childNodes].some(n => n.nodeType === 3 && n.data.trim())) continue;
+    let ground = e;
+    while (ground && levels(getComputedStyle(ground).backgroundColor)[3] < 200) ground = ground.parentElement;
+    const back = light(ground ? levels(getComputedStyle(ground).backgroundColor) : [255, 255, 255]);
+    const front = light(levels(getComputedStyle(e).color));
+    const contrast = (Math.max(back, front) + 0.05) / (Math.min(back, front) + 0.05);
+    if (contrast < 4.5) dim.add(e.tagName.toLowerCase() + ' of contrast ' + contrast.toFixed(1));
+  }
+  for (const text of dim) found.push('hard to read: ' + text);
+  const table = document.querySelector('table.all-results');
+  if (table) {
+    const rows = () => [...table.tBodies[0].rows].filter(row => !row.hidden);
+    const column = i => rows().map(row => parseFloat(row.cells[i].textContent.replace('\u2212', '-')));
+    const all = rows().length, field = document.querySelector('.filters input');
+    const type = word => { field.value = word; field.dispatchEvent(new Event('input')); };
+    type(table.tBodies[0].rows[0].cells[2].textContent.trim());
+    if (!rows().length || rows().length === all) found.push('the table of results does not filter');
+    type('');
+    const before = rows(), head = table.tHead.rows[0].cells[4].querySelector('button');
+    head.click();
+    if (!column(4).every((v, i, c) => !i || c[i - 1] <= v)) found.push('the table of results does not sort');
+    table.tHead.rows[0].cells[4].removeAttribute('aria-sort');
+    table.tBodies[0].append(...before);
+  }
   const over = document.documentElement.scrollWidth - window.innerWidth;
   if (over > 1) found.push('page scrolls sideways by ' + over + ' px');
   for (const math of document.querySelectorAll('article .math'))
@@ -53,17 +99,23 @@ LOOK = """() => {
 
 
 class Page(HTMLParser):
-    """Links and anchors of one page."""
+    """Links and anchors of one page; `text` has the links of its running text."""
 
     def __init__(self, path):
         super().__init__()
-        self.links, self.anchors = set(), set()
+        self.links, self.anchors, self.text, self.inside = set(), set(), set(), 0
         self.feed(path.read_text(encoding="utf-8"))
 
     def handle_starttag(self, tag, attributes):
         attributes = dict(attributes)
         self.anchors |= {attributes[key] for key in ("id", "name") if attributes.get(key)}
         self.links |= {attributes[key] for key in ("href", "src") if attributes.get(key)}
+        self.inside += tag == "article"
+        if self.inside and tag == "a" and attributes.get("href"):
+            self.text.add(attributes["href"])
+
+    def handle_endtag(self, tag):
+        self.inside -= tag == "article"
 
 
 def broken_links(folder, pages):
@@ -81,6 +133,20 @@ def broken_links(folder, pages):
                 yield f"{path.relative_to(folder)}: no such anchor {link}", "every view"
 
 
+def far_away(folder, pages, clicks=3):
+    """Report each page that needs more clicks from the front page than `clicks`, by links in running text."""
+    front = folder / "book" / "index.html"
+    reached, ring = {front}, {front}
+    for _ in range(clicks):
+        links = {(page, urlsplit(urldefrag(link).url)) for page in ring for link in Page(page).text}
+        targets = {(page.parent / unquote(url.path)).resolve() for page, url in links if url.path and not url.scheme}
+        ring = (targets & set(pages)) - reached
+        reached |= ring
+    for path in sorted(set(pages) - reached):
+        if path.name not in ("search.html", "genindex.html", "py-modindex.html") and path.parent != folder:
+            yield f"{path.relative_to(folder)}: more than {clicks} clicks from the front page", "every view"
+
+
 def note_outside(found, request):
     """Note a request that leaves this machine."""
     if urlsplit(request.url).hostname not in (None, "127.0.0.1"):
@@ -94,11 +160,12 @@ def note_error(found, message):
 
 
 def open_pages(folder, pages, base, chromium, screenshots):
-    """Open every page at one address, in two themes and two widths."""
+    """Open every page at one address: from a server in two themes and two widths, from the file system in one."""
+    themes, widths = (("light", "dark"), (1280, 390)) if base.startswith("http") else (("light",), (1280,))
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=chromium, args=FLAGS)
-        for theme in ("light", "dark"):
-            for width in (1280, 390):
+        for theme in themes:
+            for width in widths:
                 context = browser.new_context(color_scheme=theme, viewport={"width": width, "height": 900})
                 tab, found, view = context.new_page(), [], f"{base[:4]}-{theme}-{width}"
                 tab.on("console", partial(note_error, found))
@@ -140,7 +207,7 @@ def main():
     handler = type("Quiet", (SimpleHTTPRequestHandler,), {"log_message": lambda *_: None})
     server = ThreadingHTTPServer(("127.0.0.1", 0), partial(handler, directory=folder))
     threading.Thread(target=server.serve_forever, daemon=True).start()
-    reports = list(broken_links(folder, pages))
+    reports = [*broken_links(folder, pages), *far_away(folder, pages)]
     for base in (f"http://127.0.0.1:{server.server_port}", folder.as_uri()):
         reports += open_pages(folder, pages, base, options.chromium, options.screenshots)
     server.shutdown()

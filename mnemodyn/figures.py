@@ -5,6 +5,7 @@ import html
 import io
 from collections.abc import Sequence
 from itertools import cycle
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import matplotlib
@@ -12,6 +13,7 @@ import matplotlib.pyplot as plt
 import matplotlib.ticker
 import numpy as np
 import pandas as pd
+from matplotlib import font_manager
 from matplotlib.figure import Figure
 
 from mnemodyn.data.atlas import NETWORKS, Atlas, cortex_surfaces
@@ -70,6 +72,11 @@ def use_style() -> None:
             "svg.fonttype": "path",
         }
     )
+    # Matplotlib's own font, not another version of it that a machine may have: letters are drawn as paths.
+    fonts = font_manager.fontManager
+    fonts.ttflist = [entry for entry in fonts.ttflist if not entry.name.startswith("DejaVu Sans")]
+    for path in sorted(Path(matplotlib.get_data_path(), "fonts", "ttf").glob("DejaVuSans*.ttf")):
+        fonts.addfont(path)
 
 
 class Picture:

@@ -10,7 +10,7 @@ from mnemodyn.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from mnemodyn.data.scaling import Scaling
 from mnemodyn.evaluate.baselines import LowRank, SpatialGaussian, SpatiotemporalGaussian
 from mnemodyn.model.config import PRESETS, ModelConfig
-from mnemodyn.model.front import Front, adapted_covariance, conditional_mean, lag_covariances
+from mnemodyn.model.front import Front, adapted_covariance, conditional_mean, covariance_modes, lag_covariances
 from mnemodyn.model.network import MnemoDyn
 
 P, T, LAGS = 5, 14, 3
@@ -147,6 +147,63 @@ def test_em_never_lowers_the_likelihood_of_what_is_visible(scans, batch):
         for n in range(6)
     ]
     assert np.all(np.diff([objective(c) for c in steps]) > 0)
+
+
+@pytest.fixture(scope="module")
+def people():
+    """SIMULATED: 60 scans of white frames; along one direction of the covariance people differ."""
+    rng = np.random.default_rng(3)
+    direction = np.zeros((P, P))
+    direction[0, 1] = direction[1, 0] = 0.5**0.5
+    amount = rng.normal(scale=0.4, size=60).clip(-1.2, 1.2)
+    return direction, amount, [rng.multivariate_normal(np.zeros(P), np.eye(P) + a * direction, 300) for a in amount]
+
+
+def test_modes_are_the_directions_in_which_people_differ(people):
+    direction, amount, series = people
+    modes, signal, noise = covariance_modes(series, np.zeros(P), np.eye(P), 2)
+    np.testing.assert_allclose(np.einsum("kpq,lpq->kl", modes, modes), np.eye(2), atol=1e-4)
+    np.testing.assert_allclose(modes, modes.transpose(0, 2, 1), atol=1e-5)
+    assert abs((modes[0] * direction).sum()) > 0.95
+    assert signal[0] == pytest.approx(amount.var(), rel=0.35)
+    # Of a covariance off the diagonal, along a direction of norm one, n frames leave a variance of 2 / n / 2 * 2.
+    assert noise[0] == pytest.approx(2, rel=0.4)
+    assert signal[1] < 0.2 * signal[0]
+    with pytest.raises(ValueError, match="40 modes need at least 80 scans, got 60"):
+        covariance_modes(series, np.zeros(P), np.eye(P), 40)
+
+
+def test_along_modes_more_is_kept(people, scans, batch):
+    x, hidden = batch
+    mean, lags = lag_covariances(scans, LAGS, 0.1)
+    given = [torch.tensor(a) for a in (np.where(hidden, 0, x - mean), hidden, lags[0])]
+    direction = people[0]
+    modes = [torch.tensor(a) for a in (direction[None], np.array([3.0]), np.array([1.0]))]
+    plain = adapted_covariance(*given, weight=20.0, steps=1).numpy()
+    more = adapted_covariance(*given, weight=20.0, steps=1, modes=modes).numpy()
+    values, vectors = np.linalg.eigh(lags[0])
+    root, whiten = (vectors * values**0.5) @ vectors.T, (vectors * values**-0.5) @ vectors.T
+    kept, along = T / (20 + T), 3 / (3 + 1 / T)
+    for before, after in zip(plain, more, strict=True):
+        share = (whiten @ (before - lags[0]) @ whiten / kept * direction).sum()
+        expected = before + (along - kept) * share * root @ direction @ root
+        values, vectors = np.linalg.eigh(expected)
+        expected = (vectors * values.clip(1e-4 * values.max())) @ vectors.T
+        np.testing.assert_allclose(after, expected, atol=1e-8)
+    silent = [modes[0], torch.zeros(1), modes[2]]
+    np.testing.assert_allclose(adapted_covariance(*given, weight=20.0, steps=1, modes=silent), plain, atol=1e-9)
+
+
+def test_a_network_with_modes_fits_fills_and_is_saved(people, tmp_path):
+    _, _, series = people
+    network = MnemoDyn(replace(CONFIG, front_modes=2)).fit_front(series).eval()
+    x = torch.tensor(np.stack([s[:T] for s in series[:2]])).float()
+    hidden = torch.rand(x.shape, generator=torch.Generator().manual_seed(0)) < 0.5
+    out = network(x, 2.0, hidden=hidden).reconstruction
+    assert out.isfinite().all()
+    assert not torch.equal(out, MnemoDyn(CONFIG).fit_front(series)(x, 2.0, hidden=hidden).reconstruction)
+    saved = save_checkpoint(tmp_path, Checkpoint(network, tuple("abcde"), 2.0, Scaling(), None, {}))
+    assert torch.equal(load_checkpoint(saved).model(x, 2.0, hidden=hidden).reconstruction, out)
 
 
 def test_a_fresh_network_is_its_front_end(scans, batch, tmp_path):

@@ -1,8 +1,8 @@
 """Roles and directives that bring what the runs wrote in ``book/runs`` into the pages.
 
 ``{result}`reconstruction:r2_hidden.model:.2f` `` inserts one value, ``{compare}`NAME:KEY:KEY` ``
-says how two of them stand, ``results-table`` lists methods, ``people-table`` what was predicted
-about people, and ``run-table`` reads the manifests.
+says how two of them stand, ``results-table`` lists methods, and ``people-table`` what was predicted
+about people.
 A missing file or key is a warning that names both, which ends the build of the book.
 """
 
@@ -12,6 +12,7 @@ from pathlib import Path
 from docutils import nodes
 from docutils.parsers.rst import directives
 from docutils.statemachine import StringList
+from sphinx import addnodes
 from sphinx.util import logging
 from sphinx.util.docutils import SphinxDirective, SphinxRole
 
@@ -20,14 +21,19 @@ RUNS = "book/runs"
 MAY_BE_NULL = ("commit", "dirty")  # outside a git clone
 
 
+def source(name):
+    """Path of a result file: of a run by its name, of a committed one as ``data/NAME``."""
+    return f"book/{name}.json" if name.startswith("data/") else f"{RUNS}/{name}.json"
+
+
 def lookup(place, name, key):
-    """Value at the dotted ``key`` of ``book/runs/NAME.json``; None after a warning if absent."""
-    path = f"{RUNS}/{name}.json"
+    """Value at the dotted ``key`` of ``book/runs/NAME.json``, or ``book/data/...``; None after a warning if absent."""
+    path = source(name)
     place.env.note_dependency(path)
     try:
         value = json.loads(Path(place.env.srcdir, path).read_text(encoding="utf-8"))
         for part in key.split("."):
-            value = value[int(part) if isinstance(value, list) else part]
+            value = step(value, part)
         if value != value or (value is None and key not in MAY_BE_NULL):
             raise ValueError(f"it is {value}")
     except (OSError, LookupError, TypeError, ValueError) as error:
@@ -35,6 +41,19 @@ def lookup(place, name, key):
         logger.warning(text, location=place.get_location())
         return None
     return value
+
+
+def step(value, part):
+    """What stands at one part of a key; in a list a number, or ``NAME=TEXT`` for the first element that has it."""
+    if not isinstance(value, list):
+        return value[part]
+    if "=" not in part:
+        return value[int(part)]
+    name, text = part.split("=", 1)
+    for item in value:
+        if str(item.get(name)) == text:
+            return item
+    raise KeyError(part)
 
 
 def write(value, form=""):
@@ -59,13 +78,21 @@ def table(head, rows, numeric=(), classes=()):
     return nodes.table("", group, classes=["results", *classes])
 
 
+def link(env, docname, text):
+    """A link to a page; only its text where this copy lacks the page."""
+    if docname not in env.found_docs:
+        return nodes.Text(text)
+    known = {"refdomain": "std", "reftype": "doc", "refdoc": env.docname, "refexplicit": True, "refwarn": True}
+    return addnodes.pending_xref("", nodes.inline("", text), reftarget=f"/{docname}", **known)
+
+
 class Result(SphinxRole):
     """``NAME:KEY`` or ``NAME:KEY:FORMAT``; the source stands in the value's tooltip."""
 
     def run(self):
         name, key, form = [*self.text.split(":", 2), "", ""][:3]
-        text, source = write(lookup(self, name, key), form), f"{RUNS}/{name}.json: {key}"
-        return [nodes.abbreviation("", text, explanation=source, classes=["result"])], []
+        text, said = write(lookup(self, name, key), form), f"{source(name)}: {key}"
+        return [nodes.abbreviation("", text, explanation=said, classes=["result"])], []
 
 
 class Compare(SphinxRole):
@@ -105,7 +132,7 @@ class PeopleTable(SphinxDirective):
     option_spec = dict.fromkeys(("caption",), directives.unchanged)
 
     def run(self):
-        heads = ["Cohort", "Target", "Folds", "Score", "n", "Method", "Value", "95 % interval", "p"]
+        heads = ["Cohort", "Target", "n", "Folds", "Method", "Score (95 % interval)", "p"]
         lines = ["| " + " | ".join(heads) + " |", "|" + " --- |" * len(heads)]
         for path in sorted(Path(self.env.srcdir, RUNS).glob("downstream_*.json")):
             if path.name.endswith(".manifest.json"):
@@ -128,8 +155,9 @@ class PeopleTable(SphinxDirective):
             p = "" if row.get("p") is None else "< 0.001" if row["p"] < 0.001 else write(row["p"], ".3f")
             folds = {"kfold": f"{row['n_folds']}", "leave_one_site_out": f"{row['n_folds']} sites"}[plan]
             ends = " to ".join(write(row[metric][end], ".3f") for end in ("low", "high"))
-            texts = [name, target.replace("_", " "), folds, metric.replace("_", " "), str(row["n"]), row["method"]]
-            yield "| " + " | ".join([*texts, write(row[metric]["value"], ".3f"), ends, p]) + " |"
+            score = ("r " if metric == "r" else "") + f"{write(row[metric]['value'], '.3f')} ({ends})"
+            texts = [name, target.replace("_", " "), str(row["n"]), folds, row["method"], score, p]
+            yield "| " + " | ".join(texts) + " |"
 
 
 class RunTable(SphinxDirective):
@@ -160,5 +188,4 @@ def setup(app):
     app.add_role("compare", Compare())
     app.add_directive("results-table", ResultsTable)
     app.add_directive("people-table", PeopleTable)
-    app.add_directive("run-table", RunTable)
     return {"parallel_read_safe": True, "parallel_write_safe": True}

@@ -110,7 +110,8 @@ def open_scans(data: str | Path, *, cohort: str | Path | None = None, t_r: float
     Raises
     ------
     DataError
-        As :func:`load_scans` and :func:`mnemodyn.data.cohorts.index`, or where no scan of the cohort can be used.
+        As :func:`~mnemodyn.data.scans.load_scans` and :func:`~mnemodyn.data.cohorts.index`, or where no scan of the
+        cohort can be used.
     """
     data = data if data == "hcp7" else resolve(data)
     if cohort is not None:

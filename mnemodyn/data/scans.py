@@ -397,7 +397,7 @@ def save_scan(scan: Scan, path: str | Path, *, axis=None) -> Path:
         ``sub-....ptseries.nii``, which Connectome Workbench opens, or ``sub-..._timeseries.tsv`` with its JSON
         sidecar. Censored frames go to ``sub-..._outliers.tsv`` beside it, in XCP-D's form.
     axis : ParcelsAxis, optional
-        Where the parcels lie. Without it each gets a place in an abstract volume (:func:`formats.parcels_axis`).
+        Where the parcels lie. Without it each gets a place in an abstract volume.
 
     Raises
     ------
