@@ -24,7 +24,8 @@ def test_split_takes_a_tenth_of_every_stratum_and_keeps_people_whole():
     sides = split(series)
     people = {name: {s.participant for s in side} for name, side in sides.items()}
     assert sum(map(len, sides.values())) == len(series)
-    assert not people["train"] & people["test"] and not people["validation"] & (people["train"] | people["test"])
+    assert not people["train"] & people["test"]
+    assert not people["validation"] & (people["train"] | people["test"])
     for stratum in "abc":
         assert [sum(p[0] == stratum for p in people[n]) for n in ("test", "validation")] == [4, 2]
     again = split(series[::-1])
@@ -33,8 +34,10 @@ def test_split_takes_a_tenth_of_every_stratum_and_keeps_people_whole():
 
 def test_constant_parcels_are_hidden_and_not_scored():
     windows = Windows.consecutive([scan("a"), scan("b", constant=3)], SETTING, seed=0)
-    assert windows.x.shape == (4, 16, 6) and windows.people.tolist() == ["a", "a", "b", "b"]
-    assert windows.hidden[2:, :, 3].all() and not windows.scored[2:, :, 3].any()
+    assert windows.x.shape == (4, 16, 6)
+    assert windows.people.tolist() == ["a", "a", "b", "b"]
+    assert windows.hidden[2:, :, 3].all()
+    assert not windows.scored[2:, :, 3].any()
     assert np.array_equal(windows.hidden[:2], windows.scored[:2])
     assert windows.r2(np.where(windows.scored, windows.x, 99)) == 1
 
@@ -61,7 +64,9 @@ def test_interval_resamples_people_windows_and_seeds():
     assert interval(model, model, total, people) == {"value": 0.0, "low": 0.0, "high": 0.0}
     seeds = np.repeat(np.array([[3.0], [4.0], [5.0]]), 60, axis=1)
     spread = interval(seeds, other, total, people)
-    assert spread["value"] == 0.1 and spread["low"] < 0.05 and spread["high"] > 0.15
+    assert spread["value"] == 0.1
+    assert spread["low"] < 0.05
+    assert spread["high"] > 0.15
 
 
 def test_abide_is_read_with_its_faults(tmp_path):
@@ -75,10 +80,14 @@ def test_abide_is_read_with_its_faults(tmp_path):
     series, left_out = read_abide(tmp_path, 16)
     assert left_out == {"constant-parcels": 1, "too-short": 1}
     found = {s.participant: s for s in series}
-    assert len(series) == 6 and len(found) == 4
-    assert found["MaxMun_a_0050002"].t_r == 3.0 and found["MaxMun_a_0050002"].stratum == "MaxMun_a 1"
+    assert len(series) == 6
+    assert len(found) == 4
+    assert found["MaxMun_a_0050002"].t_r == 3.0
+    assert found["MaxMun_a_0050002"].stratum == "MaxMun_a 1"
     flat = found["Leuven_1_0050003"]
-    assert flat.t_r == 1.66 and flat.constant.sum() == 3 and not flat.values[:, :3].any()
+    assert flat.t_r == 1.66
+    assert flat.constant.sum() == 3
+    assert not flat.values[:, :3].any()
     assert flat.values[:, 3:].std(0) == pytest.approx(1, abs=1e-5)
 
 
