@@ -372,16 +372,15 @@ def interval(model: np.ndarray, other: np.ndarray, total: np.ndarray, people: np
     A resample draws people, of each of them windows, and training seeds, all with replacement; both methods get the
     same draw. With `other` all `total`, whose R2 is zero, it is the R2 of `model`.
     """
-    rng = np.random.default_rng(0)
+    rng, difference = np.random.default_rng(0), np.broadcast_to(other, model.shape) - model
     groups = [np.flatnonzero(people == p) for p in np.unique(people)]
-    n_seeds, values = len(model), []
-    difference = np.broadcast_to(other, model.shape) - model
-    for _ in range(n_boot):
-        rows = np.concatenate(
-            [rng.choice(groups[g], len(groups[g])) for g in rng.integers(0, len(groups), len(groups))]
-        )
-        seeds = rng.integers(0, n_seeds, n_seeds)
-        values.append(difference[seeds][:, rows].sum() / (n_seeds * total[rows].sum()))
+    times = rng.multinomial(len(groups), np.full(len(groups), 1 / len(groups)), size=n_boot)
+    rows = np.zeros((n_boot, len(people)))
+    for group, drawn in zip(groups, times.T, strict=True):
+        rows[:, group] = rng.multinomial(drawn * len(group), np.full(len(group), 1 / len(group)))
+    n_seeds = len(model)
+    seeds = rng.multinomial(n_seeds, np.full(n_seeds, 1 / n_seeds), size=n_boot)
+    values = (seeds * (rows @ difference.T)).sum(1) / (n_seeds * (rows @ total))
     low, high = np.quantile(values, [0.025, 0.975])
     value = difference.sum() / (n_seeds * total.sum())
     return {"value": round(float(value), 5), "low": round(float(low), 5), "high": round(float(high), 5)}
