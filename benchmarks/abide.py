@@ -111,6 +111,7 @@ def main() -> int:
             {target: kind},
             CLASSICAL + NETWORK + (TORCH if headline else ()) + (TUNED if options.finetune else ()),
             control=CONTROL + (TORCH if headline else ()),
+            shuffles=(CONTROL, 20),
             by_site=("confounds", "fc", "model", "model+fc"),
             shots=("fc", "model:latent_correlation"),
             checkpoint=checkpoint,

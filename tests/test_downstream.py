@@ -267,6 +267,17 @@ def test_a_planted_effect_is_found_and_noise_is_not(checkpoint):
                 assert row[metric]["value"] > guess - 0.35, row
 
 
+def test_shuffled_labels_are_at_chance_on_average():
+    scans, table = cohort(60, effect=1.5)
+    for target, kind, guess in (("diagnosis", "classification", 0.5), ("age", "regression", 0.0)):
+        task = Task.of(table, target, kind)
+        folds = repeated_folds(task.table, target, n_repeats=1)
+        found = downstream.permutations(scans, task, folds, ["fc"], 8)["fc"]
+        assert found["n"] == 8
+        assert abs(found["mean"] - guess) < 4 * found["sd"] / np.sqrt(8)
+        assert found["sd"] < 0.2
+
+
 def test_fine_tuning_learns_and_makes_nothing_of_noise(checkpoint):
     scans, table = cohort(120, frames=64)
     y = (table["diagnosis"] == "patients").to_numpy(float)

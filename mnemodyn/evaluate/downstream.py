@@ -13,6 +13,7 @@ from typing import Any
 import joblib
 import numpy as np
 import pandas as pd
+from scipy import stats
 
 from mnemodyn.checkpoint import Checkpoint
 from mnemodyn.data.cohorts import Cohort, Index, index
@@ -36,6 +37,7 @@ __all__ = [
     "few_shot",
     "noise_scans",
     "open_scans",
+    "permutations",
     "permuted",
     "planted",
     "published",
@@ -566,6 +568,43 @@ def report(evaluation: Evaluation, *, n_boot: int = 1000, seed: int = 0, baselin
     }
 
 
+def permutations(
+    scans: Sequence[Scan], task: Task, folds: Folds, methods: Sequence[str], n: int, *, seed: int = 0, **settings: Any
+) -> dict[str, dict]:
+    """The first score with labels shuffled `n` times: one shuffle may be lucky, their mean belongs at chance.
+
+    The spread over shuffles is wider than an interval over participants, which knows one training only.
+
+    Parameters
+    ----------
+    scans, task, folds, methods
+        As in :func:`evaluate`; the first repeat of the folds is used.
+    n, seed : int
+    **settings
+        Of :func:`evaluate`.
+
+    Returns
+    -------
+    dict of str to dict
+        Method -> ``n``, ``mean``, ``low``, ``high`` (95 % interval of the mean, from the spread over shuffles) and
+        ``sd`` (over shuffles).
+    """
+    once = replace(folds, test_fold=folds.test_fold[:1])
+    values: dict[str, list[float]] = {name: [] for name in methods}
+    for i in range(n):
+        found = evaluate(scans, permuted(task, seed + i), once, methods, seed=seed, **settings)
+        for name in methods:
+            if not np.isnan(found.predictions[name]).any():
+                values[name].append(float(np.nanmean(_by_fold(found, name))))
+    results = {}
+    for name, v in values.items():
+        if len(v) > 1:
+            half = float(stats.t.ppf(0.975, len(v) - 1) * np.std(v, ddof=1) / np.sqrt(len(v)))
+            results[name] = {"n": len(v), "mean": float(np.mean(v)), "low": float(np.mean(v)) - half}
+            results[name] |= {"high": float(np.mean(v)) + half, "sd": float(np.std(v, ddof=1))}
+    return results
+
+
 def study(
     scans: Sequence[Scan],
     table: pd.DataFrame,
@@ -574,6 +613,7 @@ def study(
     *,
     n_repeats: int = 5,
     control: Sequence[str] = (),
+    shuffles: tuple[Sequence[str], int] = ((), 0),
     by_site: Sequence[str] = (),
     shots: Sequence[str] = (),
     n_boot: int = 1000,
@@ -595,6 +635,8 @@ def study(
         Of the five folds.
     control : sequence of str
         Methods that are also run with shuffled labels and, for the first target, on scans of white noise.
+    shuffles : (sequence of str, int)
+        Methods, and how often their labels are shuffled, for :func:`permutations`.
     by_site : sequence of str
         Methods that are also tested at sites left out, where there are two or more.
     shots : sequence of str
@@ -608,7 +650,8 @@ def study(
     Returns
     -------
     dict of str to dict
-        Target -> ``kfold``, ``leave_one_site_out``, ``permuted``, ``noise`` (each a :func:`report`), ``few_shot``.
+        Target -> ``kfold``, ``leave_one_site_out``, ``permuted``, ``noise`` (each a :func:`report`),
+        ``permutations``, ``few_shot``.
     """
     found, shared = {}, {}
     for number, (target, kind) in enumerate(targets.items()):
@@ -636,6 +679,11 @@ def study(
                 **settings,
             )
             found[target][plan] = report(done, n_boot=n_boot, seed=seed)
+        if shuffles[1]:
+            names, n = shuffles
+            quiet = {k: v for k, v in settings.items() if k != "cache"}
+            found[target]["permutations"] = permutations(some, task, folds, names, n, blocks=blocks, seed=seed, **quiet)
+            say(f"{target}: labels shuffled {n} times")
         shared[key] = blocks
         if shots:
             found[target]["few_shot"] = few_shot({name: blocks[name] for name in shots}, task, once, seed=seed)
