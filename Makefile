@@ -10,7 +10,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constr
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help book pdf test lint lab benchmark clean
+.PHONY: help book pdf test lint lab benchmark reconstruct abide ablations clean
 
 help:
 	@echo "make book [PROFILE=quick] [CORES=2]  run the notebooks and build the book: _build/html/index.html"
@@ -18,9 +18,13 @@ help:
 	@echo "                                     DATA=FOLDER: scans of your own in place of the profile's"
 	@echo "make pdf                             the book as one PDF, by Chromium: _build/mnemodyn.pdf; after make book"
 	@echo "make test                            run the tests"
-	@echo "make lint                            check style and formatting"
+	@echo "make lint                            check style, formatting and types"
 	@echo "make lab [NOTEBOOK=pretrain]         open the notebooks, or one of them, in JupyterLab"
 	@echo "make benchmark                       time and memory on this machine: runs/speed.json, in about ten minutes"
+	@echo "make reconstruct DATA=hcp7           hidden entries of held-out people, all baselines, three seeds, from scratch:"
+	@echo "                                     book/data/reconstruction_hcp7.json; DATA=abide ABIDE=FOLDER for the other"
+	@echo "make ablations                       the larger grid of ablations, in half an hour of one core: book/data/ablations.json"
+	@echo "make abide DATA=FOLDER               diagnosis, sex and age from ABIDE's scans: book/data/abide.json, under half an hour"
 	@echo "make clean                           remove the runs and the built book; .venv stays"
 	@echo
 	@echo "PYTHON=python3.12 chooses the interpreter that .venv is made with (3.11 or newer)."
@@ -46,6 +50,7 @@ test: .venv/.installed
 lint: .venv/.installed
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
+	@$(BIN)/mypy
 
 lab: .venv/.installed
 	@$(PIP) --editable ".[lab]"
@@ -53,6 +58,16 @@ lab: .venv/.installed
 
 benchmark: .venv/.installed
 	@$(BIN)/python -m benchmarks.speed --quick --published --out runs/speed.json
+
+reconstruct: .venv/.installed
+	@$(BIN)/python -m benchmarks.reconstruct "$(or $(DATA),hcp7)" $(if $(ABIDE),--folder "$(ABIDE)")
+
+ablations: .venv/.installed
+	@$(BIN)/python -m mnemodyn.cli ablate "$(or $(DATA),hcp7)" notebooks/ablations.yaml cpu runs/ablations/cpu --out book/data/ablations.json
+
+abide: .venv/.installed
+	@test -n "$(DATA)" || { echo "make: name the folder of the scans: make abide DATA=FOLDER" >&2; exit 2; }
+	@OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.abide --data "$(DATA)" --out book/data/abide.json --jobs "$(CORES)"
 
 clean:
 	rm -rf _build book/runs .snakemake

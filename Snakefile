@@ -19,6 +19,8 @@ from pathlib import Path
 import shlex
 import sys
 
+import yaml
+
 # The package's command and Jupyter Book come from the environment that snakemake runs in,
 # activated or not.
 os.environ["PATH"] = os.path.dirname(sys.executable) + os.pathsep + os.environ["PATH"]
@@ -35,7 +37,11 @@ TRAINED = f"{RUNS}/checkpoints/{PROFILE}"
 # What the network is pretrained for, each in a run of its own; the first one's checkpoint is used by the other pages.
 OBJECTIVES = ["masked", "denoise", "autoencode", "latent"]
 PRETRAINED = [f"pretrain_{name}" for name in OBJECTIVES]
-NOTEBOOKS = ["data", *PRETRAINED, "reconstruction", "objectives", "identification", "speed"]
+NOTEBOOKS = ["data", *PRETRAINED, "reconstruction", "objectives", "identification", "ablations", "operator", "speed"]
+NOTEBOOKS += ["downstream", "protocol"]
+# One notebook, a page a cohort.
+TASKS = yaml.safe_load(Path("notebooks/tasks.yaml").read_text())
+PAGES = [name for name in NOTEBOOKS if name != "downstream"] + [f"downstream_{cohort}" for cohort in TASKS]
 # What runs a notebook is not what a notebook's numbers depend on.
 RUNNER = {f"mnemodyn/{name}.py" for name in ("__init__", "cli", "parameters", "running")}
 
@@ -46,6 +52,9 @@ if "data" not in config or unknown:
         f"a profile needs 'data' and 'notebooks', the latter with some of {['pretrain', *NOTEBOOKS]}; "
         f"unknown: {sorted(unknown) or 'none'}"
     )
+strangers = set(config.get("cohorts") or {}) - set(TASKS)
+if strangers:
+    raise WorkflowError(f"cohorts can be {sorted(TASKS)}, unknown: {sorted(strangers)}")
 if not config["data"]:
     raise WorkflowError(f"profile {PROFILE} needs scans: make book PROFILE={PROFILE} DATA=FOLDER")
 
@@ -70,12 +79,12 @@ def checkpoint(objective):
     return [f"{TRAINED}/{objective}/best/{name}" for name in ("config.json", "model.safetensors")]
 
 
-def parameters(name, **paths):
+def parameters(name, page=None, **paths):
     """A notebook's parameters as one quoted word of JSON, which keeps their types."""
     given = {}
     for part in (["pretrain", name] if name in PRETRAINED else [name]):
         given |= config.get("notebooks", {}).get(part) or {}
-    return shlex.quote(json.dumps({**given, "results": f"{RUNS}/{name}.json", **paths}))
+    return shlex.quote(json.dumps({**given, "results": f"{RUNS}/{page or name}.json", **paths}))
 
 
 def resource(name, kind, default):
@@ -84,7 +93,7 @@ def resource(name, kind, default):
 
 rule book:
     input:
-        expand(f"{RUNS}/{{name}}.{{ending}}", name=NOTEBOOKS, ending=["ipynb", "json", "manifest.json"]),
+        expand(f"{RUNS}/{{name}}.{{ending}}", name=PAGES, ending=["ipynb", "json", "manifest.json"]),
         [path for path in files("book/**/*") if not path.startswith(f"{RUNS}/")],
         "_config.yml",
         "_toc.yml",
@@ -148,7 +157,7 @@ rule pretrain:
         "mnemodyn run {input[0]} {output[0]} -f - <<< {params.parameters}"
 
 
-for name in ("reconstruction", "identification"):
+for name in ("reconstruction", "identification", "operator"):
     rule:
         name:
             name
@@ -156,6 +165,7 @@ for name in ("reconstruction", "identification"):
             f"notebooks/{name}.ipynb",
             sources("data", "model", "evaluate"),
             checkpoint(OBJECTIVES[0]),
+            files("book/data/reconstruction_*.json") if name == "reconstruction" else [],
         output:
             outputs(name),
         message:
@@ -193,6 +203,50 @@ rule objectives:
         "mnemodyn run {input[0]} {output[0]} -f - <<< {params.parameters}"
 
 
+# Finished cells stay in the folder, so that an interrupted grid goes on.
+rule ablate:
+    input:
+        "notebooks/ablations.yaml",
+        sources("data", "model", "pretrain"),
+        "mnemodyn/evaluate/ablations.py",
+    output:
+        f"{RUNS}/checkpoints/{PROFILE}/ablations.json",
+    log:
+        f"{RUNS}/checkpoints/{PROFILE}/ablations.log",
+    message:
+        "The grid of ablations ..."
+    params:
+        data=shlex.quote(config["data"]),
+        size=shlex.quote(config.get("ablations") or "quick"),
+        folder=f"{RUNS}/checkpoints/{PROFILE}/ablations",
+    threads: resource("ablate", "threads", 1)
+    resources:
+        mem_mb=resource("ablate", "mem_mb", 4000),
+        runtime=resource("ablate", "runtime", 240),
+        gpu=resource("ablate", "gpu", 0),
+    shell:
+        "mnemodyn ablate {params.data} {input[0]} {params.size} {params.folder} --out {output} "
+        "--threads {threads} > {log}"
+
+
+# Draws the grid of this build, and a larger one that `make ablations` ran beforehand.
+rule ablations:
+    input:
+        "notebooks/ablations.ipynb",
+        f"{RUNS}/checkpoints/{PROFILE}/ablations.json",
+        "book/data/ablations.json",
+        "book/data/published.csv",
+        sources("evaluate"),
+    output:
+        outputs("ablations"),
+    message:
+        "{input[0]} ..."
+    params:
+        parameters=parameters("ablations", quick=f"{RUNS}/checkpoints/{PROFILE}/ablations.json"),
+    shell:
+        "mnemodyn run {input[0]} {output[0]} -f - <<< {params.parameters}"
+
+
 # Draws what benchmarks/speed.py measured beforehand: a benchmark has no place in a run that shares the machine.
 rule speed:
     input:
@@ -206,5 +260,53 @@ rule speed:
         "{input[0]} ..."
     params:
         parameters=parameters("speed"),
+    shell:
+        "mnemodyn run {input[0]} {output[0]} -f - <<< {params.parameters}"
+
+
+for cohort, task in TASKS.items():
+    rule:
+        name:
+            f"downstream_{cohort}"
+        input:
+            "notebooks/downstream.ipynb",
+            "notebooks/tasks.yaml",
+            "book/data/published.csv",
+            "book/data/abide.json" if cohort == "abide" else [],
+            sources("data", "model", "evaluate"),
+            checkpoint(OBJECTIVES[0]),
+        output:
+            outputs(f"downstream_{cohort}"),
+        message:
+            "{input[0]} of " + cohort + " ..."
+        params:
+            parameters=parameters(
+                "downstream",
+                f"downstream_{cohort}",
+                cohort=cohort,
+                checkpoint=f"{TRAINED}/{OBJECTIVES[0]}/best",
+                **task | ({"data": config["cohorts"][cohort]} if cohort in (config.get("cohorts") or {}) else {}),
+            ),
+        threads: resource("downstream", "threads", 1)
+        resources:
+            mem_mb=resource("downstream", "mem_mb", 4000),
+            runtime=resource("downstream", "runtime", 60),
+        shell:
+            "mnemodyn run {input[0]} {output[0]} -f - <<< {params.parameters}"
+
+
+rule protocol:
+    input:
+        "notebooks/protocol.ipynb",
+        "book/data/published.csv",
+        "book/data/abide.json",
+        sources("data", "evaluate"),
+    output:
+        outputs("protocol"),
+    message:
+        "{input[0]} ..."
+    params:
+        parameters=parameters("protocol"),
+    threads: resource("protocol", "threads", 1)
     shell:
         "mnemodyn run {input[0]} {output[0]} -f - <<< {params.parameters}"

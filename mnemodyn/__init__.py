@@ -19,6 +19,9 @@ _HOME = {
     "Store": "mnemodyn.data.store",
     "ModelConfig": "mnemodyn.model.config",
     "MnemoDyn": "mnemodyn.model.network",
+    "MnemoDynEncoder": "mnemodyn.evaluate.readout",
+    "from_pretrained": "mnemodyn.hub",
+    "publish": "mnemodyn.hub",
     "run_notebook": "mnemodyn.running",
 }
 

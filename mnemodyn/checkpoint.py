@@ -83,11 +83,11 @@ class Checkpoint:
                 stacklevel=2,
             )
             return
-        for i, (expected, got) in enumerate(zip(self.parcels, scan.parcels, strict=True)):
-            if expected != got:
+        for i, (name, got) in enumerate(zip(self.parcels, scan.parcels, strict=True)):
+            if name != got:
                 kind = "in another order" if set(self.parcels) == set(scan.parcels) else "others"
                 raise CheckpointError(
-                    f"{scan.source}: parcels are {kind} than the checkpoint's: column {i} should be {expected!r}, "
+                    f"{scan.source}: parcels are {kind} than the checkpoint's: column {i} should be {name!r}, "
                     f"got {got!r}"
                 )
 

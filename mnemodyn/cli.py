@@ -1,4 +1,4 @@
-"""The ``mnemodyn`` command: run a notebook headless, pretrain a network, or describe a checkpoint."""
+"""The ``mnemodyn`` command."""
 
 import argparse
 import json
@@ -40,6 +40,36 @@ exit status: 0 done; 1 the training failed; 2 wrong usage or a refused setting.
 """
 
 
+_START = """\
+start here:
+  mnemodyn embed SCANS/ -o embeddings.csv --checkpoint NAME/MODEL     a vector a scan
+  mnemodyn COMMAND --help                                             what a command takes, with examples
+
+exit status: 0 done; 1 the work failed, and the message says what mends it; 2 wrong usage.
+"""
+_GROUPS = {
+    "scans": ("index", "preprocess", "convert", "simulate"),
+    "a model": ("pretrain", "evaluate", "info", "embed", "reconstruct", "export", "publish"),
+    "the book": ("run", "book"),
+}
+
+
+class _Grouped(argparse.RawDescriptionHelpFormatter):
+    """Commands under headings, in the order of a project."""
+
+    def _format_action(self, action: argparse.Action) -> str:
+        if not isinstance(action, argparse._SubParsersAction):
+            return super()._format_action(action)
+        helps = {listed.dest: listed.help for listed in action._choices_actions}
+        grouped = [name for names in _GROUPS.values() for name in names]
+        groups = {**_GROUPS, "more": tuple(name for name in helps if name not in grouped)}
+        lines = []
+        for title, names in groups.items():
+            there = [name for name in names if name in helps]
+            lines += [f"  {title}:", *(f"    {name:<12} {helps[name]}" for name in there)] if there else []
+        return "\n".join(lines) + "\n"
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit status.
 
@@ -51,7 +81,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Returns
     -------
     int
-        0 done, 1 the notebook or the checkpoint failed, 2 wrong usage or a refused parameter.
+        0 done, 1 the work failed, 2 wrong usage or a refused parameter.
 
     Raises
     ------
@@ -66,7 +96,8 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="mnemodyn",
         description="Operator learning for resting-state fMRI: a reproducible research book.",
-        epilog="To build the whole book: make book",
+        epilog=_START,
+        formatter_class=_Grouped,
     )
     parser.add_argument("--version", action="version", version=f"mnemodyn {_version()}")
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
@@ -109,6 +140,14 @@ def _parser() -> argparse.ArgumentParser:
     _add_convert(commands)
     _add_index(commands)
     _add_simulate(commands)
+    _add_embed(commands)
+    _add_reconstruct(commands)
+    _add_export(commands)
+    _add_publish(commands)
+    _add_book(commands)
+    _add_completion(commands)
+    _add_evaluate(commands)
+    _add_ablate(commands)
     return parser
 
 
@@ -428,9 +467,476 @@ def _simulate(options: argparse.Namespace) -> int:
     return 0
 
 
+_ABLATE = """\
+Train and score every cell of a grid of ablations, fold by fold, and write what each changes.
+
+FOLDER keeps every finished cell: the same command goes on where it was stopped. GRID is a YAML file such as
+notebooks/ablations.yaml, SIZE one of its sizes.
+"""
+
+
+def _add_ablate(commands: argparse._SubParsersAction) -> None:
+    ablate = commands.add_parser(
+        "ablate",
+        help="run a grid of ablations",
+        description=_ABLATE,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    ablate.add_argument("data", metavar="DATA", help='"hcp7", or a folder of scans')
+    ablate.add_argument("grid", metavar="GRID", help="YAML file of the cells and sizes")
+    ablate.add_argument("size", metavar="SIZE", help="one of its sizes")
+    ablate.add_argument("folder", metavar="FOLDER", help="where finished cells are kept")
+    ablate.add_argument("--out", required=True, metavar="FILE", help="JSON of the result")
+    ablate.add_argument("--folds", type=int, metavar="N", help="in place of the size's")
+    ablate.add_argument("--threads", type=int, default=1, metavar="N", help="CPU threads (default: 1)")
+    ablate.set_defaults(command=_ablate)
+
+
+def _ablate(options: argparse.Namespace) -> int:
+    from dataclasses import replace
+    from datetime import UTC, datetime
+
+    from mnemodyn.evaluate.ablations import collect, read_grid, run_grid
+    from mnemodyn.files import write_json
+
+    try:
+        grid = read_grid(options.grid, options.size)
+        grid = replace(grid, folds=options.folds) if options.folds else grid
+    except (OSError, ValueError) as error:
+        return _fail(error, 2)
+    try:
+        import torch
+
+        from mnemodyn import load_scans
+
+        torch.set_num_threads(options.threads)
+        records = run_grid(grid, load_scans(options.data), options.folder)
+    except (ImportError, OSError, RuntimeError, ValueError) as error:
+        return _fail(error, 1)
+    minutes = sum(record["cpu_seconds"] for found in records.values() for record in found) / 60
+    facts = {
+        "data": options.data,
+        "size": options.size,
+        "command": f"mnemodyn ablate {options.data} {options.grid} {options.size} FOLDER --out FILE",
+        "cpu_minutes": round(minutes, 1),
+        "date": datetime.now(UTC).date().isoformat(),
+    }
+    write_json(options.out, collect(grid, records, **facts))
+    print(f"{options.out}: {len(grid.cells)} cells, {grid.folds} folds")
+    return 0
+
+
+def _add_checkpoint(command: argparse.ArgumentParser) -> None:
+    """The options that name a checkpoint, and how scans are read."""
+    command.add_argument(
+        "-c", "--checkpoint", required=True, metavar="CHECKPOINT", help="folder or file, or NAME/MODEL on the hub"
+    )
+    command.add_argument("--revision", metavar="NAME", help="branch, tag or commit on the hub")
+    command.add_argument("--subfolder", default="", metavar="FOLDER", help="where in the repository it is")
+    command.add_argument("--compat", default="none", choices=["none", "reference"], help="reference: a draft's .ckpt")
+    command.add_argument("--scaling", metavar="METHOD", help="for a checkpoint that does not know its own")
+    command.add_argument("--device", default="cpu", help="cpu or cuda (default: cpu)")
+    command.add_argument("--t-r", type=float, metavar="SECONDS", help="for files that do not state it")
+    command.add_argument(
+        "--frames-first",
+        action=argparse.BooleanOptionalAction,
+        help="rows are frames (or parcels), for files that do not say",
+    )
+    command.add_argument(
+        "--max-constant-parcels", type=int, default=0, metavar="N", help="that a scan may have (default: 0)"
+    )
+
+
+def _checkpoint(options: argparse.Namespace):
+    from dataclasses import replace
+
+    from mnemodyn.data.scaling import Scaling
+    from mnemodyn.hub import from_pretrained
+
+    if not sys.stderr.isatty():
+        _quiet()
+    checkpoint = from_pretrained(
+        options.checkpoint, compat=options.compat, revision=options.revision, subfolder=options.subfolder
+    )
+    if options.scaling:
+        if checkpoint.scaling is not None:
+            raise ValueError(
+                f"{options.checkpoint} was trained with scaling {checkpoint.scaling.method!r}; leave --scaling out"
+            )
+        checkpoint = replace(checkpoint, scaling=Scaling(options.scaling))
+    checkpoint.model.to(options.device)
+    return checkpoint
+
+
+def _quiet() -> None:
+    from huggingface_hub.utils import disable_progress_bars
+
+    disable_progress_bars()
+
+
+def _reading(options: argparse.Namespace) -> dict:
+    return {name: getattr(options, name) for name in ("t_r", "frames_first", "max_constant_parcels")}
+
+
+_EMBED = """\
+Write a vector for every scan into a table: what a frozen network reads out of it.
+
+SCANS are files (.ptseries.nii, .tsv, .csv, .1D, .npy, .npz, .mat), folders that are searched for them, or stores.
+One scan is in memory at a time. An interrupted call, given again, goes on where it stopped. Scans that cannot be used
+are listed with the reason in OUTPUT_refused.tsv and stop nothing; the status is 1 only if none could be used.
+"""
+_EMBED_EXAMPLES = """\
+examples:
+  mnemodyn embed derivatives/xcp_d -o embeddings.csv -c lab/mnemodyn-450
+  mnemodyn embed *.1D -o embeddings.parquet -c runs/pretrain --t-r 2 --readout latent_mean latent_correlation
+"""
+
+
+def _add_embed(commands: argparse._SubParsersAction) -> None:
+    embed = commands.add_parser(
+        "embed",
+        help="write a vector for every scan",
+        description=_EMBED,
+        epilog=_EMBED_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    embed.add_argument("scans", nargs="+", metavar="SCANS", help="files, folders or stores")
+    embed.add_argument("-o", "--output", required=True, metavar="FILE", help="table to write: .csv or .parquet")
+    embed.add_argument(
+        "--readout",
+        nargs="+",
+        default=["latent_mean", "latent_sd"],
+        metavar="NAME",
+        help="what is read out (default: latent_mean latent_sd)",
+    )
+    embed.add_argument("--pattern", default="*", metavar="GLOB", help="which names of a folder, such as '*4S456*'")
+    _add_checkpoint(embed)
+    embed.add_argument("--json", action="store_true", help="print what was done as JSON")
+    embed.set_defaults(command=_embed)
+
+
+def _embed(options: argparse.Namespace) -> int:
+    try:
+        from mnemodyn.embed import embed
+
+        done = embed(
+            options.scans,
+            _checkpoint(options),
+            options.output,
+            names=options.readout,
+            pattern=options.pattern,
+            progress=_progress,
+            **_reading(options),
+        )
+    except (ImportError, OSError, RuntimeError, ValueError) as error:
+        return _fail(error, 1)
+    if options.json:
+        print(json.dumps({"output": options.output, **done._asdict()}, indent=2, ensure_ascii=False))
+        return 0
+    resumed = f" ({done.n_resumed} of them from before)" if done.n_resumed else ""
+    print(f"{options.output}: {done.n_scans} scans{resumed}, {done.n_features} features")
+    if done.refused:
+        listing = Path(options.output).with_name(f"{Path(options.output).stem}_refused.tsv")
+        print(f"mnemodyn: {len(done.refused)} scans refused, see {listing}", file=sys.stderr)
+    return 0
+
+
+_RECONSTRUCT = """\
+Fill the censored frames of a scan (those that *_outliers.tsv beside it marks) with what the network makes of the
+frames around them. All other frames stay as they were measured.
+"""
+
+
+def _add_reconstruct(commands: argparse._SubParsersAction) -> None:
+    reconstruct = commands.add_parser(
+        "reconstruct",
+        help="fill a scan's censored frames",
+        description=_RECONSTRUCT,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    reconstruct.add_argument("scan", metavar="SCAN", help="a scan's file")
+    reconstruct.add_argument(
+        "-o", "--output", required=True, metavar="FILE", help="sub-....ptseries.nii or sub-..._timeseries.tsv"
+    )
+    reconstruct.add_argument("--whole", action="store_true", help="write the reconstruction of every frame")
+    _add_checkpoint(reconstruct)
+    reconstruct.add_argument("--json", action="store_true", help="print what was done as JSON")
+    reconstruct.set_defaults(command=_reconstruct)
+
+
+def _reconstruct(options: argparse.Namespace) -> int:
+    try:
+        from mnemodyn.embed import reconstruct
+
+        done = reconstruct(options.scan, _checkpoint(options), options.output, whole=options.whole, **_reading(options))
+    except (ImportError, OSError, RuntimeError, ValueError) as error:
+        return _fail(error, 1)
+    if options.json:
+        print(json.dumps({"output": options.output, **done}, indent=2))
+    else:
+        print(f"{options.output}: {done['n_filled']} of {done['n_frames']} frames filled")
+    return 0
+
+
+_EXPORT = """\
+Write a network as a program that runs without this package: FILE.pt2 for torch.export.load, FILE.onnx for an ONNX
+runtime. FILE.json beside it says what goes in: parcels in their order, repetition time, scaling.
+"""
+
+
+def _add_export(commands: argparse._SubParsersAction) -> None:
+    export = commands.add_parser(
+        "export",
+        help="write a network as a .pt2 or .onnx program",
+        description=_EXPORT,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    export.add_argument("checkpoint", metavar="CHECKPOINT", help="folder or file, or NAME/MODEL on the hub")
+    export.add_argument("output", metavar="FILE", help="program to write: .pt2 or .onnx")
+    export.add_argument(
+        "--frames", type=int, metavar="N", help="of the scans it will read (default: those of a training window)"
+    )
+    export.set_defaults(command=_export)
+
+
+def _export(options: argparse.Namespace) -> int:
+    try:
+        from mnemodyn.export import export
+        from mnemodyn.hub import from_pretrained
+
+        print(export(from_pretrained(options.checkpoint), options.output, n_timepoints=options.frames))
+    except (ImportError, OSError, RuntimeError, ValueError) as error:
+        return _fail(error, 1)
+    return 0
+
+
+_PUBLISH = """\
+Push a checkpoint to the Hugging Face Hub: weights (safetensors), configuration, scaling, parcels in their order,
+training metrics, and a model card written from the run.
+
+SOURCE is a run's folder (its best checkpoint is taken), a checkpoint's folder, a .ckpt of the published draft, or a
+version folder of its trainer (the best validation metric in the names is taken). The token is HF_TOKEN or that of
+`hf auth login`. Participants' identifiers are replaced by their number.
+"""
+_PUBLISH_EXAMPLES = """\
+examples:
+  mnemodyn publish runs/pretrain --repo-id lab/mnemodyn-450 --results book/runs/reconstruction.json --dry-run
+  mnemodyn publish lightning_logs/version_3 --repo-id lab/draft --private --revision v1
+"""
+
+
+def _add_publish(commands: argparse._SubParsersAction) -> None:
+    publish = commands.add_parser(
+        "publish",
+        help="push a checkpoint to the Hugging Face Hub",
+        description=_PUBLISH,
+        epilog=_PUBLISH_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    publish.add_argument("source", metavar="SOURCE", help="run, checkpoint or version folder")
+    publish.add_argument("--repo-id", required=True, metavar="NAME/MODEL", help="repository, made where it is missing")
+    publish.add_argument("--private", action="store_true", default=None, help="where it is made, make it private")
+    publish.add_argument("--revision", metavar="BRANCH", help="made where it is missing (default: main)")
+    publish.add_argument("--subfolder", default="", metavar="FOLDER", help="folder of the repository")
+    publish.add_argument(
+        "--licence", "--license", default="mit", metavar="ID", help="the hub's identifier (default: mit)"
+    )
+    publish.add_argument("--commit-message", default="Publish a MnemoDyn checkpoint", metavar="TEXT")
+    publish.add_argument("--results", nargs="+", default=[], metavar="FILE", help="JSON of results for the card")
+    publish.add_argument("--metrics", metavar="FILE", help="CSV of training metrics, where it is not beside")
+    publish.add_argument("--hyper-parameters", metavar="FILE", help="YAML of settings, for a .ckpt without")
+    publish.add_argument("--keep-participants", action="store_true", help="publish their identifiers too")
+    publish.add_argument("--dry-run", action="store_true", help="send nothing, show the folder that would be pushed")
+    publish.set_defaults(command=_publish)
+
+
+def _publish(options: argparse.Namespace) -> int:
+    contents = {
+        name: getattr(options, name)
+        for name in ("subfolder", "licence", "results", "metrics", "hyper_parameters", "keep_participants")
+    }
+    try:
+        from mnemodyn.hub import publish, write_folder
+
+        if not sys.stderr.isatty():
+            _quiet()
+        if options.dry_run:
+            return _show(options.repo_id, write_folder, options.source, contents)
+        address = publish(
+            options.source,
+            options.repo_id,
+            private=options.private,
+            revision=options.revision,
+            commit_message=options.commit_message,
+            **contents,
+        )
+    except (ImportError, OSError, RuntimeError, ValueError) as error:
+        return _fail(error, 1)
+    print(address)
+    return 0
+
+
+def _show(repo_id: str, write_folder, source: str, contents: dict) -> int:
+    import tempfile
+
+    with tempfile.TemporaryDirectory() as folder:
+        write_folder(source, folder, repo_id=repo_id, **contents)
+        place = "/".join(filter(None, (repo_id, contents["subfolder"])))
+        for path in sorted(Path(folder).iterdir()):
+            print(f"{place}/{path.name}\t{path.stat().st_size} bytes")
+        print(f"\n{(Path(folder) / 'README.md').read_text(encoding='utf-8')}")
+    return 0
+
+
+_BOOK = """\
+Run every notebook of a profile and build the pages, in a clone of the repository: `make book` for an environment that
+is already there.
+"""
+
+
+def _add_book(commands: argparse._SubParsersAction) -> None:
+    book = commands.add_parser(
+        "book",
+        help="run the notebooks and build the pages",
+        description=_BOOK,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    book.add_argument("--profile", default="quick", metavar="NAME", help="profiles/NAME.yaml (default: quick)")
+    book.add_argument("--cores", type=int, default=2, metavar="N", help="processor cores (default: 2)")
+    book.add_argument("--data", metavar="FOLDER", help="scans of your own in place of the profile's")
+    book.add_argument("-n", "--dry-run", action="store_true", help="say what would run")
+    book.set_defaults(command=_book)
+
+
+def _book(options: argparse.Namespace) -> int:
+    import subprocess
+    from importlib.util import find_spec
+
+    from mnemodyn.files import find_root
+
+    root = find_root()
+    profile = root / "profiles" / f"{options.profile}.yaml"
+    if not (root / "Snakefile").is_file():
+        return _fail(FileNotFoundError(f"{root} holds no Snakefile; go to a clone of the repository"), 2)
+    if not profile.is_file():
+        known = ", ".join(sorted(path.stem for path in profile.parent.glob("*.yaml")))
+        return _fail(FileNotFoundError(f"there is no profile {options.profile!r}; there are {known}"), 2)
+    if find_spec("snakemake") is None:
+        return _fail(ImportError("the book needs snakemake: pip install 'mnemodyn[book]', or run make book"), 1)
+    words = [sys.executable, "-m", "snakemake", "--configfile", str(profile), "--cores", str(options.cores)]
+    words += ["-n"] * options.dry_run + (["--config", f"data={options.data}"] if options.data else [])
+    return int(subprocess.run(words, cwd=root, check=False).returncode != 0)
+
+
+_COMPLETION = """\
+Print a script that completes commands and options. For bash:
+
+  mnemodyn completion bash > ~/.local/share/bash-completion/completions/mnemodyn
+"""
+
+
+def _add_completion(commands: argparse._SubParsersAction) -> None:
+    completion = commands.add_parser(
+        "completion",
+        help="print a script for the shell's completion",
+        description=_COMPLETION,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    completion.add_argument("shell", choices=["bash", "zsh", "tcsh"])
+    completion.set_defaults(command=_completion)
+
+
+def _completion(options: argparse.Namespace) -> int:
+    try:
+        import shtab
+    except ImportError:
+        return _fail(ImportError("completion needs shtab: pip install 'mnemodyn[completion]'"), 1)
+    print(shtab.complete(_parser(), shell=options.shell))
+    return 0
+
+
 def _progress(done: int, total: int) -> None:
     if sys.stderr.isatty():
         print(f"\r{done} of {total} scans", end="\n" if done == total else "", file=sys.stderr, flush=True)
+
+
+_EVALUATE = """\
+Predict a target from a cohort's scans by several methods on the same folds over participants, and write scores with
+95 % intervals. Without --method: confounds and fc, and with --checkpoint model and model+fc too.
+"""
+
+
+def _add_evaluate(commands: argparse._SubParsersAction) -> None:
+    evaluate = commands.add_parser("evaluate", help="predict a target from a cohort's scans", description=_EVALUATE)
+    evaluate.add_argument("cohort", metavar="COHORT", help="name or YAML file")
+    evaluate.add_argument("source", metavar="FOLDER_OR_STORE", help="folder of the scans, or a store")
+    evaluate.add_argument("--target", required=True, metavar="T", help="one of the cohort's targets")
+    evaluate.add_argument("--json", required=True, metavar="OUT", help="where the scores go")
+    evaluate.add_argument("--checkpoint", metavar="C", help="folder of a checkpoint")
+    evaluate.add_argument("--method", nargs="+", metavar="M", help="such as fc, tangent, model+fc, finetune_all")
+    evaluate.add_argument("--folds", type=int, default=5, metavar="N", help="default: 5")
+    evaluate.add_argument("--repeats", type=int, default=5, metavar="N", help="default: 5")
+    evaluate.add_argument("--leave-one-site-out", action="store_true", help="in place of folds")
+    evaluate.add_argument("--control", choices=("permuted", "noise"), help="shuffled labels, or scans of white noise")
+    evaluate.add_argument("--cache", metavar="DIR", help="keep read-outs and folds here, so that a second run goes on")
+    evaluate.add_argument("--jobs", type=int, default=1, metavar="N", help="processes (default: 1)")
+    evaluate.add_argument("--seed", type=int, default=0, metavar="S")
+    evaluate.set_defaults(command=_evaluate)
+
+
+def _evaluate(options: argparse.Namespace) -> int:
+    from mnemodyn.checkpoint import load_checkpoint
+    from mnemodyn.data.cohorts import load_cohort
+    from mnemodyn.evaluate import downstream, splits
+    from mnemodyn.files import write_json
+
+    methods = options.method or ["confounds", "fc", *(["model", "model+fc"] if options.checkpoint else [])]
+    try:
+        cohort = load_cohort(options.cohort)
+        kinds = {target.name: target.kind for target in cohort.targets}
+        if options.target not in kinds:
+            raise ValueError(f"--target must be one of {', '.join(kinds)} for {cohort.name}, got {options.target!r}")
+        if unknown := [m for m in methods if m not in downstream.METHODS]:
+            raise ValueError(f"--method must be among {', '.join(downstream.METHODS)}, got {unknown[0]!r}")
+    except ValueError as error:
+        return _fail(error, 2)
+    try:
+        checkpoint = load_checkpoint(options.checkpoint) if options.checkpoint else None
+        scans, origin = downstream.open_scans(cohort, options.source, workers=options.jobs)
+        task = downstream.Task.of(scans.table, options.target, kinds[options.target])
+        scans = downstream.Rows(scans, task.rows)
+        if options.leave_one_site_out:
+            folds = splits.leave_one_site_out(task.table)
+        else:
+            folds = splits.repeated_folds(
+                task.table, task.target, n_folds=options.folds, n_repeats=options.repeats, seed=options.seed
+            )
+        if options.control == "permuted":
+            task = downstream.permuted(task, options.seed)
+        elif options.control == "noise":
+            scans = downstream.noise_scans(scans, options.seed)
+        found = downstream.evaluate(
+            scans,
+            task,
+            folds,
+            methods,
+            checkpoint=checkpoint,
+            cache=options.cache,
+            n_jobs=options.jobs,
+            seed=options.seed,
+            say=lambda line: print(line, file=sys.stderr, flush=True),
+        )
+        content = {"cohort": cohort.name, "simulated": getattr(origin, "simulated", None), "control": options.control}
+        content |= {"excluded": len(origin.excluded)} | downstream.report(found, seed=options.seed)
+        write_json(options.json, content)
+        folds.write(Path(options.json).with_suffix(".folds.csv"))
+    except (OSError, ValueError) as error:
+        return _fail(error, 1)
+    for row in content["rows"]:
+        value = row[task.metric]
+        shown = f"{value['value']:.3f} ({value['low']:.3f} to {value['high']:.3f})" if row["failed"] == [] else "FAILED"
+        print(f"{row['method']}: {task.metric} {shown}, n = {row['n']}")
+    return int(any(row["failed"] for row in content["rows"]))
 
 
 if __name__ == "__main__":

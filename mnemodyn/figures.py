@@ -26,18 +26,25 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Picture",
+    "ablations",
     "atlas",
     "carpet",
     "connectivity",
+    "downstream",
+    "field",
     "filled_stretches",
+    "generated",
     "identification",
     "learning_curve",
+    "matrices",
     "objective_curves",
     "outlying",
     "r2_lines",
     "r2_parcels",
     "reconstruction",
     "reconstruction_grid",
+    "scales",
+    "scores",
     "show",
     "spectra",
     "speed",
@@ -56,7 +63,7 @@ def use_style() -> None:
             "figure.figsize": (7, 3),
             "figure.dpi": 100,
             "figure.constrained_layout.use": True,
-            "axes.prop_cycle": matplotlib.cycler(color=COLOURS),
+            "axes.prop_cycle": plt.cycler(color=COLOURS),
             "axes.spines.top": False,
             "axes.spines.right": False,
             "font.size": 9,
@@ -347,6 +354,25 @@ def reconstruction(rows: pd.DataFrame) -> Figure:
     return figure
 
 
+def differences(rows: pd.DataFrame) -> Figure:
+    """R2 of the network minus that of each method, with its interval, one panel a data set.
+
+    `rows` has ``data, method, value, low, high``.
+    """
+    sets = list(rows["data"].unique())
+    height = 0.9 + 0.3 * max(rows.groupby("data").size())
+    figure, axes = plt.subplots(1, len(sets), figsize=(7, height), sharey=True, squeeze=False)
+    order = rows.groupby("method")["value"].mean().sort_values(ascending=False).index
+    for ax, name in zip(axes[0], sets, strict=True):
+        part = rows[rows["data"] == name].set_index("method").reindex(order)
+        error = np.abs(part[["low", "high"]].to_numpy().T - part["value"].to_numpy())
+        ax.errorbar(part["value"], np.arange(len(part)), xerr=error, fmt="o", ms=4, capsize=2, color=COLOURS[0])
+        ax.axvline(0, color="black", lw=0.8)
+        ax.set(title=name, xlabel="R² of MnemoDyn minus the method's")
+    axes[0, 0].set_yticks(np.arange(len(order)), [LABELS.get(m, m) for m in order])
+    return figure
+
+
 def reconstruction_grid(rows: pd.DataFrame) -> Figure:
     """R2 against the length of the hidden stretches, one panel a hidden share."""
     shares = sorted(rows["hidden_share"].unique())
@@ -415,3 +441,180 @@ def speed(rows: pd.DataFrame, by: str, label: str) -> Figure:
         ax.minorticks_off()
     figure.legend(*axes[0].get_legend_handles_labels(), ncols=4, loc="outside upper center")
     return figure
+
+
+def ablations(rows: pd.DataFrame) -> Figure:
+    """Forest plot: what each cell changes, with its interval; filled where the interval leaves zero out.
+
+    Parameters
+    ----------
+    rows : DataFrame
+        ``label``, ``group``, ``value``, ``low``, ``high`` (the last two may be missing).
+    """
+    rows = rows.sort_values("value", ascending=False).reset_index(drop=True)
+    groups = list(dict.fromkeys(sorted(rows["group"])))
+    figure, ax = plt.subplots(figsize=(7, 0.9 + 0.21 * len(rows)))
+    for (name, group), marker in zip(rows.groupby("group", sort=True), cycle("os^vDPX*"), strict=False):
+        colour = COLOURS[groups.index(name) % len(COLOURS)]
+        clear = (group["low"] > 0) | (group["high"] < 0)
+        ax.hlines(group.index, group["low"], group["high"], color=colour, lw=1.2)
+        for kept, fill in ((clear, colour), (~clear, "white")):
+            ax.plot(
+                group.loc[kept, "value"], group.index[kept], marker, ms=5, mec=colour, mfc=fill, ls="none",
+                label=name if kept is clear else None,
+            )  # fmt: skip
+    handles = [
+        matplotlib.lines.Line2D([], [], marker=m, color=COLOURS[i % len(COLOURS)], ls="none", ms=5, label=name)
+        for i, (name, m) in enumerate(zip(groups, cycle("os^vDPX*"), strict=False))
+    ]
+    ax.axvline(0, color="black", lw=0.8)
+    ax.set_yticks(rows.index, rows["label"])
+    ax.set(xlabel="change of R² on hidden entries", ylim=(len(rows) - 0.4, -0.6))
+    # Most changes are small beside a few: linear near zero, logarithmic beyond.
+    ax.set_xscale("symlog", linthresh=0.01)
+    ends = max(0.01, float(rows[["value", "low", "high"]].abs().max().max()))
+    ticks = [t for t in (0.01, 0.03, 0.1, 0.3, 1, 3) if t <= 1.3 * ends]
+    low, high = float(rows[["value", "low"]].min().min()), float(rows[["value", "high"]].max().max())
+    ticks = [-t for t in ticks[::-1] if -t > 1.5 * low] + [0] + [t for t in ticks if t < 1.5 * high]
+    ax.set_xticks(ticks, [f"{t:+g}".replace("-", "\N{MINUS SIGN}") if t else "0" for t in ticks])
+    ax.minorticks_off()
+    ax.grid(axis="x", color="0.9", lw=0.6)
+    ax.set_axisbelow(True)
+    figure.legend(handles=handles, ncols=5, loc="outside upper center")
+    return figure
+
+
+def matrices(drawn: dict[str, np.ndarray], label: str, *, names: Sequence[str] = ()) -> Figure:
+    """Matrices side by side, each on its own scale: those with negative entries around zero, others up from it.
+
+    `names` are those of rows and columns, of which about twelve are written at the first matrix. Colours end at the
+    99th percentile.
+    """
+    figure, axes = plt.subplots(1, len(drawn), figsize=(7, 1.4 + 5.2 / len(drawn)), squeeze=False)
+    for ax, (title, matrix) in zip(axes[0], drawn.items(), strict=True):
+        signed, top = matrix.min() < 0, np.quantile(np.abs(matrix), 0.99)
+        limits = {"cmap": "RdBu_r", "vmin": -top} if signed else {"cmap": "cividis", "vmin": 0}
+        image = ax.imshow(matrix, interpolation="none", vmax=top, **limits)
+        ax.set_title(title, fontsize=9)
+        bar = figure.colorbar(image, ax=ax, shrink=0.6, orientation="horizontal", pad=0.04)
+        bar.locator = matplotlib.ticker.MaxNLocator(2)
+        bar.update_ticks()
+        if names:
+            ax.set(xticks=[], yticks=[])
+    if names:
+        every = max(1, len(names) // 12)
+        axes[0, 0].set_yticks(range(0, len(names), every), names[::every], fontsize=6)
+    figure.supxlabel(label, fontsize=9)
+    return figure
+
+
+def field(responses: Sequence[dict], t_r: float) -> Figure:
+    """Singular values of each block's mean field, and what the field is a function of, along a window.
+
+    `responses` are of `mnemodyn.evaluate.inside.field_response`, one a block.
+    """
+    figure, (left, right) = plt.subplots(1, 2, figsize=(7, 2.6), width_ratios=[1, 1.6])
+    for i, (found, marker) in enumerate(zip(responses, "os^vDP", strict=False), 1):
+        left.plot(np.arange(1, len(found["values"]) + 1), found["values"], marker, ls="-", ms=3, label=f"block {i}")
+    left.set(xlabel="singular value", ylabel="share of the sum", ylim=(0, None))
+    left.legend()
+    z = responses[0]["z"]
+    for k in range(z.shape[1]):
+        right.plot(_seconds(len(z), t_r), z[:, k], lw=0.9)
+    right.set(xlabel="time (s)", ylabel="z of block 1")
+    return figure
+
+
+def scales(shares: dict[str, np.ndarray], bands: Sequence[str]) -> Figure:
+    """Share of the energy in each scale of the pyramid, a line a series, the slowest band first."""
+    figure, ax = plt.subplots(figsize=(7, 3))
+    for (name, share), marker in zip(shares.items(), cycle("os^vDPX*"), strict=False):
+        ax.plot(range(len(share)), share[::-1], marker=marker, ms=4, lw=1.2, label=name)
+    ax.set_xticks(range(len(bands)), list(bands)[::-1])
+    ax.set(xlabel="band of the scale (Hz)", ylabel="share of the energy", ylim=(0, None))
+    figure.legend(*ax.get_legend_handles_labels(), loc="outside right upper")
+    return figure
+
+
+def generated(found: dict[str, list[dict]]) -> Figure:
+    """Spectra, similarity of connectivity and metastability of series, a group a colour, a point a series.
+
+    The dicts are of `mnemodyn.evaluate.inside.summarise`.
+    """
+    figure, (left, middle, right) = plt.subplots(1, 3, figsize=(7, 2.9), width_ratios=[1.6, 1, 1])
+    for i, ((name, series), marker) in enumerate(zip(found.items(), "os^vDP", strict=False)):
+        colour = COLOURS[i]
+        left.plot(series[0]["frequency"], np.mean([s["power"] for s in series], 0), color=colour, lw=1.3)
+        for ax, measure in ((middle, "fc_similarity"), (right, "metastability")):
+            ax.plot([i] * len(series), [s[measure] for s in series], marker, color=colour, ms=5, mfc="none", label=name)
+    left.set(xlabel="frequency (Hz)", ylabel="power (per Hz)", yscale="log")
+    left.yaxis.set_major_formatter("{x:g}")
+    left.minorticks_off()
+    middle.set_ylabel("similarity of FC (r)")
+    right.set_ylabel("metastability")
+    for ax in (middle, right):
+        ax.set(xticks=[], xlim=(-0.6, len(found) - 0.4))
+    handles = dict(zip(*middle.get_legend_handles_labels()[::-1], strict=True))
+    figure.legend(handles.values(), handles, ncols=len(found), loc="outside upper center")
+    return figure
+
+
+METRICS = {
+    "balanced_accuracy": "balanced accuracy",
+    "auc": "ROC AUC",
+    "macro_f1": "macro-F1",
+    "accuracy": "accuracy",
+    "r": "Pearson r",
+    "r_within_site": "r within sites",
+    "r2": "R²",
+    "mae": "mean absolute error",
+    "mse_z": "MSE, z-scored target",
+}
+
+
+def downstream(reports: dict[str, dict], metric: str, chance: float | None, title: str = "") -> Figure:
+    """A score a method with its interval, a colour a report.
+
+    Parameters
+    ----------
+    reports : dict of str to dict
+        Name in the legend -> report of :func:`mnemodyn.evaluate.downstream.report`.
+    metric : str
+    chance : float, optional
+        Drawn as a dotted line.
+    title : str
+    """
+    names = list(dict.fromkeys(row["method"] for report in reports.values() for row in report["rows"]))[::-1]
+    figure, ax = plt.subplots(figsize=(7, 1.2 + 0.27 * len(names)))
+    for number, (label, report) in enumerate(reports.items()):
+        rows = [row for row in report["rows"] if row[metric]["value"] is not None]
+        place = [names.index(row["method"]) - 0.18 * number for row in rows]
+        value = np.array([row[metric]["value"] for row in rows])
+        error = np.abs([[row[metric][side] - row[metric]["value"] for row in rows] for side in ("low", "high")])
+        ax.errorbar(value, place, xerr=error, fmt="os^v"[number % 4], ms=4, lw=1.2, capsize=2, label=label)
+    if chance is not None:
+        ax.axvline(chance, color="black", ls=":", lw=0.8)
+    ax.set_yticks(range(len(names)), [LABELS.get(name, name) for name in names])
+    ax.set(xlabel=METRICS[metric], title=title)
+    if len(reports) > 1:
+        figure.legend(*ax.get_legend_handles_labels(), ncols=len(reports), loc="outside upper center")
+    return figure
+
+
+def scores(report: dict, metrics: Sequence[str]) -> pd.DataFrame:
+    """A report as a table of texts: a row a method, value and interval a metric, n, folds and p."""
+
+    def text(score: dict | None) -> str:
+        if not score or score["value"] is None:
+            return "failed"
+        shown = f"{score['value']:.3f}"
+        shown += f" ({score['low']:.3f} to {score['high']:.3f})" if score["low"] is not None else ""
+        return shown.replace("-", "\N{MINUS SIGN}")
+
+    rows = []
+    for row in report["rows"]:
+        line = {"method": LABELS.get(row["method"], row["method"]), "n": row["n"], "folds": row["n_folds"]}
+        line |= {METRICS[metric]: text(row.get(metric)) for metric in metrics}
+        p = row.get("p")
+        rows.append(line | {"p": "" if p is None else "< 0.001" if p < 0.001 else f"{p:.3f}"})
+    return pd.DataFrame(rows)

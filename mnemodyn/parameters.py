@@ -129,7 +129,7 @@ def read_parameters(notebook: Any) -> dict[str, Any]:
     found = {}
     try:
         for line in ast.parse(tagged[0]).body:
-            targets = line.targets if isinstance(line, ast.Assign) else [line.target]
+            targets: list = line.targets if isinstance(line, ast.Assign) else [line.target]
             value = ast.literal_eval(line.value)
             if value is not None and type(value) not in _EXPECTED:
                 raise ValueError

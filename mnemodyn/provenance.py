@@ -17,6 +17,8 @@ PACKAGES = (
     "scipy",
     "pandas",
     "pywavelets",
+    "scikit-learn",
+    "nilearn",
     "nibabel",
     "torchcde",
     "matplotlib",
@@ -31,7 +33,7 @@ PACKAGES = (
 
 def surroundings() -> dict:
     """Versions of the packages that matter, commit (and whether files differ from it), Python, platform, CPUs."""
-    versions = {}
+    versions: dict[str, str | None] = {}
     for package in PACKAGES:
         try:
             versions[package] = metadata.version(package)

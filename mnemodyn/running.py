@@ -110,7 +110,7 @@ def run_notebook(
     }
     write_json(record, manifest)
 
-    failure = None
+    failure: dict | None = None
     try:
         _execute(source, partial, given, kernel_name)
     except KeyboardInterrupt:
@@ -184,7 +184,7 @@ def _execute(source: Any, partial: Path, parameters: dict, kernel_name: str) -> 
 
             def _kernel_spec_manager_default(self) -> KernelSpecManager:
                 # With no folder to look in, "python3" is the kernel of sys.executable.
-                own = {"kernel_dirs": []} if kernel_name == "python3" else {}
+                own: dict[str, list] = {"kernel_dirs": []} if kernel_name == "python3" else {}
                 return KernelSpecManager(parent=self, **own)
 
         logging.getLogger("papermill").setLevel(logging.CRITICAL)

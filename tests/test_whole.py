@@ -56,7 +56,8 @@ def test_windows_and_whole_are_scored_on_the_same_entries(model, scans):
 def test_readouts_are_what_their_names_say(model, scans):
     x = Scaling()(scans[0])
     with torch.no_grad():
-        z = model(torch.from_numpy(x[None]), T_R).latents[0].double().numpy()
+        output = model(torch.from_numpy(x[None]), T_R)
+    z, y = (o[0].double().numpy() for o in (output.latents, output.reconstruction))
     levels = pywt.wavedec(z.T, "db2", mode="periodization", level=2)
     i, j = np.triu_indices(6, 1)
     expected = {
@@ -65,6 +66,8 @@ def test_readouts_are_what_their_names_say(model, scans):
         "latent_max": z.max(0),
         "scale_energy": np.concatenate([np.log((c**2).mean(-1)) for c in levels]),
         "latent_correlation": np.arctanh(np.corrcoef(z.T)[i, j]),
+        "response": np.arctanh(np.corrcoef(y.T)[np.triu_indices(y.shape[1], 1)]),
+        "last_frame": y[-1],
     }
     assert set(expected) == set(READOUTS)
     for name, value in expected.items():

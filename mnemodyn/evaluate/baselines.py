@@ -23,6 +23,8 @@ from typing import Self
 import numpy as np
 import torch
 
+from mnemodyn.model.front import conditional_mean, lag_covariances, power
+
 # Matrix entries held at once while solving a batch: 2**25 in float64 are 256 MiB.
 _HELD_ENTRIES = 2**25
 
@@ -200,6 +202,84 @@ class VAR(_Gaussian):
         leaving = [transition.T @ noise @ transition] * n_steps + [torch.zeros_like(noise)]
         diagonal = [a + b for a, b in zip(arriving, leaving, strict=True)]
         return _fill(x, hidden, self.mean, diagonal, -noise @ transition)
+
+
+class LowRank(_Gaussian):
+    """Probabilistic PCA: a frame is `rank` factors and white noise, hidden parcels follow from visible ones [1]_.
+
+    The covariance is the maximum-likelihood one, the leading eigenvectors and the mean of the other eigenvalues;
+    `shrinkage` is not needed and is set to next to nothing.
+
+    References
+    ----------
+    .. [1] Tipping and Bishop (1999), Journal of the Royal Statistical Society B 61(3), 611-622.
+    """
+
+    fill = SpatialGaussian.fill
+
+    def __init__(self, rank: int, shrinkage: float = 1e-6, **moments):
+        super().__init__(shrinkage=shrinkage, **moments)
+        object.__setattr__(self, "rank", rank)
+
+    def fit(self, scans: Sequence[np.ndarray]) -> Self:
+        """As `SpatialGaussian`; ValueError too if `rank` leaves no eigenvalue for the noise."""
+        full = SpatialGaussian(self.shrinkage).fit(scans)
+        n = len(full.mean)
+        if not 0 < self.rank < n:
+            raise ValueError(f"rank must be between 1 and {n - 1}, got {self.rank}")
+        values, vectors = np.linalg.eigh(full.covariance)
+        noise, vectors = values[: n - self.rank].mean(), vectors[:, n - self.rank :]
+        factors = (vectors * (values[n - self.rank :] - noise)) @ vectors.T
+        return LowRank(self.rank, self.shrinkage, mean=full.mean, covariance=factors + noise * np.eye(n))
+
+
+@dataclass(frozen=True, eq=False)
+class SpatiotemporalGaussian:
+    """Mean of the hidden entries given all visible ones of a window, under a stationary Gaussian process.
+
+    Every pair of frames up to `n_lags` apart is correlated as in the training scans, see
+    `mnemodyn.model.front.lag_covariances`, where `shrinkage` is explained.
+
+    Parameters
+    ----------
+    n_lags
+        Largest lag, in frames.
+    own
+        Weight in [0, 1) of the scan's own covariance, from products of visible pairs, beside the group's. Then the
+        process is the group's, mixed so that it has this covariance. Such a prediction is not linear in the scan.
+    mean, lags
+        Moments set by `fit`.
+    """
+
+    shrinkage: float = 0.1
+    n_lags: int = 8
+    own: float = 0.0
+    mean: np.ndarray | None = None
+    lags: np.ndarray | None = None
+
+    def fit(self, scans: Sequence[np.ndarray]) -> Self:
+        """Return a fitted copy; errors as of `lag_covariances`."""
+        mean, lags = lag_covariances(scans, self.n_lags, self.shrinkage)
+        return replace(self, mean=mean, lags=lags)
+
+    def fill(self, x: np.ndarray, hidden: np.ndarray) -> np.ndarray:
+        """Return `x` with `hidden` predicted; RuntimeError before `fit`, ValueError on a shape or a visible NaN."""
+        x, hidden = _Gaussian._checked(self, x, hidden)
+        centred, mask = torch.from_numpy(np.where(hidden, 0.0, x - self.mean)), torch.from_numpy(hidden)
+        lags = torch.from_numpy(self.lags)
+        filled = [
+            conditional_mean(c, m, lags, self._mixing(c, m) if self.own else None, tolerance=1e-5)
+            for c, m in zip(centred.split(8), mask.split(8), strict=True)
+        ]
+        return np.where(hidden, torch.cat(filled).numpy() + self.mean, x)
+
+    def _mixing(self, x: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
+        seen, group = (~hidden).to(x.dtype), torch.from_numpy(self.lags[0])
+        pairs = seen.mT @ seen
+        own = torch.where(pairs > 0, (x.mT @ x) / pairs.clamp_min(1), group)
+        # A covariance from unequal pairs need not be one: its negative eigenvalues are cut off.
+        mixed = (1 - self.own) * group + self.own * own
+        return power(mixed, 0.5, least=1e-3) @ power(group, -0.5)
 
 
 def _inverse(matrix: np.ndarray) -> torch.Tensor:

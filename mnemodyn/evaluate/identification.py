@@ -237,7 +237,8 @@ def identify_by_length(
         for start in [k * length for k in range(half // length)][:max_windows]:
             begins = [(start, len(scan) // 2 + start) for scan in scans]
             first, second = (
-                [features(scan[at[side] :][:length]) for scan, at in zip(scans, begins, strict=True)] for side in (0, 1)
+                np.array([features(scan[at[side] :][:length]) for scan, at in zip(scans, begins, strict=True)])
+                for side in (0, 1)
             )
             found.append(identify(first, second, standardise=standardise))
         accuracies, idiffs = (np.array([f[key] for f in found]) for key in ("accuracy", "idiff"))

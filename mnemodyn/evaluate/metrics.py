@@ -43,7 +43,8 @@ def hidden_sums(x: np.ndarray, prediction: np.ndarray, hidden: np.ndarray) -> tu
             raise ValueError(f"{name} must be finite where hidden, got NaN or infinity")
     truth = np.where(hidden, x, 0).astype(np.float64)
     error = truth - np.where(hidden, prediction, 0)
-    return tuple(np.atleast_1d((a**2).sum((-2, -1))) for a in (error, truth))
+    residual, total = (np.atleast_1d((a**2).sum((-2, -1))) for a in (error, truth))
+    return residual, total
 
 
 def r2_hidden(x: np.ndarray, prediction: np.ndarray, hidden: np.ndarray) -> float:

@@ -53,7 +53,7 @@ class LatentReadout:
         for ridge in self.ridges:
             maps = _ridge(z[:first], x[:first], hidden[:first], ridge)
             errors[ridge] = ((z[first:] @ maps - x[first:]) ** 2)[hidden[first:]].sum()
-        self.ridge = min(errors, key=errors.get)
+        self.ridge = min(errors, key=errors.__getitem__)
         self.maps = _ridge(z, x, hidden, self.ridge)
         return self
 

@@ -1,39 +1,56 @@
-"""Frozen read-outs: one vector a scan (or window) from what the network computes on it."""
+"""Frozen read-outs: vectors of a scan (or window) from what the network computes on it."""
 
-from collections.abc import Callable
+import hashlib
+import io
+from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import numpy as np
 import torch
+from sklearn.base import BaseEstimator, TransformerMixin
+from sklearn.utils.validation import check_is_fitted
 
-from mnemodyn.model.network import MnemoDyn
+from mnemodyn.checkpoint import Checkpoint, load_checkpoint
+from mnemodyn.data.scans import Scan, fingerprint
+from mnemodyn.files import write_bytes
+from mnemodyn.model.network import MnemoDyn, Output
 from mnemodyn.model.wavelet import wavedec
 
-__all__ = ["READOUTS", "readout"]
+__all__ = ["READOUTS", "MnemoDynEncoder", "readout", "readouts"]
 
 
-def _scale_energy(latents: torch.Tensor, model: MnemoDyn) -> torch.Tensor:
-    coefficients = wavedec(latents.T[None], model.config.wavelet, model.config.n_levels)
+def _scale_energy(output: Output, model: MnemoDyn) -> torch.Tensor:
+    coefficients = wavedec(output.latents[0].T[None], model.config.wavelet, model.config.n_levels)
     return torch.stack([c[0].square().mean(-1).clamp_min(1e-12).log() for c in coefficients]).flatten()
 
 
-def _correlation(latents: torch.Tensor, _: MnemoDyn) -> torch.Tensor:
-    channels = torch.triu_indices(latents.shape[1], latents.shape[1], 1)
-    r = torch.corrcoef(latents.T)[channels[0], channels[1]]
+def _correlation(series: torch.Tensor) -> torch.Tensor:
+    columns = torch.triu_indices(series.shape[1], series.shape[1], 1)
+    r = torch.corrcoef(series.T)[columns[0], columns[1]]
     return torch.atanh(torch.nan_to_num(r).clamp(-0.999999, 0.999999))
 
 
-READOUTS: dict[str, Callable[[torch.Tensor, MnemoDyn], torch.Tensor]] = {
-    "latent_mean": lambda latents, _: latents.mean(0),
-    "latent_sd": lambda latents, _: latents.std(0),
-    "latent_max": lambda latents, _: latents.amax(0),
+READOUTS: dict[str, Callable[[Output, MnemoDyn], torch.Tensor]] = {
+    "latent_mean": lambda output, _: output.latents[0].mean(0),
+    "latent_sd": lambda output, _: output.latents[0].std(0),
+    "latent_max": lambda output, _: output.latents[0].amax(0),
     "scale_energy": _scale_energy,
-    "latent_correlation": _correlation,
+    "latent_correlation": lambda output, _: _correlation(output.latents[0]),
+    "response": lambda output, _: _correlation(output.reconstruction[0]),
+    "last_frame": lambda output, _: output.reconstruction[0, -1],
 }
 
 
 @torch.no_grad()
-def readout(model: MnemoDyn, x: np.ndarray, t_r: float, name: str) -> np.ndarray:
-    """Read one vector out of a frozen network.
+def readouts(
+    model: MnemoDyn,
+    x: np.ndarray,
+    t_r: float,
+    names: Sequence[str] = tuple(READOUTS),
+    *,
+    censored: np.ndarray | None = None,
+) -> dict[str, np.ndarray]:
+    """Read vectors out of a frozen network, in one pass.
 
     Parameters
     ----------
@@ -43,17 +60,122 @@ def readout(model: MnemoDyn, x: np.ndarray, t_r: float, name: str) -> np.ndarray
         Scaled values; nothing is hidden.
     t_r : float
         Repetition time in seconds.
-    name : str
+    names : sequence of str
         ``latent_mean``, ``latent_sd``, ``latent_max``: over time, one value a channel of the last block's latents.
         ``scale_energy``: log mean square of their wavelet coefficients, one a level and channel.
         ``latent_correlation``: Fisher-z correlations between channels.
+        ``response``: Fisher-z correlations between parcels of what the operators make of the scan.
+        ``last_frame``: the last frame of that, which is all that the published draft's heads read.
+    censored : ndarray of bool, shape (time,), optional
 
     Returns
     -------
-    ndarray, shape (feature,), float64
+    dict of str to ndarray, shape (feature,), float64
     """
-    if name not in READOUTS:
-        raise ValueError(f"read-out must be one of {tuple(READOUTS)}, got {name!r}")
+    unknown = [name for name in names if name not in READOUTS]
+    if unknown:
+        raise ValueError(f"read-out must be one of {tuple(READOUTS)}, got {unknown[0]!r}")
     parameter = next(model.parameters())
-    latents = model(torch.as_tensor(x[None]).to(parameter), t_r).latents[0]
-    return READOUTS[name](latents.double(), model).cpu().numpy()
+    missing = None if censored is None else torch.as_tensor(censored[None], device=parameter.device)
+    output = model(torch.as_tensor(x[None]).to(parameter), t_r, censored=missing)
+    output = Output(output.reconstruction.double(), output.latents.double(), None)
+    return {name: READOUTS[name](output, model).cpu().numpy() for name in names}
+
+
+def readout(model: MnemoDyn, x: np.ndarray, t_r: float, name: str) -> np.ndarray:
+    """One vector of `readouts`, (feature,), float64."""
+    return readouts(model, x, t_r, (name,))[name]
+
+
+class MnemoDynEncoder(TransformerMixin, BaseEstimator):
+    """Scans to the read-outs of a frozen network, as a transformer of scikit-learn.
+
+    Nothing is fitted but the number of parcels, so that it may stand in a pipeline or before it.
+
+    Parameters
+    ----------
+    checkpoint : str, Path or Checkpoint
+    readouts : tuple of str
+        Concatenated in this order; see :func:`readouts`.
+    untrained : int, optional
+        Seed of random weights that replace the checkpoint's: what is left without pretraining.
+    cache : str or Path, optional
+        Folder where the read-outs of each scan are kept, by the digests of weights and scan.
+    device : str
+        Such as ``cpu`` or ``cuda``.
+
+    Examples
+    --------
+    >>> model = make_pipeline(MnemoDynEncoder("checkpoint"), StandardScaler(), LogisticRegression())  # doctest: +SKIP
+    >>> model.fit(scans, diagnosis)  # doctest: +SKIP
+    """
+
+    def __init__(
+        self, checkpoint=None, readouts=("latent_mean", "latent_sd"), untrained=None, cache=None, device="cpu"
+    ):
+        self.checkpoint = checkpoint
+        self.readouts = readouts
+        self.untrained = untrained
+        self.cache = cache
+        self.device = device
+
+    def __sklearn_tags__(self):
+        tags = super().__sklearn_tags__()
+        tags.input_tags.two_d_array, tags.input_tags.three_d_array = False, True
+        tags.requires_fit = False
+        return tags
+
+    def fit(self, X: Sequence[Scan], y=None) -> "MnemoDynEncoder":
+        """Load the checkpoint and check that the scans have its parcels."""
+        checkpoint = self._loaded()
+        for scan in X:
+            checkpoint.check(scan)
+        self.n_parcels_ = checkpoint.model.config.n_parcels
+        return self
+
+    def transform(self, X: Sequence[Scan]) -> np.ndarray:
+        """Read-outs of every scan, (scan, feature), float64."""
+        check_is_fitted(self, "n_parcels_")
+        blocks = self.blocks(X)
+        return np.concatenate([blocks[name] for name in self.readouts], axis=1)
+
+    def blocks(self, scans: Sequence[Scan]) -> dict[str, np.ndarray]:
+        """Each read-out apart, (scan, feature); scans are read one at a time."""
+        checkpoint = self._loaded()
+        model = checkpoint.model.to(self.device).eval()
+        digest = hashlib.sha256(repr(model.config).encode())
+        for name, value in sorted(model.state_dict().items()):
+            digest.update(name.encode() + value.cpu().numpy().tobytes())
+        digest = digest.hexdigest()
+        rows = [self._one(checkpoint, model, scan, digest) for scan in scans]
+        return {name: np.array([row[name] for row in rows]) for name in self.readouts}
+
+    def _one(self, checkpoint: Checkpoint, model: MnemoDyn, scan: Scan, digest: str) -> dict[str, np.ndarray]:
+        checkpoint.check(scan)
+        path = None if self.cache is None else Path(self.cache) / digest[:16] / f"{fingerprint([scan])[:32]}.npz"
+        if path is not None and path.is_file():
+            with np.load(path) as kept:
+                if set(self.readouts) <= set(kept.files):
+                    return {name: kept[name].astype(float) for name in self.readouts}
+        if checkpoint.scaling is None:
+            raise ValueError("the checkpoint does not know its scaling; fill it in with dataclasses.replace")
+        found = readouts(model, checkpoint.scaling(scan), scan.t_r, self.readouts, censored=scan.censored)
+        # Rounded alike whether or not they come from the cache, so that a second run gives what the first gave.
+        found = {name: value.astype(np.float32) for name, value in found.items()}
+        if path is not None:
+            stream = io.BytesIO()
+            np.savez(stream, **found)
+            write_bytes(path, stream.getvalue())
+        return {name: value.astype(float) for name, value in found.items()}
+
+    def _loaded(self) -> Checkpoint:
+        if self.checkpoint is None:
+            raise ValueError("checkpoint must be a checkpoint or its folder, got None")
+        checkpoint = self.checkpoint if isinstance(self.checkpoint, Checkpoint) else load_checkpoint(self.checkpoint)
+        if self.untrained is None:
+            return checkpoint
+        from dataclasses import replace
+
+        with torch.random.fork_rng():
+            torch.manual_seed(self.untrained)
+            return replace(checkpoint, model=MnemoDyn(checkpoint.model.config).eval())

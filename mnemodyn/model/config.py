@@ -3,7 +3,7 @@
 from dataclasses import asdict, dataclass, fields
 from typing import Literal, get_args
 
-__all__ = ["ModelConfig"]
+__all__ = ["PRESETS", "ModelConfig"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,7 +25,7 @@ class ModelConfig:
     field_rank : int
         Rank r of the field.
     n_levels : int
-        Levels J of the wavelet pyramid.
+        Levels J of the wavelet pyramid; 0 for none, which leaves the coarse operator to act on all frames.
     kernel_size : int
         Samples a banded operator joins, odd.
     n_segments : int
@@ -36,9 +36,12 @@ class ModelConfig:
     n_dense_layers : int
         Dense operators on the coarsest approximation.
     wavelet : str
-        A PyWavelets wavelet with orthogonal filters.
+        A PyWavelets wavelet with orthogonal filters, or ``lazy``: even and odd samples apart, no filter.
     activation : str
         ``gelu``, ``silu`` or ``tanh``.
+    control : str
+        What the field is contracted with: the path's ``derivative``, as published; its ``value``; or ``none``, which
+        leaves the drive to the lift.
     lift : bool
         Add a linear map of (values, what is visible) to the drive. Not in the published block.
     residual : bool
@@ -47,6 +50,20 @@ class ModelConfig:
         A learned factor a parcel on the output.
     multiresolution : bool
         Compute the multi-resolution loss.
+    front : str
+        ``none``: hidden entries start as zero. ``gaussian``: they start as their conditional mean under the group's
+        Gaussian process, adapted to the scan (:class:`~mnemodyn.model.front.Front`), and the blocks start as no
+        change to it. Not in the published network; neither are the settings of the front end that follow.
+    front_lags : int
+        Largest lag in frames of the process.
+    front_shrinkage : float
+        Weight in (0, 1] of noise in the process.
+    front_weight : float
+        Frames, > 0, that the group's covariance counts for in a scan's own.
+    front_steps : int
+        Of the adaptation to the scan; 0 for none.
+    front_modes : int
+        Directions in which people's covariances differ, learned from at least twice as many training scans.
     compat : str
         ``none``, or ``reference``: compute as the published draft does, for weights it has trained; see
         ``mnemodyn.model.reference``. The settings below belong to it.
@@ -71,10 +88,17 @@ class ModelConfig:
     n_dense_layers: int = 1
     wavelet: str = "db2"
     activation: str = "gelu"
+    control: Literal["derivative", "value", "none"] = "derivative"
     lift: bool = True
     residual: bool = True
     parcel_scale: bool = False
     multiresolution: bool = False
+    front: Literal["none", "gaussian"] = "none"
+    front_lags: int = 8
+    front_shrinkage: float = 0.1
+    front_weight: float = 200.0
+    front_steps: int = 4
+    front_modes: int = 0
     compat: Literal["none", "reference"] = "none"
     interpolation: Literal["none", "spline", "linear"] = "none"
     linear_bias: bool = True
@@ -88,7 +112,16 @@ class ModelConfig:
                     raise ValueError(f"{f.name} must be one of {', '.join(options)}, got {value!r}")
             elif type(value) is not f.type:
                 raise ValueError(f"{f.name} must be {f.type.__name__}, got {value!r}")
-            least = {"n_timepoints": 2, "n_dense_layers": 0, "n_classes": 0}.get(f.name, 1)
+            least = {
+                "n_timepoints": 2,
+                "n_dense_layers": 0,
+                "n_classes": 0,
+                "n_levels": 0,
+                "front_lags": 0,
+                "front_steps": 0,
+                "front_modes": 0,
+            }
+            least = least.get(f.name, 1)
             if f.type is int and value < least:
                 raise ValueError(f"{f.name} must be >= {least}, got {value}")
         if self.kernel_size % 2 == 0:
@@ -101,6 +134,13 @@ class ModelConfig:
             raise ValueError(
                 f"n_levels {self.n_levels} halves a scan of n_timepoints {self.n_timepoints} below one sample"
             )
+        if not 0 < self.front_shrinkage <= 1 or not self.front_weight > 0:
+            raise ValueError(
+                "front_shrinkage must be in (0, 1] and front_weight > 0 frames, got "
+                f"{self.front_shrinkage} and {self.front_weight}"
+            )
+        if self.front != "none" and not self.residual:
+            raise ValueError("front needs residual=True: blocks change what it filled in")
         self._check_compat()
 
     def _check_compat(self):
@@ -109,7 +149,7 @@ class ModelConfig:
                 if getattr(self, name) != value:
                     raise ValueError(f"{name}={getattr(self, name)!r} needs compat='reference'")
             return
-        for name, value in {"lift": False, "banded": "full"}.items():
+        for name, value in {"lift": False, "banded": "full", "control": "derivative", "front": "none"}.items():
             if getattr(self, name) != value:
                 raise ValueError(f"{name} must be {value} with compat='reference': the draft knows no other")
         if self.interpolation == "none":
@@ -125,6 +165,16 @@ class ModelConfig:
             )
 
     @classmethod
+    def preset(cls, name: str, *, n_parcels: int, n_timepoints: int, **changes) -> "ModelConfig":
+        """A named variant, ``mnemodyn-small``, ``mnemodyn-base``, ``mnemodyn-large`` or ``reference``, with `changes`.
+
+        ``reference`` has the published settings and computes as the published draft does.
+        """
+        if name not in PRESETS:
+            raise ValueError(f"preset must be one of {', '.join(PRESETS)}, got {name!r}")
+        return cls(**{"n_parcels": n_parcels, "n_timepoints": n_timepoints, **PRESETS[name], **changes})
+
+    @classmethod
     def from_dict(cls, settings: dict) -> "ModelConfig":
         """From a mapping, as read from a file or a notebook's parameters."""
         known = [f.name for f in fields(cls)]
@@ -138,3 +188,30 @@ class ModelConfig:
 
     def to_dict(self) -> dict:
         return asdict(self)
+
+
+PRESETS = {
+    "mnemodyn-small": {"front": "gaussian", "n_blocks": 2, "n_channels": 32, "input_width": 32},
+    "mnemodyn-base": {"front": "gaussian", "n_blocks": 2, "n_channels": 96, "input_width": 96},
+    "mnemodyn-large": {
+        "front": "gaussian",
+        "n_blocks": 4,
+        "n_channels": 256,
+        "input_width": 128,
+        "field_rank": 8,
+        "banded": "depthwise",
+    },
+    "reference": {
+        "compat": "reference",
+        "interpolation": "spline",
+        "lift": False,
+        "activation": "tanh",
+        "n_blocks": 4,
+        "n_channels": 300,
+        "input_width": 100,
+        "field_rank": 3,
+        "n_levels": 5,
+        "n_segments": 4,
+        "n_dense_layers": 4,
+    },
+}

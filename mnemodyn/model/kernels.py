@@ -81,6 +81,8 @@ def field_drive(
     for name, value in {"z": z, "derivative": derivative, "weight": weight, "bias": bias}.items():
         if value is not None and not value.is_floating_point():
             raise ValueError(f"{name} must be floating, got {value.dtype}")
+    if torch.compiler.is_exporting():  # tiles and threads do not make a program
+        return field_drive_eager(z, derivative, weight, bias, activation)
     return FieldDrive.apply(z, derivative, weight, bias, NAMES[activation])
 
 

@@ -3,13 +3,16 @@
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
 from mnemodyn.model.config import ModelConfig
 from mnemodyn.model.control import bridge
+from mnemodyn.model.front import Front
 from mnemodyn.model.operator import OperatorBlock
+from mnemodyn.model.pretrained import Pretrained
 from mnemodyn.model.reference import ReferenceBlock, prediction_head, read_settings, read_weights
 
 __all__ = ["MnemoDyn", "Output"]
@@ -36,12 +39,16 @@ class Output(NamedTuple):
     prediction: Tensor | None = None
 
 
-class MnemoDyn(nn.Module):
+class MnemoDyn(nn.Module, Pretrained):
     r"""Wavelet operator driven by the scan's own path.
 
     The stream starts as the visible scan, zero where it is hidden. Each block reads the stream, its derivative per
     second and what was visible, and (``residual``) adds its output to the stream; the stream after the last block
     is the reconstruction. Source: Pal et al., ICLR 2026.
+
+    With ``front="gaussian"`` the stream starts as the visible scan with hidden entries (and censored frames) at their
+    conditional mean, which :meth:`fit_front` learns in closed form; visible entries are put back between blocks, and
+    a fresh network is its front end alone. Where nothing is hidden, the front end does nothing.
 
     Notes
     -----
@@ -68,7 +75,23 @@ class MnemoDyn(nn.Module):
             ReferenceBlock(config, first=i == 0) if self.reference else OperatorBlock(config)
             for i in range(config.n_blocks)
         )
+        self.front = None
+        if config.front == "gaussian":
+            self.front = Front(
+                config.n_parcels,
+                n_lags=config.front_lags,
+                shrinkage=config.front_shrinkage,
+                weight=config.front_weight,
+                steps=config.front_steps,
+                n_modes=config.front_modes,
+            )
         self.head = prediction_head(config) if config.n_classes else None
+
+    def fit_front(self, scans: Sequence[np.ndarray]) -> "MnemoDyn":
+        """Fit the front end, where there is one, to scaled training scans (time, parcel); nothing else changes."""
+        if self.front is not None:
+            self.front.fit(scans)
+        return self
 
     @classmethod
     def from_reference(cls, settings: Mapping, state_dict: Mapping[str, Tensor]) -> "MnemoDyn":
@@ -103,6 +126,7 @@ class MnemoDyn(nn.Module):
         hidden: Tensor | None = None,
         censored: Tensor | None = None,
         lengths: Sequence[int] | Tensor | None = None,
+        filled: Tensor | None = None,
     ) -> Output:
         """Reconstruct scans.
 
@@ -123,6 +147,8 @@ class MnemoDyn(nn.Module):
             zero in the result. Scans of one length are computed together, so that the cost is one pass for each
             distinct length: sort a large set by length before it is cut into batches. The multi-resolution loss is
             then the mean over scans.
+        filled : Tensor, shape (batch, time, parcel), optional
+            What the front end makes of `x`, where that is known already: training keeps it, for it does not change.
 
         Returns
         -------
@@ -142,6 +168,8 @@ class MnemoDyn(nn.Module):
                 raise ValueError(
                     f"{name} must be bool with shape {tuple(shape)} as x has, got {mask.dtype} {tuple(mask.shape)}"
                 )
+        if filled is not None and (self.front is None or filled.shape != x.shape or lengths is not None):
+            raise ValueError("filled is for a network with a front end, of the shape of x and without lengths")
         if lengths is not None:
             return self._by_length(x, t_r, hidden, censored, lengths)
         if t_r is None and not self.reference:
@@ -153,14 +181,19 @@ class MnemoDyn(nn.Module):
             )
         x, unseen, censored = _seen(x, hidden, censored)
         visible = torch.ones_like(x) if unseen is None else (~unseen).to(x.dtype)
-        derivative = None
-        if censored is not None and bool(censored.any()):
+        derivative, given = None, x
+        if self.front is not None:
+            if unseen is not None:
+                x = self.front(x, unseen) if filled is None else filled
+        elif censored is not None and bool(censored.any()):
             if self.reference:
                 raise ValueError("censored frames are not known to the draft: compat='reference' takes none")
             x, derivative = bridge(x, t_r, censored)
         total = x.new_zeros(()) if self.config.multiresolution else None
         latents = x
-        for block in self.blocks:
+        for i, block in enumerate(self.blocks):
+            if i and self.front is not None and unseen is not None:
+                x = torch.where(unseen, x, given)
             y, latents, loss = block(x, t_r, visible, derivative)
             derivative = None  # The path is whole from here on: each block's control comes from its own input.
             x = x + y if self.config.residual else y
@@ -209,6 +242,8 @@ def _seen(x: Tensor, hidden: Tensor | None, censored: Tensor | None) -> tuple[Te
         unseen = censored[..., None].expand_as(x) if hidden is None else hidden | censored[..., None]
     if unseen is not None:
         x = x.masked_fill(unseen, 0)
+    if torch.compiler.is_exporting():  # a program cannot branch on values: its input has to be finite
+        return x, unseen, censored
     finite = x.isfinite()
     if bool(finite.all()):
         return x, unseen, censored

@@ -201,14 +201,17 @@ class OperatorBlock(nn.Module):
             nn.init.normal_(self.lift.weight[:, :p], std=p**-0.5)
             nn.init.zeros_(self.lift.weight[:, p:])
             nn.init.zeros_(self.lift.bias)
-        nn.init.normal_(self.output.weight, std=0.1 * k**-0.5)
+        # Behind a front end a fresh block changes nothing.
+        nn.init.normal_(self.output.weight, std=0.1 * k**-0.5 if config.front == "none" else 0.0)
         if config.linear_bias:
             nn.init.zeros_(self.output.bias)
         self.parcel_scale = nn.Parameter(torch.ones(p)) if config.parcel_scale else None
 
     def derivative(self, x: Tensor, t_r: float | Tensor) -> Tensor:
         """The block's control, from its own input."""
-        return control(x, t_r)
+        if self.config.control == "derivative":
+            return control(x, t_r)
+        return x if self.config.control == "value" else torch.zeros_like(x)
 
     def analysis(self, a: Tensor) -> tuple[Tensor, Tensor]:
         """One level down: approximation and detail of `a`."""
@@ -226,7 +229,9 @@ class OperatorBlock(nn.Module):
         `x` (batch, time, parcel) is the block's input, `visible` (batch, time, parcel) is 1.0 where the scan was
         seen, and `t_r` is in seconds. `derivative` is given where the path was fitted around censored frames.
         """
-        v = self.field(x, self.derivative(x, t_r) if derivative is None else derivative)
+        if derivative is None or self.config.control != "derivative":
+            derivative = self.derivative(x, t_r)
+        v = self.field(x, derivative)
         if self.lift is not None:
             v = v + self.lift(torch.cat([x, visible], dim=-1))
         c, loss = self.pyramid(v.transpose(1, 2))

@@ -21,6 +21,8 @@ __all__ = ["dwt", "idwt", "level_lengths", "wavedec", "waverec"]
 @lru_cache(maxsize=64)
 def _filters(wavelet: str) -> tuple[list[float], list[float]]:
     """Analysis filters h and g."""
+    if wavelet == "lazy":
+        return [0.0, 1.0], [1.0, 0.0]
     try:
         bank = pywt.Wavelet(wavelet)
     except (ValueError, TypeError) as error:

@@ -438,6 +438,8 @@ def pretrain(
 
     torch.manual_seed(training.seed)
     network = MnemoDyn(model)
+    if network.front is not None:
+        network.fit_front([scaling(scan) for scan in train])
     if machine.recompute:
         for block in network.blocks:
             block.forward = partial(torch.utils.checkpoint.checkpoint, block.forward, use_reentrant=False)

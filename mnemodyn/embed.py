@@ -1,0 +1,343 @@
+"""Scans to vectors and back to scans: any number of files, one in memory at a time, taken up again where it stopped."""
+
+import csv
+import hashlib
+import json
+import os
+import re
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from functools import partial
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+from mnemodyn.checkpoint import Checkpoint, CheckpointError
+from mnemodyn.data.formats import read_cifti
+from mnemodyn.data.scaling import Scaling, moments
+from mnemodyn.data.scans import DataError, Scan, load_scan, save_scan, scan_files
+from mnemodyn.evaluate.readout import READOUTS, readouts
+from mnemodyn.files import write_json, write_text
+
+__all__ = ["Embedded", "embed", "reconstruct"]
+
+ABOUT = ("file", "participant_id", "session", "run", "t_r", "n_frames", "n_usable")
+ROWS = 256  # of a group of rows in a Parquet file
+
+
+class Embedded(NamedTuple):
+    """What :func:`embed` did: rows written, how many of them an earlier call had, features, and what was refused."""
+
+    n_scans: int
+    n_resumed: int
+    n_features: int
+    refused: list[dict]
+
+
+class Job(NamedTuple):
+    """A scan to come: its name in the table, what changes when it changes, and how it is loaded."""
+
+    name: str
+    stamp: list
+    load: Callable[[], Scan]
+
+
+def embed(
+    sources: Sequence[str | Path],
+    checkpoint: Checkpoint,
+    output: str | Path,
+    *,
+    names: Sequence[str] = ("latent_mean", "latent_sd"),
+    pattern: str = "*",
+    progress: Callable[[int, int], None] | None = None,
+    **reading: Any,
+) -> Embedded:
+    """Write the read-outs of every scan into a table, a row a scan.
+
+    One scan is in memory at a time. Rows go to a hidden file beside `output` as they are made, so that a call that
+    was interrupted goes on from there; `output` appears whole at the end. A scan that cannot be used is listed in
+    ``OUTPUT_refused.tsv`` and stops nothing.
+
+    Parameters
+    ----------
+    sources : sequence of str or Path
+        Files, folders that are searched for scans, and stores.
+    checkpoint : Checkpoint
+    output : str or Path
+        ``.csv`` or ``.parquet`` (which needs pyarrow). Columns: file, participant_id, session, run, t_r (s),
+        n_frames, n_usable, and ``READOUT_NUMBER`` for each feature (float32).
+    names : sequence of str
+        Read-outs, see :func:`~mnemodyn.evaluate.readout.readouts`.
+    pattern : str
+        Which names of a folder.
+    progress : callable, optional
+        Called with the number done and their total.
+    **reading
+        As in :func:`~mnemodyn.data.scans.load_scan`.
+
+    Raises
+    ------
+    DataError
+        If there is no scan, or none of them can be used.
+    CheckpointError
+        If the checkpoint does not know its scaling.
+    OSError
+        If `output` cannot be written.
+    """
+    output = Path(output)
+    if output.suffix not in (".csv", ".parquet"):
+        raise ValueError(f"output must end in .csv or .parquet, got {output.name!r}")
+    if output.is_dir():
+        raise IsADirectoryError(f"{output} is a folder; name the file to write")
+    if output.suffix == ".parquet":
+        _parquet()
+    if unknown := sorted(set(names) - set(READOUTS)):
+        raise ValueError(f"read-out must be one of {tuple(READOUTS)}, got {unknown[0]!r}")
+    _scaling(checkpoint)
+    jobs = list(_jobs(sources, pattern, {"parcels": checkpoint.parcels, **reading}))
+    output.parent.mkdir(parents=True, exist_ok=True)
+    identity = {"network": _digest(checkpoint), "readouts": list(names), "reading": repr(sorted(reading.items()))}
+    kept = output.with_name(f".{output.name}.part")
+    places, refused, width = _resume(kept, identity), [], 0
+    n_resumed = sum(places.get(job.name, (None, 0))[0] == job.stamp for job in jobs)
+    with open(kept, "ab") as stream:
+        if not stream.tell():
+            stream.write(json.dumps(identity).encode() + b"\n")
+        for i, job in enumerate(jobs):
+            if places.get(job.name, (None, 0))[0] != job.stamp:
+                try:
+                    row = _row(job, checkpoint, names)
+                except (DataError, CheckpointError, OSError, RuntimeError, ValueError) as error:
+                    problem = getattr(error, "problem", type(error).__name__)
+                    refused.append({"file": job.name, "problem": problem, "message": str(error)})
+                    places.pop(job.name, None)
+                else:
+                    places[job.name] = (job.stamp, stream.tell())
+                    stream.write(json.dumps({"stamp": job.stamp, **row}).encode() + b"\n")
+                    stream.flush()
+            if progress:
+                progress(i + 1, len(jobs))
+    listing = output.with_name(f"{output.stem}_refused.tsv")
+    if refused:
+        lines = ("\t".join(re.sub(r"\s+", " ", str(v)) for v in r.values()) for r in refused)
+        write_text(listing, "\n".join(["file\tproblem\tmessage", *lines]) + "\n")
+    else:
+        listing.unlink(missing_ok=True)
+    done = [places[job.name][1] for job in jobs if job.name in places]
+    if not done:
+        raise DataError(f"none of {len(jobs)} scans could be used, the first: {refused[0]['message']}", "none")
+    with open(kept, "rb") as stream:
+        rows = (_at(stream, place) for place in done)
+        width = _write_table(output, rows)
+    kept.unlink()
+    return Embedded(len(done), n_resumed, width, refused)
+
+
+def _jobs(sources: Sequence[str | Path], pattern: str, reading: dict) -> Iterator[Job]:
+    seen = set()
+    for source in sources:
+        path = Path(source)
+        if (path / "store.json").is_file():
+            from mnemodyn.data.store import Store
+
+            store = Store(path)
+            yield from (Job(f"{path}[{i}]", [len(store)], partial(store.__getitem__, i)) for i in range(len(store)))
+            continue
+        for file in scan_files(path, pattern) if path.is_dir() else [path]:
+            if str(file) not in seen:
+                seen.add(str(file))
+                found = file.stat() if file.is_file() else None
+                yield Job(str(file), [found.st_size, found.st_mtime_ns] if found else [], partial(_load, file, reading))
+    if not sources:
+        raise DataError("no scan was named; give files or folders", problem="no-file")
+
+
+def _load(path: Path, reading: dict) -> Scan:
+    """A scan; where its name holds no participant, what comes before the first dot stands for one."""
+    named = re.search(r"sub-[A-Za-z0-9]+", path.name)
+    return load_scan(path, participant_id=None if named else path.name.split(".")[0], **reading)
+
+
+def _row(job: Job, checkpoint: Checkpoint, names: Sequence[str]) -> dict:
+    scan = job.load()
+    checkpoint.check(scan)
+    x, model = _scaling(checkpoint)(scan), checkpoint.model
+    parts = [(x, scan.censored)]
+    if model.reference:  # the draft's weights belong to one length
+        n = model.config.n_timepoints
+        if len(x) < n:
+            raise DataError(f"{job.name}: the checkpoint reads {n} frames, got {len(x)}", problem="too-short")
+        parts = [(x[i : i + n], None) for i in range(0, len(x) - n + 1, n)]
+    found = [readouts(model, part, scan.t_r, names, censored=censored) for part, censored in parts]
+    features = {name: np.mean([f[name] for f in found], axis=0).astype(np.float32) for name in names}
+    about = (job.name, scan.participant_id, scan.session, scan.run, scan.t_r, scan.n_frames, scan.n_usable)
+    return {"about": about, "features": {name: value.tolist() for name, value in features.items()}}
+
+
+def _scaling(checkpoint: Checkpoint) -> Scaling:
+    if checkpoint.scaling is None:
+        raise CheckpointError("the checkpoint does not know its scaling; name it (--scaling, or dataclasses.replace)")
+    return checkpoint.scaling
+
+
+def _digest(checkpoint: Checkpoint) -> str:
+    digest = hashlib.sha256(repr((checkpoint.model.config, checkpoint.scaling, checkpoint.parcels)).encode())
+    for name, value in sorted(checkpoint.model.state_dict().items()):
+        digest.update(name.encode() + value.cpu().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _resume(path: Path, identity: dict) -> dict[str, tuple[list, int]]:
+    """Stamp and place of each row that an interrupted call has left; what was cut off in the middle is dropped."""
+    places: dict[str, tuple[list, int]] = {}
+    if not path.is_file():
+        return places
+    with open(path, "r+b") as stream:
+        try:
+            fits = json.loads(stream.readline()) == identity
+        except ValueError:
+            fits = False
+        end = stream.tell() if fits else 0
+        while fits and (line := stream.readline()).endswith(b"\n"):
+            row = json.loads(line)
+            places[row["about"][0]] = (row["stamp"], end)
+            end = stream.tell()
+        stream.truncate(end)
+    return places
+
+
+def _at(stream: Any, place: int) -> list:
+    stream.seek(place)
+    row = json.loads(stream.readline())
+    columns = [f"{name}_{i}" for name, values in row["features"].items() for i in range(len(values))]
+    values = [value for values in row["features"].values() for value in values]
+    return [columns, row["about"], values]
+
+
+def _write_table(output: Path, rows: Iterator[list]) -> int:
+    """Write rows, a few at a time, and return the number of features; the file appears whole."""
+    written = output.with_name(f".{output.name}.{os.getpid()}.tmp")
+    width = 0
+    try:
+        if output.suffix == ".csv":
+            with open(written, "w", newline="", encoding="utf-8") as stream:
+                table = csv.writer(stream, lineterminator="\n")
+                for columns, about, values in rows:
+                    if not width:
+                        width = len(columns)
+                        table.writerow([*ABOUT, *columns])
+                    table.writerow([*about, *(np.float32(v) for v in values)])
+        else:
+            width = _write_parquet(written, rows)
+        os.replace(written, output)
+    finally:
+        written.unlink(missing_ok=True)
+    return width
+
+
+def _parquet() -> Any:
+    try:
+        import pyarrow.parquet
+    except ImportError as error:
+        raise ValueError("a .parquet needs pyarrow: pip install 'mnemodyn[parquet]', or write a .csv") from error
+    return pyarrow
+
+
+def _write_parquet(path: Path, rows: Iterator[list]) -> int:
+    pa, width = _parquet(), 0
+    writer: Any = None
+    waiting: list[list] = []
+    kinds = [pa.string()] * 4 + [pa.float64(), pa.int64(), pa.int64()]
+
+    def flush() -> None:
+        columns = list(zip(*waiting, strict=True))
+        writer.write_table(pa.table([pa.array(c, f.type) for c, f in zip(columns, schema, strict=True)], schema=schema))
+        waiting.clear()
+
+    try:
+        for columns, about, values in rows:
+            if writer is None:
+                width = len(columns)
+                schema = pa.schema([*zip(ABOUT, kinds, strict=True), *((c, pa.float32()) for c in columns)])
+                writer = pa.parquet.ParquetWriter(path, schema)
+            waiting.append([*about, *values])
+            if len(waiting) == ROWS:
+                flush()
+        if waiting:
+            flush()
+    finally:
+        if writer is not None:
+            writer.close()
+    return width
+
+
+@torch.no_grad()
+def reconstruct(
+    path: str | Path, checkpoint: Checkpoint, output: str | Path, *, whole: bool = False, **reading: Any
+) -> dict:
+    """Fill the censored frames of a scan with what the network makes of the others.
+
+    Parameters
+    ----------
+    path : str or Path
+        A scan with censored frames, see :func:`~mnemodyn.data.scans.load_scan`.
+    checkpoint : Checkpoint
+    output : str or Path
+        ``.ptseries.nii`` or ``.tsv``; a ``.ptseries.nii`` keeps the places of its parcels where `path` states them.
+        Beside it go the censored frames in XCP-D's form and a JSON sidecar; below a folder ``sub-...``, the
+        ``dataset_description.json`` of a BIDS derivative is written where there is none.
+    whole : bool
+        Write the network's reconstruction of every frame, not of the censored ones only.
+    **reading
+        As in :func:`~mnemodyn.data.scans.load_scan`.
+
+    Returns
+    -------
+    dict
+        ``n_frames`` and ``n_filled``.
+
+    Raises
+    ------
+    DataError
+        If no frame is censored and `whole` is not set.
+    CheckpointError
+        If the parcels are not the checkpoint's, or its scaling is not known.
+    """
+    path = Path(path)
+    scan = _load(path, {"parcels": checkpoint.parcels, **reading})
+    checkpoint.check(scan)
+    scaling = _scaling(checkpoint)
+    censored = np.zeros(scan.n_frames, bool) if scan.censored is None else scan.censored
+    if not whole and not censored.any():
+        raise DataError(
+            f"{path.name}: no frame is censored, so there is nothing to fill; a table *_outliers.tsv beside the scan "
+            "names such frames, and whole=True (--whole) writes the reconstruction of every frame",
+            problem="censoring",
+        )
+    from nibabel.cifti2 import ParcelsAxis
+
+    parameter = next(checkpoint.model.parameters())
+    x = torch.as_tensor(scaling(scan)[None]).to(parameter)
+    missing = torch.as_tensor(censored[None], device=x.device) if censored.any() else None
+    y = checkpoint.model(x, scan.t_r, censored=missing).reconstruction[0].double().cpu().numpy()
+    offset, scale = scaling.affine(moments(scan.values, scan.censored))
+    y = np.where(np.isfinite(scale), y, 0) * np.where(np.isfinite(scale), scale, 0) + offset
+    filled = np.ones_like(censored) if whole else censored
+    values = np.where(filled[:, None], y, scan.values).astype(np.float32)
+    axis = None
+    if path.name.endswith(".nii") and str(output).endswith(".nii"):
+        columns = read_cifti(path)[1][1]
+        axis = columns if isinstance(columns, ParcelsAxis) else None
+    output = save_scan(replace(scan, values=values), output, axis=axis)
+    made_by = {"GeneratedBy": [{"Name": "mnemodyn", "Version": version("mnemodyn")}]}
+    facts = {"RepetitionTime": scan.t_r, "Sources": [path.name], "NetworkSHA256": _digest(checkpoint)}
+    facts |= {"FilledFrames": np.flatnonzero(filled)}
+    write_json(output.with_name(f"{output.name.split('.')[0]}.json"), facts | made_by)
+    root = next((folder.parent for folder in output.parents if folder.name.startswith("sub-")), None)
+    if root is not None and not (root / "dataset_description.json").exists():
+        what = {"Name": "Scans with censored frames filled", "BIDSVersion": "1.10.0", "DatasetType": "derivative"}
+        write_json(root / "dataset_description.json", what | made_by)
+    return {"n_frames": scan.n_frames, "n_filled": int(filled.sum())}

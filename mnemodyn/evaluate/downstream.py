@@ -1,0 +1,785 @@
+"""Targets predicted from scans: every method on the same folds, with intervals, controls and comparisons."""
+
+import hashlib
+import io
+import os
+import re
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import joblib
+import numpy as np
+import pandas as pd
+
+from mnemodyn.checkpoint import Checkpoint
+from mnemodyn.data.cohorts import Cohort, Index, index
+from mnemodyn.data.scans import DataError, Scan
+from mnemodyn.data.store import Store
+from mnemodyn.evaluate.features import CONFOUNDS, confounds, connectivity, frames
+from mnemodyn.evaluate.heads import Features, Standardised, Tangent, predict, rotate
+from mnemodyn.evaluate.readout import READOUTS, MnemoDynEncoder
+from mnemodyn.evaluate.scores import SCORES, chance, corrected_t, interval, measure, resamples
+from mnemodyn.evaluate.splits import Folds, inner_splits, leave_one_site_out, repeated_folds
+from mnemodyn.files import write_bytes
+
+__all__ = [
+    "METHODS",
+    "Evaluation",
+    "Indexed",
+    "Method",
+    "Rows",
+    "Task",
+    "evaluate",
+    "few_shot",
+    "noise_scans",
+    "open_scans",
+    "permuted",
+    "planted",
+    "published",
+    "report",
+    "study",
+    "transfer",
+]
+
+
+class Indexed(Sequence):
+    """The scans of a cohort's index, read when they are asked for.
+
+    Parameters
+    ----------
+    found : Index
+    """
+
+    def __init__(self, found: Index):
+        self.index, self.table = found, found.table
+
+    def __len__(self) -> int:
+        return len(self.table)
+
+    def __getitem__(self, i: int) -> Scan:
+        return self.index.load(self.table.iloc[i])
+
+
+def open_scans(cohort: Cohort, source: str | Path, *, workers: int = 1) -> tuple[Sequence[Scan], Index | Store]:
+    """Scans of a cohort's folder or of a store, with their ``table``; and the index or store they come from.
+
+    Raises
+    ------
+    DataError
+        As `index` and `Store`.
+    """
+    if (Path(source) / "store.json").is_file():
+        store = Store(source)
+        return store, store
+    found = index(cohort, source, workers=workers)
+    return Indexed(found), found
+
+
+class Rows(Sequence):
+    """Some of the scans of a sequence."""
+
+    def __init__(self, scans: Sequence[Scan], rows: Sequence[int]):
+        self.scans, self.rows = scans, [int(i) for i in rows]
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, i: int) -> Scan:
+        return self.scans[self.rows[i]]
+
+
+POOLED = tuple(name for name in READOUTS if name != "last_frame")
+ONE_UNIT = ("latent_correlation", "response")  # read-outs that are correlations throughout
+LOW_MOTION = 0.2  # mm
+
+
+@dataclass(frozen=True)
+class Method:
+    """A way from scans to predictions.
+
+    Attributes
+    ----------
+    head : str
+        See :func:`mnemodyn.evaluate.heads.predict`; or ``finetune``.
+    blocks : tuple of str
+        Features: ``fc``, ``tangent``, ``confounds``, ``site``, ``model:READOUT``, ``untrained:READOUT``. For
+        ``finetune``, what is trained: ``draft``, ``last`` or ``all``.
+    repeats : int, optional
+        Only so many repeats of the folds, for a method that costs much.
+    remove : tuple of str
+        Confounds regressed out of the features in the training folds.
+    """
+
+    head: str
+    blocks: tuple[str, ...]
+    repeats: int | None = None
+    remove: tuple[str, ...] = ()
+
+    @property
+    def needs_checkpoint(self) -> bool:
+        return self.head == "finetune" or any(":" in block for block in self.blocks)
+
+
+METHODS = {
+    "confounds": Method("linear", ("confounds",)),
+    "site": Method("linear", ("site",)),
+    "fc": Method("linear", ("fc",)),
+    "fc_harmonised": Method("linear", ("fc",), 1, CONFOUNDS[:-1]),
+    "fc_pca": Method("pca", ("fc",), 1),
+    "fc_mlp": Method("mlp", ("fc",), 1),
+    "tangent": Method("linear", ("tangent",), 1),
+    "model": Method("pick", tuple(f"model:{name}" for name in POOLED), 2),
+    "model+fc": Method("join", ("fc", *(f"model:{name}" for name in POOLED)), 2),
+    "untrained": Method("pick", tuple(f"untrained:{name}" for name in POOLED), 1),
+    "last_frame": Method("linear", ("model:last_frame",), 1),
+    "draft_head": Method("finetune", ("draft",), 1),
+    "finetune_last": Method("finetune", ("last",), 1),
+    "finetune_all": Method("finetune", ("all",), 1),
+    **{name: Method("linear", (f"model:{name}",), 1) for name in POOLED},
+}
+
+
+@dataclass(frozen=True)
+class Task:
+    """A target and the scans that have it.
+
+    Attributes
+    ----------
+    table : DataFrame
+        A row a scan that has the target: ``participant_id`` and what else is known (``family, site, age, sex,
+        mean_fd, n_frames``).
+    target : str
+    kind : {"classification", "regression"}
+    y : ndarray, shape (scan,)
+        1 for the second of the sorted classes and 0 for the first; or the target.
+    classes : tuple of str
+    rows : ndarray of int
+        Rows of the original table.
+    n_missing : int
+        Scans without the target, which are left out.
+    """
+
+    table: pd.DataFrame = field(repr=False)
+    target: str
+    kind: str
+    y: np.ndarray = field(repr=False)
+    classes: tuple[str, ...]
+    rows: np.ndarray = field(repr=False)
+    n_missing: int
+
+    @classmethod
+    def of(cls, table: pd.DataFrame, target: str, kind: str) -> "Task":
+        """The task of one column.
+
+        Raises
+        ------
+        DataError
+            If there is no such column, it has one class or more than two, or its numbers are all equal.
+        """
+        if target not in table:
+            raise DataError(f"target must be a column of the cohort's table, got {target!r}; it has {list(table)}")
+        if kind not in SCORES:
+            raise DataError(f"kind must be one of {tuple(SCORES)}, got {kind!r}")
+        known = table[target].notna()
+        part = table[known].reset_index(drop=True)
+        part = part.assign(**{c: part[c].replace("", None) for c in ("site", "family") if c in part})
+        values = part[target]
+        classes = tuple(sorted(map(str, values.unique()))) if kind == "classification" else ()
+        if values.nunique() < 2:
+            got = f"only {values.iloc[0]!r}" if len(values) else "no value at all"
+            raise DataError(f"{target}: two classes (or different numbers) are needed, got {got}")
+        if len(classes) > 2:
+            raise DataError(f"{target}: two classes are expected, got {classes}; map or exclude some in the cohort")
+        y = (values.astype(str) == classes[1]).to_numpy(float) if classes else values.to_numpy(float)
+        return cls(part, target, kind, y, classes, np.flatnonzero(known), int((~known).sum()))
+
+    @property
+    def families(self) -> np.ndarray:
+        people = self.table["participant_id"]
+        return (self.table["family"].fillna(people) if "family" in self.table else people).to_numpy()
+
+    @property
+    def metric(self) -> str:
+        """The metric that comes first."""
+        return SCORES[self.kind][0]
+
+
+def permuted(task: Task, seed: int) -> Task:
+    """The task with its labels shuffled over participants: what a pipeline finds in nothing."""
+    people, index = np.unique(task.table["participant_id"], return_inverse=True)
+    first = np.array([task.y[np.flatnonzero(index == i)[0]] for i in range(len(people))])
+    return replace(task, y=np.random.default_rng(seed).permutation(first)[index])
+
+
+class noise_scans(Sequence):
+    """Scans of white noise in the shape of others: whatever is predicted from them, the pipeline made up."""
+
+    def __init__(self, scans: Sequence[Scan], seed: int):
+        self.scans, self.seed = scans, seed
+
+    def __len__(self) -> int:
+        return len(self.scans)
+
+    def __getitem__(self, i: int) -> Scan:
+        scan = self.scans[i]
+        values = np.random.default_rng([self.seed, i]).standard_normal(scan.values.shape).astype(np.float32)
+        return replace(scan, values=values)
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Predictions of every method.
+
+    Attributes
+    ----------
+    task : Task
+    folds : Folds
+    predictions : dict of str to ndarray, shape (repeat, scan)
+        NaN where a fold failed.
+    chosen : dict of str to list of str
+        What was chosen in every fold.
+    failed : dict of str to list of dict
+        ``repeat, fold, error`` of folds that raised.
+    """
+
+    task: Task
+    folds: Folds
+    predictions: dict[str, np.ndarray]
+    chosen: dict[str, list[str]]
+    failed: dict[str, list[dict]]
+
+
+def blocks_of(
+    scans: Sequence[Scan],
+    task: Task,
+    names: Sequence[str],
+    checkpoint: Checkpoint | None = None,
+    cache: str | Path | None = None,
+    seed: int = 0,
+) -> dict[str, Features]:
+    """Features by name, each computed once; see :class:`Method` for the names.
+
+    Raises
+    ------
+    DataError
+        If a name is unknown, or needs a checkpoint and there is none.
+    """
+    found: dict[str, Features] = {}
+    for kind, untrained in (("model", None), ("untrained", seed)):
+        wanted = tuple(dict.fromkeys(n.split(":", 1)[1] for n in names if n.startswith(f"{kind}:")))
+        if wanted:
+            if checkpoint is None:
+                raise DataError(f"read-outs {wanted} need a checkpoint; name one, or leave the method out")
+            encoder = MnemoDynEncoder(checkpoint, wanted, untrained=untrained, cache=cache)
+            for name, values in encoder.blocks(scans).items():
+                cls = Features if name in ONE_UNIT else Standardised
+                found[f"{kind}:{name}"] = cls(values.astype(np.float32) if cls is Features else values)
+    for name in names:
+        if name in found:
+            continue
+        if name == "fc":
+            found[name] = Features(connectivity(scans))
+        elif name == "tangent":
+            found[name] = Tangent([frames(scan) for scan in scans])
+        elif name in ("confounds", "site"):
+            found[name] = Standardised(
+                confounds(task.table, task.target, CONFOUNDS if name == "confounds" else (name,))
+            )
+        else:
+            raise DataError(f"unknown features {name!r}; known are fc, tangent, confounds, site, model:... of {POOLED}")
+    return found
+
+
+def _digest(*parts: object) -> str:
+    digest = hashlib.sha256()
+    for part in parts:
+        if isinstance(part, np.ndarray):
+            digest.update(repr((part.shape, part.dtype)).encode() + np.ascontiguousarray(part).tobytes())
+        elif isinstance(part, list | tuple):
+            digest.update(_digest(*part).encode())
+        else:
+            digest.update(repr(part).encode())
+    return digest.hexdigest()
+
+
+def _code() -> str:
+    return _digest(*(path.read_bytes() for path in sorted(Path(__file__).parent.glob("*.py"))))
+
+
+def _one_fold(
+    method: Method,
+    blocks: dict[str, Features],
+    task: Task,
+    train: np.ndarray,
+    test: np.ndarray,
+    n_inner: int,
+    seed: int,
+    path: Path | None,
+) -> tuple[np.ndarray | None, str]:
+    """Prediction of the test scans and what was chosen, or None and the error."""
+    if path is not None and path.is_file():
+        with np.load(path) as kept:
+            return kept["prediction"], str(kept["chosen"])
+    try:
+        if task.kind == "classification" and len(np.unique(task.y[train])) < 2:
+            raise DataError("the training scans are of one class")
+        splits = inner_splits(task.y[train], task.families[train], n_inner, seed)
+        if method.head == "finetune":
+            from mnemodyn.evaluate.finetune import finetune
+
+            prediction, chosen = finetune(
+                blocks["scans"], task.y, train, test, what=method.blocks[0], kind=task.kind, split=splits[0], seed=seed
+            )
+        else:
+            remove = confounds(task.table, task.target, method.remove) if method.remove else None
+            prediction, chosen = predict(
+                method.head,
+                {name: blocks[name] for name in method.blocks},
+                task.y,
+                train,
+                test,
+                kind=task.kind,
+                splits=splits,
+                remove=remove,
+                seed=seed,
+            )
+    except Exception as error:  # of whatever kind: it is reported with the fold, and the others go on
+        return None, f"{type(error).__name__}: {error}"
+    if path is not None:
+        stream = io.BytesIO()
+        np.savez(stream, prediction=prediction, chosen=chosen)
+        write_bytes(path, stream.getvalue())
+    return prediction, chosen
+
+
+def evaluate(
+    scans: Sequence[Scan],
+    task: Task,
+    folds: Folds,
+    methods: Sequence[str] | dict[str, Method] = ("confounds", "fc"),
+    *,
+    checkpoint: Checkpoint | None = None,
+    cache: str | Path | None = None,
+    n_inner: int = 3,
+    n_jobs: int = 1,
+    seed: int = 0,
+    blocks: dict[str, Features] | None = None,
+    say: Callable[[str], None] = lambda line: None,
+) -> Evaluation:
+    """Predict every participant from the others, by every method, on the same folds.
+
+    Parameters
+    ----------
+    scans : sequence of Scan
+        Those of `task.table`, in its order; read one at a time.
+    task : Task
+    folds : Folds
+    methods : sequence of str, or dict of str to Method
+        Names in `METHODS`, or methods of one's own.
+    checkpoint : Checkpoint, optional
+        For the methods that read a network.
+    cache : str or Path, optional
+        Folder that keeps read-outs and each fold's predictions, so that an interrupted evaluation goes on.
+    n_inner : int
+        Folds within the training folds, by which everything is chosen.
+    n_jobs : int
+        Processes; each takes a fold.
+    seed : int
+    blocks : dict, optional
+        Features computed before, see :func:`blocks_of`; those that are missing are computed and added.
+    say : callable
+        Is given a line a method.
+
+    Raises
+    ------
+    DataError
+        For an unknown method, scans that do not fit the table, or a method that needs a checkpoint without one.
+    """
+    if not isinstance(methods, dict):
+        unknown = [name for name in methods if name not in METHODS]
+        if unknown:
+            raise DataError(f"method must be one of {', '.join(METHODS)}, got {unknown[0]!r}")
+        methods = {name: METHODS[name] for name in methods}
+    if len(scans) != len(task.table):
+        raise DataError(f"scans must be those of the task's table, {len(task.table)}, got {len(scans)}")
+    blocks = {} if blocks is None else blocks
+    needed = [b for m in methods.values() if m.head != "finetune" for b in m.blocks]
+    missing = [name for name in dict.fromkeys(needed) if name not in blocks]
+    blocks |= blocks_of(scans, task, missing, checkpoint, cache, seed)
+    if any(m.head == "finetune" for m in methods.values()) and "scans" not in blocks:
+        from mnemodyn.evaluate.finetune import Series
+
+        if checkpoint is None:
+            raise DataError("fine-tuning needs a checkpoint; name one, or leave the method out")
+        blocks["scans"] = Series.of(checkpoint, scans)
+        if any(m.blocks == ("draft",) for m in methods.values()):
+            blocks["scans"].freeze(task.kind)  # before the processes part
+    people = task.table["participant_id"]
+    work = list(folds.split(people))
+    code = _code() if cache is not None else ""
+    predictions, chosen, failed = {}, {}, {}
+    for name, method in methods.items():
+        start = time.monotonic()
+        used = {b: blocks[b] for b in (("scans",) if method.head == "finetune" else method.blocks)}
+        jobs = [job for job in work if method.repeats is None or job[0] < method.repeats]
+        key = None
+        if cache is not None:
+            contents = [b.digest() if b is blocks.get("scans") else b.values for b in used.values()]
+            key = _digest(code, method, contents, task.y, task.target, folds.digest, list(people), n_inner, seed)
+        paths = [None if key is None else Path(cache) / "folds" / key[:24] / f"{r}-{f}.npz" for r, f, _, _ in jobs]
+        results = joblib.Parallel(n_jobs=n_jobs)(
+            joblib.delayed(_one_fold)(method, used, task, train, test, n_inner, seed, path)
+            for (_, _, train, test), path in zip(jobs, paths, strict=True)
+        )
+        found = np.full((1 + max(job[0] for job in jobs), len(people)), np.nan)
+        chosen[name], failed[name] = [], []
+        for (repeat, fold, _, test), (prediction, note) in zip(jobs, results, strict=True):
+            if prediction is None:
+                failed[name].append({"repeat": repeat, "fold": folds.names[fold], "error": note})
+            else:
+                found[repeat, test] = prediction
+                chosen[name].append(note)
+        predictions[name] = found
+        problem = f", {len(failed[name])} FAILED" if failed[name] else ""
+        say(f"{name}: {len(jobs)} folds in {time.monotonic() - start:.0f} s{problem}")
+    return Evaluation(task, folds, predictions, chosen, failed)
+
+
+def _scores(evaluation: Evaluation, name: str, weights: np.ndarray, rows: np.ndarray, repeats: int | None = None):
+    """Scores averaged over repeats, each (resample,)."""
+    task, people = evaluation.task, evaluation.task.table["participant_id"]
+    folds = evaluation.folds.of(people)
+    sites = task.table.get("site", None)
+    group = None if sites is None or sites.isna().any() or sites.nunique() < 2 else sites.to_numpy()[rows]
+    found = [
+        measure(task.kind, task.y[rows], p[rows], weights[:, rows], fold=folds[r][rows], group=group)
+        for r, p in enumerate(evaluation.predictions[name][:repeats])
+    ]
+    return {metric: np.mean([f[metric] for f in found], axis=0) for metric in found[0]}
+
+
+def _by_fold(evaluation: Evaluation, name: str, repeats: int | None = None) -> np.ndarray:
+    """The first metric in every fold."""
+    task, people = evaluation.task, evaluation.task.table["participant_id"]
+    found = []
+    for folds, p in zip(evaluation.folds.of(people), evaluation.predictions[name][:repeats], strict=False):
+        one = (folds == np.unique(folds)[:, None]).astype(float)
+        found.append(measure(task.kind, task.y, p, one, fold=folds)[task.metric])
+    return np.concatenate(found)
+
+
+def _explained(prediction: np.ndarray, labels: np.ndarray) -> float:
+    """Share of the variance of predictions that lies between labels (eta squared)."""
+    frame = pd.DataFrame({"p": prediction, "label": labels})
+    between = frame.groupby("label")["p"].transform("mean")
+    return float(between.var() / frame["p"].var()) if frame["p"].var() > 0 else 0.0
+
+
+def report(evaluation: Evaluation, *, n_boot: int = 1000, seed: int = 0, baselines: Sequence[str] = ("fc",)) -> dict:
+    """Scores, intervals and comparisons of an evaluation, fit for JSON.
+
+    Parameters
+    ----------
+    evaluation : Evaluation
+    n_boot : int
+        Resamples of participants.
+    seed : int
+    baselines : sequence of str
+        Methods that every other is compared with, on the folds that both have.
+
+    Returns
+    -------
+    dict
+        ``target``, ``kind``, ``classes``, ``n`` (participants), ``n_scans``, ``n_missing`` (scans without the
+        target), ``folds`` (``digest``, ``n_folds``, ``n_repeats``, ``names``).
+
+        ``rows``, one a method: ``method``, ``n``, ``n_folds``, ``failed``, each metric as ``{value, low, high}``,
+        ``fold_sd`` (SD of the first metric over folds), ``p`` (of the first metric against chance, corrected
+        resampled t-test), ``fd_r`` (correlation of predictions with mean FD), ``site_share`` (of their variance),
+        ``low_motion`` (the scores at mean FD < 0.2 mm), ``chosen`` (the most frequent choice).
+
+        ``comparisons``: ``method, baseline, metric, difference`` (paired bootstrap) and ``p`` (corrected t-test).
+    """
+    task = evaluation.task
+    people = task.table["participant_id"]
+    weights = resamples(people, n_boot, seed)
+    every = np.arange(len(people))
+    rows, comparisons = [], []
+    fd = task.table["mean_fd"].to_numpy(float) if "mean_fd" in task.table else np.full(len(people), np.nan)
+    sizes = np.array([[len(test), len(train)] for _, _, train, test in evaluation.folds.split(people)])
+    share = float((sizes[:, 0] / sizes[:, 1]).mean())
+    for name, prediction in evaluation.predictions.items():
+        row = {"method": name, "n": int(people.nunique())}
+        row |= {"n_folds": len(evaluation.chosen[name]), "failed": evaluation.failed[name]}
+        if np.isnan(prediction).any():
+            empty = {"value": None, "low": None, "high": None}
+            rows.append(row | dict.fromkeys(SCORES[task.kind], empty))
+            continue
+        row |= {metric: interval(v) for metric, v in _scores(evaluation, name, weights, every).items()}
+        by_fold, guess = _by_fold(evaluation, name), chance(task.metric)
+        row["fold_sd"] = float(np.nanstd(by_fold, ddof=1)) if np.isfinite(by_fold).sum() > 1 else None
+        row["p"] = corrected_t(by_fold - guess, share)
+        mean = prediction.mean(0)
+        known = np.isfinite(fd)
+        varies = known.sum() > 2 and np.ptp(fd[known]) > 0 and np.ptp(mean[known]) > 0
+        row["fd_r"] = float(np.corrcoef(mean[known], fd[known])[0, 1]) if varies else None
+        if "site" in task.table and task.table["site"].nunique() > 1:
+            row["site_share"] = _explained(mean, task.table["site"].fillna("").to_numpy())
+        calm = np.flatnonzero(fd < LOW_MOTION)
+        if 10 <= len(calm) < len(fd) and len(np.unique(task.y[calm])) > 1:
+            found = _scores(evaluation, name, weights, calm)
+            row["low_motion"] = {"n": int(people.iloc[calm].nunique())} | {m: interval(v) for m, v in found.items()}
+        names = pd.Series(evaluation.chosen[name]).value_counts()
+        row["chosen"] = f"{names.index[0]} ({names.iloc[0]} of {names.sum()})"
+        rows.append(row)
+    whole = [n for n, p in evaluation.predictions.items() if not np.isnan(p).any()]
+    for baseline in baselines:
+        for name in whole:
+            if baseline not in whole or name == baseline:
+                continue
+            repeats = min(len(evaluation.predictions[name]), len(evaluation.predictions[baseline]))
+            ours, theirs = (_scores(evaluation, m, weights, every, repeats) for m in (name, baseline))
+            fold_difference = _by_fold(evaluation, name, repeats) - _by_fold(evaluation, baseline, repeats)
+            for metric in ours:
+                comparisons.append(
+                    {"method": name, "baseline": baseline, "metric": metric, "repeats": repeats}
+                    | {"difference": interval(ours[metric] - theirs[metric])}
+                    | ({"p": corrected_t(fold_difference, share)} if metric == task.metric else {})
+                )
+    return {
+        "target": task.target,
+        "kind": task.kind,
+        "classes": list(task.classes),
+        "n": int(people.nunique()),
+        "n_scans": len(people),
+        "n_missing": task.n_missing,
+        "folds": {
+            "digest": evaluation.folds.digest,
+            "n_folds": len(evaluation.folds.names),
+            "n_repeats": evaluation.folds.n_repeats,
+        },
+        "rows": rows,
+        "comparisons": comparisons,
+    }
+
+
+def study(
+    scans: Sequence[Scan],
+    table: pd.DataFrame,
+    targets: dict[str, str],
+    methods: Sequence[str],
+    *,
+    n_repeats: int = 5,
+    control: Sequence[str] = (),
+    by_site: Sequence[str] = (),
+    shots: Sequence[str] = (),
+    n_boot: int = 1000,
+    seed: int = 0,
+    say: Callable[[str], None] = lambda line: None,
+    **settings: Any,
+) -> dict[str, dict]:
+    """Every target of a cohort, by every method, with controls.
+
+    Parameters
+    ----------
+    scans : sequence of Scan
+    table : DataFrame
+        A row a scan.
+    targets : dict of str to str
+        Name -> ``classification`` or ``regression``.
+    methods : sequence of str
+    n_repeats : int
+        Of the five folds.
+    control : sequence of str
+        Methods that are also run with shuffled labels and, for the first target, on scans of white noise.
+    by_site : sequence of str
+        Methods that are also tested at sites left out, where there are two or more.
+    shots : sequence of str
+        Features for :func:`few_shot`.
+    n_boot, seed : int
+    say : callable
+        Is given a line a method.
+    **settings
+        Of :func:`evaluate`.
+
+    Returns
+    -------
+    dict of str to dict
+        Target -> ``kfold``, ``leave_one_site_out``, ``permuted``, ``noise`` (each a :func:`report`), ``few_shot``.
+    """
+    found, shared = {}, {}
+    for number, (target, kind) in enumerate(targets.items()):
+        task = Task.of(table, target, kind)
+        some = Rows(scans, task.rows)
+        folds = repeated_folds(task.table, target, n_repeats=n_repeats, seed=seed)
+        once = replace(folds, test_fold=folds.test_fold[:1])
+        # Features other than the confounds do not depend on the target, where the same scans have it.
+        key = tuple(task.rows)
+        blocks = {k: v for k, v in shared.get(key, {}).items() if k not in ("confounds", "site")}
+        plans = {"kfold": (some, task, folds, methods)}
+        if by_site and "site" in task.table and task.table["site"].nunique() > 1 and task.table["site"].notna().all():
+            plans["leave_one_site_out"] = (some, task, leave_one_site_out(task.table), by_site)
+        if control:
+            plans["permuted"] = (some, permuted(task, seed), once, control)
+            if number == 0:
+                plans["noise"] = (noise_scans(some, seed), task, once, control)
+        found[target] = {}
+        for plan, arguments in plans.items():
+            done = evaluate(
+                *arguments,
+                blocks={} if plan == "noise" else blocks,
+                seed=seed,
+                say=lambda line, where=f"{target}, {plan}": say(f"{where}: {line}"),
+                **settings,
+            )
+            found[target][plan] = report(done, n_boot=n_boot, seed=seed)
+        shared[key] = blocks
+        if shots:
+            found[target]["few_shot"] = few_shot({name: blocks[name] for name in shots}, task, once, seed=seed)
+    return found
+
+
+def planted(scans: Sequence[Scan], task: Task, truth: dict, *, n_boot: int = 1000, seed: int = 0) -> dict:
+    """The effect planted in a SIMULATED cohort, and what connectivity shows of it.
+
+    Parameters
+    ----------
+    scans : sequence of Scan
+        Those of the task.
+    task : Task
+    truth : dict
+        Returned by ``simulate_cohort``.
+
+    Returns
+    -------
+    dict
+        ``planted`` and ``found`` (``value``, ``low``, ``high``): difference of the target's own edges between the
+        classes, or for one standard deviation of the target, in SDs of the variation between people.
+    """
+    effect = truth["effects"][task.target]
+    inside = np.isin(np.arange(len(scans[0].parcels)), effect["block"])
+    edges = np.outer(inside, inside)[np.tril_indices(len(inside), -1)]
+    strength = np.tanh(connectivity(scans)[:, edges]).mean(1) / truth["edge_sd"]
+    z = task.y - 0.5 if task.classes else (task.y - task.y.mean()) / float(effect["per"].split()[0])
+    weights = resamples(task.table["participant_id"], n_boot, seed)
+    total = weights.sum(1)
+    means = [weights @ v / total for v in (z, strength)]
+    slopes = (weights @ (z * strength) / total - means[0] * means[1]) / (weights @ z**2 / total - means[0] ** 2)
+    return {"planted": effect["d"], "found": interval(slopes)}
+
+
+def published(path: str | Path, cohort: str, target: str) -> pd.DataFrame:
+    """Rows of a table of published results (``study, method, cohort, target, metric, value, sd, source``) for a target.
+
+    Names are compared by their letters and digits alone.
+    """
+    table = pd.read_csv(path)
+    plain = {c: table[c].str.lower().str.replace(r"[^a-z0-9]", "", regex=True) for c in ("cohort", "target")}
+    wanted = [re.sub(r"[^a-z0-9]", "", name.lower()) for name in (cohort, target)]
+    return table[(plain["cohort"] == wanted[0]) & (plain["target"] == wanted[1])].reset_index(drop=True)
+
+
+def few_shot(
+    blocks: dict[str, Features],
+    task: Task,
+    folds: Folds,
+    shots: Sequence[int] = (1, 2, 5, 10, 20, 50),
+    *,
+    seed: int = 0,
+) -> list[dict]:
+    """How the first metric grows with labelled participants: `shots` of each class, drawn from the training folds.
+
+    The penalty cannot be chosen with so few: it is 1 throughout.
+
+    Returns
+    -------
+    list of dict
+        ``features``, ``shots``, ``value`` (mean over folds), ``sd`` (over folds), ``n_folds``.
+    """
+    from sklearn.linear_model import LogisticRegression, Ridge
+
+    people, rows = task.table["participant_id"], []
+    for name, block in blocks.items():
+        for k in shots:
+            found = []
+            for number, (_, _, train, test) in enumerate(folds.split(people)):
+                rng = np.random.default_rng([seed, k, number])
+                first = train[np.unique(people.to_numpy()[train], return_index=True)[1]]
+                sides = [first[task.y[first] == c] for c in (0, 1)] if task.classes else [first]
+                if min(map(len, sides)) < k:
+                    continue
+                few = np.concatenate([rng.choice(side, k, replace=False) for side in sides])
+                if len(few) < 2:
+                    continue
+                a, b = rotate(block.products(few), few, test)
+                model = (LogisticRegression() if task.classes else Ridge()).fit(a, task.y[few])
+                p = model.decision_function(b) if task.classes else model.predict(b)
+                ones = np.ones((1, len(test)))
+                found.append(measure(task.kind, task.y[test], p, ones, fold=np.zeros(len(test)))[task.metric][0])
+            if found:
+                rows.append(
+                    {"features": name, "shots": k, "value": float(np.nanmean(found)), "sd": float(np.nanstd(found))}
+                    | {"n_folds": len(found)}
+                )
+    return rows
+
+
+def transfer(
+    features: tuple[np.ndarray, np.ndarray],
+    source: Task,
+    target: Task,
+    *,
+    standardise: bool = False,
+    n_boot: int = 1000,
+    seed: int = 0,
+) -> dict:
+    """Zero-shot: a head fitted on one cohort, tested on another that it knows nothing of.
+
+    Parameters
+    ----------
+    features : (ndarray, ndarray), each (scan, feature)
+        Of the source's and the target's scans: connectivity in one atlas, or read-outs of one checkpoint.
+    source, target : Task
+        Of one kind, with the same classes.
+    standardise : bool
+        With the source's means and SDs.
+
+    Returns
+    -------
+    dict
+        ``n_source``, ``n``, ``chosen``, and each metric as ``{value, low, high}``.
+
+    Raises
+    ------
+    DataError
+        If the tasks differ in kind or classes, or the features in number.
+    """
+    if (source.kind, source.classes) != (target.kind, target.classes):
+        raise DataError(
+            f"source and target must be one task, got {source.kind} {source.classes} and {target.kind} {target.classes}"
+        )
+    if features[0].shape[1] != features[1].shape[1]:
+        raise DataError(f"features must be the same, got {features[0].shape[1]} and {features[1].shape[1]} of them")
+    n = len(source.y)
+    train, test = np.arange(n), np.arange(n, n + len(target.y))
+    block = (Standardised if standardise else Features)(np.vstack(features))
+    y = np.concatenate([source.y, np.zeros(len(target.y))])
+    splits = inner_splits(source.y, source.families, 3, seed)
+    p, chosen = predict("linear", {"x": block}, y, train, test, kind=source.kind, splits=splits)
+    weights = resamples(target.table["participant_id"], n_boot, seed)
+    scores = measure(target.kind, target.y, p, weights, fold=np.zeros(len(test)))
+    return {
+        "n_source": int(source.table["participant_id"].nunique()),
+        "n": int(target.table["participant_id"].nunique()),
+        "chosen": chosen,
+        **{metric: interval(values) for metric, values in scores.items()},
+    }
+
+
+def default_jobs() -> int:
+    """Processors this process may use."""
+    allowed = getattr(os, "sched_getaffinity", None)
+    return len(allowed(0)) if allowed else os.cpu_count() or 1

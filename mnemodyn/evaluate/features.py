@@ -1,0 +1,76 @@
+"""What a scan is known by before any network: connectivity, and what the scanner and the person's motion tell."""
+
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+import pandas as pd
+
+from mnemodyn.data.scaling import Scaling
+from mnemodyn.data.scans import Scan
+
+__all__ = ["confounds", "connectivity", "frames"]
+
+CONFOUNDS = ("age", "sex", "site", "mean_fd", "n_frames")
+
+
+def frames(scan: Scan) -> np.ndarray:
+    """Z-scored frames that are not censored, (time, parcel), float32; a constant parcel is 0."""
+    x = Scaling()(scan)
+    return x if scan.censored is None else x[~scan.censored]
+
+
+def connectivity(scans: Iterable[Scan]) -> np.ndarray:
+    """Fisher-z Pearson connectivity, by nilearn.
+
+    Parameters
+    ----------
+    scans : iterable of Scan
+        Read one at a time.
+
+    Returns
+    -------
+    ndarray, shape (scan, edge), float32
+        ``edge = parcel (parcel - 1) / 2``. A constant parcel's correlations are 0; those of copies are cut off at
+        0.999999.
+    """
+    from nilearn.connectome import ConnectivityMeasure, sym_matrix_to_vec
+    from sklearn.covariance import EmpiricalCovariance
+
+    pearson = ConnectivityMeasure(EmpiricalCovariance(store_precision=False), kind="correlation", standardize=False)
+    rows = []
+    for scan in scans:
+        x = frames(scan)
+        moving = x.any(0)
+        r = np.zeros((x.shape[1], x.shape[1]))
+        r[np.ix_(moving, moving)] = pearson.fit_transform([x[:, moving].astype(float)])[0]
+        z = np.arctanh(np.clip(sym_matrix_to_vec(r, discard_diagonal=True), -0.999999, 0.999999))
+        rows.append(z.astype(np.float32))
+    return np.array(rows)
+
+
+def confounds(table: pd.DataFrame, target: str, only: Sequence[str] = CONFOUNDS) -> np.ndarray:
+    """Age, sex, site, mean framewise displacement and number of frames, without the target.
+
+    Parameters
+    ----------
+    table : DataFrame
+        A row a scan.
+    target : str
+        Is left out. A cohort that does not know one of them is described by the others.
+    only : sequence of str
+
+    Returns
+    -------
+    ndarray, shape (scan, column)
+        A column a number, and one a category; NaN for numbers that are missing. At least a column of zeros.
+    """
+    columns = [np.zeros((len(table), 1))]
+    for name in only:
+        if name == target or name not in table or table[name].isna().all():
+            continue
+        values = table[name]
+        if name in ("sex", "site"):
+            columns.append(pd.get_dummies(values.astype(object)).to_numpy(float))
+        else:
+            columns.append(values.to_numpy(float)[:, None])
+    return np.concatenate(columns[1:] or columns, axis=1)

@@ -1,0 +1,165 @@
+"""What a habit of evaluation is worth: the same features and labels, one habit at a time."""
+
+import warnings
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+from sklearn.exceptions import ConvergenceWarning
+from sklearn.metrics import accuracy_score, balanced_accuracy_score
+from sklearn.model_selection import train_test_split
+from sklearn.neural_network import MLPClassifier
+
+from mnemodyn.evaluate.downstream import Task
+from mnemodyn.evaluate.splits import inner_splits
+
+__all__ = ["HABITS", "habits", "noise_task", "people_for_sd"]
+
+
+@dataclass(frozen=True)
+class Habit:
+    """What is done otherwise than here.
+
+    Attributes
+    ----------
+    oversample : bool
+        Scans of the smaller class are repeated until the classes are equal, before the division; here classes are
+        weighted in training.
+    by_file : bool
+        Scans are divided, not participants and families.
+    best_epoch : bool
+        The epoch that does best on the test set is reported; here a part of the training set chooses it.
+    """
+
+    oversample: bool = False
+    by_file: bool = False
+    best_epoch: bool = False
+
+
+HABITS = {
+    "this book's protocol": Habit(),
+    "best epoch on the test set": Habit(best_epoch=True),
+    "split by file": Habit(by_file=True),
+    "oversampled before the split": Habit(oversample=True, by_file=True),
+    "all three": Habit(True, True, True),
+}
+
+
+def noise_task(n_participants: int, n_scans: int, n_features: int, share: float, seed: int) -> tuple[np.ndarray, Task]:
+    """Gaussian noise with labels that mean nothing.
+
+    Half of the variance is a person's own, as scans of one person are alike; none of it has to do with the label.
+
+    Parameters
+    ----------
+    n_participants, n_scans, n_features : int
+        Scans of each participant.
+    share : float
+        Of the smaller class.
+    seed : int
+
+    Returns
+    -------
+    values : ndarray, shape (scan, feature)
+    task : Task
+    """
+    rng = np.random.default_rng(seed)
+    person = rng.standard_normal((n_participants, n_features))
+    labels = np.where(np.arange(n_participants) < round(share * n_participants), "a", "b")
+    table = pd.DataFrame({"participant_id": [f"sub-{i:04d}" for i in range(n_participants)], "label": labels})
+    table = table.loc[table.index.repeat(n_scans)].reset_index(drop=True)
+    values = np.repeat(person, n_scans, axis=0) + rng.standard_normal((len(table), n_features))
+    return values / np.sqrt(2), Task.of(table, "label", "classification")
+
+
+def habits(
+    values: np.ndarray, task: Task, *, n_splits: int = 10, epochs: int = 15, n_features: int = 300, seed: int = 0
+) -> list[dict]:
+    """One perceptron, and five ways of telling how good it is.
+
+    Parameters
+    ----------
+    values : ndarray, shape (scan, feature)
+        More than `n_features` are projected at random, which knows no labels.
+    task : Task
+        Of two classes.
+    n_splits : int
+        Random divisions into four fifths and one fifth.
+    epochs : int
+    n_features, seed : int
+
+    Returns
+    -------
+    list of dict
+        ``protocol``; ``accuracy`` and ``balanced_accuracy`` (means over divisions), ``sd`` (of the accuracy over
+        them); ``known``, the share of test scans whose participant is trained on; ``n_test``.
+    """
+    rng = np.random.default_rng(seed)
+    values = np.asarray(values, np.float32)
+    if values.shape[1] > n_features:
+        values = values @ rng.standard_normal((values.shape[1], n_features), np.float32)
+    values = (values - values.mean(0)) / values.std(0).clip(1e-6)
+    rows = []
+    for name, habit in HABITS.items():
+        found = np.array([_once(values, task, habit, epochs, seed + split) for split in range(n_splits)])
+        accuracy, balanced, known, n_test = found.mean(0)
+        rows.append(
+            {"protocol": name, "accuracy": accuracy, "balanced_accuracy": balanced, "sd": found[:, 0].std(ddof=1)}
+            | {"known": known, "n_test": round(n_test)}
+        )
+    return [{k: v if isinstance(v, str | int) else float(v) for k, v in row.items()} for row in rows]
+
+
+def _once(values: np.ndarray, task: Task, habit: Habit, epochs: int, seed: int) -> tuple:
+    rng = np.random.default_rng(seed)
+    y, people, families = task.y.astype(int), task.table["participant_id"].to_numpy(), task.families
+    rows = np.arange(len(y))
+    if habit.oversample:
+        small = int(y.mean() < 0.5)
+        lacking = (y != small).sum() - (y == small).sum()
+        rows = np.concatenate([rows, rng.choice(rows[y == small], lacking)])
+    if habit.by_file:
+        train, test = train_test_split(rows, test_size=0.2, stratify=y[rows], random_state=seed)
+    else:
+        train, test = inner_splits(task.y, families, 5, seed)[0]
+    choose = test
+    if not habit.best_epoch:
+        inside = train_test_split(train, test_size=0.2, stratify=y[train], random_state=seed)
+        if not habit.by_file:
+            inside = [train[i] for i in inner_splits(task.y[train], families[train], 5, seed)[0]]
+        fit, choose = inside
+    else:
+        fit = train
+    share = y[fit].mean()
+    weights = np.where(y[fit] == 1, 0.5 / share, 0.5 / (1 - share))
+    model = MLPClassifier((64,), batch_size=16, learning_rate_init=2e-3, random_state=seed)
+    best, kept = -1.0, None
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)
+        for _ in range(epochs):
+            model.partial_fit(values[fit], y[fit], classes=[0, 1], sample_weight=weights)
+            said = model.predict(values[choose])
+            score = accuracy_score(y[choose], said) if habit.best_epoch else balanced_accuracy_score(y[choose], said)
+            if score > best:
+                best, kept = score, model.predict(values[test])
+    return (
+        accuracy_score(y[test], kept),
+        balanced_accuracy_score(y[test], kept),
+        np.isin(people[test], people[train]).mean(),
+        len(test),
+    )
+
+
+def people_for_sd(accuracy: float, sd: float) -> float:
+    """Test people that are needed before the draw of them alone gives an accuracy no more than this SD.
+
+    .. math:: n = a (1 - a) / s^2
+
+    Raises
+    ------
+    ValueError
+        If `accuracy` is not in [0, 1] or `sd` is not positive.
+    """
+    if not 0 <= accuracy <= 1 or not sd > 0:
+        raise ValueError(f"accuracy must be in [0, 1] and sd > 0, got {accuracy} and {sd}")
+    return accuracy * (1 - accuracy) / sd**2

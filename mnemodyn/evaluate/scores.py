@@ -1,0 +1,182 @@
+"""Scores of predictions about people, with bootstrap intervals over participants and paired comparisons.
+
+Every score is a function of weights a scan, so that one pass gives the value (all weights one) and its bootstrap
+(how often a resample of participants holds each).
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+from scipy import stats
+
+__all__ = ["SCORES", "chance", "corrected_t", "interval", "measure", "resamples", "smallest_sd"]
+
+SCORES = {
+    "classification": ("balanced_accuracy", "auc", "macro_f1", "accuracy"),
+    "regression": ("r", "r2", "mae", "mse_z"),
+}
+
+
+def chance(metric: str) -> float | None:
+    """What a guess scores, where that does not depend on the data."""
+    return {"balanced_accuracy": 0.5, "auc": 0.5, "r": 0.0}.get(metric)
+
+
+def resamples(participants: Sequence[str], n_boot: int, seed: int) -> np.ndarray:
+    """Weights (1 + n_boot, scan): ones, then how often each scan's participant is drawn."""
+    _, index = np.unique(np.asarray(participants, dtype=str), return_inverse=True)
+    n = index.max() + 1
+    draws = np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), size=n_boot)
+    return np.vstack([np.ones(len(index)), draws[:, index]])
+
+
+def _ratio(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return np.where(b > 0, a / b, np.nan)
+
+
+def _auc(positive: np.ndarray, score: np.ndarray, weights: np.ndarray, fold: np.ndarray) -> np.ndarray:
+    """Share of pairs in order, among pairs tested by the same trained model; ties count half."""
+    right, pairs = np.zeros(len(weights)), np.zeros(len(weights))
+    for f in np.unique(fold):
+        rows = np.flatnonzero(fold == f)
+        rows = rows[np.argsort(score[rows], kind="stable")]
+        values = score[rows]
+        starts = np.flatnonzero(np.r_[True, values[1:] != values[:-1]])
+        w, up = weights[:, rows], positive[rows]
+        p, n = (np.add.reduceat(w * side, starts, axis=1) for side in (up, ~up))
+        right += (p * (n.cumsum(1) - n / 2)).sum(1)
+        pairs += p.sum(1) * n.sum(1)
+    return _ratio(right, pairs)
+
+
+def _correlation(y: np.ndarray, p: np.ndarray, weights: np.ndarray, group: np.ndarray | None = None) -> np.ndarray:
+    """Weighted Pearson correlation, of what differs within groups where there are any."""
+    onehot = np.ones((len(y), 1)) if group is None else (group[:, None] == np.unique(group)).astype(float)
+    total = np.maximum(weights @ onehot, 1e-12)
+
+    def moment(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+        means = ((weights * a) @ onehot) * ((weights * b) @ onehot) / total
+        return weights @ (a * b) - means.sum(1)
+
+    y, p = y - y.mean(), p - p.mean()
+    spread = moment(y, y) * moment(p, p)
+    return np.where(spread > 1e-20, moment(y, p) / np.sqrt(np.maximum(spread, 1e-20)), 0.0)
+
+
+def measure(
+    kind: str,
+    y: np.ndarray,
+    prediction: np.ndarray,
+    weights: np.ndarray,
+    *,
+    fold: np.ndarray,
+    group: np.ndarray | None = None,
+) -> dict[str, np.ndarray]:
+    """Scores of the predictions of one repeat.
+
+    Parameters
+    ----------
+    kind : {"classification", "regression"}
+    y : ndarray, shape (scan,)
+        1 for the second class and 0 for the first, or the target in its unit.
+    prediction : ndarray, shape (scan,)
+        Evidence for the second class, positive where it is predicted; or the predicted target.
+    weights : ndarray, shape (resample, scan)
+    fold : ndarray, shape (scan,)
+        Test fold. The area under the curve compares within folds only: scores of two models have no common scale.
+    group : ndarray, shape (scan,), optional
+        Sites; adds ``r_within_site``, the correlation of deviations from the sites' means.
+
+    Returns
+    -------
+    dict of str to ndarray, shape (resample,)
+        ``balanced_accuracy, auc, macro_f1, accuracy``; or ``r, r2, mae`` (unit of the target) and ``mse_z`` (mean
+        squared error over the variance of the target in everybody, as the published tables have it). NaN where a
+        class is absent. For the correlations each prediction is taken relative to the mean of the other folds, which is
+        what a model says that has learned nothing.
+
+    Raises
+    ------
+    ValueError
+        If a prediction is not finite.
+    """
+    y, prediction = np.asarray(y, float), np.asarray(prediction, float)
+    if not np.isfinite(prediction).all():
+        raise ValueError(f"predictions must be finite, got {np.count_nonzero(~np.isfinite(prediction))} that are not")
+    if kind == "classification":
+        up, said = y == 1, prediction > 0
+        tp, fn = weights @ (up & said), weights @ (up & ~said)
+        tn, fp = weights @ (~up & ~said), weights @ (~up & said)
+        f1 = [_ratio(2 * t, 2 * t + fp + fn) for t in (tp, tn)]
+        return {
+            "balanced_accuracy": (_ratio(tp, tp + fn) + _ratio(tn, tn + fp)) / 2,
+            "auc": _auc(up, prediction, weights, fold),
+            "macro_f1": (f1[0] + f1[1]) / 2,
+            "accuracy": (tp + tn) / weights.sum(1),
+        }
+    if kind != "regression":
+        raise ValueError(f"kind must be classification or regression, got {kind!r}")
+    total = weights.sum(1)
+    mse = weights @ (y - prediction) ** 2 / total
+    spread = weights @ y**2 / total - (weights @ y / total) ** 2
+    # Chance would be below zero otherwise: where a fold's own people are high, those it was trained on are low.
+    outside = {f: y[fold != f].mean() if (fold != f).any() else 0.0 for f in np.unique(fold)}
+    moved = prediction - np.array([outside[f] for f in fold])
+    found = {
+        "r": _correlation(y, moved, weights),
+        "r2": 1 - _ratio(mse, spread),
+        "mae": weights @ np.abs(y - prediction) / total,
+        "mse_z": mse / y.var(),
+    }
+    return found if group is None else found | {"r_within_site": _correlation(y, moved, weights, group)}
+
+
+def interval(values: np.ndarray) -> dict[str, float | None]:
+    """``value``, ``low`` and ``high`` (95 %, percentiles) of what `resamples` weighted; None where undefined."""
+    values = np.asarray(values, float)
+    rest = values[1:][np.isfinite(values[1:])]
+    if not np.isfinite(values[0]) or not len(rest):
+        return {"value": None if not np.isfinite(values[0]) else float(values[0]), "low": None, "high": None}
+    low, high = np.quantile(rest, [0.025, 0.975])
+    return {"value": float(values[0]), "low": float(low), "high": float(high)}
+
+
+def corrected_t(differences: np.ndarray, test_share: float) -> float | None:
+    """Two-sided p of the corrected resampled t-test for differences a fold.
+
+    .. math:: t = \\bar d \\,/ \\sqrt{(1/J + n_\\text{test} / n_\\text{train})\\, s^2}, \\quad J - 1 \\text{ degrees}
+
+    Folds share training people, which the plain test takes for independent. Source: Nadeau and Bengio (2003),
+    Machine Learning 52, 239-281, section 4.
+
+    Parameters
+    ----------
+    differences : ndarray, shape (fold,)
+    test_share : float
+        ``n_test / n_train``.
+
+    Returns
+    -------
+    float or None
+        None where there are fewer than two folds or all differences are equal.
+    """
+    d = np.asarray(differences, float)
+    d = d[np.isfinite(d)]
+    if len(d) < 2 or np.ptp(d) < 1e-12:
+        return None
+    t = d.mean() / np.sqrt((1 / len(d) + test_share) * d.var(ddof=1))
+    return float(2 * stats.t.sf(abs(t), len(d) - 1))
+
+
+def smallest_sd(accuracy: float, n: int) -> float:
+    """SD that the draw of `n` test people alone gives an accuracy: :math:`\\sqrt{a (1 - a) / n}`.
+
+    Raises
+    ------
+    ValueError
+        If `accuracy` is not in [0, 1] or `n` is < 1.
+    """
+    if not 0 <= accuracy <= 1 or n < 1:
+        raise ValueError(f"accuracy must be in [0, 1] and n >= 1, got {accuracy} and {n}")
+    return float(np.sqrt(accuracy * (1 - accuracy) / n))

@@ -1,0 +1,486 @@
+"""Checkpoints given to others and taken from them: Hugging Face Hub, folders, single files, the draft's versions.
+
+Nothing that is read is ever executed: weights are safetensors (those of the published draft are read as tensors and
+plain values only), everything else is JSON, YAML or text.
+"""
+
+import contextlib
+import json
+import re
+import shutil
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import httpx2
+from huggingface_hub import EvalResult, HfApi, ModelCard, ModelCardData, constants, snapshot_download
+from huggingface_hub import errors as hub_errors
+
+from mnemodyn.checkpoint import Checkpoint, CheckpointError, load_checkpoint, save_checkpoint
+from mnemodyn.files import write_text
+
+__all__ = ["HubError", "Source", "find_checkpoint", "from_pretrained", "publish", "save_network", "write_folder"]
+
+PEOPLE = ("train_participants", "validation_participants")
+BEST = re.compile(r"(val\w*)=(-?\d+(?:\.\d+)?(?:e-?\d+)?)")
+LARGER_IS_BETTER = re.compile(r"acc|auc|r2|corr|f1")
+CHECKPOINT_FILES = ("config.json", "model.safetensors")
+PAPER = "https://openreview.net/forum?id=zexMILcQOV"
+LOGIN = "log in with `hf auth login`, or set HF_TOKEN to a token that may write to it"
+
+
+class HubError(RuntimeError):
+    """The hub refused or was not reached; the message says what mends it."""
+
+
+class Source(NamedTuple):
+    """What :func:`find_checkpoint` settles on: a checkpoint, how to read it, and its training metrics (or None)."""
+
+    checkpoint: Path
+    compat: Literal["none", "reference"]
+    metrics: Path | None
+
+
+def find_checkpoint(source: str | Path) -> Source:
+    """The checkpoint that a path stands for.
+
+    Parameters
+    ----------
+    source : str or Path
+        A checkpoint's folder or one of its two files; a run's folder, whose best checkpoint by validation is taken; a
+        ``.ckpt`` of the published draft; or a version folder of its trainer, where the file with the best validation
+        metric in its name is taken: the lowest, or the highest of an accuracy, correlation, AUC, F1 or R2.
+
+    Raises
+    ------
+    CheckpointError
+        If there is nothing there that can be loaded, or the best is not clear from the names.
+    """
+    path = Path(source)
+    if path.is_file():
+        if path.suffix == ".ckpt":
+            return Source(path, "reference", _beside(path, "metrics.csv"))
+        if path.name in CHECKPOINT_FILES:
+            return find_checkpoint(path.parent)
+        raise CheckpointError(
+            f"{path} is no checkpoint: expected its folder, its config.json or model.safetensors, or a .ckpt"
+        )
+    if not path.is_dir():
+        raise CheckpointError(f"there is no file or folder {path}")
+    if (path / "config.json").is_file():
+        return Source(path, "none", _beside(path / "config.json", "history.csv"))
+    if (path / "best" / "config.json").is_file():
+        return Source(path / "best", "none", _beside(path / "best" / "config.json", "history.csv"))
+    if (path / "run.json").is_file():
+        raise CheckpointError(f"{path} is a run without best/: let its training come to its end, then try again")
+    found = [p for p in sorted(path.rglob("*.ckpt")) if p.stem != "last"]
+    if len(found) == 1:
+        return Source(found[0], "reference", _beside(found[0], "metrics.csv"))
+    scored = [(match[-1], p) for p in found if (match := BEST.findall(p.stem))]
+    if not found or len(scored) < len(found) or len({name for (name, _), _ in scored}) > 1:
+        what = f"{len(found)} .ckpt files that do not all name one validation metric" if found else "no checkpoint"
+        raise CheckpointError(f"{path} holds {what}; name the checkpoint itself")
+    sign = -1 if LARGER_IS_BETTER.search(scored[0][0][0]) else 1
+    best = min(scored, key=lambda item: sign * float(item[0][1]))[1]
+    return Source(best, "reference", _beside(best, "metrics.csv"))
+
+
+def _beside(path: Path, name: str) -> Path | None:
+    return next((folder / name for folder in (path.parent, path.parent.parent) if (folder / name).is_file()), None)
+
+
+def from_pretrained(
+    name_or_path: str | Path,
+    *,
+    compat: Literal["none", "reference"] = "none",
+    revision: str | None = None,
+    subfolder: str = "",
+    token: str | bool | None = None,
+    cache_dir: str | Path | None = None,
+    force_download: bool = False,
+    local_files_only: bool = False,
+) -> Checkpoint:
+    """Load a checkpoint from the hub, a folder or a file; nothing in it is executed.
+
+    Parameters
+    ----------
+    name_or_path : str or Path
+        ``NAME/MODEL`` on the hub, or whatever :func:`find_checkpoint` takes. What is there as a path is not looked
+        for on the hub.
+    compat : str
+        ``reference`` for a Lightning ``.ckpt`` of the published draft, here or on the hub.
+    revision : str, optional
+        Branch, tag or commit.
+    subfolder : str
+        Folder of the repository or path that holds the checkpoint.
+    token, cache_dir, force_download, local_files_only
+        As in ``huggingface_hub``. By default the token is ``HF_TOKEN`` or that of ``hf auth login``.
+
+    Returns
+    -------
+    Checkpoint
+        Its model on the CPU, in evaluation mode.
+
+    Raises
+    ------
+    CheckpointError
+        If there is no checkpoint, or it is damaged.
+    HubError
+        If the hub is not reached, or has no such repository or revision for this token.
+    """
+    path = Path(name_or_path)
+    if not path.exists():
+        if not re.fullmatch(r"[\w.-]+/[\w.-]+", str(name_or_path)):
+            raise CheckpointError(f"there is no file or folder {name_or_path}, and it is no NAME/MODEL of the hub")
+        wanted = CHECKPOINT_FILES if compat == "none" else ("*.ckpt", "hparams.yaml")
+        inside = f"{subfolder}/" if subfolder else ""
+        with _explained(str(name_or_path), revision):
+            path = Path(
+                snapshot_download(
+                    str(name_or_path),
+                    revision=revision,
+                    allow_patterns=[inside + name for name in wanted],  # * matches / too
+                    token=token,
+                    cache_dir=cache_dir,
+                    force_download=force_download,
+                    local_files_only=local_files_only,
+                    library_name="mnemodyn",
+                )
+            )
+        if not (path / subfolder).is_dir():
+            raise CheckpointError(
+                f"{name_or_path} on the hub has no {' and '.join(wanted)} in its folder {subfolder or '/'}"
+                f"{f' at revision {revision}' if revision else ''}; give subfolder, or another revision"
+            )
+    found = find_checkpoint(path / subfolder if subfolder else path)
+    if found.compat != compat:
+        mend = "load it without compat" if found.compat == "none" else "load it with compat='reference'"
+        raise CheckpointError(f"{found.checkpoint}: not a checkpoint of compat={compat!r}; {mend}")
+    return load_checkpoint(found.checkpoint, compat=compat)
+
+
+def publish(
+    source: str | Path,
+    repo_id: str,
+    *,
+    private: bool | None = None,
+    revision: str | None = None,
+    subfolder: str = "",
+    commit_message: str = "Publish a MnemoDyn checkpoint",
+    token: str | None = None,
+    **contents: Any,
+) -> str:
+    """Push a checkpoint, its training metrics and a model card to the hub, in one commit.
+
+    Parameters
+    ----------
+    source : str or Path
+        As in :func:`find_checkpoint`.
+    repo_id : str
+        ``NAME/MODEL``; made where it is missing.
+    private : bool, optional
+        Only for a repository that is made; otherwise it stays what it is.
+    revision : str, optional
+        Branch to push to, made where it is missing.
+    subfolder : str
+        Folder of the repository for everything that is pushed.
+    commit_message : str
+    token : str, optional
+        By default ``HF_TOKEN`` or that of ``hf auth login``.
+    **contents
+        As in :func:`write_folder`.
+
+    Returns
+    -------
+    str
+        Address of the commit.
+
+    Raises
+    ------
+    CheckpointError
+        As :func:`find_checkpoint`; nothing was sent.
+    HubError
+        If the hub refuses or is not reached. The commit is whole or was not made.
+    """
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = write_folder(source, temporary, repo_id=repo_id, subfolder=subfolder, **contents)
+        api = HfApi(token=token, library_name="mnemodyn")
+        with _explained(repo_id, revision):
+            api.create_repo(repo_id, private=private, exist_ok=True)
+            if revision:
+                api.create_branch(repo_id, branch=revision, exist_ok=True)
+            return api.upload_folder(
+                repo_id=repo_id,
+                folder_path=folder,
+                path_in_repo=subfolder or None,
+                revision=revision,
+                commit_message=commit_message,
+            ).commit_url
+
+
+def write_folder(
+    source: str | Path,
+    folder: str | Path,
+    *,
+    repo_id: str = "NAME/MODEL",
+    subfolder: str = "",
+    licence: str = "mit",
+    results: Sequence[str | Path] = (),
+    metrics: str | Path | None = None,
+    hyper_parameters: str | Path | None = None,
+    keep_participants: bool = False,
+) -> Path:
+    """Write what :func:`publish` pushes: weights, ``config.json``, ``parcels.tsv``, ``history.csv``, ``README.md``.
+
+    Parameters
+    ----------
+    source : str or Path
+        As in :func:`find_checkpoint`.
+    folder : str or Path
+    repo_id, subfolder : str
+        How the card says to load it.
+    licence : str
+        An identifier of the hub, such as ``mit`` or ``cc-by-4.0``.
+    results : sequence of str or Path
+        Results' JSON, as the notebooks write them, for the card.
+    metrics : str or Path, optional
+        CSV of training metrics, where it is not beside the checkpoint.
+    hyper_parameters : str or Path, optional
+        YAML of settings, for a ``.ckpt`` that has none inside or beside it.
+    keep_participants : bool
+        Publish the identifiers of training participants too; by default only their numbers.
+
+    Returns
+    -------
+    Path
+        `folder`.
+
+    Raises
+    ------
+    CheckpointError
+        As :func:`find_checkpoint`, or where a named file is missing or cannot be read.
+    """
+    found, folder = find_checkpoint(source), Path(folder)
+    metrics = found.metrics if metrics is None else Path(metrics)
+    for path in (*results, *(p for p in (metrics, hyper_parameters) if p is not None)):
+        if not Path(path).is_file():
+            raise CheckpointError(f"there is no file {path}")
+    with tempfile.TemporaryDirectory() as temporary:
+        path = found.checkpoint
+        if hyper_parameters is not None:
+            if found.compat == "none":
+                raise CheckpointError(f"{path}: its config.json holds its hyper-parameters; leave hyper_parameters out")
+            path = Path(temporary, path.name)
+            path.symlink_to(found.checkpoint.resolve())
+            shutil.copy(hyper_parameters, Path(temporary, "hparams.yaml"))
+        checkpoint = load_checkpoint(path, compat=found.compat)
+    rows = []
+    for path in results:
+        try:
+            rows += _results(Path(path).stem, json.loads(Path(path).read_text(encoding="utf-8")))
+        except ValueError as error:
+            raise CheckpointError(f"{path}: not a JSON of results ({error})") from error
+    if not keep_participants:
+        checkpoint = replace(checkpoint, training=_without_people(checkpoint.training))
+    _write(checkpoint, folder, repo_id, subfolder, licence, rows)
+    if metrics is not None:
+        shutil.copyfile(metrics, folder / "history.csv")
+    return folder
+
+
+def save_network(model: Any, folder: Path) -> None:
+    """What ``MnemoDyn.save_pretrained`` and ``push_to_hub`` write: its weights, and what came with them.
+
+    Raises
+    ------
+    CheckpointError
+        For a network that did not come from ``from_pretrained``: weights alone do not say what they are for.
+    """
+    if model.checkpoint is None:
+        raise CheckpointError(
+            "this network does not know its parcels, scaling and repetition time; save it with "
+            "mnemodyn.save_checkpoint, and publish that folder with `mnemodyn publish`, or set model.checkpoint"
+        )
+    checkpoint = replace(model.checkpoint, model=model)
+    checkpoint = replace(checkpoint, training=_without_people(checkpoint.training))
+    _write(checkpoint, folder, "NAME/MODEL", "", "mit", [])
+
+
+def _without_people(training: dict) -> dict:
+    return {f"n_{k}" if k in PEOPLE else k: len(v) if k in PEOPLE else v for k, v in training.items()}
+
+
+def _write(checkpoint: Checkpoint, folder: Path, repo_id: str, subfolder: str, licence: str, rows: list[dict]) -> None:
+    save_checkpoint(folder, checkpoint)
+    if checkpoint.parcels is not None:
+        lines = [f"{i}\t{name}" for i, name in enumerate(checkpoint.parcels)]
+        write_text(folder / "parcels.tsv", "\n".join(["index\tname", *lines]) + "\n")
+    write_text(folder / "README.md", str(card(checkpoint, repo_id, subfolder, licence, rows)))
+
+
+def _results(name: str, content: Any, path: tuple[str, ...] = ()) -> list[dict]:
+    """Rows for the card: every number of a results' JSON under `r2_hidden`, with its interval, else its top level."""
+    if "r2_hidden" in content:
+        intervals, n = content.get("r2_hidden_interval", {}), content.get("n_participants")
+        where = f"{n} held-out participants" if n else "held-out participants"
+        return [
+            {
+                "name": f"R² of hidden entries, {method}",
+                "value": value,
+                "interval": intervals.get(method),
+                "on": where,
+                "baseline": method != "model",
+            }
+            for method, value in content["r2_hidden"].items()
+        ]
+    if not isinstance(content, dict):
+        raise ValueError(f"expected a mapping, got {type(content).__name__}")
+    return [
+        {"name": key, "value": value, "interval": content.get(f"{key}_interval"), "on": name}
+        for key, value in content.items()
+        if isinstance(value, (int, float)) and not isinstance(value, bool)
+    ]
+
+
+def card(checkpoint: Checkpoint, repo_id: str, subfolder: str, licence: str, rows: list[dict]) -> ModelCard:
+    """The model card: metadata that the hub reads, and what a person should know before use."""
+    config, training = checkpoint.model.config, checkpoint.training
+    data = ModelCardData(
+        license=licence,
+        library_name="mnemodyn",
+        pipeline_tag="feature-extraction",
+        tags=["fmri", "neuroimaging", "neural-operator", "wavelet"],
+        model_name=repo_id.rpartition("/")[2],
+        eval_results=[
+            EvalResult(
+                task_type="feature-extraction",
+                dataset_type="resting-state-fmri",
+                dataset_name=row["on"],
+                metric_type="r_squared" if "R²" in row["name"] else "score",
+                metric_name=row["name"],
+                metric_value=row["value"],
+            )
+            for row in rows
+            if not row.get("baseline")
+        ]
+        or None,
+    )
+    people = {k.removeprefix("n_"): v for k, v in _without_people(training).items()}
+    chosen = {k: v for k, v in training.items() if k.startswith("val_") and isinstance(v, float)}
+    unknown = "not recorded in the checkpoint"
+    n_parameters = sum(p.numel() for p in checkpoint.model.parameters())
+    facts = {
+        "network": f"{n_parameters:,} parameters, {config.n_blocks} operator blocks, {config.n_channels} channels, "
+        f"wavelet {config.wavelet}, {config.n_levels} levels",
+        "reads": f"{config.n_parcels} parcels"
+        + (" in the order of parcels.tsv" if checkpoint.parcels else f" (names and order {unknown})"),
+        "repetition time": f"{checkpoint.t_r:g} s" if checkpoint.t_r else unknown,
+        "scaling": checkpoint.scaling.method if checkpoint.scaling else unknown,
+        "trained on": f"{people['train_participants']} participants, {people['validation_participants']} to choose it; "
+        f"fingerprint of the data {checkpoint.data_fingerprint}"
+        if "train_participants" in people
+        else unknown,
+        "objective": _words(training.get("objective")) or unknown,
+        "optimisation": _words(training.get("settings")) or unknown,
+    }
+    extra = "".join(f', {k}="{v}"' for k, v in {"subfolder": subfolder}.items() if v)
+    table = [
+        f"| {row['name']} | {row['value']:.3f} | "
+        + (f"{row['interval'][0]:.3f} to {row['interval'][1]:.3f}" if row["interval"] else "not given")
+        + f" | {row['on']} |"
+        for row in rows
+    ]
+    results = (
+        ["| measure | value | 95 % interval | on |", "| --- | --- | --- | --- |", *table]
+        if rows
+        else ["No results on held-out participants were published with these weights."]
+    )
+    if chosen:
+        results += [
+            "",
+            f"On the validation participants, which chose this checkpoint: {_words(chosen)}. Expect less elsewhere.",
+        ]
+    return ModelCard(f"""---
+{data.to_yaml()}
+---
+
+# {data.model_name}
+
+A network that reads a parcellated resting-state fMRI scan: operators on a wavelet pyramid, driven by the scan's own path.
+
+| | |
+| --- | --- |
+{chr(10).join(f"| {name} | {value} |" for name, value in facts.items())}
+
+## Use
+
+```python
+from mnemodyn import from_pretrained, load_scan
+from mnemodyn.evaluate.readout import readout
+
+checkpoint = from_pretrained("{repo_id}"{extra})
+scan = load_scan("sub-01_task-rest.ptseries.nii")
+checkpoint.check(scan)
+vector = readout(checkpoint.model, checkpoint.scaling(scan), scan.t_r, "latent_sd")
+```
+
+From a shell: `mnemodyn embed scans/ -o embeddings.csv --checkpoint {repo_id}{f" --subfolder {subfolder}" if subfolder else ""}`.
+The weights are safetensors; loading executes nothing.
+
+## Results
+
+{chr(10).join(results)}
+
+## Limits
+
+The network knows one parcellation, its order and one preprocessing; other parcels are refused, other preprocessing is not noticed. It describes scans of groups and makes no diagnosis of a person. Who is not like the participants it was trained on may be described worse.
+
+## Licence and citation
+
+Weights: {licence}. The data it was trained on have their own terms.
+The method: Pal et al., *MnemoDyn: Learning Resting State Dynamics from 40K fMRI Sequences*, ICLR 2026, {PAPER}.
+""")  # noqa: E501
+
+
+def _words(settings: Any) -> str:
+    if not isinstance(settings, dict):
+        return "" if settings is None else str(settings)
+    return ", ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in settings.items())
+
+
+@contextlib.contextmanager
+def _explained(repo_id: str, revision: str | None) -> Iterator[None]:
+    """Whatever the hub's library raises becomes one sentence that says what to do."""
+    try:
+        yield
+    except hub_errors.RevisionNotFoundError as error:
+        raise HubError(f"{repo_id} has no revision {revision!r}; look at its branches and tags") from error
+    except hub_errors.RepositoryNotFoundError as error:
+        raise HubError(
+            f"{repo_id}: no such repository for this token. Check the name; if it is private, {LOGIN}"
+        ) from (error)
+    except hub_errors.LocalTokenNotFoundError as error:
+        raise HubError(f"{repo_id}: no token; {LOGIN}") from error
+    except hub_errors.HfHubHTTPError as error:
+        status = error.response.status_code if error.response is not None else None
+        if status in (401, 403):
+            raise HubError(f"{repo_id}: the hub refused the token (status {status}); {LOGIN}") from error
+        raise HubError(f"{repo_id}: the hub answered with an error (status {status}): {_first_line(error)}") from error
+    except hub_errors.HFValidationError as error:
+        raise HubError(f"{repo_id!r} is no NAME/MODEL of the hub: {_first_line(error)}") from error
+    except (hub_errors.OfflineModeIsEnabled, hub_errors.LocalEntryNotFoundError, httpx2.TransportError) as error:
+        raise HubError(
+            f"{repo_id}: {constants.ENDPOINT} was not reached and no copy is here ({_first_line(error)}); check the "
+            "connection, HF_ENDPOINT and HF_HUB_OFFLINE, and try again"
+        ) from error
+    except (RuntimeError, OSError) as error:
+        raise HubError(
+            f"{repo_id}: the transfer broke off ({_first_line(error.__cause__ or error)}); nothing was changed "
+            "there, run the same command again"
+        ) from error
+
+
+def _first_line(error: BaseException) -> str:
+    return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)[:200]

@@ -1,0 +1,334 @@
+r"""A front end in closed form: the conditional mean of what is hidden under a Gaussian that adapts to the scan.
+
+The group's scans are taken as draws of one stationary Gaussian process with lag covariances
+
+.. math:: C(\tau) = w(\tau)\,\big[(1 - a)\,\hat C(\tau) + a\,\tfrac1P \mathrm{tr}\,\hat C(\tau)\, I\big],
+          \qquad w(\tau) = 1 - |\tau| / (L + 1), \quad |\tau| \le L,
+
+where :math:`\hat C(\tau)` are products over the number of all frames. That divisor and Bartlett's window w keep the
+process positive definite (Priestley 1981, Spectral Analysis and Time Series, section 6.2); what is shrunk towards is
+noise that knows nothing of other parcels, but has the parcels' own mean autocovariance.
+
+A scan departs from its group. Its covariance is found by expectation maximisation over its frames, the group's
+:math:`C(0)` counting as much as `weight` frames (the mode under an inverse Wishart prior; Dempster, Laird and Rubin
+1977, Schafer 1997):
+
+.. math:: C_s \leftarrow \frac{n_0\,C(0) + \sum_t E[x_t x_t^\top \mid \mathrm{visible}_t;\, C_s]}{n_0 + T}.
+
+People differ more in some directions than in others. In deviations :math:`D = C(0)^{-1/2} (C_s - C(0))\, C(0)^{-1/2}`
+the group's weight keeps the share :math:`\alpha = T / (n_0 + T)` of each. Along `modes`, the principal components
+:math:`B_k` of the training scans' deviations, what is kept is :math:`\beta_k = s_k / (s_k + v_k / T)` where that is
+more: :math:`s_k` is what the two halves of a scan share (their covariance), :math:`v_k / T` what they do not, both
+measured on people that the components were not computed from.
+
+The scan's process is the group's, mixed: :math:`C_s(\tau) = M C(\tau) M^\top` with
+:math:`M = C_s^{1/2} C(0)^{-1/2}`, so that its covariance is :math:`C_s` and its dynamics are the group's.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from scipy.fft import next_fast_len
+from torch import Tensor, nn
+
+__all__ = ["Front", "adapted_covariance", "conditional_mean", "covariance_modes", "lag_covariances", "power"]
+
+# Entries of the largest tensor held while covariances are adapted.
+_HELD_ENTRIES = 2**24
+
+
+def lag_covariances(scans: Sequence[np.ndarray], n_lags: int, shrinkage: float) -> tuple[np.ndarray, np.ndarray]:
+    """Mean and shrunk, windowed lag covariances of scans.
+
+    Parameters
+    ----------
+    scans : sequence of ndarray, shape (time, parcel)
+        Scaled.
+    n_lags : int
+        Largest lag L in frames.
+    shrinkage : float
+        The weight a, in (0, 1].
+
+    Returns
+    -------
+    mean : ndarray, shape (parcel,)
+    lags : ndarray, shape (L + 1, parcel, parcel)
+        Covariance of frame t + lag (rows) with frame t (columns), float64.
+
+    Raises
+    ------
+    ValueError
+        If there is no scan, parcels disagree, an entry is not finite, a scan has fewer than ``n_lags + 1`` frames,
+        nothing varies, or `shrinkage` is not in (0, 1].
+    """
+    scans = [np.asarray(scan, dtype=np.float64) for scan in scans]
+    if not scans or not 0 < shrinkage <= 1:
+        raise ValueError(f"scans must hold one and shrinkage be in (0, 1], got {len(scans)} scans and {shrinkage}")
+    for index, scan in enumerate(scans):
+        expected = (scans[0].shape[-1],)
+        if scan.ndim != 2 or len(scan) <= n_lags or scan.shape[1:] != expected or not np.isfinite(scan).all():
+            raise ValueError(
+                f"scans[{index}] must be (time > {n_lags}, parcel = {expected[0]}) and finite, got {scan.shape}"
+            )
+    n_frames, n_parcels = sum(map(len, scans)), scans[0].shape[1]
+    mean = sum(scan.sum(0) for scan in scans) / n_frames
+    lags = np.zeros((n_lags + 1, n_parcels, n_parcels))
+    for scan in scans:
+        centred = scan - mean
+        for lag in range(n_lags + 1):
+            lags[lag] += centred[lag:].T @ centred[: len(scan) - lag] / n_frames
+    own = lags.trace(axis1=1, axis2=2) / n_parcels
+    if not own[0] > 0:
+        raise ValueError("scans must vary over time, got constant ones")
+    window = 1 - np.arange(n_lags + 1) / (n_lags + 1)
+    lags = (1 - shrinkage) * lags + shrinkage * own[:, None, None] * np.eye(n_parcels)
+    return mean, window[:, None, None] * lags
+
+
+def conditional_mean(
+    x: Tensor, hidden: Tensor, lags: Tensor, mixing: Tensor | None = None, *, tolerance: float = 1e-3, steps: int = 500
+) -> Tensor:
+    """Mean of the hidden entries given every visible one of the window, under a stationary Gaussian process.
+
+    Solved by conjugate gradients on the visible entries (Hestenes and Stiefel 1952); the covariance, block Toeplitz
+    in time, is applied in frequency, so that no matrix of the size of a window is formed.
+
+    Parameters
+    ----------
+    x : Tensor, shape (batch, time, parcel)
+        Mean removed; hidden entries are not read.
+    hidden : Tensor of bool, shape (batch, time, parcel)
+    lags : Tensor, shape (L + 1, parcel, parcel)
+        Covariances of the process, of one dtype with `x`; lags beyond L are uncorrelated.
+    mixing : Tensor, shape (batch, parcel, parcel), optional
+        M, where each scan's covariances are ``M C(lag) M^T``.
+    tolerance : float
+        Largest residual, relative to the visible values.
+    steps : int
+        At most.
+
+    Returns
+    -------
+    Tensor, shape (batch, time, parcel)
+        The conditional mean where hidden, `x` elsewhere.
+    """
+    time, n = x.shape[1], next_fast_len(x.shape[1] + len(lags) - 1, real=True)
+    series = lags.new_zeros(n, *lags.shape[1:])
+    series[: len(lags)] = lags
+    for lag in range(1, len(lags)):
+        series[n - lag] = lags[lag].mT
+    spectrum = torch.fft.rfft(series, dim=0).mT.contiguous()  # (frequency, parcel of the input, of the output)
+
+    def covariance(y: Tensor) -> Tensor:
+        y = y if mixing is None else y @ mixing
+        y = torch.fft.rfft(y, n=n, dim=1).transpose(0, 1) @ spectrum
+        y = torch.fft.irfft(y.transpose(0, 1), n=n, dim=1)[:, :time]
+        return y if mixing is None else y @ mixing.mT
+
+    seen = (~hidden).to(x.dtype)
+    residual = torch.where(hidden, 0, x)
+    weights, direction = torch.zeros_like(x), residual
+    square = residual.square().sum((1, 2), keepdim=True)
+    enough = tolerance**2 * square
+    for _ in range(steps):
+        # Each scan stops for itself, so that what is in its batch has no influence.
+        active = square > enough
+        if not bool(active.any()):
+            break
+        product = covariance(direction) * seen
+        step = active * square / (direction * product).sum((1, 2), keepdim=True).clamp_min(torch.finfo(x.dtype).tiny)
+        weights, residual = weights + step * direction, residual - step * product
+        new = residual.square().sum((1, 2), keepdim=True)
+        direction = residual + new / square.clamp_min(torch.finfo(x.dtype).tiny) * direction
+        square = torch.where(active, new, square)
+    return torch.where(hidden, covariance(weights), x)
+
+
+def _expected_products(x: Tensor, hidden: Tensor, covariance: Tensor) -> Tensor:
+    """Sum over frames of E[x x^T | visible] for one scan: x, hidden (time, parcel), covariance (parcel, parcel)."""
+    seen, time = ~hidden, len(x)
+    count = seen.sum(-1)
+    # The visible parcels of every frame first, as many columns as the fullest frame needs: one shape, one batch.
+    index = seen.to(torch.uint8).sort(dim=-1, descending=True, stable=True).indices[:, : max(1, int(count.max()))]
+    valid = torch.arange(index.shape[1], device=x.device) < count[:, None]
+    total = time * covariance
+    for part in range(0, time, n := max(1, _HELD_ENTRIES // (index.shape[1] * x.shape[1]))):
+        columns, ok, values = index[part : part + n], valid[part : part + n], x[part : part + n]
+        rows = covariance[columns] * ok[..., None]
+        block = rows.gather(2, columns[:, None].expand(*columns.shape, columns.shape[1])) * ok[:, None]
+        block.diagonal(dim1=1, dim2=2).add_((~ok).to(x.dtype))
+        right = torch.cat([rows, (values.gather(1, columns) * ok)[..., None]], -1)
+        solved = torch.linalg.solve_triangular(torch.linalg.cholesky(block), right, upper=False)
+        rows, weights = solved[..., :-1], solved[..., -1:]
+        filled = torch.where(hidden[part : part + n], (rows * weights).sum(1), values)
+        rows = rows.flatten(0, 1)
+        total = total + filled.mT @ filled - rows.mT @ rows
+    return total
+
+
+def covariance_modes(
+    scans: Sequence[np.ndarray], mean: np.ndarray, covariance: np.ndarray, n_modes: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Directions in which covariances of scans depart from the group's.
+
+    Parameters
+    ----------
+    scans : sequence of ndarray, shape (time, parcel)
+    mean, covariance : ndarray
+        The group's.
+    n_modes : int
+        At most half the number of scans.
+
+    Returns
+    -------
+    modes : ndarray, shape (n_modes, parcel, parcel)
+        Symmetric, orthonormal.
+    signal, noise : ndarray, shape (n_modes,)
+        Variance of the deviation along each, and variance of its estimate from one frame.
+
+    Raises
+    ------
+    ValueError
+        If there are fewer than ``2 n_modes`` scans.
+    """
+    if len(scans) < 2 * n_modes:
+        raise ValueError(f"{n_modes} modes need at least {2 * n_modes} scans, got {len(scans)}")
+    n_parcels, (values, vectors) = len(mean), np.linalg.eigh(covariance)
+    whiten = (vectors * values**-0.5) @ vectors.T
+
+    def deviation(part: np.ndarray) -> np.ndarray:
+        centred = (part - mean) @ whiten
+        return (centred.T @ centred / len(part) - np.eye(n_parcels)).astype(np.float32).ravel()
+
+    halves = np.stack([[deviation(half) for half in np.array_split(scan, 2)] for scan in scans], 1)
+    frames = np.mean([len(scan) / 2 for scan in scans])
+
+    def components(rows: np.ndarray) -> np.ndarray:
+        values, vectors = np.linalg.eigh((rows @ rows.T).astype(np.float64))
+        leading = np.argsort(values)[::-1][:n_modes]
+        return (vectors[:, leading] / np.sqrt(values[leading])).T.astype(np.float32) @ rows
+
+    centred = halves.mean(0) - halves.mean((0, 1))
+    first = np.arange(len(scans)) % 2 == 0
+    a, b = (halves[:, ~first] - halves.mean((0, 1))) @ components(centred[first]).T
+    signal, noise = (a * b).mean(0), ((a - b) ** 2).mean(0) / 2 * frames
+    return components(centred).reshape(n_modes, n_parcels, n_parcels), signal.clip(0), noise
+
+
+def adapted_covariance(
+    x: Tensor,
+    hidden: Tensor,
+    covariance: Tensor,
+    *,
+    weight: float,
+    steps: int,
+    modes: tuple[Tensor, Tensor, Tensor] | None = None,
+) -> Tensor:
+    """The covariance of each scan, from its visible entries and with the group's as its prior.
+
+    Parameters
+    ----------
+    x : Tensor, shape (batch, time, parcel)
+        Mean removed; hidden entries are not read.
+    hidden : Tensor of bool, shape (batch, time, parcel)
+    covariance : Tensor, shape (parcel, parcel)
+        The group's.
+    weight : float
+        Frames that it counts for.
+    steps : int
+        Of expectation maximisation.
+    modes : (modes, signal, noise), optional
+        See :func:`covariance_modes`.
+
+    Returns
+    -------
+    Tensor, shape (batch, parcel, parcel)
+    """
+    x, time = torch.where(hidden, 0, x), x.shape[1]
+    adapted, kept = covariance.expand(len(x), -1, -1), time / (weight + time)
+    if modes is not None:
+        directions, signal, noise = modes
+        root, whiten = power(covariance, 0.5), power(covariance, -0.5)
+        more = (signal / (signal + noise / time) - kept).clamp_min(0)
+    for _ in range(steps):
+        products = torch.stack([_expected_products(*item) for item in zip(x, hidden, adapted, strict=True)])
+        deviation = (products + products.mT) / (2 * time) - covariance
+        adapted = covariance + kept * deviation
+        if modes is not None:
+            deviation = whiten @ deviation @ whiten
+            along = torch.einsum("bpq,kpq->bk", deviation, directions) * more
+            adapted = adapted + root @ torch.einsum("bk,kpq->bpq", along, directions) @ root
+            adapted = power((adapted + adapted.mT) / 2, 1.0, least=1e-4)
+    return adapted
+
+
+def power(covariance: Tensor, exponent: float, *, least: float = 1e-6) -> Tensor:
+    """Symmetric power of (..., parcel, parcel), its eigenvalues raised to `least` of the largest."""
+    values, vectors = torch.linalg.eigh(covariance)
+    return (vectors * values.clamp_min(least * values.amax(-1, keepdim=True))[..., None, :] ** exponent) @ vectors.mT
+
+
+class Front(nn.Module):
+    """Conditional mean of hidden entries under the group's Gaussian process, adapted to each scan.
+
+    What it knows of the group are buffers, fitted in closed form by :meth:`fit` and saved with the weights. Not
+    fitted, the group is white noise, of which only the adaptation to the scan makes more. No gradient passes it.
+
+    Parameters
+    ----------
+    n_parcels : int
+    n_lags : int
+        Largest lag in frames at which frames are correlated.
+    shrinkage : float
+        See :func:`lag_covariances`.
+    weight : float
+        Frames that the group's covariance counts for in a scan's own.
+    steps : int
+        Of the adaptation; 0 leaves the group's covariance as it is.
+    n_modes : int
+        Directions in which people's covariances differ, learned from them; see :func:`covariance_modes`.
+    """
+
+    def __init__(self, n_parcels: int, *, n_lags: int, shrinkage: float, weight: float, steps: int, n_modes: int = 0):
+        super().__init__()
+        self.shrinkage, self.weight, self.steps = shrinkage, weight, steps
+        self.register_buffer("mean", torch.zeros(n_parcels))
+        self.register_buffer("lags", torch.zeros(n_lags + 1, n_parcels, n_parcels))
+        self.lags[0] = torch.eye(n_parcels)
+        self.register_buffer("modes", torch.zeros(n_modes, n_parcels, n_parcels))
+        self.register_buffer("signal", torch.zeros(n_modes))
+        self.register_buffer("noise", torch.ones(n_modes))
+
+    def fit(self, scans: Sequence[np.ndarray]) -> "Front":
+        """Set the buffers from scaled training scans (time, parcel).
+
+        Errors are those of `lag_covariances` and `covariance_modes`.
+        """
+        mean, lags = lag_covariances(scans, len(self.lags) - 1, self.shrinkage)
+        self.mean.copy_(torch.from_numpy(mean))
+        self.lags.copy_(torch.from_numpy(lags))
+        if n_modes := len(self.modes):
+            found = covariance_modes(scans, mean, lags[0], n_modes)
+            for buffer, value in zip((self.modes, self.signal, self.noise), found, strict=True):
+                buffer.copy_(torch.from_numpy(value))
+        return self
+
+    @torch.no_grad()
+    def mixing(self, centred: Tensor, hidden: Tensor) -> Tensor | None:
+        """M of each scan, from its visible entries, mean removed; None without adaptation."""
+        if not self.steps:
+            return None
+        modes = (self.modes, self.signal, self.noise) if len(self.modes) else None
+        adapted = adapted_covariance(centred, hidden, self.lags[0], weight=self.weight, steps=self.steps, modes=modes)
+        return power(adapted, 0.5) @ power(self.lags[0], -0.5)
+
+    @torch.no_grad()
+    def forward(self, x: Tensor, hidden: Tensor) -> Tensor:
+        """Fill `hidden` (bool) of scaled scans x, both (batch, time, parcel); visible entries stay as they are."""
+        if not bool(hidden.any()):
+            return x
+        with torch.autocast(x.device.type, enabled=False):
+            centred = x.float() - self.mean
+            filled = conditional_mean(centred, hidden, self.lags, self.mixing(centred, hidden)) + self.mean
+        return torch.where(hidden, filled.to(x.dtype), x)

@@ -1,0 +1,109 @@
+"""Nobody on two sides: participants, their sessions, families and sites."""
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from mnemodyn.data.scans import DataError
+from mnemodyn.evaluate.splits import inner_splits, leave_one_site_out, repeated_folds
+
+
+def cohort(n=60, sessions=2, seed=0):
+    """Participants with several sessions, in families of up to three, some of which span two sites."""
+    rng = np.random.default_rng(seed)
+    people = pd.DataFrame(
+        {
+            "participant_id": [f"sub-{i:03d}" for i in range(n)],
+            "family": [f"family-{i}" for i in rng.integers(n // 2, size=n)],
+            "site": rng.choice(["A", "B", "C"], n),
+            "age": rng.normal(40, 10, n),
+            "sex": rng.choice(["female", "male"], n, p=[0.3, 0.7]),
+        }
+    )
+    table = people.loc[people.index.repeat(sessions)].sample(frac=1, random_state=seed)
+    return table.reset_index(drop=True)
+
+
+@pytest.mark.parametrize("target", ["sex", "age"])
+def test_sessions_and_families_never_cross_and_everybody_is_tested_once_a_repeat(target):
+    table = cohort()
+    folds = repeated_folds(table, target, n_repeats=3, seed=1)
+    tested = np.zeros((3, len(table)), int)
+    for repeat, _, train, test in folds.split(table["participant_id"]):
+        for column in ("participant_id", "family"):
+            assert not set(table[column].iloc[train]) & set(table[column].iloc[test])
+        assert len(train) + len(test) == len(table)  # no family is in two folds, so none is dropped
+        tested[repeat, test] += 1
+    assert (tested == 1).all()
+    assert len({tuple(f) for f in folds.test_fold}) == 3  # drawn anew
+
+
+def test_classes_are_spread_over_folds():
+    table = cohort(200, 1)
+    shares = [
+        (table["sex"].iloc[test] == "male").mean()
+        for _, _, _, test in repeated_folds(table, "sex", n_repeats=1).split(table["participant_id"])
+    ]
+    assert np.ptp(shares) < 0.12
+
+
+def test_sites_never_cross_and_a_family_of_two_sites_trains_neither():
+    table = cohort()
+    spanning = table.groupby("family")["site"].nunique()
+    assert (spanning > 1).any()
+    seen = []
+    for _, fold, train, test in leave_one_site_out(table).split(table["participant_id"]):
+        sites = set(table["site"].iloc[test])
+        assert len(sites) == 1
+        assert not sites & set(table["site"].iloc[train])
+        assert not set(table["family"].iloc[test]) & set(table["family"].iloc[train])
+        seen.append((fold, *sites))
+    assert seen == [(0, "A"), (1, "B"), (2, "C")]
+
+
+def test_inner_splits_keep_families_together():
+    table = cohort()
+    y = (table["sex"] == "male").to_numpy(float)
+    for a, b in inner_splits(y, table["family"].to_numpy(), 3, 0):
+        assert not set(table["family"].iloc[a]) & set(table["family"].iloc[b])
+
+
+def test_the_table_says_who_is_where_and_its_digest_follows(tmp_path):
+    table = cohort()
+    folds, again = (repeated_folds(table, "sex", n_repeats=2, seed=3) for _ in range(2))
+    other = repeated_folds(table, "sex", n_repeats=2, seed=4)
+    assert folds.digest == again.digest != other.digest
+    # The order of scans does not matter to who is with whom, only the drawing of the folds.
+    read = pd.read_csv(folds.write(tmp_path / "folds.csv"), dtype=str).set_index("participant_id")
+    for repeat, fold, _, test in folds.split(table["participant_id"]):
+        assert (read.loc[table["participant_id"].iloc[test], f"repeat_{repeat}"] == str(fold)).all()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda t: t.assign(sex="male"), "one value only"),
+        (lambda t: t[t["participant_id"] < "sub-004"].assign(family=None), "4 families are fewer than 5 folds"),
+        (
+            lambda t: t.assign(sex=np.where(t["participant_id"] < "sub-003", "female", "male"), family=None),
+            "smaller class has 3",
+        ),
+        (lambda t: t.assign(sex=t["sex"].where(t.index > 3)), "4 scans have no value"),
+        (lambda t: t.assign(family=[str(i) for i in range(len(t))]), "family: participants .* have more than one"),
+    ],
+)
+def test_what_cannot_be_divided_is_refused(change, message):
+    with pytest.raises(DataError, match=message):
+        repeated_folds(change(cohort()), "sex")
+
+
+def test_one_site_cannot_be_left_out():
+    with pytest.raises(DataError, match="two sites or more"):
+        leave_one_site_out(cohort().assign(site="A"))
+
+
+def test_a_participant_without_a_fold_is_named():
+    table = cohort()
+    folds = repeated_folds(table, "sex", n_repeats=1)
+    with pytest.raises(DataError, match="without a fold: \\['sub-new'\\]"):
+        list(folds.split(["sub-new"]))
