@@ -97,6 +97,16 @@ def test_figures_have_one_font_on_every_machine(monkeypatch, tmp_path):
         assert own.samefile(str(font_manager.findfont("DejaVu Sans")))
 
 
+@pytest.mark.parametrize(
+    ("ends", "text"), [((-0.25, 0.5), "\N{MINUS SIGN}0.25 to +0.50"), ((None, None), "no interval")]
+)
+def test_an_interval_may_be_absent(ends, text, monkeypatch):
+    monkeypatch.setattr(results, "lookup", lambda place, name, key: dict(zip(("low", "high"), ends, strict=True)))
+    role = results.Interval()
+    role.text = "data/a:x:+.2f"
+    assert role.run()[0][0].astext() == text
+
+
 def test_a_key_finds_an_element_by_what_it_says():
     rows = [{"method": "fc", "v": 1}, {"method": "model", "v": 2}]
     assert results.step(rows, "method=model")["v"] == 2
