@@ -1,9 +1,8 @@
 """Roles and directives that bring what the runs wrote in ``book/runs`` into the pages.
 
 ``{result}`reconstruction:r2_hidden.model:.2f` `` inserts one value, ``{compare}`NAME:KEY:KEY` ``
-says how two of them stand, ``{interval}`NAME:KEY:FORMAT` `` the ends of an interval; ``results-table`` lists methods, and
-``people-table`` what was predicted
-about people.
+says how two of them stand, ``{interval}`NAME:KEY:FORMAT` `` gives the ends of an interval;
+``results-table`` lists methods, and ``people-table`` what was predicted about people.
 A missing file or key is a warning that names both, which ends the build of the book.
 """
 
