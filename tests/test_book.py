@@ -1,6 +1,7 @@
 """What the book makes of result files, docstrings and manifests."""
 
 import json
+import shutil
 import sys
 from dataclasses import fields
 from pathlib import Path
@@ -85,16 +86,25 @@ def test_an_entry_with_a_misspelt_key_is_refused(tmp_path):
         collect.read_entries(tmp_path)
 
 
-def test_figures_have_one_font_on_every_machine(monkeypatch):
-    """A machine's own DejaVu Sans has other outlines, and what is listed first wins."""
+def test_figures_have_one_font_on_every_machine(monkeypatch, tmp_path):
+    """A machine's own DejaVu Sans has other outlines, and the one listed first is taken."""
     own = Path(matplotlib.get_data_path(), "fonts", "ttf", "DejaVuSans.ttf")
     fonts = font_manager.fontManager
-    theirs = font_manager.FontEntry(fname="/usr/share/fonts/DejaVuSans.ttf", name="DejaVu Sans", style="normal",
-                                    variant="normal", weight=400, stretch="normal", size="scalable")  # fmt: skip
-    monkeypatch.setattr(fonts, "ttflist", [theirs, *fonts.ttflist])
+    monkeypatch.setattr(fonts, "ttflist", [])
+    fonts.addfont(shutil.copy(own, tmp_path))
     with matplotlib.rc_context():
         figures.use_style()
-        assert Path(str(font_manager.findfont("DejaVu Sans"))).resolve() == own.resolve()
+        assert own.samefile(str(font_manager.findfont("DejaVu Sans")))
+
+
+@pytest.mark.parametrize(
+    ("ends", "text"), [((-0.25, 0.5), "\N{MINUS SIGN}0.25 to +0.50"), ((None, None), "no interval")]
+)
+def test_an_interval_may_be_absent(ends, text, monkeypatch):
+    monkeypatch.setattr(results, "lookup", lambda place, name, key: dict(zip(("low", "high"), ends, strict=True)))
+    role = results.Interval()
+    role.text = "data/a:x:+.2f"
+    assert role.run()[0][0].astext() == text
 
 
 def test_a_key_finds_an_element_by_what_it_says():

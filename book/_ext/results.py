@@ -1,8 +1,8 @@
 """Roles and directives that bring what the runs wrote in ``book/runs`` into the pages.
 
 ``{result}`reconstruction:r2_hidden.model:.2f` `` inserts one value, ``{compare}`NAME:KEY:KEY` ``
-says how two of them stand, ``results-table`` lists methods, and ``people-table`` what was predicted
-about people.
+says how two of them stand, ``{interval}`NAME:KEY:FORMAT` `` gives the ends of an interval;
+``results-table`` lists methods, and ``people-table`` what was predicted about people.
 A missing file or key is a warning that names both, which ends the build of the book.
 """
 
@@ -95,6 +95,17 @@ class Result(SphinxRole):
         return [nodes.abbreviation("", text, explanation=said, classes=["result"])], []
 
 
+class Interval(SphinxRole):
+    """``NAME:KEY:FORMAT`` of a mapping with low and high: "LOW to HIGH", or that there is none, as from one fold."""
+
+    def run(self):
+        name, key, form = [*self.text.split(":", 2), "", ""][:3]
+        found = lookup(self, name, key) or {}
+        ends = [found.get(end) for end in ("low", "high")]
+        text = "no interval" if None in ends else " to ".join(write(end, form) for end in ends)
+        return [nodes.abbreviation("", text, explanation=f"{source(name)}: {key}", classes=["result"])], []
+
+
 class Compare(SphinxRole):
     """``NAME:KEY:KEY``: the first is above, below or, to three decimals, level with the second."""
 
@@ -185,6 +196,7 @@ class RunTable(SphinxDirective):
 def setup(app):
     """Register the roles and directives with Sphinx."""
     app.add_role("result", Result())
+    app.add_role("interval", Interval())
     app.add_role("compare", Compare())
     app.add_directive("results-table", ResultsTable)
     app.add_directive("people-table", PeopleTable)

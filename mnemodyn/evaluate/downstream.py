@@ -391,7 +391,7 @@ def evaluate(
         Processes; each takes a fold.
     seed : int
     blocks : dict, optional
-        Features computed before, see :func:`blocks_of`; those that are missing are computed and added.
+        Features computed before, see ``blocks_of``; those that are missing are computed and added.
     say : callable
         Is given a line a method.
 
