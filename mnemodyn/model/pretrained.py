@@ -1,9 +1,13 @@
 """``from_pretrained``, ``save_pretrained`` and ``push_to_hub``; what touches files is :mod:`mnemodyn.hub`."""
 
+import warnings
 from pathlib import Path
 from typing import Any, Self, cast
 
-from huggingface_hub import ModelHubMixin
+with warnings.catch_warnings():
+    # Its progress bar asks for ipywidgets in every notebook; the warning would stand on the book's pages.
+    warnings.filterwarnings("ignore", message="IProgress not found")
+    from huggingface_hub import ModelHubMixin
 
 __all__ = ["Pretrained"]
 
