@@ -300,7 +300,7 @@ rule protocol:
         "notebooks/protocol.ipynb",
         "book/data/published.csv",
         "book/data/abide.json",
-        sources("data", "evaluate"),
+        sources("data", "model", "evaluate"),
     output:
         outputs("protocol"),
     message:
