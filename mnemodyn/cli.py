@@ -902,9 +902,9 @@ def _evaluate(options: argparse.Namespace) -> int:
         return _fail(error, 2)
     try:
         checkpoint = load_checkpoint(options.checkpoint) if options.checkpoint else None
-        scans, origin = downstream.open_scans(cohort, options.source, workers=options.jobs)
-        task = downstream.Task.of(scans.table, options.target, kinds[options.target])
-        scans = downstream.Rows(scans, task.rows)
+        opened, origin = downstream.open_scans(cohort, options.source, workers=options.jobs)
+        task = downstream.Task.of(opened.table, options.target, kinds[options.target])
+        scans: Sequence = downstream.Rows(opened, task.rows)
         if options.leave_one_site_out:
             folds = splits.leave_one_site_out(task.table)
         else:

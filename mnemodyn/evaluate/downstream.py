@@ -5,7 +5,7 @@ import io
 import os
 import re
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -65,7 +65,7 @@ class Indexed(Sequence):
         return self.index.load(self.table.iloc[i])
 
 
-def open_scans(cohort: Cohort, source: str | Path, *, workers: int = 1) -> tuple[Sequence[Scan], Index | Store]:
+def open_scans(cohort: Cohort, source: str | Path, *, workers: int = 1) -> tuple["Indexed | Store", Index | Store]:
     """Scans of a cohort's folder or of a store, with their ``table``; and the index or store they come from.
 
     Raises
@@ -83,7 +83,7 @@ def open_scans(cohort: Cohort, source: str | Path, *, workers: int = 1) -> tuple
 class Rows(Sequence):
     """Some of the scans of a sequence."""
 
-    def __init__(self, scans: Sequence[Scan], rows: Sequence[int]):
+    def __init__(self, scans: Sequence[Scan], rows: Iterable[int]):
         self.scans, self.rows = scans, [int(i) for i in rows]
 
     def __len__(self) -> int:

@@ -290,6 +290,12 @@ class Front(nn.Module):
         Directions in which people's covariances differ, learned from them; see :func:`covariance_modes`.
     """
 
+    mean: Tensor
+    lags: Tensor
+    modes: Tensor
+    signal: Tensor
+    noise: Tensor
+
     def __init__(self, n_parcels: int, *, n_lags: int, shrinkage: float, weight: float, steps: int, n_modes: int = 0):
         super().__init__()
         self.shrinkage, self.weight, self.steps = shrinkage, weight, steps
