@@ -1,7 +1,7 @@
-# A server with an NVIDIA GPU: docker build -t mnemodyn . && docker run --gpus all -v $PWD:/work mnemodyn embed /work/scans -o /work/e.csv -c NAME/MODEL --device cuda
+# A server with an NVIDIA GPU: docker build -t mnemodyn . && docker run --gpus all -v $PWD:/data mnemodyn embed /data/scans -o /data/e.csv -c NAME/MODEL --device cuda
 FROM python:3.11-slim
 
-ENV PIP_NO_CACHE_DIR=1 PYTHONDONTWRITEBYTECODE=1 HF_HOME=/work/.huggingface MPLCONFIGDIR=/tmp/matplotlib
+ENV PIP_NO_CACHE_DIR=1 PYTHONDONTWRITEBYTECODE=1 HF_HOME=/data/.huggingface MPLCONFIGDIR=/tmp/matplotlib
 WORKDIR /opt/mnemodyn
 
 # The wheel of PyPI for Linux brings CUDA and Triton with it; the driver is the host's. Triton compiles its launcher.
@@ -15,6 +15,6 @@ COPY brainmarks brainmarks
 RUN pip install --constraint constraints.txt ".[parquet]"
 
 # Whoever runs it owns what it writes: docker run --user $(id -u):$(id -g)
-WORKDIR /work
+WORKDIR /data
 ENTRYPOINT ["mnemodyn"]
 CMD ["--help"]
