@@ -1,60 +1,53 @@
 """Does the network fill hidden entries of new people better than linear statistics? From scratch, with seeds.
 
 ``make reconstruct DATA=hcp7`` and ``DATA=abide`` run this; every finished stage is kept in ``runs/reconstruct``, so
-that an interrupted run goes on. Everything is chosen on validation participants; test participants are read once a
-seed.
+that an interrupted run goes on. Everything is chosen on validation participants; nothing is chosen on test ones.
+Scans are hidden and filled whole, as a user has them; what windows alone give stands beside it.
 """
 
 import argparse
 import copy
-import dataclasses
+import itertools
 import json
 import math
 import os
-import re
 import sys
 import time
-from collections import defaultdict
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 
 import numpy as np
-import pandas as pd
 import torch
 from torch.nn import functional
 
 from benchmarks.transformer import PatchTransformer
 from mnemodyn.checkpoint import Checkpoint, save_checkpoint
+from mnemodyn.data.cohorts import load_cohort
 from mnemodyn.data.scaling import Scaling
 from mnemodyn.data.scans import load_scans
 from mnemodyn.evaluate.baselines import VAR, Interpolation, LowRank, SpatialGaussian, SpatiotemporalGaussian, Zero
-from mnemodyn.evaluate.metrics import hidden_sums
+from mnemodyn.evaluate.downstream import open_scans
 from mnemodyn.files import resolve, write_json
 from mnemodyn.model.config import ModelConfig
 from mnemodyn.model.front import Front
 from mnemodyn.model.network import MnemoDyn
 from mnemodyn.pretrain.objective import Masked
-from mnemodyn.pretrain.windows import cut_windows
 from mnemodyn.provenance import surroundings
 
-# Rows of methods that read all windows of a scan at once.
-WHOLE = "_whole_scan"
 LINEAR = ("zero", "interpolation", "spatial_gaussian", "low_rank", "var", "spatiotemporal_gaussian")
-# ABIDE site descriptions, seconds; Leuven's and UCLA's two samples are alike.
-ABIDE_T_R = {"KKI": 2.5, "LEUVEN": 1.66, "MAXMUN": 3.0, "OHSU": 2.5, "OLIN": 1.5, "PITT": 1.5, "SBL": 2.2, "UCLA": 3.0}
-ABIDE_T_R |= dict.fromkeys(["CALTECH", "CMU", "NYU", "SDSU", "STANFORD", "TRINITY", "UM", "USM", "YALE"], 2.0)
-# Scans so alike that they look like one person's: they stay on one side of every split.
-SAME_PERSON = {"Yale_0050578": "Yale_0050602", "KKI_0050808": "KKI_0050805"}
-MAX_CONSTANT = 10
-# Of expectation maximisation, whose cost grows with them.
-FRONT_STEPS = 6
+FRONT_STEPS = 6  # of expectation maximisation, whose cost grows with them
 
 
 @dataclass(frozen=True)
 class Setting:
-    """What is asked, and how it is answered. ``front_*``, `shrinkages` and `ranks` are tried on validation people."""
+    """What is asked, and how it is answered. ``front_*``, `shrinkages`, `ranks`, `rates`: tried on validation people.
+
+    Networks are trained on windows of `n_timepoints` frames, those without a front end on fresh ones with fresh masks
+    for `steps` steps; the blocks behind the front end on `draws` windows that it filled once, for `epochs` of them.
+    """
 
     n_timepoints: int
     hidden_share: float
@@ -63,19 +56,23 @@ class Setting:
     front_modes: tuple[int, ...]
     shrinkages: tuple[float, ...]
     ranks: tuple[int, ...]
+    steps: int
     draws: int
     epochs: int
     seeds: tuple[int, ...] = (0, 1, 2)
     preset: str = "mnemodyn-small"
-    learning_rate: float = 2e-3
-    front_learning_rate: float = 3e-4  # of blocks that begin as no change to the front end
+    rates: tuple[float, ...] = (1e-3, 3e-3)
+    front_rates: tuple[float, ...] = (1e-4, 1e-3)  # of blocks that begin as no change to the front end
     batch_size: int = 8
-    tried: int = 24
 
 
 SETTINGS = {
-    "hcp7": Setting(240, 0.55, 15, (100.0, 200.0, 400.0), (0,), (0.03, 0.1, 0.2), (8, 16, 32), draws=160, epochs=6),
-    "abide": Setting(112, 0.6, 5, (100.0, 200.0), (0, 200), (0.01, 0.03, 0.1), (24, 48, 96), draws=240, epochs=4),
+    "hcp7": Setting(
+        240, 0.55, 15, (100.0, 200.0, 400.0), (0,), (0.03, 0.1, 0.2), (8, 16, 32), steps=600, draws=320, epochs=6
+    ),
+    "abide": Setting(
+        112, 0.6, 5, (50.0, 100.0, 200.0), (0, 200), (0.01, 0.03, 0.1), (24, 48, 96), steps=1500, draws=800, epochs=6
+    ),
 }
 
 
@@ -90,135 +87,116 @@ class Series:
     stratum: str = ""
 
 
-def read_abide(folder: Path, n_timepoints: int) -> tuple[list[Series], dict]:
-    """The usable scans of an ABIDE release folder, and how many were left out for what."""
-    tables, files = sorted(folder.glob("*henotypic*.csv")), sorted(folder.rglob("*_rois_cc200.1D"))
-    if not tables or not files:
-        raise FileNotFoundError(
-            f"ABIDE: expected *_rois_cc200.1D files and a phenotypic CSV table in {folder}, found {len(files)} and "
-            f"{len(tables)}; name the folder with ABIDE=FOLDER or MNEMODYN_DATA"
-        )
-    diagnosis = pd.read_csv(tables[0]).set_index("FILE_ID")["DX_GROUP"].to_dict()
-    left_out, series = {"constant-parcels": 0, "too-short": 0}, []
-    for path in files:
-        values = pd.read_csv(path, sep="\t").to_numpy(np.float64)
-        name = path.name.removesuffix("_rois_cc200.1D")
-        constant = values.std(0) <= 1e-6 * np.abs(values).max()
-        if len(values) < n_timepoints or constant.sum() > MAX_CONSTANT:
-            left_out["too-short" if len(values) < n_timepoints else "constant-parcels"] += 1
-            continue
-        scaled = np.where(constant, 0, (values - values.mean(0)) / np.where(constant, 1, values.std(0)))
-        site = re.sub(r"_\d+$", "", name)
-        t_r = ABIDE_T_R[re.sub(r"_.*", "", site).upper()]
-        series.append(
-            Series(
-                SAME_PERSON.get(name, name), scaled.astype(np.float32), t_r, constant, f"{site} {diagnosis.get(name)}"
-            )
-        )
-    return series, left_out
+def read(data: str, setting: Setting, folder: Path | None) -> tuple[list[Series], dict]:
+    """The usable scans, and how many were left out for what."""
+    if data != "abide":
+        return [Series(s.participant_id, Scaling()(s), s.t_r, s.constant) for s in load_scans(data)], {}
+    if folder is None:
+        raise FileNotFoundError("ABIDE: name its folder with ABIDE=FOLDER or MNEMODYN_DATA")
+    scans, origin = open_scans(load_cohort("abide"), folder)
+    series = [
+        Series(row.family, Scaling()(scans[i]), row.t_r, scans[i].constant, f"{row.site} {row.diagnosis}")
+        for i, row in enumerate(scans.table.itertuples())
+        if row.n_frames >= setting.n_timepoints
+    ]
+    left_out = origin.excluded["problem"].value_counts().to_dict()
+    left_out.pop("no-phenotype", None)  # these are filled like any other
+    return series, {str(k): int(v) for k, v in left_out.items()} | {"too-short": len(scans.table) - len(series)}
 
 
-def split(series: list[Series]) -> dict[str, list[Series]]:
+def split(series: list[Series], seed: int = 1) -> dict[str, list[Series]]:
     """A tenth of the people of every stratum to the test, a twentieth to validation; who is who is drawn once."""
     strata: dict[str, str] = {}
     for s in series:
         strata.setdefault(s.participant, s.stratum)
-    people = list(np.random.default_rng(0).permutation(sorted(strata)))
+    people = list(np.random.default_rng(seed).permutation(sorted(strata)))
     people.sort(key=lambda p: strata[p])  # stable: drawn order within a stratum
     side = {p: "test" if i % 10 == 3 else "validation" if i % 20 == 8 else "train" for i, p in enumerate(people)}
     return {name: [s for s in series if side[s.participant] == name] for name in ("train", "validation", "test")}
 
 
-def read(data: str, setting: Setting, folder: Path | None) -> tuple[dict[str, list[Series]], dict]:
-    """The three sides, and what was left out."""
-    if data == "abide":
-        if folder is None:
-            raise FileNotFoundError("ABIDE: name its folder with ABIDE=FOLDER or MNEMODYN_DATA")
-        series, left_out = read_abide(folder, setting.n_timepoints)
-        return split(series), left_out
-    series = [Series(s.participant_id, Scaling()(s), s.t_r, np.zeros(len(s.parcels), bool)) for s in load_scans("hcp7")]
-    return {"train": series[:4], "validation": series[4:5], "test": series[5:]}, {}
-
-
 @dataclass(frozen=True)
-class Windows:
-    """Windows x (window, time, parcel), what is `hidden` from a method, what is `scored`, t_r and whose they are.
+class Hidden:
+    """Scans (time, parcel) with entries hidden. A constant parcel is hidden throughout, and never scored."""
 
-    A constant parcel is hidden throughout, and never scored.
-    """
-
-    x: np.ndarray
-    hidden: np.ndarray
-    scored: np.ndarray
-    t_r: np.ndarray
-    people: np.ndarray
+    series: list[Series]
+    masks: list[np.ndarray]
+    n_timepoints: int
 
     @classmethod
-    def of(cls, series: list[Series], starts: list[list[int]], setting: Setting, seed: int) -> "Windows":
-        n = setting.n_timepoints
-        x = np.stack([s.values[a : a + n] for s, at in zip(series, starts, strict=True) for a in at])
-        rows = [s for s, at in zip(series, starts, strict=True) for _ in at]
-        hidden = Masked(setting.hidden_share, setting.mask_window).hide(x.shape, seed).numpy()
-        constant = np.stack([s.constant for s in rows])[:, None]
-        t_r, people = np.array([s.t_r for s in rows], np.float32), np.array([s.participant for s in rows])
-        return cls(x, hidden | constant, hidden & ~constant, t_r, people)
+    def of(cls, series: list[Series], setting: Setting, seed: int) -> "Hidden":
+        hide = Masked(setting.hidden_share, setting.mask_window).hide
+        masks = [hide((1, *s.values.shape), seed + i).numpy()[0] for i, s in enumerate(series)]
+        return cls(series, masks, setting.n_timepoints)
 
-    @classmethod
-    def consecutive(cls, series: list[Series], setting: Setting, seed: int) -> "Windows":
-        n = setting.n_timepoints
-        return cls.of(series, [[i * n for i in range(len(cut_windows(s.values, n)))] for s in series], setting, seed)
-
-    def some(self, n: int) -> "Windows":
-        """At most `n` of them, evenly spread."""
-        rows = np.unique(np.linspace(0, len(self.x) - 1, n).round().astype(int))
-        return Windows(self.x[rows], self.hidden[rows], self.scored[rows], self.t_r[rows], self.people[rows])
-
-    def joined(self) -> list[tuple[np.ndarray, "Windows"]]:
-        """Rows and windows of every participant, these joined end to end to one long window."""
-        groups = [np.flatnonzero(self.people == p) for p in dict.fromkeys(self.people)]
-        return [
-            (r, Windows(*(a[r].reshape(1, -1, a.shape[-1]) for a in (self.x, self.hidden, self.scored)), *self._of(r)))
-            for r in groups
-        ]
-
-    def _of(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        return self.t_r[rows[:1]], self.people[rows[:1]]
-
-    def whole(self, fill) -> np.ndarray:
-        """What ``fill(windows)`` makes of every participant's windows joined, cut into windows again."""
-        out = np.empty_like(self.x)
-        for rows, windows in self.joined():
-            out[rows] = fill(windows).reshape(out[rows].shape)
+    def fill(self, fill: Callable, *, whole: bool = True) -> list[np.ndarray]:
+        """What ``fill(x, hidden, t_r)`` makes of (1, time, parcel), of whole scans or window by window."""
+        out = []
+        for s, mask in zip(self.series, self.masks, strict=True):
+            time, n = len(s.values), self.n_timepoints
+            x, hidden = s.values[None], (mask | s.constant)[None]
+            filled = np.empty_like(x)
+            # The last window ends with the scan, so that every frame is in one.
+            for a in [0] if whole else [*range(0, time - n, n), time - n]:
+                part = slice(a, time if whole else a + n)
+                filled[:, part] = fill(x[:, part], hidden[:, part], s.t_r)
+            out.append(filled[0])
         return out
 
-    def sums(self, filled: np.ndarray) -> np.ndarray:
-        """(2, window): residual and total sums of squares over scored entries."""
-        return np.stack(hidden_sums(self.x, filled, self.scored))
+    def sums(self, filled: list[np.ndarray]) -> np.ndarray:
+        """(2, stretch): residual and total sums of squares over scored entries, by stretches of each scan."""
+        rows = []
+        for s, mask, values in zip(self.series, self.masks, filled, strict=True):
+            scored = mask & ~s.constant
+            squares = np.stack([(s.values - values) ** 2, s.values**2]) * scored
+            rows += [part.sum((1, 2), dtype=np.float64) for part in np.array_split(squares, self._parts(s), axis=1)]
+        return np.stack(rows, 1)
 
-    def r2(self, filled: np.ndarray) -> float:
-        residual, total = self.sums(filled).sum(1)
+    def _parts(self, s: Series) -> int:
+        return len(s.values) // self.n_timepoints
+
+    @property
+    def people(self) -> np.ndarray:
+        """(stretch,)"""
+        return np.array([s.participant for s in self.series for _ in range(self._parts(s))])
+
+    def r2(self, fill: Callable, **reading) -> float:
+        residual, total = self.sums(self.fill(fill, **reading)).sum(1)
         return float(1 - residual / total)
 
 
-def fill_front(front: Front, windows: Windows) -> np.ndarray:
-    x, hidden = torch.from_numpy(windows.x), torch.from_numpy(windows.hidden)
-    return torch.cat([front(a, b) for a, b in zip(x.split(8), hidden.split(8), strict=True)]).numpy()
+def linear(method) -> Callable:
+    return lambda x, hidden, t_r: method.fill(x, hidden)
 
 
-def make_front(setting: Setting, chosen: dict, series: list[Series]) -> Front:
+def front_fill(front: Front) -> Callable:
+    return lambda x, hidden, t_r: front(torch.from_numpy(x), torch.from_numpy(hidden)).numpy()
+
+
+def _filled(output) -> torch.Tensor:
+    return getattr(output, "reconstruction", output)
+
+
+@torch.no_grad()
+def _network_fill(network, front, x, hidden, t_r) -> np.ndarray:
+    x, hidden = torch.from_numpy(x), torch.from_numpy(hidden)
+    given = {} if front is None else {"filled": front(x, hidden)}
+    return _filled(network(x, float(t_r), hidden=hidden, **given)).numpy()
+
+
+def make_front(chosen: dict, series: list[Series]) -> Front:
     front = Front(series[0].values.shape[1], **{"weight": 1.0, "steps": FRONT_STEPS} | chosen)
     return front.fit([s.values for s in series])
 
 
 def choose(setting: Setting, sides: dict, log) -> dict:
-    """Every setting of a baseline by R2 on hidden entries of validation people."""
+    """Every setting of a baseline and of the front end by R2 on hidden entries of validation people."""
     train = [s.values for s in sides["train"]]
-    windows = Windows.consecutive(sides["validation"], setting, seed=100).some(setting.tried)
-    r2: dict[str, dict] = defaultdict(dict)
+    held = Hidden.of(sides["validation"], setting, seed=100)
+    r2: dict[str, dict[str, float]] = {}
 
     def best(name: str, options: dict):
-        for label, method in options.items():
-            r2[name][str(label)] = windows.r2(method.fit(train).fill(windows.x, windows.hidden))
+        r2[name] = {str(label): held.r2(linear(method.fit(train))) for label, method in options.items()}
         log(f"{name}: {r2[name]}")
         return max(options, key=lambda label: r2[name][str(label)])
 
@@ -227,34 +205,68 @@ def choose(setting: Setting, sides: dict, log) -> dict:
         "var": best("var", {a: VAR(a) for a in setting.shrinkages}),
         "low_rank": best("low_rank", {r: LowRank(r) for r in setting.ranks}),
     }
-    options = {(a, 8): SpatiotemporalGaussian(a, 8) for a in setting.shrinkages}
-    shrinkage, _ = best("spatiotemporal_gaussian", options)
-    options = {(shrinkage, n): SpatiotemporalGaussian(shrinkage, n) for n in (2, 4)}
-    best("spatiotemporal_gaussian", options)
-    tried = r2["spatiotemporal_gaussian"]
-    n_lags = next(n for n in (8, 4, 2) if tried[str((shrinkage, n))] == max(tried.values()))
-    found["spatiotemporal_gaussian"] = [shrinkage, n_lags]
+    shrinkage = best("shrinkage", {a: SpatiotemporalGaussian(a, 8) for a in setting.shrinkages})
+    n_lags = best("n_lags", {n: SpatiotemporalGaussian(shrinkage, n) for n in (2, 4, 8)})
     own = {w: SpatiotemporalGaussian(shrinkage, n_lags, own=w) for w in (0.02, 0.05, 0.1, 0.2)}
-    found["own_covariance"] = best("own_covariance", own)
-    return {"chosen": found, "validation_r2": r2, "windows": len(windows.x)}
-
-
-def choose_front(setting: Setting, sides: dict, chosen: dict, log) -> dict:
-    """The front end on the chosen spatio-temporal Gaussian: its weight and modes, by R2 on validation people."""
-    windows = Windows.consecutive(sides["validation"], setting, seed=100).some(setting.tried)
-    shrinkage, n_lags = chosen["spatiotemporal_gaussian"]
-    r2, best = [], None
+    found |= {"spatiotemporal_gaussian": [shrinkage, n_lags], "own_covariance": best("own_covariance", own)}
+    tried = {}
     for n_modes in setting.front_modes:
-        front = make_front(setting, {"n_lags": n_lags, "shrinkage": shrinkage, "n_modes": n_modes}, sides["train"])
+        front = make_front({"n_lags": n_lags, "shrinkage": shrinkage, "n_modes": n_modes}, sides["train"])
         for weight in setting.front_weights:
             front.weight = weight
-            r2.append({"n_modes": n_modes, "weight": weight, "r2": windows.r2(fill_front(front, windows))})
-            log(f"front end: {r2[-1]}")
-    best = max(r2, key=lambda row: row["r2"])
+            tried[n_modes, weight] = held.r2(front_fill(front))
+            log(f"front end with {n_modes} modes and weight {weight}: {tried[n_modes, weight]:.4f}")
+    n_modes, weight = max(tried, key=tried.__getitem__)
+    r2["front_end"] = {f"{n} modes, weight {w}": value for (n, w), value in tried.items()}
+    found["front_end"] = {"n_lags": n_lags, "shrinkage": shrinkage, "weight": weight, "n_modes": n_modes}
+    return {"chosen": found, "validation_r2": r2}
+
+
+def methods(chosen: dict) -> dict:
+    """The baselines with their chosen settings, not fitted."""
+    shrinkage, n_lags = chosen["spatiotemporal_gaussian"]
     return {
-        "chosen": {"n_lags": n_lags, "shrinkage": shrinkage, "weight": best["weight"], "n_modes": best["n_modes"]},
-        "validation_r2": r2,
+        "zero": Zero(),
+        "interpolation": Interpolation(),
+        "spatial_gaussian": SpatialGaussian(chosen["spatial_gaussian"]),
+        "low_rank": LowRank(chosen["low_rank"]),
+        "var": VAR(chosen["var"]),
+        "spatiotemporal_gaussian": SpatiotemporalGaussian(shrinkage, n_lags),
+        "own_covariance": SpatiotemporalGaussian(shrinkage, n_lags, own=chosen["own_covariance"]),
     }
+
+
+def closed_form(chosen: dict, known: list[Series], held: Hidden, log) -> dict[str, np.ndarray]:
+    """Residual sums of squares (stretch,) of every method without a network; ``/windows`` where it reads windows."""
+    sums = {}
+    for name, method in methods(chosen).items():
+        fitted = method.fit([s.values for s in known])
+        sums[name], sums["total"] = held.sums(held.fill(linear(fitted)))
+        log(f"{name}: {1 - sums[name].sum() / sums['total'].sum():.4f}")
+        if name in ("spatiotemporal_gaussian", "own_covariance"):
+            sums[name + "/windows"] = held.sums(held.fill(linear(fitted), whole=False))[0]
+    front = front_fill(make_front(chosen["front_end"], known))
+    sums["front_end"] = held.sums(held.fill(front))[0]
+    sums["front_end/windows"] = held.sums(held.fill(front, whole=False))[0]
+    log(f"front end: {1 - sums['front_end'].sum() / sums['total'].sum():.4f}")
+    return sums
+
+
+def fresh(series: list[Series], setting: Setting, seed: int, size: int | None = None) -> Iterator[dict]:
+    """Batches of random windows of random scans, with random masks, without end."""
+    rng, n = np.random.default_rng(seed), setting.n_timepoints
+    hide = Masked(setting.hidden_share, setting.mask_window).hide
+    while True:
+        chosen = [series[i] for i in rng.integers(len(series), size=size or setting.batch_size)]
+        starts = [int(rng.integers(len(s.values) - n + 1)) for s in chosen]
+        x = np.stack([s.values[a : a + n] for s, a in zip(chosen, starts, strict=True)])
+        mask, constant = hide(x.shape, int(rng.integers(2**31))), np.stack([s.constant for s in chosen])[:, None]
+        yield {
+            "x": torch.from_numpy(x),
+            "hidden": mask | torch.from_numpy(constant),
+            "scored": mask & ~torch.from_numpy(constant),
+            "t_r": torch.tensor([s.t_r for s in chosen], dtype=torch.float32),
+        }
 
 
 def draw(setting: Setting, sides: dict, chosen: dict, log) -> dict:
@@ -263,89 +275,81 @@ def draw(setting: Setting, sides: dict, chosen: dict, log) -> dict:
     A front end has seen the people it was fitted to, and fills new ones less well. So that the blocks learn to correct
     what they will meet, the front end of each fold of people is fitted to the others.
     """
-    rng, n = np.random.default_rng(1), setting.n_timepoints
-    everyone = [*sides["train"], *sides["validation"]]
     people = sorted({s.participant for s in sides["train"]})
-    fold = {p: i % min(5, len(people)) for i, p in enumerate(people)} | {s.participant: -1 for s in sides["validation"]}
-    parts: dict[str, list] = defaultdict(list)
-    for k in sorted(set(fold.values())):
-        inside = [s for s in everyone if fold[s.participant] == k]
-        front = make_front(setting, chosen, [s for s in everyone if fold[s.participant] != k])
-        if k < 0:
-            windows = Windows.consecutive(inside, setting, seed=100)
-        else:
-            count = np.bincount(
-                np.arange(round(setting.draws * len(inside) / len(sides["train"]))) % len(inside), minlength=len(inside)
-            )
-            starts = [rng.integers(0, len(s.values) - n + 1, c).tolist() for s, c in zip(inside, count, strict=True)]
-            kept = [(s, at) for s, at in zip(inside, starts, strict=True) if at]
-            windows = Windows.of([s for s, _ in kept], [at for _, at in kept], setting, seed=200 + k)
-        parts["validation" if k < 0 else "train"].append((windows, fill_front(front, windows)))
-        log(f"front end of fold {k}: R2 {windows.r2(parts['validation' if k < 0 else 'train'][-1][1]):.4f}")
-    out = {}
-    for side, found in parts.items():
-        for name in ("x", "hidden", "scored", "t_r"):
-            out[f"{side}_{name}"] = torch.from_numpy(np.concatenate([getattr(w, name) for w, _ in found]))
-        out[f"{side}_filled"] = torch.from_numpy(np.concatenate([f for _, f in found]))
-    return out
+    fold = {p: i % min(5, len(people)) for i, p in enumerate(people)}
+    parts = {"train": [], "validation": []}
+    for k in [*sorted(set(fold.values())), None]:
+        inside = sides["validation"] if k is None else [s for s in sides["train"] if fold[s.participant] == k]
+        front = make_front(chosen, [s for s in sides["train"] if fold[s.participant] != k])
+        size = 64 if k is None else round(setting.draws * len(inside) / len(sides["train"]))
+        batch = next(fresh(inside, setting, 200 if k is None else 201 + k, size))
+        pairs = zip(batch["x"].split(8), batch["hidden"].split(8), strict=True)
+        batch["filled"] = torch.cat([front(x, hidden) for x, hidden in pairs])
+        parts["validation" if k is None else "train"].append(batch)
+        log(f"front end of fold {k}: R2 {1 - _errors(batch['filled'], batch) / _errors(0, batch):.4f}")
+    return {side: {name: torch.cat([b[name] for b in found]) for name in found[0]} for side, found in parts.items()}
 
 
-def train(
-    network: torch.nn.Module, predict, draws: dict, setting: Setting, rate: float, seed: int, log
-) -> tuple[dict, list]:
-    """AdamW with a cosine schedule; the averaged weights of the epoch that is best on the validation windows."""
+def _errors(values, batch: dict) -> float:
+    return float((values - batch["x"])[batch["scored"]].square().sum())
+
+
+def shuffled(batch: dict, setting: Setting, seed: int) -> Iterator[dict]:
+    """Batches of the windows of one large batch, in a new order every time round."""
     generator = torch.Generator().manual_seed(seed)
-    matrices = [p for p in network.parameters() if p.ndim > 1]
-    others = [p for p in network.parameters() if p.ndim <= 1]
-    groups = [{"params": matrices, "weight_decay": 0.05}, {"params": others, "weight_decay": 0.0}]
+    while True:
+        for rows in torch.randperm(len(batch["x"]), generator=generator).split(setting.batch_size):
+            yield {name: value[rows] for name, value in batch.items()}
+
+
+def _reconstruct(network, batch: dict) -> torch.Tensor:
+    given = {"filled": batch["filled"]} if "filled" in batch else {}
+    return _filled(network(batch["x"], batch["t_r"], hidden=batch["hidden"], **given))
+
+
+@torch.no_grad()
+def validate(network, batch: dict) -> float:
+    """R2 on the scored entries of a large batch."""
+    error = 0.0
+    for rows in torch.arange(len(batch["x"])).split(16):
+        part = {name: value[rows] for name, value in batch.items()}
+        error += _errors(_reconstruct(network, part), part)
+    return 1 - error / _errors(0, batch)
+
+
+def fit(network, batches: Iterator[dict], validation: dict, steps: int, rate: float, log) -> dict[int, float]:
+    """AdamW with a cosine schedule; leaves the network with the averaged weights that are best on validation windows.
+
+    Returns their R2 by step; step 0 is the network before training.
+    """
+    groups = [
+        {"params": [p for p in network.parameters() if p.ndim > 1], "weight_decay": 0.05},
+        {"params": [p for p in network.parameters() if p.ndim <= 1], "weight_decay": 0.0},
+    ]
     optimizer = torch.optim.AdamW(groups, lr=rate, betas=(0.9, 0.95))
-    per_epoch = math.ceil(len(draws["train_x"]) / setting.batch_size)
-    total = setting.epochs * per_epoch
     schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda i: min(1, (i + 1) / (0.1 * total)) * max(0.01, 0.5 * (1 + math.cos(math.pi * i / total)))
+        optimizer, lambda i: min(1, (i + 1) / (0.1 * steps)) * max(0.01, 0.5 * (1 + math.cos(math.pi * i / steps)))
     )
-    averaged, best, history, step = copy.deepcopy(network), (-math.inf, None), [], 0
-
-    def score() -> float:
-        residual = power = 0.0
+    averaged = copy.deepcopy(network)
+    best, curve = copy.deepcopy(network.state_dict()), {0: validate(network, validation)}
+    for step, batch in enumerate(itertools.islice(batches, steps), 1):
+        out, scored = _reconstruct(network, batch), batch["scored"]
+        loss = functional.mse_loss(out[scored], batch["x"][scored])
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
         with torch.no_grad():
-            for rows in torch.arange(len(draws["validation_x"])).split(16):
-                x, scored = draws["validation_x"][rows], draws["validation_scored"][rows]
-                error = (predict(averaged, draws, "validation", rows) - x)[scored]
-                residual, power = residual + error.square().sum().item(), power + x[scored].square().sum().item()
-        return 1 - residual / power
-
-    for epoch in range(setting.epochs + 1):
-        if epoch:
-            for rows in torch.randperm(len(draws["train_x"]), generator=generator).split(setting.batch_size):
-                scored = draws["train_scored"][rows]
-                out = predict(network, draws, "train", rows)
-                loss = functional.mse_loss(out[scored], draws["train_x"][rows][scored])
-                optimizer.zero_grad()
-                loss.backward()
-                torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0)
-                optimizer.step()
-                schedule.step()
-                step += 1
-                decay = min(0.98, (1 + step) / (10 + step))
-                with torch.no_grad():
-                    for a, b in zip(averaged.parameters(), network.parameters(), strict=True):
-                        a.lerp_(b, 1 - decay)
-        history.append(score())
-        log(f"seed {seed} epoch {epoch}: validation R2 {history[-1]:.4f}")
-        if history[-1] > best[0]:
-            best = (history[-1], copy.deepcopy(averaged.state_dict()))
-    return best[1], history
-
-
-def _network_predict(network, draws, side, rows):
-    part = {name: draws[f"{side}_{name}"][rows] for name in ("x", "hidden", "filled", "t_r")}
-    filled = None if network.front is None else part["filled"]
-    return network(part["x"], part["t_r"], hidden=part["hidden"], filled=filled).reconstruction
-
-
-def _transformer_predict(network, draws, side, rows):
-    return network(draws[f"{side}_x"][rows].masked_fill(draws[f"{side}_hidden"][rows], 0), 1.0)
+            for a, b in zip(averaged.parameters(), network.parameters(), strict=True):
+                a.lerp_(b, 1 - min(0.98, (1 + step) / (10 + step)))
+        if step % max(1, steps // 10) == 0:
+            curve[step] = validate(averaged, validation)
+            log(f"step {step}: validation R2 {curve[step]:.4f}")
+            if curve[step] == max(curve.values()):
+                best = copy.deepcopy(averaged.state_dict())
+    network.load_state_dict(best)
+    return curve
 
 
 def transformer_like(setting: Setting, n_parcels: int, n_parameters: int) -> PatchTransformer:
@@ -358,18 +362,50 @@ def transformer_like(setting: Setting, n_parcels: int, n_parameters: int) -> Pat
     return make(width=width)
 
 
-@torch.no_grad()
-def predictions(network, predict, windows: Windows, filled: np.ndarray) -> np.ndarray:
-    parts = {"x": windows.x, "hidden": windows.hidden, "filled": filled, "t_r": windows.t_r}
-    held = {f"test_{name}": torch.from_numpy(value) for name, value in parts.items()}
-    rows = torch.arange(len(windows.x)).split(16)
-    return torch.cat([predict(network, held, "test", r) for r in rows]).numpy()
+def config_of(setting: Setting, n_parcels: int, chosen: dict | None) -> ModelConfig:
+    """Of the network behind the front end with its `chosen` settings, or without one."""
+    front: dict = {"front": "none"}
+    if chosen is not None:
+        front = {f"front_{name.removeprefix('n_')}": value for name, value in chosen.items()}
+        front["front_steps"] = FRONT_STEPS
+    return ModelConfig.preset(setting.preset, n_parcels=n_parcels, n_timepoints=setting.n_timepoints, **front)
+
+
+def train_seed(setting: Setting, seed: int, sides: dict, draws: dict, chosen: dict, rates: dict, log) -> dict:
+    """Every network of one seed, trained: name to (network, validation curves by rate, rate kept).
+
+    `rates` are those to try; a later seed keeps what the first one found best on validation people.
+    """
+    config, alone = (config_of(setting, sides["train"][0].values.shape[1], c) for c in (chosen, None))
+    size = sum(p.numel() for p in MnemoDyn(alone).parameters())
+    makers = {
+        "model": lambda: MnemoDyn(config),
+        "blocks_alone": lambda: MnemoDyn(alone),
+        "transformer": lambda: transformer_like(setting, alone.n_parcels, size),
+    }
+    trained = {}
+    for name, make in makers.items():
+        tried = {}
+        for rate in rates[name]:
+            torch.manual_seed(seed)
+            network = make()
+            log(f"seed {seed}: {name} at {rate}")
+            if name == "model":
+                batches, side, steps = shuffled(draws["train"], setting, seed), draws["validation"], None
+            else:
+                batches = fresh(sides["train"], setting, 1000 + seed)
+                side, steps = next(fresh(sides["validation"], setting, 200, 64)), setting.steps
+            steps = steps or setting.epochs * math.ceil(setting.draws / setting.batch_size)
+            tried[rate] = (network, fit(network, batches, side, steps, rate, log))
+        rate = max(tried, key=lambda r: max(tried[r][1].values()))
+        trained[name] = (tried[rate][0].eval(), {r: curve for r, (_, curve) in tried.items()}, rate)
+    return trained
 
 
 def interval(model: np.ndarray, other: np.ndarray, total: np.ndarray, people: np.ndarray, n_boot: int = 2000) -> dict:
-    """R2 of `model` minus R2 of `other` (seed, window), and its 95 % bootstrap interval.
+    """R2 of `model` minus R2 of `other` (seed, stretch), and its 95 % bootstrap interval.
 
-    A resample draws people, of each of them windows, and training seeds, all with replacement; both methods get the
+    A resample draws people, of each of them stretches, and training seeds, all with replacement; both methods get the
     same draw. With `other` all `total`, whose R2 is zero, it is the R2 of `model`.
     """
     rng, difference = np.random.default_rng(0), np.broadcast_to(other, model.shape) - model
@@ -386,52 +422,43 @@ def interval(model: np.ndarray, other: np.ndarray, total: np.ndarray, people: np
     return {"value": round(float(value), 5), "low": round(float(low), 5), "high": round(float(high), 5)}
 
 
-def report(data: str, setting: Setting, folder: Path, windows: Windows, facts: dict) -> dict:
+def table(sums: dict[str, np.ndarray], total: np.ndarray, people: np.ndarray, ours: str = "model") -> dict:
+    """R2 of every method from its residual sums (seed, stretch), best first, and `ours` minus each."""
+    rows = {name: interval(residual, total, total, people) for name, residual in sums.items()}
+    for name, residual in sums.items():
+        if name != ours:
+            rows[name]["difference"] = interval(sums[ours], residual, total, people)
+    return {name: rows[name] for name in sorted(rows, key=lambda n: -rows[n]["value"])}
+
+
+def report(data: str, setting: Setting, folder: Path, held: Hidden, facts: dict) -> dict:
     """The JSON of the book: every method's R2 with its interval, and the network minus each of them."""
-    stored = np.load(folder / "baselines.npz")
-    linear_whole = np.load(folder / "whole.npz")
+    sums = {name: value[None] for name, value in np.load(folder / "closed_form.npz").items()}
     seeds = [json.loads((folder / f"seed-{s}.json").read_text()) for s in setting.seeds]
-    every = {name: stored[name][None] for name in stored.files if name != "total"}
-    every |= {name: linear_whole[name][None] for name in linear_whole.files}
-    fills = np.load(folder / "front.npz")
-    every |= {"front_end": windows.sums(fills["plain"])[:1], "front_end" + WHOLE: windows.sums(fills["whole"])[:1]}
-    every |= {name: np.array([s["residual"][name] for s in seeds]) for name in seeds[0]["residual"]}
-    total, people = stored["total"], windows.people
-
-    def table(sums: dict) -> dict:
-        rows = {name: interval(residual, total, total, people) for name, residual in sums.items()}
-        for name, residual in sums.items():
-            if name != "model":
-                rows[name]["difference"] = interval(sums["model"], residual, total, people)
-        return {name: rows[name] for name in sorted(rows, key=lambda n: -rows[n]["value"])}
-
-    sums = {name: residual for name, residual in every.items() if not name.endswith(WHOLE)}
-    rows = table(sums)
+    sums |= {name: np.array([s["residual"][name] for s in seeds]) for name in seeds[0]["residual"]}
+    total, people = sums.pop("total")[0], held.people
+    rows = table({name: r for name, r in sums.items() if "/" not in name}, total, people)
     best = next(name for name in rows if name in LINEAR)
-    settings = {name: json.loads((folder / f"{name}.json").read_text()) for name in ("choice", "front")}
-    return {
+    found = {
         "data": data,
         "r2_hidden": rows,
         "best_linear": best,
         "above_best_linear": rows[best]["difference"],
-        "whole_scan": table({n.removesuffix(WHOLE): r for n, r in every.items() if n.endswith(WHOLE)}),
+        "windows": table(
+            {name.removesuffix("/windows"): r for name, r in sums.items() if name.endswith("/windows")}, total, people
+        ),
         "linear": list(LINEAR),
-        "interval": "95 %, bootstrap over people, their windows and training seeds",
+        "interval": "95 %, bootstrap over people, stretches of their scans and training seeds",
         "by_seed": {n: (1 - r.sum(1) / total.sum()).round(5).tolist() for n, r in sums.items() if len(r) > 1},
-        "validation": {
-            "settings": settings,
-            "front_end": float(np.mean([s["history"]["model"][0] for s in seeds])),
-            "by_epoch": {name: [s["history"][name] for s in seeds] for name in seeds[0]["history"]},
-        },
+        "validation": json.loads((folder / "choice.json").read_text()) | {"by_step": [s["curves"] for s in seeds]},
         "n_parameters": seeds[0]["n_parameters"],
+        "steps": {"blocks_alone": setting.steps, "transformer": setting.steps}
+        | {"model": setting.epochs * math.ceil(setting.draws / setting.batch_size)},
         "preset": setting.preset,
         "n_people": len(set(people)),
-        "n_windows": len(people),
-        "n_hidden_entries": int(windows.scored.sum()),
-        "hidden_share": setting.hidden_share,
-        "mask_window": setting.mask_window,
-        "n_timepoints": setting.n_timepoints,
-        "seeds": list(setting.seeds),
+        "n_stretches": len(people),
+        "n_hidden_entries": int(sum((m & ~s.constant).sum() for s, m in zip(held.series, held.masks, strict=True))),
+        **{name: getattr(setting, name) for name in ("hidden_share", "mask_window", "n_timepoints", "seeds")},
         **facts,
         "cpu_minutes": round(sum(s["cpu_minutes"] for s in json.loads((folder / "times.json").read_text())), 1),
         "commit": seeds[0]["commit"],
@@ -439,6 +466,17 @@ def report(data: str, setting: Setting, folder: Path, windows: Windows, facts: d
         "device": f"CPU, {torch.get_num_threads()} thread",
         "torch": torch.__version__,
     }
+    turns = sorted(folder.glob("turn-*.npz"))
+    if turns:
+        loaded = [dict(np.load(path)) for path in turns]
+        every = {name: np.concatenate([one[name] for one in loaded])[None] for name in loaded[0]}
+        total, people = every.pop("total")[0], np.repeat(np.arange(len(loaded)), [len(o["total"]) for o in loaded])
+        every = {name: r for name, r in every.items() if "/" not in name}
+        found["every_person_held_out"] = {
+            "n_people": len(loaded),
+            "r2_hidden": table(every, total, people, "front_end"),
+        }
+    return found
 
 
 class Stages:
@@ -470,106 +508,78 @@ def run(data: str, setting: Setting, folder: Path, source: Path | None) -> dict:
     stage("setting.json", lambda path: write_json(path, settings))
     if json.loads((folder / "setting.json").read_text()) != settings:
         raise ValueError(f"{folder} holds a run of other settings; delete it to start again")
-    sides, left_out = read(data, setting, source)
+    series, left_out = read(data, setting, source)
+    sides = split(series) if data == "abide" else {"train": series[:4], "validation": series[4:5], "test": series[5:]}
     facts = {"left_out": left_out} | {
         f"n_{k}": len({s.participant for s in v}) for k, v in sides.items() if k != "test"
     }
     stage("choice.json", lambda path: write_json(path, choose(setting, sides, stage.log)))
     chosen = json.loads((folder / "choice.json").read_text())["chosen"]
-    stage("front.json", lambda path: write_json(path, choose_front(setting, sides, chosen, stage.log)))
-    front = json.loads((folder / "front.json").read_text())["chosen"]
-    windows = Windows.consecutive(sides["test"], setting, seed=300)
-    known = [*sides["train"], *sides["validation"]]
+    held, known = Hidden.of(sides["test"], setting, seed=10_000), [*sides["train"], *sides["validation"]]
+    stage("closed_form.npz", lambda path: np.savez(path, **closed_form(chosen, known, held, stage.log)))
+    if data != "abide":  # few people: each is held out once, the next one chooses, the others train
+        for i in range(len(series)):
+            one = {"validation": [series[i - 1]], "test": [series[i]]}
+            one["train"] = [s for s in series if s not in (series[i], series[i - 1])]
+            turn = Hidden.of(one["test"], setting, seed=20_000 + i)
 
-    def fill_test(path: Path) -> None:
-        a, n = chosen["spatiotemporal_gaussian"]
-        methods = {
-            "zero": Zero(),
-            "interpolation": Interpolation(),
-            "spatial_gaussian": SpatialGaussian(chosen["spatial_gaussian"]),
-            "low_rank": LowRank(chosen["low_rank"]),
-            "var": VAR(chosen["var"]),
-            "spatiotemporal_gaussian": SpatiotemporalGaussian(a, n),
-            "own_covariance": SpatiotemporalGaussian(a, n, own=chosen["own_covariance"]),
-        }
-        sums = {}
-        for name, method in methods.items():
-            filled = method.fit([s.values for s in known]).fill(windows.x, windows.hidden)
-            sums[name], sums["total"] = windows.sums(filled)
-            stage.log(f"{name}: {1 - sums[name].sum() / sums['total'].sum():.4f}")
-        np.savez(path, **sums)
+            def whole_turn(path: Path, one=one, turn=turn) -> None:
+                found = choose(setting, one, stage.log)["chosen"]
+                np.savez(path, **closed_form(found, [*one["train"], *one["validation"]], turn, stage.log))
 
-    def fill_test_whole(path: Path) -> None:
-        linear = SpatiotemporalGaussian(*chosen["spatiotemporal_gaussian"]).fit([s.values for s in known])
-        filled = windows.whole(lambda long: linear.fill(long.x, long.hidden))
-        np.savez(path, **{"spatiotemporal_gaussian" + WHOLE: windows.sums(filled)[0]})
+            stage(f"turn-{i}.npz", whole_turn)
+    stage("draws.pt", lambda path: torch.save(draw(setting, sides, chosen["front_end"], stage.log), path))
+    draws, front = torch.load(folder / "draws.pt"), make_front(chosen["front_end"], known)
+    # The front end fills each test scan once for all seeds.
+    kept: dict[bytes, torch.Tensor] = {}
 
-    def fill_test_front(path: Path) -> None:
-        fitted = make_front(setting, front, known)
-        np.savez(path, plain=fill_front(fitted, windows), whole=windows.whole(lambda long: fill_front(fitted, long)))
+    def front_once(x: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
+        key = x.numpy().tobytes() + hidden.numpy().tobytes()
+        if key not in kept:
+            kept[key] = front(x, hidden)
+        return kept[key]
 
-    stage("draws.pt", lambda path: torch.save(draw(setting, sides, front, stage.log), path))
-    stage("baselines.npz", fill_test)
-    stage("whole.npz", fill_test_whole)
-    stage("front.npz", fill_test_front)
-    draws, fills = torch.load(folder / "draws.pt"), np.load(folder / "front.npz")
-    filled, whole = fills["plain"], fills["whole"]
-    filled_whole = {w.people[0]: whole[rows].reshape(w.x.shape) for rows, w in windows.joined()}
-    n_parcels = windows.x.shape[-1]
+    rates = {"model": setting.front_rates, "blocks_alone": setting.rates, "transformer": setting.rates}
 
-    def train_seed(seed: int, path: Path) -> None:
-        config = ModelConfig.preset(
-            setting.preset,
-            n_parcels=n_parcels,
-            n_timepoints=setting.n_timepoints,
-            front_lags=front["n_lags"],
-            front_shrinkage=front["shrinkage"],
-            front_weight=front["weight"],
-            front_modes=front["n_modes"],
-            front_steps=FRONT_STEPS,
-        )
-        torch.manual_seed(seed)
-        network = MnemoDyn(config).fit_front([s.values for s in known])
-        size = sum(p.numel() for p in network.parameters())
-        torch.manual_seed(seed)
-        rivals = {
-            "model": (network, _network_predict),
-            "blocks_alone": (MnemoDyn(dataclasses.replace(config, front="none")), _network_predict),
-            "transformer": (transformer_like(setting, n_parcels, size), _transformer_predict),
-        }
-        residual, history = {}, {}
-        for name, (net, predict) in rivals.items():
-            stage.log(f"seed {seed}: {name}")
-            rate = setting.front_learning_rate if net is network else setting.learning_rate
-            state, history[name] = train(net, predict, draws, setting, rate, seed, stage.log)
-            net.load_state_dict(state)
-            residual[name] = windows.sums(predictions(net, predict, windows, filled))[0].tolist()
-        whole = windows.whole(lambda long: predictions(network, _network_predict, long, filled_whole[long.people[0]]))
-        residual["model" + WHOLE] = windows.sums(whole)[0].tolist()
+    def one_seed(seed: int, path: Path) -> None:
+        known_rates = rates
+        if seed != setting.seeds[0]:
+            first = json.loads((folder / f"seed-{setting.seeds[0]}.json").read_text())
+            known_rates = {name: [rate] for name, rate in first["rates"].items()}
+        trained = train_seed(setting, seed, sides, draws, chosen["front_end"], known_rates, stage.log)
+        residual = {}
+        for name, (network, _, _) in trained.items():
+            fill = partial(_network_fill, network, front_once if name == "model" else None)
+            windows = held.sums(held.fill(fill, whole=False))[0].tolist()
+            residual[name + "/windows"] = windows
+            # A transformer has positions for its windows only.
+            residual[name] = windows if name == "transformer" else held.sums(held.fill(fill))[0].tolist()
+            torch.save(network.state_dict(), folder / f"{name}-{seed}.pt")
+        network = trained["model"][0].fit_front([s.values for s in known])
         record = {
             "objective": {"hidden_share": setting.hidden_share, "mask_window": setting.mask_window},
             "seed": seed,
             "train_participants": sorted({s.participant for s in sides["train"]}),
             "validation_participants": sorted({s.participant for s in sides["validation"]}),
-            "validation_r2_hidden": max(history["model"]),
+            "validation_r2_hidden": max(max(curve.values()) for curve in trained["model"][1].values()),
         }
-        parcels = tuple(f"{data}-{i + 1}" for i in range(n_parcels))
-        save_checkpoint(
-            folder / f"checkpoint-{seed}", Checkpoint(network, parcels, known[0].t_r, Scaling(), None, record)
-        )
+        parcels = tuple(f"{data}-{i + 1}" for i in range(network.config.n_parcels))
+        checkpoint = Checkpoint(network, parcels, float(known[0].t_r), Scaling(), None, record)
+        save_checkpoint(folder / f"checkpoint-{seed}", checkpoint)
         around = surroundings()
         found = {
             "residual": residual,
-            "history": history,
-            "n_parameters": {name: sum(p.numel() for p in net.parameters()) for name, (net, _) in rivals.items()},
+            "curves": {name: curves for name, (_, curves, _) in trained.items()},
+            "rates": {name: rate for name, (_, _, rate) in trained.items()},
+            "n_parameters": {n: sum(p.numel() for p in net.parameters()) for n, (net, _, _) in trained.items()},
             "commit": around["commit"] + (" with changes" if around["dirty"] else ""),
             "date": datetime.now(UTC).date().isoformat(),
         }
         write_json(path, found)
 
     for seed in setting.seeds:
-        stage(f"seed-{seed}.json", partial(train_seed, seed))
-    return report(data, setting, folder, windows, facts)
+        stage(f"seed-{seed}.json", partial(one_seed, seed))
+    return report(data, setting, folder, held, facts)
 
 
 def main() -> int:

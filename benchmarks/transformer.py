@@ -8,7 +8,7 @@ __all__ = ["PatchTransformer"]
 
 
 class PatchTransformer(nn.Module):
-    """Tokens are patches of neighbouring parcels and frames; every token attends to all.
+    """Tokens are patches of neighbouring parcels and frames, and of what is visible; every token attends to all.
 
     Parameters
     ----------
@@ -38,7 +38,7 @@ class PatchTransformer(nn.Module):
         self.patch = (time_patch, parcel_patch)
         self.grid = (-(-n_timepoints // time_patch), -(-n_parcels // parcel_patch))
         entries = time_patch * parcel_patch
-        self.embedding = nn.Linear(entries, width)
+        self.embedding = nn.Linear(2 * entries, width)
         self.position = nn.Parameter(0.02 * torch.randn(self.grid[0] * self.grid[1], width))
         layer = nn.TransformerEncoderLayer(
             width, n_heads, 4 * width, dropout=0.0, activation="gelu", batch_first=True, norm_first=True
@@ -46,12 +46,14 @@ class PatchTransformer(nn.Module):
         self.encoder = nn.TransformerEncoder(layer, n_layers, enable_nested_tensor=False)
         self.output = nn.Linear(width, entries)
 
-    def forward(self, x: Tensor, t_r: float) -> Tensor:
-        """Scans (batch, time, parcel) to the same shape; `t_r` is not used."""
+    def forward(self, x: Tensor, t_r: float, *, hidden: Tensor | None = None) -> Tensor:
+        """Scans (batch, time, parcel), and where not to read them, to the same shape; `t_r` is not used."""
         batch, time, parcel = x.shape
         (n, m), (a, b) = self.grid, self.patch
-        x = functional.pad(x, (0, m * b - parcel, 0, n * a - time))
-        tokens = x.view(batch, n, a, m, b).transpose(2, 3).reshape(batch, n * m, a * b)
+        visible = torch.ones_like(x) if hidden is None else (~hidden).to(x.dtype)
+        x = x if hidden is None else x.masked_fill(hidden, 0)
+        seen = functional.pad(torch.stack([x, visible]), (0, m * b - parcel, 0, n * a - time))
+        tokens = seen.view(2, batch, n, a, m, b).permute(1, 2, 4, 0, 3, 5).reshape(batch, n * m, 2 * a * b)
         tokens = self.output(self.encoder(self.embedding(tokens) + self.position))
         x = tokens.view(batch, n, m, a, b).transpose(2, 3).reshape(batch, n * a, m * b)
         return x[:, :time, :parcel]

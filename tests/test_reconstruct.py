@@ -4,8 +4,24 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
 
-from benchmarks.reconstruct import SAME_PERSON, SETTINGS, Series, Windows, interval, read, read_abide, split
+from benchmarks.reconstruct import (
+    SETTINGS,
+    Hidden,
+    Series,
+    _filled,
+    config_of,
+    fit,
+    fresh,
+    interval,
+    read,
+    split,
+    transformer_like,
+    validate,
+)
+from mnemodyn.data.simulate import simulate_cohort
+from mnemodyn.model.network import MnemoDyn
 
 SETTING = replace(SETTINGS["abide"], n_timepoints=16)
 
@@ -33,22 +49,53 @@ def test_split_takes_a_tenth_of_every_stratum_and_keeps_people_whole():
 
 
 def test_constant_parcels_are_hidden_and_not_scored():
-    windows = Windows.consecutive([scan("a"), scan("b", constant=3)], SETTING, seed=0)
-    assert windows.x.shape == (4, 16, 6)
-    assert windows.people.tolist() == ["a", "a", "b", "b"]
-    assert windows.hidden[2:, :, 3].all()
-    assert not windows.scored[2:, :, 3].any()
-    assert np.array_equal(windows.hidden[:2], windows.scored[:2])
-    assert windows.r2(np.where(windows.scored, windows.x, 99)) == 1
+    held = Hidden.of([scan("a"), scan("b", constant=3)], SETTING, seed=0)
+    given = []
+
+    def fill(x, hidden, t_r):
+        given.append(hidden)
+        assert t_r == 2.0
+        return np.where(hidden, 99, x)
+
+    filled = held.fill(fill)
+    assert [h.shape for h in given] == [(1, 40, 6)] * 2
+    assert given[1][..., 3].all()
+    assert held.people.tolist() == ["a", "a", "b", "b"]
+    residual, total = held.sums(filled)
+    hidden = [mask & ~s.constant for s, mask in zip(held.series, held.masks, strict=True)]
+    for row, (s, h, half) in enumerate(
+        (s, h, half) for s, h in zip(held.series, hidden, strict=True) for half in (0, 1)
+    ):
+        part = h.copy()
+        part[20:] &= half == 1
+        part[:20] &= half == 0
+        np.testing.assert_allclose(total[row], (s.values[part].astype(float) ** 2).sum(), rtol=1e-5)
+        np.testing.assert_allclose(residual[row], ((s.values[part].astype(float) - 99) ** 2).sum(), rtol=1e-5)
+    truth = iter([s.values for s in held.series])
+    assert held.r2(lambda x, hidden, t_r: next(truth)[None]) == 1
 
 
-def test_whole_scans_are_joined_and_cut_again():
-    windows = Windows.consecutive([scan("a"), scan("b")], SETTING, seed=0)
-    seen = []
-    back = windows.whole(lambda long: seen.append(long) or long.x)
-    assert [w.x.shape for w in seen] == [(1, 32, 6)] * 2
-    np.testing.assert_array_equal(seen[1].x[0], scan("b").values[:32])
-    np.testing.assert_array_equal(back, windows.x)
+def test_windows_cover_every_frame_and_the_last_ends_with_the_scan():
+    held, given = Hidden.of([scan("a", n_frames=40)], SETTING, seed=0), []
+    filled = held.fill(lambda x, hidden, t_r: given.append(x) or x, whole=False)
+    assert [x.shape for x in given] == [(1, 16, 6)] * 3
+    np.testing.assert_array_equal(given[2][0], scan("a").values[24:])
+    np.testing.assert_array_equal(filled[0], scan("a").values)
+
+
+def test_networks_read_what_is_visible_only():
+    """Where all parcels are one signal, training beats zero; what stands at hidden entries, NaN too, is not read."""
+    setting = replace(SETTING, steps=200, batch_size=8)
+    values = np.repeat(np.random.default_rng(0).standard_normal((60, 1)), 6, axis=1).astype(np.float32)
+    series = [Series("a", values, 2.0, np.zeros(6, bool))]
+    validation = next(fresh(series, setting, 1, 8))
+    for network in (MnemoDyn(config_of(setting, 6, None)), transformer_like(setting, 6, 20_000)):
+        curve = fit(network, fresh(series, setting, 0), validation, 200, 1e-2, lambda text: None)
+        assert list(curve) == list(range(0, 201, 20))
+        assert max(curve.values()) > 0.1
+        assert validate(network, validation) == pytest.approx(max(curve.values()))
+        x = torch.where(validation["hidden"], torch.nan, validation["x"])
+        assert torch.isfinite(_filled(network(x, 2.0, hidden=validation["hidden"]))).all()
 
 
 def test_interval_resamples_people_windows_and_seeds():
@@ -69,30 +116,17 @@ def test_interval_resamples_people_windows_and_seeds():
     assert spread["high"] > 0.15
 
 
-def test_abide_is_read_with_its_faults(tmp_path):
-    rng = np.random.default_rng(0)
-    names = ["NYU_0050001", "MaxMun_a_0050002", *SAME_PERSON, *SAME_PERSON.values(), "Leuven_1_0050003", "USM_0050004"]
-    for i, name in enumerate(names):
-        values = rng.standard_normal((8 if i == 0 else 20, 30))
-        values[:, : {6: 3, 7: 11}.get(i, 0)] = 5.0
-        np.savetxt(tmp_path / f"{name}_rois_cc200.1D", values, delimiter="\t", header="\t".join("p" * 30))
-    (tmp_path / "Phenotypic.csv").write_text("FILE_ID,DX_GROUP\nMaxMun_a_0050002,1\n")
-    series, left_out = read_abide(tmp_path, 16)
-    assert left_out == {"constant-parcels": 1, "too-short": 1}
-    found = {s.participant: s for s in series}
-    assert len(series) == 6
-    assert len(found) == 4
-    assert found["MaxMun_a_0050002"].t_r == 3.0
-    assert found["MaxMun_a_0050002"].stratum == "MaxMun_a 1"
-    flat = found["Leuven_1_0050003"]
-    assert flat.t_r == 1.66
-    assert flat.constant.sum() == 3
-    assert not flat.values[:, :3].any()
-    assert flat.values[:, 3:].std(0) == pytest.approx(1, abs=1e-5)
-
-
-def test_a_missing_folder_is_named(tmp_path):
+def test_a_missing_folder_is_named():
     with pytest.raises(FileNotFoundError, match="ABIDE=FOLDER or MNEMODYN_DATA"):
         read("abide", SETTING, None)
-    with pytest.raises(FileNotFoundError, match="found 0 and 0"):
-        read_abide(tmp_path, 16)
+
+
+def test_abide_is_read_with_its_faults(tmp_path):
+    simulate_cohort("abide", tmp_path, n_participants=8, seed=0, n_parcels=30)
+    series, left_out = read("abide", SETTING, tmp_path)
+    assert len(series) + sum(left_out.values()) >= 8
+    for s in series:
+        assert s.values.std(0)[~s.constant] == pytest.approx(1, abs=1e-4)
+        assert not s.values[:, s.constant].any()
+        assert 1 < s.t_r <= 3
+        assert len(s.stratum.split()) == 2
