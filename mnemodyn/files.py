@@ -39,7 +39,7 @@ def writing(path: str | os.PathLike) -> Iterator[BinaryIO]:
         partial.unlink(missing_ok=True)
 
 
-def write_bytes(path: str | os.PathLike, content: bytes) -> Path:
+def write_bytes(path: str | os.PathLike, content: bytes | memoryview) -> Path:
     """Write ``content`` so that a reader sees the old file or the new one, never a part (see `writing`).
 
     Parameters

@@ -86,12 +86,12 @@ def test_own_covariance_of_pairs_is_mixed_in(scans, batch):
 
 def test_low_rank_is_ppca(scans, batch):
     full = SpatialGaussian(1e-6).fit(scans).covariance
-    model = LowRank(2).fit(scans)
+    covariance = LowRank(2).fit(scans).model.covariance
     # All of the variance, and the two leading eigenvectors, are those of the full covariance.
-    assert np.trace(model.covariance) == pytest.approx(np.trace(full))
+    assert np.trace(covariance) == pytest.approx(np.trace(full))
     values = np.linalg.eigvalsh(full)
     expected = np.sort(np.r_[values[-2:], np.full(P - 2, values[:-2].mean())])
-    np.testing.assert_allclose(np.linalg.eigvalsh(model.covariance), expected)
+    np.testing.assert_allclose(np.linalg.eigvalsh(covariance), expected)
     np.testing.assert_allclose(LowRank(P - 1).fit(scans).fill(*batch), SpatialGaussian(1e-6).fit(scans).fill(*batch))
     with pytest.raises(ValueError, match=f"rank must be between 1 and {P - 1}, got {P}"):
         LowRank(P).fit(scans)
@@ -274,8 +274,8 @@ def test_conditional_mean_does_not_read_hidden_entries_and_needs_none(scans, bat
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"shrinkage": 0.0}, r"shrinkage be in \(0, 1\], got 4 scans and 0.0"),
-        ({"n_lags": 200}, r"scans\[0\] must be \(time > 200, parcel = 5\) and finite, got \(200, 5\)"),
+        ({"shrinkage": 0.0}, r"shrinkage in \(0, 1\], got 4 scans and 0.0"),
+        ({"n_lags": 200}, r"scans\[0\] must be finite and \(time > 200, parcel = 5\), got shape \(200, 5\)"),
         ({"scans": []}, "got 0 scans"),
         ({"scans": [np.ones((10, P))]}, "must vary over time"),
     ],

@@ -17,20 +17,26 @@ information form, where an exact observation deletes a row and a column: no jitt
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Self
 
 import numpy as np
 import torch
 
-from mnemodyn.model.front import conditional_mean, lag_covariances, power
+from mnemodyn.model.front import conditional_mean, lag_covariances, moments, power
 
 # Matrix entries held at once while solving a batch: 2**25 in float64 are 256 MiB.
 _HELD_ENTRIES = 2**25
 
 
-def _visible(x: np.ndarray, hidden: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Check a batch and return it in float64 with zeros where it is hidden."""
+def _unknown() -> np.ndarray:
+    return np.empty(0)
+
+
+def _visible(x: np.ndarray, hidden: np.ndarray, mean: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
+    """Check a batch, and that a method is fitted to its parcels; return it in float64, zeros where it is hidden."""
+    if mean is not None and not len(mean):
+        raise RuntimeError("not fitted: call `fit(scans)` and use what it returns")
     x, hidden = np.asarray(x), np.asarray(hidden)
     if x.ndim != 3 or 0 in x.shape:
         raise ValueError(f"x must be (batch, time, parcel) and not empty, got shape {x.shape}")
@@ -40,6 +46,8 @@ def _visible(x: np.ndarray, hidden: np.ndarray) -> tuple[np.ndarray, np.ndarray]
     x = np.where(hidden, 0.0, x).astype(np.float64)
     if not np.isfinite(x).all():
         raise ValueError("x must be finite where visible, got NaN or infinity")
+    if mean is not None and x.shape[2] != len(mean):
+        raise ValueError(f"x must have the {len(mean)} fitted parcels, got {x.shape[2]}")
     return x, hidden
 
 
@@ -95,50 +103,16 @@ class _Gaussian:
     """
 
     shrinkage: float = 0.1
-    mean: np.ndarray | None = None
-    covariance: np.ndarray | None = None
-    lagged: np.ndarray | None = None
+    mean: np.ndarray = field(default_factory=_unknown)
+    covariance: np.ndarray = field(default_factory=_unknown)
+    lagged: np.ndarray = field(default_factory=_unknown)
 
     def fit(self, scans: Sequence[np.ndarray]) -> Self:
-        """Return a copy with the shrunk moments of `scans`.
-
-        Raises
-        ------
-        ValueError
-            If there is no scan, parcels disagree, a scan has fewer than two frames, an entry is not
-            finite, nothing varies, or `shrinkage` is not in (0, 1].
-        """
-        scans = [np.asarray(scan, dtype=np.float64) for scan in scans]
-        if not scans or not 0 < self.shrinkage <= 1:
-            got = f"{len(scans)} scans and {self.shrinkage}"
-            raise ValueError(f"fit needs a scan and a shrinkage in (0, 1], got {got}")
-        n_parcels = scans[0].shape[-1]
-        for index, scan in enumerate(scans):
-            if scan.ndim != 2 or len(scan) < 2 or scan.shape[1] != n_parcels:
-                expected = f"(time >= 2, parcel = {n_parcels})"
-                raise ValueError(f"scans[{index}] must be {expected}, got shape {scan.shape}")
-            if not np.isfinite(scan).all():
-                raise ValueError(f"scans[{index}] must be finite, got NaN or infinity")
-        n_frames = sum(map(len, scans))
-        mean = sum(scan.sum(0) for scan in scans) / n_frames
-        scans = [scan - mean for scan in scans]
-        covariance = sum(scan.T @ scan for scan in scans) / n_frames
-        # Divided by all frames too, one a scan more than there are products: only so is the
-        # covariance of two successive frames positive definite, and the autoregression stable.
-        lagged = sum(scan[1:].T @ scan[:-1] for scan in scans) / n_frames
-        white = np.trace(covariance) / n_parcels
-        if not white > 0:
-            raise ValueError("scans must vary over time, got constant ones")
-        covariance = (1 - self.shrinkage) * covariance + self.shrinkage * white * np.eye(n_parcels)
-        return replace(self, mean=mean, covariance=covariance, lagged=(1 - self.shrinkage) * lagged)
-
-    def _checked(self, x: np.ndarray, hidden: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        if self.mean is None:
-            raise RuntimeError("not fitted: call `fit(scans)` and use what it returns")
-        x, hidden = _visible(x, hidden)
-        if x.shape[2] != len(self.mean):
-            raise ValueError(f"x must have the {len(self.mean)} fitted parcels, got {x.shape[2]}")
-        return x, hidden
+        """Return a copy with the shrunk moments of `scans`; errors as of `lag_covariances`, with one lag."""
+        mean, (covariance, lagged) = moments(scans, 1, self.shrinkage)
+        white = self.shrinkage * covariance.trace() / len(mean) * np.eye(len(mean))
+        a = 1 - self.shrinkage
+        return replace(self, mean=mean, covariance=a * covariance + white, lagged=a * lagged)
 
 
 class SpatialGaussian(_Gaussian):
@@ -152,10 +126,10 @@ class SpatialGaussian(_Gaussian):
 
         Raises RuntimeError before `fit`, and ValueError on a shape or a visible NaN.
         """
-        x, hidden = self._checked(x, hidden)
+        x, hidden = _visible(x, hidden, self.mean)
         frames = (-1, 1, x.shape[2])
         diagonal = [_inverse(self.covariance)]
-        filled = _fill(x.reshape(frames), hidden.reshape(frames), self.mean, diagonal, None)
+        filled = _fill(x.reshape(frames), hidden.reshape(frames), self.mean, diagonal, diagonal[0])
         return filled.reshape(x.shape)
 
 
@@ -194,7 +168,7 @@ class VAR(_Gaussian):
 
         Raises RuntimeError before `fit`, and ValueError on a shape or a visible NaN.
         """
-        x, hidden = self._checked(x, hidden)
+        x, hidden = _visible(x, hidden, self.mean)
         n_steps = x.shape[1] - 1
         transition, noise = torch.from_numpy(self.transition), _inverse(self.noise)
         # The density: N(x_0; 0, covariance), then N(x_{t+1} - transition x_t; 0, noise) a step.
@@ -204,33 +178,34 @@ class VAR(_Gaussian):
         return _fill(x, hidden, self.mean, diagonal, -noise @ transition)
 
 
-class LowRank(_Gaussian):
+@dataclass(frozen=True, eq=False)
+class LowRank:
     """Probabilistic PCA: a frame is `rank` factors and white noise, hidden parcels follow from visible ones [1]_.
 
-    The covariance is the maximum-likelihood one, the leading eigenvectors and the mean of the other eigenvalues;
-    `shrinkage` is not needed and is set to next to nothing.
+    The covariance is the maximum-likelihood one: the leading eigenvectors and the mean of the other eigenvalues.
 
     References
     ----------
     .. [1] Tipping and Bishop (1999), Journal of the Royal Statistical Society B 61(3), 611-622.
     """
 
-    fill = SpatialGaussian.fill
-
-    def __init__(self, rank: int, shrinkage: float = 1e-6, **moments):
-        super().__init__(shrinkage=shrinkage, **moments)
-        object.__setattr__(self, "rank", rank)
+    rank: int
+    model: SpatialGaussian = field(default_factory=SpatialGaussian)
 
     def fit(self, scans: Sequence[np.ndarray]) -> Self:
         """As `SpatialGaussian`; ValueError too if `rank` leaves no eigenvalue for the noise."""
-        full = SpatialGaussian(self.shrinkage).fit(scans)
+        full = SpatialGaussian(shrinkage=1e-6).fit(scans)
         n = len(full.mean)
         if not 0 < self.rank < n:
             raise ValueError(f"rank must be between 1 and {n - 1}, got {self.rank}")
         values, vectors = np.linalg.eigh(full.covariance)
         noise, vectors = values[: n - self.rank].mean(), vectors[:, n - self.rank :]
         factors = (vectors * (values[n - self.rank :] - noise)) @ vectors.T
-        return LowRank(self.rank, self.shrinkage, mean=full.mean, covariance=factors + noise * np.eye(n))
+        return replace(self, model=replace(full, covariance=factors + noise * np.eye(n)))
+
+    def fill(self, x: np.ndarray, hidden: np.ndarray) -> np.ndarray:
+        """As `SpatialGaussian.fill`."""
+        return self.model.fill(x, hidden)
 
 
 @dataclass(frozen=True, eq=False)
@@ -254,8 +229,8 @@ class SpatiotemporalGaussian:
     shrinkage: float = 0.1
     n_lags: int = 8
     own: float = 0.0
-    mean: np.ndarray | None = None
-    lags: np.ndarray | None = None
+    mean: np.ndarray = field(default_factory=_unknown)
+    lags: np.ndarray = field(default_factory=_unknown)
 
     def fit(self, scans: Sequence[np.ndarray]) -> Self:
         """Return a fitted copy; errors as of `lag_covariances`."""
@@ -264,7 +239,7 @@ class SpatiotemporalGaussian:
 
     def fill(self, x: np.ndarray, hidden: np.ndarray) -> np.ndarray:
         """Return `x` with `hidden` predicted; RuntimeError before `fit`, ValueError on a shape or a visible NaN."""
-        x, hidden = _Gaussian._checked(self, x, hidden)
+        x, hidden = _visible(x, hidden, self.mean)
         centred, mask = torch.from_numpy(np.where(hidden, 0.0, x - self.mean)), torch.from_numpy(hidden)
         lags = torch.from_numpy(self.lags)
         filled = [
@@ -286,7 +261,13 @@ def _inverse(matrix: np.ndarray) -> torch.Tensor:
     return torch.cholesky_inverse(torch.linalg.cholesky(torch.from_numpy(matrix)))
 
 
-def _fill(x, hidden, mean, diagonal, coupling) -> np.ndarray:
+def _fill(
+    x: np.ndarray,
+    hidden: np.ndarray,
+    mean: np.ndarray,
+    diagonal: list[torch.Tensor],
+    coupling: torch.Tensor,
+) -> np.ndarray:
     """Fill a checked batch with `_hidden_mean`, as many items at a time as memory is set aside."""
     centred, mask = torch.from_numpy(np.where(hidden, 0.0, x - mean)), torch.from_numpy(hidden)
     # A factor a frame, and about four temporaries of the size of a frame's block.
@@ -300,7 +281,7 @@ def _hidden_mean(
     x: torch.Tensor,
     hidden: torch.Tensor,
     diagonal: list[torch.Tensor],
-    coupling: torch.Tensor | None,
+    coupling: torch.Tensor,
 ) -> torch.Tensor:
     """Mean of the hidden entries given the visible under a block-tridiagonal precision matrix.
 
@@ -313,7 +294,7 @@ def _hidden_mean(
     diagonal
         One (parcel, parcel) precision block a frame.
     coupling
-        (parcel, parcel) block between frame t + 1 (rows) and t (columns); None if time is 1.
+        (parcel, parcel) block between frame t + 1 (rows) and t (columns); not read if time is 1.
 
     Returns
     -------
@@ -326,7 +307,7 @@ def _hidden_mean(
         right[:, 1:] += x[:, :-1] @ coupling.T
         right[:, :-1] += x[:, 1:] @ coupling
     right = (-right * mask)[..., None]
-    factors = []
+    factors: list[torch.Tensor] = []
     for t in range(n_frames):
         # Visible rows and columns become the identity's: one shape for every mask, so one batch.
         block = diagonal[t] * mask[:, t, :, None] * mask[:, t, None]

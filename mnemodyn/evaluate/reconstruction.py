@@ -7,6 +7,7 @@ import pandas as pd
 import torch
 
 from mnemodyn.checkpoint import Checkpoint
+from mnemodyn.data.scaling import Scaling
 from mnemodyn.data.scans import DataError, Scan
 from mnemodyn.evaluate.baselines import VAR, Interpolation, SpatialGaussian, Zero
 from mnemodyn.evaluate.metrics import bootstrap_difference, bootstrap_r2, hidden_sums
@@ -18,6 +19,15 @@ __all__ = ["MODEL", "Network", "compare", "held_out", "methods", "scaled_windows
 MODEL = "model"
 # Where an array lies in memory decides how its sums are grouped: two equal runs differ in the sixteenth digit.
 DIGITS = 10
+
+
+def scaling_of(checkpoint: Checkpoint) -> Scaling:
+    """How a checkpoint's scans are scaled; ValueError where it does not say, as one of the published draft."""
+    if checkpoint.scaling is None:
+        raise ValueError(
+            "the checkpoint does not say how scans are scaled: dataclasses.replace(checkpoint, scaling=...)"
+        )
+    return checkpoint.scaling
 
 
 class Network:
@@ -48,7 +58,7 @@ class Network:
 
 def methods(checkpoint: Checkpoint, train: Sequence[Scan]) -> dict:
     """The network and the baselines, these fitted to all of `train` (training and validation scans)."""
-    scaled = [checkpoint.scaling(scan) for scan in train]
+    scaled = [scaling_of(checkpoint)(scan) for scan in train]
     return {
         MODEL: Network(checkpoint, train[0].t_r),
         "zero": Zero().fit(scaled),
@@ -94,7 +104,7 @@ def scaled_windows(checkpoint: Checkpoint, scans: Sequence[Scan], n_timepoints: 
     windows : ndarray, shape (window, n_timepoints, parcel)
     participants : ndarray of str, shape (window,)
     """
-    cut = [cut_windows(checkpoint.scaling(scan), n_timepoints) for scan in scans]
+    cut = [cut_windows(scaling_of(checkpoint)(scan), n_timepoints) for scan in scans]
     people = [scan.participant_id for scan, windows in zip(scans, cut, strict=True) for _ in windows]
     return np.concatenate(cut), np.array(people)
 
@@ -112,7 +122,7 @@ def windows_and_whole(
     """
     network, sums = Network(checkpoint, scans[0].t_r), []
     for i, scan in enumerate(scans):
-        x = cut_windows(checkpoint.scaling(scan), n_timepoints)
+        x = cut_windows(scaling_of(checkpoint)(scan), n_timepoints)
         hidden = objective.hide(x.shape, seed + i).numpy()
         one = (1, -1, x.shape[-1])
         whole = network.fill(x.reshape(one), hidden.reshape(one)).reshape(x.shape)

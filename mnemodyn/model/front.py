@@ -38,6 +38,34 @@ __all__ = ["Front", "adapted_covariance", "conditional_mean", "covariance_modes"
 _HELD_ENTRIES = 2**24
 
 
+def moments(scans: Sequence[np.ndarray], n_lags: int, shrinkage: float) -> tuple[np.ndarray, np.ndarray]:
+    """Mean (parcel,) and raw lag covariances (L + 1, parcel, parcel), divided by the number of all frames.
+
+    Only with that divisor, one a scan and lag more than there are products, are they positive definite together.
+    `shrinkage` is checked for those who use it. Errors are those of `lag_covariances`.
+    """
+    scans = [np.asarray(scan, dtype=np.float64) for scan in scans]
+    if not scans or not 0 < shrinkage <= 1:
+        raise ValueError(f"fit needs a scan and a shrinkage in (0, 1], got {len(scans)} scans and {shrinkage}")
+    n_parcels = scans[0].shape[-1]
+    for index, scan in enumerate(scans):
+        if scan.ndim != 2 or len(scan) <= n_lags or scan.shape[1] != n_parcels or not np.isfinite(scan).all():
+            raise ValueError(
+                f"scans[{index}] must be finite and (time > {n_lags}, parcel = {n_parcels}), got shape {scan.shape} "
+                f"with {np.size(scan) - np.isfinite(scan).sum()} entries that are not finite"
+            )
+    n_frames = sum(map(len, scans))
+    mean = sum(scan.sum(0) for scan in scans) / n_frames
+    lags = np.zeros((n_lags + 1, n_parcels, n_parcels))
+    for scan in scans:
+        centred = scan - mean
+        for lag in range(n_lags + 1):
+            lags[lag] += centred[lag:].T @ centred[: len(scan) - lag] / n_frames
+    if not lags[0].trace() > 0:
+        raise ValueError("scans must vary over time, got constant ones")
+    return mean, lags
+
+
 def lag_covariances(scans: Sequence[np.ndarray], n_lags: int, shrinkage: float) -> tuple[np.ndarray, np.ndarray]:
     """Mean and shrunk, windowed lag covariances of scans.
 
@@ -62,25 +90,9 @@ def lag_covariances(scans: Sequence[np.ndarray], n_lags: int, shrinkage: float) 
         If there is no scan, parcels disagree, an entry is not finite, a scan has fewer than ``n_lags + 1`` frames,
         nothing varies, or `shrinkage` is not in (0, 1].
     """
-    scans = [np.asarray(scan, dtype=np.float64) for scan in scans]
-    if not scans or not 0 < shrinkage <= 1:
-        raise ValueError(f"scans must hold one and shrinkage be in (0, 1], got {len(scans)} scans and {shrinkage}")
-    for index, scan in enumerate(scans):
-        expected = (scans[0].shape[-1],)
-        if scan.ndim != 2 or len(scan) <= n_lags or scan.shape[1:] != expected or not np.isfinite(scan).all():
-            raise ValueError(
-                f"scans[{index}] must be (time > {n_lags}, parcel = {expected[0]}) and finite, got {scan.shape}"
-            )
-    n_frames, n_parcels = sum(map(len, scans)), scans[0].shape[1]
-    mean = sum(scan.sum(0) for scan in scans) / n_frames
-    lags = np.zeros((n_lags + 1, n_parcels, n_parcels))
-    for scan in scans:
-        centred = scan - mean
-        for lag in range(n_lags + 1):
-            lags[lag] += centred[lag:].T @ centred[: len(scan) - lag] / n_frames
+    mean, lags = moments(scans, n_lags, shrinkage)
+    n_parcels = len(mean)
     own = lags.trace(axis1=1, axis2=2) / n_parcels
-    if not own[0] > 0:
-        raise ValueError("scans must vary over time, got constant ones")
     window = 1 - np.arange(n_lags + 1) / (n_lags + 1)
     lags = (1 - shrinkage) * lags + shrinkage * own[:, None, None] * np.eye(n_parcels)
     return mean, window[:, None, None] * lags

@@ -188,7 +188,7 @@ class MnemoDyn(nn.Module, Pretrained):
         elif censored is not None and bool(censored.any()):
             if self.reference:
                 raise ValueError("censored frames are not known to the draft: compat='reference' takes none")
-            x, derivative = bridge(x, t_r, censored)
+            x, derivative = bridge(x, t_r if t_r is not None else 1.0, censored)
         total = x.new_zeros(()) if self.config.multiresolution else None
         latents = x
         for i, block in enumerate(self.blocks):

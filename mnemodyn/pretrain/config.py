@@ -183,7 +183,7 @@ def configure(
     """
     if name not in OBJECTIVES:
         raise unknown("objective", name, OBJECTIVES)
-    classes = {
+    classes: dict[str, Any] = {
         "model": ModelConfig,
         "objective": OBJECTIVES[name],
         "training": TrainingConfig,
@@ -192,7 +192,7 @@ def configure(
     }
     known = {part: [f.name for f in fields(cls) if f.init] for part, cls in classes.items()}
     known["model"].remove("n_parcels")
-    given = {part: {} for part in classes}
+    given: dict[str, dict] = {part: {} for part in classes}
     for part, content in sections.items():
         if part not in classes:
             raise unknown("section", part, classes)
@@ -203,10 +203,10 @@ def configure(
                 raise unknown(f"{part} setting", key, known[part])
         given[part] |= content
     for key, value in (settings or {}).items():
-        part = next((part for part, names in known.items() if key in names), None)
-        if part is None:
+        home = next((part for part, names in known.items() if key in names), None)
+        if home is None:
             raise unknown("setting", key, [key for names in known.values() for key in names])
-        given[part][key] = value
+        given[home][key] = value
     model = {"n_timepoints": 240, **given.pop("model")}
     build(ModelConfig, {"n_parcels": 2, **model}, "model setting")
     objective = make_objective(name, given.pop("objective"))

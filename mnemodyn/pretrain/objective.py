@@ -514,6 +514,8 @@ class Mixed(Objective):
 
     mix: Sequence[Mapping] = ({"name": "masked"}, {"name": "denoise"})
 
+    members: ClassVar[Mapping[str, Objective]] = {}  # set on each instance, from `mix`
+
     name: ClassVar[str] = "mixed"
 
     def __post_init__(self):
@@ -529,7 +531,7 @@ class Mixed(Objective):
         object.__setattr__(self, "members", dict(zip((m.name for m in members), members, strict=True)))
 
     @property
-    def metric(self) -> str:
+    def metric(self) -> str:  # type: ignore[override]
         first = next(iter(self.members.values()))
         return f"{first.name}_{first.metric}"
 
@@ -597,6 +599,6 @@ def make_objective(name: str, settings: Mapping | None = None) -> Objective:
 
 def describe_objective(objective: Objective) -> str:
     """What an objective asks, as the first paragraphs of its documentation say it, and its settings; Markdown."""
-    text = inspect.getdoc(type(objective)).partition("\n\nAttributes")[0].replace("``", "`")
+    text = (inspect.getdoc(type(objective)) or "").partition("\n\nAttributes")[0].replace("``", "`")
     settings = ", ".join(f"`{k}` {v}" for k, v in objective.to_dict().items() if k != "name")
     return f"**{objective.name}.** {text}\n\nSettings: {settings}."

@@ -15,6 +15,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
+from typing import Any, cast
 
 import lightning
 import numpy as np
@@ -22,6 +23,7 @@ import torch
 import torch.distributed
 import torch.utils.checkpoint
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
+from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import Callback, EarlyStopping, ModelCheckpoint, WeightAveraging
 from lightning.pytorch.utilities import rank_zero_only
 from torch.utils.data import DataLoader
@@ -76,7 +78,7 @@ class Pretraining(lightning.LightningModule):
         counts = counts.clamp_min(1)
         value = (sums / counts).sum()
         if not value.isfinite():
-            rate, scans = self.optimizers().param_groups[0]["lr"], ", ".join(sorted(set(batch["scan"])))
+            rate, scans = self.trainer.optimizers[0].param_groups[0]["lr"], ", ".join(sorted(set(batch["scan"])))
             raise TrainingError(
                 f"the loss is {value.item()} at step {self.global_step} (learning rate {rate:.2g}), in a batch of "
                 f"{scans}. Look at these scans; where they are sound, take a smaller learning_rate"
@@ -107,17 +109,17 @@ class Pretraining(lightning.LightningModule):
         if self.trainer.world_size > 1:
             torch.distributed.all_reduce(joined)
         sizes = [value.numel() for value in self._sums.values()]
-        sums = zip(self._sums, joined.split(sizes), strict=True)
-        sums = {name: part[0] if len(part) == 1 else part for name, part in sums}
+        parts = zip(self._sums, joined.split(sizes), strict=True)
+        sums = {name: part[0] if len(part) == 1 else part for name, part in parts}
         self._sums.clear()
         self.scores = {f"val_{name}": value for name, value in self.objective.scores(sums).items()}
         if self._losses:
             self.scores = {"train_loss": float(torch.stack([x.cpu() for x in self._losses]).mean()), **self.scores}
         self.log_dict(self.scores)
 
-    def configure_optimizers(self) -> dict:
+    def configure_optimizers(self) -> Any:
         config = self.config
-        groups = {True: [], False: []}
+        groups: dict[bool, list] = {True: [], False: []}
         for name, p in self.named_parameters():
             if p.requires_grad:
                 groups[p.ndim > 1 and not name.endswith("bias")].append(p)
@@ -160,7 +162,7 @@ class Batches(lightning.LightningDataModule):
         self.train, self.validation, self.config, self.workers = train, validation, config, workers
 
     def train_dataloader(self) -> DataLoader:
-        trainer, config = self.trainer, self.config
+        trainer, config = cast(Trainer, self.trainer), self.config
         draws = Draws(
             config.windows_per_epoch,
             config.batch_size,
@@ -172,12 +174,11 @@ class Batches(lightning.LightningDataModule):
         return self._loader(self.train, draws)
 
     def val_dataloader(self) -> DataLoader:
-        mine = range(self.trainer.global_rank, len(self.validation), self.trainer.world_size)
+        world = cast(Trainer, self.trainer).world_size
+        mine = range(cast(Trainer, self.trainer).global_rank, len(self.validation), world)
         if not mine:
-            raise DataError(
-                f"each process must have a validation window, got {len(self.validation)} for {self.trainer.world_size}"
-            )
-        size = -(-self.config.batch_size // (self.trainer.world_size * self.config.accumulate))
+            raise DataError(f"each process must have a validation window, got {len(self.validation)} for {world}")
+        size = -(-self.config.batch_size // (world * self.config.accumulate))
         return self._loader(self.validation, [mine[i : i + size] for i in range(0, len(mine), size)])
 
     def _loader(self, windows: Windows, batches) -> DataLoader:
@@ -187,7 +188,7 @@ class Batches(lightning.LightningDataModule):
 class WholeFiles(TorchCheckpointIO):
     """Checkpoints are written whole or not at all, so that a full disk or a kill costs no earlier one."""
 
-    def save_checkpoint(self, checkpoint: dict, path: str, storage_options: object = None) -> None:
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: object = None) -> None:
         content = io.BytesIO()
         torch.save(checkpoint, content)
         try:
@@ -218,7 +219,7 @@ class Last(ModelCheckpoint):
         ends = trainer.fit_loop.epoch_loop.batch_progress.is_last_batch
         if self.every and step % self.every == 0 and step != self._last_global_step_saved and not ends:
             self._last_global_step_saved = step
-            trainer.save_checkpoint(Path(self.dirpath) / "last.ckpt")
+            trainer.save_checkpoint(Path(str(self.dirpath)) / "last.ckpt")
 
 
 class History(Callback):
@@ -344,7 +345,7 @@ def _prepare(folder: Path, identity: dict, facts: dict, restart: bool) -> Path |
                 f"{folder} holds an unfinished run of another configuration: {'; '.join(different[:6])}. "
                 "Go on with that one, name another folder, or pass restart=True to give it up."
             )
-    if rank_zero_only.rank == 0:
+    if getattr(rank_zero_only, "rank", 0) == 0:
         if folder.is_dir():
             for path in folder.glob(".*.tmp"):
                 path.unlink(missing_ok=True)
