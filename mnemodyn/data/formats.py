@@ -2,21 +2,23 @@
 
 import contextlib
 import csv
-import io
 import itertools
 import json
-import os
 import re
 import struct
 import warnings
 import zipfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
 from xml.etree import ElementTree
 
+import nibabel
 import numpy as np
+import pandas as pd
+from nibabel.cifti2 import BrainModelAxis, Cifti2Image, ParcelsAxis, ScalarAxis, SeriesAxis
+from scipy.io import loadmat, whosmat
 
 from mnemodyn import files
 
@@ -60,13 +62,14 @@ def _reading(path: Path, what: str) -> Iterator[None]:
         raise
     except Exception as error:
         reason = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
-        raise DataError(f"{path.name}: not a readable {what} ({reason})", problem="truncated") from error
+        raise DataError(f"{path.name}: not a readable {what} ({reason})", "truncated") from error
 
 
-def _real(path: Path, values: np.ndarray) -> np.ndarray:
+def real(name: str, values: np.ndarray) -> np.ndarray:
+    """A table of real numbers as float32 in memory."""
     if values.dtype.kind not in "iuf" or values.ndim != 2:
         raise DataError(
-            f"{path.name}: expected a table of real numbers, got shape {values.shape} of {values.dtype}", "not-a-table"
+            f"{name}: expected a table of real numbers, got shape {values.shape} of {values.dtype}", "not-a-table"
         )
     with np.errstate(all="ignore"):
         return np.array(values, dtype=np.float32, order="C")
@@ -95,9 +98,6 @@ def read_cifti(path: str | Path) -> tuple[np.ndarray, tuple, float | None]:
         ``"not-cifti"`` for another kind of NIfTI, ``"truncated"`` where the file is shorter than its header says
         or cannot be parsed.
     """
-    import nibabel
-    from nibabel.cifti2 import Cifti2Image, SeriesAxis
-
     path = Path(path)
     with _reading(path, "file"), open(path, "rb") as stream:
         start = stream.read(540)
@@ -109,17 +109,16 @@ def read_cifti(path: str | Path) -> tuple[np.ndarray, tuple, float | None]:
         )
     with _reading(path, "CIFTI-2 file"):
         header = nibabel.Nifti2Header(start[:540], check=False)
-        shape, item = header.get_data_shape(), header.get_data_dtype().itemsize
-        xml = _cifti_xml(path, header.endianness)
-        if xml is None:
+        shape, size = header.get_data_shape(), path.stat().st_size
+        needed = int(header["vox_offset"]) + header.get_data_dtype().itemsize * np.prod(shape, dtype=object)
+        if min(shape, default=0) < 1 or needed > size:
+            message = f"the header declares shape {shape[4:]}, {needed} bytes; the file has {size}"
+            raise DataError(f"{path.name}: {message}", "truncated")
+        with open(path, "rb") as stream:
+            before = stream.read(int(header["vox_offset"]))
+        if b"<CIFTI" not in before:
             raise DataError(f"{path.name}: expected CIFTI-2, got a NIfTI-2 volume without its header", "not-cifti")
-        needed = int(header["vox_offset"]) + item * np.prod([int(n) for n in shape], dtype=object)
-        if min(shape, default=0) < 1 or needed > path.stat().st_size:
-            raise DataError(
-                f"{path.name}: the header declares shape {shape[4:]}, {needed} bytes; the file has "
-                f"{path.stat().st_size}",
-                "truncated",
-            )
+        xml = before[before.index(b"<CIFTI") : before.index(b"</CIFTI>") + 8]
         for index in ElementTree.fromstring(xml).iter("MatrixIndicesMap"):  # nibabel acts on these unchecked
             declared = sum(int(model.get("IndexCount", 0)) for model in index.iter("BrainModel"))
             if declared > max(shape) or abs(int(index.get("SeriesExponent", 0))) > 12:
@@ -127,37 +126,16 @@ def read_cifti(path: str | Path) -> tuple[np.ndarray, tuple, float | None]:
         image = Cifti2Image.from_filename(path)
         if image.ndim != 2:
             raise DataError(f"{path.name}: expected two axes, got shape {image.shape}", "not-a-table")
-        axes = []
-        for i, n in enumerate(image.shape):
-            axes.append(image.header.get_axis(i))
-            if len(axes[-1]) != n:
-                raise DataError(f"{path.name}: axis {i} describes {len(axes[-1])} elements of {n}", "truncated")
+        axes = [image.header.get_axis(i) for i in range(2)]
+        for i, (axis, n) in enumerate(zip(axes, image.shape, strict=True)):
+            if len(axis) != n:
+                raise DataError(f"{path.name}: axis {i} describes {len(axis)} elements of {n}", "truncated")
         values = np.asarray(image.dataobj)
-    values = _real(path, values)
+    values = real(path.name, values)
     if isinstance(axes[1], SeriesAxis) and not isinstance(axes[0], SeriesAxis):
         values, axes = np.ascontiguousarray(values.T), axes[::-1]
-    series = axes[0]
-    stated = isinstance(series, SeriesAxis) and series.unit == "SECOND"
-    return values, tuple(axes), float(series.step) if stated else None
-
-
-def _cifti_xml(path: Path, order: str) -> bytes | None:
-    """The extension between a NIfTI-2 header and its data that makes it CIFTI-2 (code 32)."""
-    kind = np.dtype("i4").newbyteorder(order)
-    with open(path, "rb") as stream:
-        stream.seek(540)
-        if stream.read(4)[:1] != b"\1":
-            return None
-        for _ in range(16):
-            if len(head := stream.read(8)) < 8:
-                return None
-            size, code = (int(n) for n in np.frombuffer(head, kind))
-            if not 8 <= size <= path.stat().st_size:
-                return None
-            if code == 32:
-                return stream.read(size - 8).rstrip(b"\0")
-            stream.seek(size - 8, os.SEEK_CUR)
-    return None
+    stated = isinstance(axes[0], SeriesAxis) and axes[0].unit == "SECOND"
+    return values, tuple(axes), float(axes[0].step) if stated else None
 
 
 def volume_t_r(header) -> float | None:
@@ -173,8 +151,6 @@ def volume_t_r(header) -> float | None:
 
 
 def _cifti(path: Path, key: str | None) -> Raw:
-    from nibabel.cifti2 import BrainModelAxis, ParcelsAxis, ScalarAxis
-
     values, (rows, columns), t_r = read_cifti(path)
     if isinstance(rows, BrainModelAxis | ParcelsAxis):
         kinds = f"({type(rows).__name__}, {type(columns).__name__})"
@@ -215,8 +191,6 @@ def _is_number(word: str) -> bool:
 
 def _table(path: Path, separator: str, header: list[str] | None, skip: int) -> np.ndarray:
     """Numbers below a header; every row as long as it. A cell without a value (n/a) is NaN."""
-    import pandas as pd
-
     with _reading(path, "table of numbers"):
         table = pd.read_csv(path, sep=separator, header=None, skiprows=skip, na_values=["n/a"])
     width = table.shape[1] if header is None else len(header)
@@ -231,16 +205,14 @@ def _table(path: Path, separator: str, header: list[str] | None, skip: int) -> n
         )
     values = table.to_numpy(np.float64)
     if values.shape[1] != width:
-        raise DataError(
-            f"{path.name}: the header names {width} columns, the rows have {values.shape[1]}", problem="truncated"
-        )
+        raise DataError(f"{path.name}: the header names {width} columns, the rows have {values.shape[1]}", "truncated")
     with open(path, "rb") as stream:
         stream.seek(max(0, path.stat().st_size - 64 * (width + 1)))
         end = stream.read()
     last = end.rstrip(b"\r\n").rsplit(b"\n", 1)[-1]
     if width > 1 and separator != r"\s+" and not end.endswith(b"\n") and last.count(separator.encode()) < width - 1:
         ends = last.count(separator.encode()) + 1
-        raise DataError(f"{path.name}: the last line ends early, in column {ends} of {width}", problem="truncated")
+        raise DataError(f"{path.name}: the last line ends early, in column {ends} of {width}", "truncated")
     return values
 
 
@@ -248,7 +220,7 @@ def _first_line(path: Path) -> str:
     with _reading(path, "text file"), open(path, encoding="utf-8-sig", newline="") as stream:
         line = stream.readline(10_000_000)
         if not line.strip():
-            raise DataError(f"{path.name}: the file is empty or begins with an empty line", problem="truncated")
+            raise DataError(f"{path.name}: the file is empty or begins with an empty line", "truncated")
         return line.rstrip("\r\n")
 
 
@@ -272,7 +244,7 @@ def _text(path: Path, key: str | None) -> Raw:
         if header == [str(i) for i in range(len(header))]:
             return Raw(values)  # both numbered: neither says which is time
     if not all(word.strip() for word in header):
-        raise DataError(f"{path.name}: the first line must name every column, got {header[:3]}, ...", problem="header")
+        raise DataError(f"{path.name}: the first line must name every column, got {header[:3]}, ...", "header")
     return Raw(values, tuple(header))
 
 
@@ -292,40 +264,32 @@ def _npy(path: Path, key: str | None) -> Raw:
         return Raw(np.load(path, mmap_mode="r", allow_pickle=False))  # a map never reaches past the file's end
 
 
-def _choose(path: Path, key: str | None, found: dict[str, tuple]) -> str:
+def _choose(path: Path, key: str | None, found: Mapping[str, tuple[int, ...]]) -> str:
     """The one two-dimensional array of `found` (name: shape), or the one that `key` names."""
     tables = [name for name, shape in found.items() if len(shape) == 2 and min(shape) > 1]
     if key is None and len(tables) == 1:
         return tables[0]
-    if key not in found:
+    if key is None or key not in found:
         listed = ", ".join(f"{name} {tuple(shape)}" for name, shape in list(found.items())[:12]) or "none"
         asked = "key must say which array is the scan" if key is None else f"no array {key!r}"
-        raise DataError(f"{path.name}: {asked}; it holds {listed}", problem="key")
+        raise DataError(f"{path.name}: {asked}; it holds {listed}", "key")
     return key
 
 
 def _npz(path: Path, key: str | None) -> Raw:
-    with _reading(path, "NumPy archive"), zipfile.ZipFile(path) as archive:
-        found = {}
-        for member in archive.infolist():
-            if not member.filename.endswith(".npy"):
-                continue
-            if member.file_size > INFLATION * member.compress_size + 2**20:
-                raise DataError(f"{path.name}: {member.filename} would grow {INFLATION} times and more", "truncated")
-            with archive.open(member) as stream:
-                version = np.lib.format.read_magic(stream)
-                read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-                shape, _, kind = read(stream)
-            if kind.itemsize * np.prod(shape, dtype=object) > member.file_size or min(shape, default=0) < 0:
-                raise DataError(f"{path.name}: {member.filename} is shorter than its header says", "truncated")
-            found[member.filename.removesuffix(".npy")] = shape
-        with archive.open(_choose(path, key, found) + ".npy") as stream:
-            return Raw(np.lib.format.read_array(stream, allow_pickle=False))
+    with _reading(path, "NumPy archive"):
+        with zipfile.ZipFile(path) as archive:
+            for member in archive.infolist():
+                if member.file_size > INFLATION * member.compress_size + 2**20:
+                    raise DataError(
+                        f"{path.name}: {member.filename} would grow {INFLATION} times and more", "truncated"
+                    )
+        with np.load(path, allow_pickle=False) as arrays:
+            found = {name: arrays[name] for name in ([key] if key in arrays else arrays)}
+        return Raw(found[_choose(path, key, {name: values.shape for name, values in found.items()})])
 
 
 def _mat(path: Path, key: str | None) -> Raw:
-    from scipy.io import loadmat, whosmat
-
     with _reading(path, "MATLAB file"):
         with open(path, "rb") as stream:
             start = stream.read(128)
@@ -335,11 +299,11 @@ def _mat(path: Path, key: str | None) -> Raw:
             found = _mat5(path)
             return Raw(found[_choose(path, key, {name: values.shape for name, values in found.items()})])
         if 0 not in start[:4]:
-            raise DataError(f"{path.name}: expected a MATLAB file of version 4 to 7, got another", problem="truncated")
-        found = {name: shape for name, shape, kind in whosmat(path) if kind in ("double", "single") or "int" in kind}
-        name = _choose(path, key, found)
-        if np.prod(found[name], dtype=object) > path.stat().st_size:
-            raise DataError(f"{path.name}: {name} {found[name]} cannot be in so short a file", "truncated")
+            raise DataError(f"{path.name}: expected a MATLAB file of version 4 to 7, got another", "truncated")
+        shapes = {name: shape for name, shape, kind in whosmat(path) if kind in ("double", "single") or "int" in kind}
+        name = _choose(path, key, shapes)
+        if np.prod(shapes[name], dtype=object) > path.stat().st_size:
+            raise DataError(f"{path.name}: {name} {shapes[name]} cannot be in so short a file", "truncated")
         return Raw(loadmat(path, variable_names=[name])[name])
 
 
@@ -385,7 +349,7 @@ def _mat5(path: Path) -> dict[str, np.ndarray]:
         stored, numbers = next(parts)
         values = np.frombuffer(numbers, order + _MAT5[stored])
         if min(shape, default=0) < 0:
-            raise DataError(f"{path.name}: {name} has shape {shape}", problem="truncated")
+            raise DataError(f"{path.name}: {name} has shape {shape}", "truncated")
         found[name] = values.reshape(shape, order="F")
     return found
 
@@ -413,11 +377,11 @@ def read(path: Path, key: str | None = None) -> Raw:
     """
     reader = next((r for ending, r in READERS.items() if path.name.lower().endswith(ending)), None)
     if reader is None:
-        raise DataError(f"{path.name}: the name must end in one of {', '.join(READERS)}", problem="format")
+        raise DataError(f"{path.name}: the name must end in one of {', '.join(READERS)}", "format")
     if not path.is_file():
-        raise DataError(f"{path}: no such file", problem="no-file")
+        raise DataError(f"{path}: no such file", "no-file")
     raw = reader(path, key)
-    return raw._replace(values=_real(path, raw.values))
+    return raw._replace(values=real(path.name, raw.values))
 
 
 # What stands beside a scan
@@ -432,9 +396,9 @@ def _json(path: Path) -> dict:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
-        raise DataError(f"{path.name}: not a JSON object ({error})", problem="sidecar") from error
+        raise DataError(f"{path.name}: not a JSON object ({error})", "sidecar") from error
     if not isinstance(content, dict):
-        raise DataError(f"{path.name}: not a JSON object, got {type(content).__name__}", problem="sidecar")
+        raise DataError(f"{path.name}: not a JSON object, got {type(content).__name__}", "sidecar")
     return content
 
 
@@ -463,7 +427,7 @@ def sidecar_t_r(path: Path, *, inherited: bool = True) -> float | None:
         names = ("_".join([*chosen, suffix]) + ".json" for chosen in itertools.combinations(parts, size))
         found = {name: t_r for name in names if (t_r := _stated(folder / name)) is not None}
         if len(set(found.values())) > 1:
-            raise DataError(f"{path.name}: its sidecars disagree on RepetitionTime, {found}", problem="t-r-conflict")
+            raise DataError(f"{path.name}: its sidecars disagree on RepetitionTime, {found}", "t-r-conflict")
         if found:
             return next(iter(found.values()))
     return None
@@ -473,7 +437,7 @@ def _stated(file: Path) -> float | None:
     if not file.is_file() or (stated := _json(file).get("RepetitionTime")) is None:
         return None
     if isinstance(stated, bool) or not isinstance(stated, int | float):
-        raise DataError(f"{file.name}: RepetitionTime must be a number of seconds, got {stated!r}", problem="sidecar")
+        raise DataError(f"{file.name}: RepetitionTime must be a number of seconds, got {stated!r}", "sidecar")
     return float(stated) if abs(stated) < 1e9 else float("inf")
 
 
@@ -497,21 +461,12 @@ def motion(path: Path) -> tuple[np.ndarray | None, float | None]:
     if not source:
         return None, None
 
-    def table(*endings):
-        import pandas as pd
-
-        for ending in endings:
-            file = path.with_name(f"{source}_{ending}.tsv")
-            if file.is_file() and file != path:
-                with _reading(file, "table of confounds"):
-                    content = pd.read_csv(file, sep="\t", na_values=["n/a"])
-                    return content.apply(pd.to_numeric)
+    def table(*endings: str) -> pd.DataFrame | None:
+        places = [path.with_name(f"{source}_{ending}.tsv") for ending in endings]
+        for file in (p for p in places if p.is_file() and p != path):
+            with _reading(file, "table of confounds"):
+                return pd.read_csv(file, sep="\t", na_values=["n/a"]).apply(pd.to_numeric)
         return None
-
-    def mean(content):
-        with np.errstate(all="ignore"):
-            fd = content["framewise_displacement"].mean() if "framewise_displacement" in content else np.nan
-        return float(fd) if np.isfinite(fd) else None
 
     outliers = table("outliers", "desc-filtered_outliers")
     moved = table("motion", "desc-filtered_motion")
@@ -522,21 +477,23 @@ def motion(path: Path) -> tuple[np.ndarray | None, float | None]:
     elif confounds is not None:
         flags = confounds.filter(regex=r"^(motion|non_steady_state)_outlier")
         censored = (flags.to_numpy(float) > 0).any(axis=1)
-    fd = next((m for m in (mean(t) for t in (moved, confounds) if t is not None) if m is not None), None)
-    return censored, fd
+    for content in (moved, confounds):
+        if content is not None and "framewise_displacement" in content:
+            fd = content["framewise_displacement"].mean()
+            if np.isfinite(fd):
+                return censored, float(fd)
+    return censored, None
 
 
 # Written back
 
 
-def parcels_axis(parcels: tuple[str, ...]):
+def parcels_axis(parcels: tuple[str, ...]) -> ParcelsAxis:
     """A CIFTI-2 axis for parcels whose place in the brain is not known.
 
     The format wants a place for every parcel: each gets one voxel of its own, in a row at the origin of a volume
     as long as there are parcels. No surface is claimed, so that Workbench draws nothing false on a cortex.
     """
-    from nibabel.cifti2 import ParcelsAxis
-
     voxels = [np.array([[i, 0, 0]], dtype="i4") for i in range(len(parcels))]
     return ParcelsAxis(list(parcels), voxels, [{}] * len(parcels), np.eye(4), (len(parcels), 1, 1))
 
@@ -544,8 +501,6 @@ def parcels_axis(parcels: tuple[str, ...]):
 def write(path: Path, values: np.ndarray, parcels: tuple[str, ...], t_r: float, axis=None) -> None:
     """Write ``.ptseries.nii``, or ``.tsv`` and its JSON; `values` (time, parcel), `t_r` in seconds."""
     if path.name.endswith(".ptseries.nii"):
-        from nibabel.cifti2 import Cifti2Image, SeriesAxis
-
         rows = SeriesAxis(0, float(t_r), len(values), unit="SECOND")
         image = Cifti2Image(np.asarray(values, np.float32), (rows, parcels_axis(parcels) if axis is None else axis))
         image.nifti_header.set_intent("ConnParcelSries")
@@ -553,11 +508,8 @@ def write(path: Path, values: np.ndarray, parcels: tuple[str, ...], t_r: float, 
     elif path.name.endswith(".tsv"):
         if any(re.search(r'[\t\r\n"]', name) for name in parcels):
             raise DataError(f"{path.name}: names of parcels must be free of tabs, quotes and line ends", "header")
-        text = io.StringIO()
-        text.write("\t".join(parcels) + "\n")
-        for row in np.asarray(values, np.float32):
-            text.write("\t".join("n/a" if np.isnan(v) else str(v) for v in row) + "\n")
-        files.write_text(path, text.getvalue())
+        table = pd.DataFrame(np.asarray(values, np.float32), columns=list(parcels))
+        files.write_text(path, table.to_csv(sep="\t", na_rep="n/a", index=False, lineterminator="\n"))
         files.write_json(path.with_suffix(".json"), {"RepetitionTime": float(t_r)})
     else:
-        raise DataError(f"{path.name}: the name must end in .ptseries.nii or .tsv", problem="format")
+        raise DataError(f"{path.name}: the name must end in .ptseries.nii or .tsv", "format")
