@@ -315,7 +315,7 @@ def _npz(path: Path, key: str | None) -> Raw:
                         f"{path.name}: {member.filename} would grow {INFLATION} times and more", "truncated"
                     )
         with np.load(path, allow_pickle=False) as arrays:
-            found = {name: arrays[name] for name in ([key] if key in arrays else arrays)}
+            found = {name: arrays[name] for name in arrays.files if key in (None, name)} or dict(arrays)
         return Raw(found[_choose(path, key, {name: values.shape for name, values in found.items()})])
 
 
