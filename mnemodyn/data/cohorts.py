@@ -11,12 +11,12 @@ from contextlib import nullcontext
 from dataclasses import MISSING, asdict, dataclass, field, fields, replace
 from importlib import resources
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import numpy as np
 import pandas as pd
 
-from mnemodyn.data.formats import entities
+from mnemodyn.data.formats import entities, refuse
 from mnemodyn.data.scans import DataError, Scan, load_scan, series_digest
 from mnemodyn.parameters import read_yaml
 
@@ -27,10 +27,6 @@ MONTHS = {"years": 1.0, "months": 12.0}  # how many make a year
 MISSING_WORDS = {"", "na", "n/a", "nan", "null"}
 SIMULATED = "simulated.json"
 Entities = defaultdict[str, str]
-
-
-def _refuse(message: str, problem: str = "cohort") -> NoReturn:
-    raise DataError(message, problem)
 
 
 @dataclass(frozen=True)
@@ -58,10 +54,10 @@ class Reader:
 
     def __post_init__(self) -> None:
         if self.t_r_by and (set(self.t_r_by) != {"site"} or not isinstance(self.t_r_by["site"], dict)):
-            _refuse(f"reader.t_r_by must be {{site: {{name: seconds}}}}, got {self.t_r_by!r}")
+            refuse(f"reader.t_r_by must be {{site: {{name: seconds}}}}, got {self.t_r_by!r}")
         for t in (self.t_r, *self.t_r_by.get("site", {}).values()):
             if t is not None and (isinstance(t, bool) or not isinstance(t, int | float) or not 0 < t < 100):
-                _refuse(f"reader: t_r must be in seconds, > 0 and < 100, got {t!r}")
+                refuse(f"reader: t_r must be in seconds, > 0 and < 100, got {t!r}")
 
     def load(self, path: Path, participant_id: str, t_r: float | None) -> Scan:
         """Read a scan; `t_r` in seconds is of its site, or what was found before."""
@@ -126,7 +122,7 @@ class Column:
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
-            _refuse(f"column {self.column}: kind must be one of {KINDS}, got {self.kind!r}")
+            refuse(f"column {self.column}: kind must be one of {KINDS}, got {self.kind!r}")
         object.__setattr__(self, "mapping", {_label(k): str(v) for k, v in self.mapping.items()})
         object.__setattr__(self, "exclude", tuple(map(_label, self.exclude)))
 
@@ -202,20 +198,20 @@ def _key(value: str) -> str:
 def _strict(cls: type, content: Any, where: str) -> dict[str, Any]:
     """`content` where its keys are fields of `cls`, of plain types as stated, and none without a default is missing."""
     if not isinstance(content, dict):
-        _refuse(f"{where} must be a mapping, got {content!r}")
+        refuse(f"{where} must be a mapping, got {content!r}")
     known = {f.name: f for f in fields(cls)}
     for name, value in content.items():
         if name not in known:
-            _refuse(f"{where}: unknown key {name!r} (known: {', '.join(known)})")
+            refuse(f"{where}: unknown key {name!r} (known: {', '.join(known)})")
         kind = known[name].type
         if kind in (str, bool, int) and type(value) is not kind:
-            _refuse(f"{where}: {name} must be {getattr(kind, '__name__', kind)}, got {value!r} (quote text)")
+            refuse(f"{where}: {name} must be {getattr(kind, '__name__', kind)}, got {value!r} (quote text)")
         for start, needs, words in (("tuple", list, "a list"), ("collections.abc.Mapping", dict, "a mapping")):
             if str(kind).startswith(start) and not isinstance(value, needs):
-                _refuse(f"{where}: {name} must be {words}, got {value!r}")
+                refuse(f"{where}: {name} must be {words}, got {value!r}")
     for name, f in known.items():
         if f.default is MISSING and f.default_factory is MISSING and content.get(name) in (None, "", [], {}):
-            _refuse(f"{where}: {name} is missing")
+            refuse(f"{where}: {name} is missing")
     return {k: tuple(v) if isinstance(v, list) else v for k, v in content.items()}
 
 
@@ -223,13 +219,13 @@ def _target(content: Any, columns: dict[str, Column | None], where: str) -> Targ
     if isinstance(content, str):  # "sex" and "age": as their columns say
         column = columns.get(content)
         if column is None:
-            _refuse(f"{where}: {content!r} is short for the column {content}, which is not given")
+            refuse(f"{where}: {content!r} is short for the column {content}, which is not given")
         return Target(**asdict(column), name=content)
     target = Target(**_strict(Target, content, where))
     if not re.fullmatch(r"[a-z][a-z0-9_]*", target.name):
-        _refuse(f"{where}: name must be lower-case letters, digits and _, got {target.name!r}")
+        refuse(f"{where}: name must be lower-case letters, digits and _, got {target.name!r}")
     if "kind" not in content:
-        _refuse(f"{where}: kind is missing (one of {', '.join(KINDS)})")
+        refuse(f"{where}: kind is missing (one of {', '.join(KINDS)})")
     return target
 
 
@@ -257,11 +253,11 @@ def load_cohort(source: str | Path) -> Cohort:
     if str(source) in shipped():
         path = Path(str(resources.files("mnemodyn.data") / "cohorts" / f"{source}.yaml"))
     elif not path.is_file():
-        _refuse(f"{source} is neither a YAML file nor one of the shipped cohorts: {', '.join(shipped())}")
+        refuse(f"{source} is neither a YAML file nor one of the shipped cohorts: {', '.join(shipped())}")
     try:
         content: Any = read_yaml(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        _refuse(f"{path.name}: {error}")
+        refuse(f"{path.name}: {error}")
     if isinstance(content, dict):
         content = {"name": path.stem} | content
         for name in ("scans", "phenotype"):  # one is as good as a list of one
@@ -276,13 +272,13 @@ def load_cohort(source: str | Path) -> Cohort:
         columns[name] = None if given is None else Column(**defaults | _strict(Column, given, f"{path.name}: {name}"))
     age, sex = columns["age"], columns["sex"]
     if age and age.unit not in MONTHS:
-        _refuse(f"{path.name}: age.unit must be years or months, got {age.unit!r}")
+        refuse(f"{path.name}: age.unit must be years or months, got {age.unit!r}")
     if sex and {*sex.mapping.values()} != {"male", "female"}:
-        _refuse(f"{path.name}: sex.mapping must lead to male and female, got {sex.mapping}")
+        refuse(f"{path.name}: sex.mapping must lead to male and female, got {sex.mapping}")
     targets = tuple(_target(t, columns, f"{path.name}: targets") for t in content.get("targets", ()))
     for name, n in Counter(t.name for t in targets).items():
         if n > 1 or (name in TABLE and name not in ("sex", "age")):
-            _refuse(f"{path.name}: targets: the name {name!r} is taken")
+            refuse(f"{path.name}: targets: the name {name!r} is taken")
     tables = [_strict(Phenotype, t, f"{path.name}: phenotype") for t in content.get("phenotype", ())]
     content |= columns | {
         "reader": Reader(**_strict(Reader, content.get("reader", {}), f"{path.name}: reader")),
@@ -310,7 +306,7 @@ def _pattern(pattern: str) -> re.Pattern[str]:
     try:
         return re.compile(expression)
     except re.error as error:
-        _refuse(f"scans: {pattern!r} is no valid pattern ({error})")
+        refuse(f"scans: {pattern!r} is no valid pattern ({error})")
 
 
 def _entities(path: str, match: re.Match[str]) -> Entities:
@@ -385,12 +381,12 @@ class Index:
         """
         names = [t.name for t in self.cohort.targets]
         if target not in names:
-            _refuse(f"{self.cohort.name}: target must be one of {names}, got {target!r}", "unknown-target")
+            refuse(f"{self.cohort.name}: target must be one of {names}, got {target!r}", "unknown-target")
         table = self.table[self.table[target].notna()]
         if table[target].nunique() < 2:
             found = dict(Counter(table[target])) or "none"
             message = f"target {target} needs two different values among the usable scans, got {found}"
-            _refuse(f"{self.cohort.name}: {message}", "one-class")
+            refuse(f"{self.cohort.name}: {message}", "one-class")
         return table
 
     def summary(self) -> dict[str, Any]:
@@ -557,7 +553,7 @@ def index(
 
 def _find(cohort: Cohort, folder: Path) -> tuple[pd.DataFrame, list[Entities]]:
     if not folder.is_dir():
-        _refuse(f"{folder}: no such folder", "no-folder")
+        refuse(f"{folder}: no such folder", "no-folder")
     paths = sorted(
         (Path(root) / name).relative_to(folder).as_posix()
         for root, _, names in os.walk(folder, followlinks=True)
@@ -570,12 +566,12 @@ def _find(cohort: Cohort, folder: Path) -> tuple[pd.DataFrame, list[Entities]]:
     else:
         example = f", for example {paths[0]}" if paths else ""
         files = f"none of its {len(paths)} files{example} matches {' or '.join(cohort.scans)}"
-        _refuse(f"{folder}: {files} of the cohort {cohort.name}; correct its scans", "no-scans")
+        refuse(f"{folder}: {files} of the cohort {cohort.name}; correct its scans", "no-scans")
     rows = []
     for path, named in hits:
         who = re.sub(r"[^A-Za-z0-9]", "", cohort.participant.format_map(named))
         if not who:
-            _refuse(f"{path}: no participant in its name; the cohort reads it as {cohort.participant}", "participant")
+            refuse(f"{path}: no participant in its name; the cohort reads it as {cohort.participant}", "participant")
         rows.append((path, f"sub-{who}", cohort.session.format_map(named), cohort.run.format_map(named)))
     return pd.DataFrame(rows, columns=["path", "participant_id", "session", "run"]), [named for _, named in hits]
 
@@ -591,7 +587,7 @@ def _read_table(cohort: Cohort, folder: Path, table: Phenotype) -> pd.DataFrame 
         return None
     if len(paths) != 1:
         found = [p.name for p in paths] or "none"
-        _refuse(
+        refuse(
             f"phenotype of {cohort.name}: one file {table.file} is needed in {folder}, found {found}", "no-phenotype"
         )
     file, separator = paths[0], table.separator or ("," if paths[0].suffix == ".csv" else "\t")
@@ -599,11 +595,11 @@ def _read_table(cohort: Cohort, folder: Path, table: Phenotype) -> pd.DataFrame 
     try:
         content = pd.read_csv(file, dtype=str, keep_default_na=False, **how)
     except (ValueError, OSError) as error:
-        _refuse(f"{file.name}: not a readable table ({error})", "no-phenotype")
+        refuse(f"{file.name}: not a readable table ({error})", "no-phenotype")
     for column in table.match:
         if column not in content:
             has = f"it has {list(content)[:20]} (separator {separator!r})"
-            _refuse(f"{file.name}: no column {column!r} to match scans by; {has}", "no-phenotype")
+            refuse(f"{file.name}: no column {column!r} to match scans by; {has}", "no-phenotype")
     content = content.map(_label)
     return content.mask(content.isin(cohort.missing) | content.map(str.lower).isin(MISSING_WORDS), "")
 
@@ -633,7 +629,7 @@ def _phenotypes(
         wanted = [tuple(_key(t.format_map(e)) for t in table.match.values()) for e in named]
         for place, template in enumerate(table.match.values()):
             if not any(key[place] for key in wanted):
-                _refuse(f"phenotype of {cohort.name}: no scan has the entities of {template!r}", "no-phenotype")
+                refuse(f"phenotype of {cohort.name}: no scan has the entities of {template!r}", "no-phenotype")
         if number == 0:
             counts |= {"rows": len(content), "without_scan": len(set(rows) - set(wanted))}
         for i, key in enumerate(wanted):
@@ -647,7 +643,7 @@ def _phenotypes(
         if variable.column not in taken and not variable.optional:
             have = sorted({c for _, content in tables for c in content})[:30]
             where = f"in {[t.file for t, _ in tables]}; there are {have}"
-            _refuse(f"phenotype of {cohort.name}: no column {variable.column!r} {where}", "no-phenotype")
+            refuse(f"phenotype of {cohort.name}: no column {variable.column!r} {where}", "no-phenotype")
     nothing = dict.fromkeys(needed, "")
     raw = [nothing if p == "contradictory-phenotype" else r for r, (p, _) in zip(raw, status, strict=True)]
     return pd.DataFrame(raw, index=range(len(raw)), columns=needed, dtype=object), status, counts
@@ -674,10 +670,10 @@ def _variables(cohort: Cohort, raw: pd.DataFrame, named: list[Entities]) -> pd.D
         if len(unknown):
             shown = ", ".join(f"{v!r} ({n})" for v, n in unknown.value_counts().items())
             mend = "map them, or list them under exclude or missing"
-            _refuse(f"{where} hold {allowed}, found also {shown}; {mend}", "unexpected-label")
+            refuse(f"{where} hold {allowed}, found also {shown}; {mend}", "unexpected-label")
         if name == "age" and len(wrong := values.age[(values.age < 0) | (values.age > 120)]):
             shown = f"{len(wrong)} others, for example {wrong.iloc[0]:g}; is its unit ({column.unit}) right?"
-            _refuse(f"{where} be 0 to 120 years, got {shown}", "unexpected-label")
+            refuse(f"{where} be 0 to 120 years, got {shown}", "unexpected-label")
     site = raw[cohort.site.column] if cohort.site else pd.Series("", index=raw.index)
     site = site.where(site != "", [e["site"] for e in named])
     labels = cohort.site.mapping if cohort.site else {}

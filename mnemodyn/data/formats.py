@@ -12,7 +12,7 @@ import zipfile
 import zlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, NoReturn
 from xml.etree import ElementTree
 
 import nibabel
@@ -71,6 +71,11 @@ def installed_files(package: str, *endings: str) -> list[Path]:
             raise DataError(f"{name} {distribution.version} holds no {ending}; {mend}", "no-package")
         found += sorted(path for path in paths if path.is_file())
     return found
+
+
+def refuse(message: str, problem: str = "cohort") -> NoReturn:
+    """Raise a :class:`DataError`; without a problem, one of a cohort's description."""
+    raise DataError(message, problem)
 
 
 class Raw(NamedTuple):
