@@ -20,13 +20,12 @@ SCHAEFER400_TIAN3 = "schaefer400-tian3"
 
 # Structures of the 91,282 grayordinates in their order, with the FreeSurfer code that `Atlas_ROIs.2.nii.gz` holds
 # (Glasser et al. 2013, the HCP's minimal preprocessing pipelines).
-STRUCTURES = {
-    **{"ACCUMBENS_LEFT": 26, "ACCUMBENS_RIGHT": 58, "AMYGDALA_LEFT": 18, "AMYGDALA_RIGHT": 54, "BRAIN_STEM": 16},
-    **{"CAUDATE_LEFT": 11, "CAUDATE_RIGHT": 50, "CEREBELLUM_LEFT": 8, "CEREBELLUM_RIGHT": 47},
-    **{"DIENCEPHALON_VENTRAL_LEFT": 28, "DIENCEPHALON_VENTRAL_RIGHT": 60},
-    **{"HIPPOCAMPUS_LEFT": 17, "HIPPOCAMPUS_RIGHT": 53, "PALLIDUM_LEFT": 13, "PALLIDUM_RIGHT": 52},
-    **{"PUTAMEN_LEFT": 12, "PUTAMEN_RIGHT": 51, "THALAMUS_LEFT": 10, "THALAMUS_RIGHT": 49},
-}
+STRUCTURES = (
+    "ACCUMBENS_LEFT 26, ACCUMBENS_RIGHT 58, AMYGDALA_LEFT 18, AMYGDALA_RIGHT 54, BRAIN_STEM 16, CAUDATE_LEFT 11, "
+    "CAUDATE_RIGHT 50, CEREBELLUM_LEFT 8, CEREBELLUM_RIGHT 47, DIENCEPHALON_VENTRAL_LEFT 28, "
+    "DIENCEPHALON_VENTRAL_RIGHT 60, HIPPOCAMPUS_LEFT 17, HIPPOCAMPUS_RIGHT 53, PALLIDUM_LEFT 13, PALLIDUM_RIGHT 52, "
+    "PUTAMEN_LEFT 12, PUTAMEN_RIGHT 51, THALAMUS_LEFT 10, THALAMUS_RIGHT 49"
+)
 
 # Names of Schaefer's 400 parcels in 7 networks, in the order of their labels, as runs of equal stems: the look-up
 # table of the release (Schaefer et al. 2018, Schaefer2018_400Parcels_7Networks_order), left then right.
@@ -155,8 +154,8 @@ def _axis(masks: list[np.ndarray], structures: np.ndarray, affine: np.ndarray) -
         BrainModelAxis.from_mask(mask, name=f"CORTEX_{side}")
         for mask, side in zip(masks, ("LEFT", "RIGHT"), strict=True)
     ]
-    for name, code in STRUCTURES.items():
-        voxels = np.argwhere((structures == code).T)[:, ::-1]
+    for name, code in (structure.split() for structure in STRUCTURES.split(", ")):
+        voxels = np.argwhere((structures == int(code)).T)[:, ::-1]
         if len(voxels):
             parts.append(BrainModelAxis(name, voxel=voxels, affine=affine, volume_shape=structures.shape))
     return sum(parts[1:], parts[0])

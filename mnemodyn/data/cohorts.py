@@ -5,7 +5,7 @@ import multiprocessing
 import os
 import re
 from collections import Counter, defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import nullcontext
 from dataclasses import MISSING, asdict, dataclass, field, fields, replace
@@ -324,7 +324,7 @@ TABLE = (
 
 
 @dataclass(frozen=True)
-class Index:
+class Index(Sequence[Scan]):
     """What a folder holds by a cohort's description; as a sequence, the scans of `table`, read when asked for.
 
     Attributes
@@ -368,7 +368,7 @@ class Index:
     def __len__(self) -> int:
         return len(self.table)
 
-    def __getitem__(self, i: int) -> Scan:
+    def __getitem__(self, i: Any) -> Any:
         return self.load(self.table.iloc[i])
 
     def labelled(self, target: str) -> pd.DataFrame:
