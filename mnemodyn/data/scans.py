@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import numpy as np
+import pandas as pd
 from nibabel.cifti2 import ParcelsAxis
 from scipy.io import loadmat
 
@@ -223,7 +224,7 @@ def _interpolate(values: np.ndarray, censored: np.ndarray) -> np.ndarray:
 
 
 def load_scan(
-    path: str | Path | np.ndarray,
+    path: str | Path | np.ndarray | pd.DataFrame,
     *,
     t_r: float | None = None,
     override_t_r: bool = False,
@@ -239,11 +240,11 @@ def load_scan(
 
     Parameters
     ----------
-    path : str, Path or ndarray
+    path : str, Path, ndarray or DataFrame
         ``.ptseries.nii``; ``.dtseries.nii`` with one column a parcel; ``.tsv`` and ``.csv`` with a column a parcel
         and its name in the first line; ``.1D`` with ``#NAME`` for every column in the first line; or ``.npy``,
         ``.npz``, ``.mat`` and tables without names, which need `frames_first`. Or an array (time, parcel) as
-        nilearn's maskers return it, which needs `t_r`, `parcels` and `participant_id`.
+        nilearn's maskers return it, which needs `t_r`, `participant_id` and, but for a DataFrame, `parcels`.
     t_r : float, optional
         Repetition time in seconds, for files that do not state one in their header or JSON sidecar.
     override_t_r : bool
@@ -285,6 +286,8 @@ def load_scan(
         raw, frames_first = formats.Raw(formats.real(name, np.asarray(path))), frames_first is not False
         if t_r is None:
             refuse("an array states no repetition time; give t_r in seconds", "no-t-r")
+        if parcels is None and hasattr(path, "columns"):
+            parcels = tuple(map(str, path.columns))
         if parcels is None:
             refuse("an array does not name its columns; give parcels, their names in order", "parcel-names")
     named, values = formats.entities(name), raw.values
