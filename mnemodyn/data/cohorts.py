@@ -418,25 +418,19 @@ class Index(Sequence[Scan]):
 
     def __str__(self) -> str:
         s = self.summary()
+        kept = f"{s['n_usable']} of them usable, {s['n_with_phenotype']} with phenotype"
         lines = [
-            f"{s['cohort']}{'  SIMULATED' if self.simulated else ''}",
-            f"{s['n_scans']} scans of {s['n_participants']} participants found, {s['n_sites']} sites",
-            f"{s['n_usable']} of them usable, {s['n_with_phenotype']} with phenotype",
+            s["cohort"] + ("  SIMULATED" if self.simulated else ""),
+            f"{s['n_scans']} scans of {s['n_participants']} participants found, {s['n_sites']} sites; {kept}",
+            f"frames {' to '.join(map(str, s['frames']))}, parcels {', '.join(map(str, s['n_parcels']))}",
+            "t_r " + ", ".join(f"{t} s ({n})" for t, n in s["t_r"].items()),
         ]
-        if s["n_usable"]:
-            parcels = ", ".join(map(str, s["n_parcels"]))
-            lines.append(f"frames {s['frames'][0]} to {s['frames'][1]}, parcels {parcels}")
-            lines.append("t_r " + ", ".join(f"{t} s ({n})" for t, n in s["t_r"].items()))
         for name, d in s["targets"].items():
-            if "classes" in d:
-                shown = ", ".join(f"{label} {n}" for label, n in d["classes"].items()) or "none"
-            else:
-                unit = f" {d['unit']}" if d["unit"] else ""
-                shown = f"{d['mean']:.2f} (SD {d['sd']:.2f}, {d['min']:g} to {d['max']:g}){unit}" if d["n"] else "none"
-            lines.append(f"target {name}: {shown}; {s['n_usable'] - d['n']} without")
-        if self.rows["rows"]:
-            words = ", ".join(f"{n} {k.replace('_', ' ')}" for k, n in self.rows.items() if k != "rows" and n)
-            lines.append(f"phenotype: {self.rows['rows']} rows{', of them ' + words if words else ''}")
+            shown = ", ".join(f"{label} {n}" for label, n in d.get("classes", {}).items())
+            if "mean" in d:
+                shown = f"{d['mean']:.2f} (SD {d['sd']:.2f}, {d['min']:g} to {d['max']:g}) {d['unit']}".rstrip()
+            lines.append(f"target {name}: {shown or 'none'}; {s['n_usable'] - d['n']} without")
+        lines.append("phenotype: " + ", ".join(f"{n} {k.replace('_', ' ')}" for k, n in self.rows.items()))
         for (problem, scope), group in self.excluded.groupby(["problem", "left_out_of"], sort=True):
             what = "left out" if scope == "all" else "without labels"
             lines.append(f"{what}: {len(group)} {problem}, e.g. {group.message.iloc[0]}")

@@ -45,14 +45,7 @@ class DataError(ValueError):
 
 
 def installed_files(package: str, *endings: str) -> list[Path]:
-    """Files that an installed package carries, found without importing it.
-
-    Parameters
-    ----------
-    package : str
-        ``name==version``, as pip takes it; another installed version is tried too.
-    *endings : str
-        Ends of paths inside the package, each of which must fit a file.
+    """Files that an installed package (``name==version``) carries, by the ends of their paths, without importing it.
 
     Raises
     ------
@@ -115,10 +108,6 @@ def read_cifti(path: str | Path) -> tuple[np.ndarray, tuple, float | None]:
 
     Sizes that the header declares are held against the file's before anything is allocated.
 
-    Parameters
-    ----------
-    path : str or Path
-
     Returns
     -------
     values : ndarray, shape (time or map, parcel or grayordinate), float32
@@ -130,8 +119,7 @@ def read_cifti(path: str | Path) -> tuple[np.ndarray, tuple, float | None]:
     Raises
     ------
     DataError
-        ``"not-cifti"`` for another kind of NIfTI, ``"truncated"`` where the file is shorter than its header says
-        or cannot be parsed.
+        ``not-cifti`` for another kind of NIfTI, ``truncated`` where the file is shorter than it says or damaged.
     """
     path = Path(path)
     with _reading(path, "file"), open(path, "rb") as stream:
@@ -174,10 +162,7 @@ def read_cifti(path: str | Path) -> tuple[np.ndarray, tuple, float | None]:
 
 
 def volume_t_r(header) -> float | None:
-    """Repetition time in seconds of a NIfTI volume's header, in whichever unit of time it is written.
-
-    None where the header states none: no fourth axis, a zero, or a unit that is no time.
-    """
+    """Repetition time of a NIfTI volume's header in seconds; None where it states no fourth axis, zero, or no time."""
     zooms, unit = header.get_zooms(), header.get_xyzt_units()[1]
     scale = {"sec": 1.0, "msec": 1e-3, "usec": 1e-6}.get(unit)
     if len(zooms) < 4 or not zooms[3] > 0 or scale is None:
@@ -481,11 +466,7 @@ def motion(path: Path) -> tuple[np.ndarray | None, float | None]:
 
     XCP-D: ``*_outliers.tsv`` (column framewise_displacement, 1 for a censored frame) and ``*_motion.tsv``.
     fMRIPrep: ``*_desc-confounds_timeseries.tsv``, its columns ``motion_outlier*`` and ``non_steady_state_outlier*``.
-
-    Returns
-    -------
-    censored : ndarray of bool, shape (time of the recording,), or None
-    mean_fd : float or None
+    Censored frames are bool, shape (time of the recording,); either is None where nothing is known.
 
     Raises
     ------

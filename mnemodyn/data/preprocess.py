@@ -84,17 +84,12 @@ class Preprocessing:
 
 
 def averaging(labels: np.ndarray) -> csr_array:
-    """The matrix that turns grayordinates into parcels, the mean over each.
+    """The matrix that turns grayordinates into parcels, the mean over each: (n_parcels, grayordinate), rows sum to 1.
 
     Parameters
     ----------
     labels : ndarray, shape (grayordinate,), int
         0 for none, otherwise 1 to n_parcels.
-
-    Returns
-    -------
-    csr_array, shape (n_parcels, grayordinate)
-        Rows sum to 1.
 
     Raises
     ------
@@ -110,7 +105,7 @@ def averaging(labels: np.ndarray) -> csr_array:
 
 
 def parcellate(values: np.ndarray, labels: np.ndarray) -> np.ndarray:
-    """Mean series of each parcel.
+    """Mean series of each parcel, (time, n_parcels), float32, summed in float64.
 
     Parameters
     ----------
@@ -118,11 +113,6 @@ def parcellate(values: np.ndarray, labels: np.ndarray) -> np.ndarray:
         An array, or a proxy of one that is read in blocks.
     labels : ndarray, shape (grayordinate,), int
         0 for none, otherwise 1 to n_parcels.
-
-    Returns
-    -------
-    ndarray, shape (time, n_parcels), float32
-        Summed in float64.
 
     Raises
     ------
@@ -140,13 +130,9 @@ def parcellate(values: np.ndarray, labels: np.ndarray) -> np.ndarray:
 
 
 def align(atlas: Atlas, axis: BrainModelAxis) -> np.ndarray:
-    """An atlas' labels for the grayordinates of a series, matched by vertex and by voxel.
+    """An atlas' labels for the grayordinates of a series, (grayordinate of `axis`,), matched by vertex and by voxel.
 
     The two may differ in which grayordinates they hold, as a cortical atlas with the medial wall and a series without.
-
-    Returns
-    -------
-    ndarray, shape (grayordinate of `axis`,), int
 
     Raises
     ------
@@ -199,13 +185,7 @@ class Parcellated(NamedTuple):
 
 
 def preprocess_scan(source: str | Path, settings: Preprocessing) -> tuple[Scan, ParcelsAxis | None, dict[str, Any]]:
-    """One dense series or volume as parcels.
-
-    Parameters
-    ----------
-    source : str or Path
-        ``.dtseries.nii``, or a volume ``.nii.gz``.
-    settings : Preprocessing
+    """One dense series (``.dtseries.nii``) or volume (``.nii.gz``) as parcels.
 
     Returns
     -------
@@ -465,14 +445,13 @@ def preprocess(
     folder : path-like
         Where scans go, see `output_path`.
     settings : Preprocessing
-    jobs : int, default 1
+    jobs : int
         Processes, one scan each.
 
     Returns
     -------
     DataFrame
-        A row a source: ``source``, ``output``, ``status`` (``"done"``, ``"skipped"`` or ``"failed"``), ``problem``
-        and ``message`` of what failed.
+        A row a source: ``source``, ``output``, ``status`` (done, skipped, failed), ``problem`` and ``message``.
 
     Raises
     ------

@@ -91,8 +91,7 @@ def open_scans(data: str | Path, *, cohort: str | Path | None = None, t_r: float
     Raises
     ------
     DataError
-        As :func:`~mnemodyn.data.scans.load_scans` and :func:`~mnemodyn.data.cohorts.index`, or where no scan of the
-        cohort can be used.
+        Where scans cannot be used, or no scan of the cohort can.
     """
     data = data if data == "hcp7" else resolve(data)
     if cohort is not None:
@@ -134,11 +133,7 @@ def _varying(scan: Scan) -> tuple[np.ndarray, tuple[str, ...]]:
 def spectrum(scan: Scan) -> tuple[np.ndarray, np.ndarray]:
     """Welch's estimate of the power spectrum, mean over the parcels that vary, scaled to unit variance.
 
-    Returns
-    -------
-    frequency : ndarray, shape (n,), Hz
-    power : ndarray, shape (n,), per Hz
-        Windows of 256 frames, or the whole scan where it is shorter.
+    Frequency (n,) in Hz and power (n,) per Hz, over windows of 256 frames or a shorter scan's all.
     """
     values, _ = _varying(scan)
     z = (values - values.mean(0)) / values.std(0)
@@ -242,23 +237,16 @@ def survey(scans: Sequence[Scan], mean_fd: Sequence[float] | None = None) -> Sur
 
 
 def outlying(table: pd.DataFrame, limit: float = OUTLYING) -> pd.DataFrame:
-    """Which scans stand out, by robust z-scores: (value - median) / (1.4826 MAD).
+    """Which scans of a :func:`survey` stand out, by robust z-scores: (value - median) / (1.4826 MAD).
 
     A low similarity of connectivity (as Fisher z), a high mean FD (its logarithm: both are skewed as they are), and a
     lag-1 autocorrelation that is either, among the scans with the same repetition time, on which it depends.
-
-    Parameters
-    ----------
-    table : DataFrame
-        As :func:`survey` returns it.
-    limit : float
-        From which distance a scan stands out.
 
     Returns
     -------
     DataFrame
         In the order of `table`: ``participant``, ``fc_similarity``, ``lag1`` and ``mean_fd`` as z-scores (NaN where not
-        known or all equal), ``worst`` (the largest in its direction) and ``reasons`` (names, "" where none).
+        known or all equal), ``worst`` (the largest in its direction) and ``reasons`` (above `limit`, "" for none).
     """
 
     def robust(values: pd.Series) -> pd.Series:

@@ -56,17 +56,9 @@ UNFITTED = ("zscore_per_parcel", "raw", "subtract_mean", "minmax_per_scan", "min
 
 
 def moments(values: np.ndarray, censored: np.ndarray | None = None) -> np.ndarray:
-    """Mean, SD, smallest and largest value of each parcel over the frames that are not censored.
+    """Mean, SD, smallest and largest value of each parcel over the frames that are not censored, (4, parcel), float64.
 
-    Parameters
-    ----------
-    values : ndarray, shape (time, parcel)
-    censored : ndarray of bool, shape (time,), optional
-
-    Returns
-    -------
-    ndarray, shape (4, parcel), float64
-        In the units of the data. A constant parcel has SD 0 exactly.
+    In the units of `values` (time, parcel). A constant parcel has SD 0 exactly.
 
     Raises
     ------
@@ -84,16 +76,11 @@ def moments(values: np.ndarray, censored: np.ndarray | None = None) -> np.ndarra
 
 
 class QuantileSketch:
-    """Quantiles of a stream in bounded memory: counts in bins whose edges are floats with seven bits of mantissa.
+    """Quantiles of each of `n_columns` streams in bounded memory: counts between floats of seven bits' mantissa.
 
     A quantile comes out within ``ERROR`` = 2**-8 (0.4 %) of the true one's absolute value, whatever the order and
     number of values, as in DDSketch (Masson, Rim & Lee, VLDB 2019). Absolute values below 5e-10 count as 0, those
     above 8.6e9 as 8.6e9. Memory: 131 kB a column.
-
-    Parameters
-    ----------
-    n_columns : int
-        Columns whose quantiles are wanted, each its own.
     """
 
     ERROR = 2.0**-8

@@ -340,14 +340,9 @@ def load_scan(
 def save_scan(scan: Scan, path: str | Path, *, axis: ParcelsAxis | None = None) -> Path:
     """Write a scan so that :func:`load_scan` reads the same values, parcels, t_r and censored frames back.
 
-    Parameters
-    ----------
-    scan : Scan
-    path : str or Path
-        ``sub-....ptseries.nii``, which Connectome Workbench opens, or ``sub-..._timeseries.tsv`` with its JSON
-        sidecar. Censored frames go to ``sub-..._outliers.tsv`` beside it, in XCP-D's form.
-    axis : ParcelsAxis, optional
-        Where the parcels lie. Without it each gets a place in an abstract volume.
+    As ``sub-....ptseries.nii``, which Connectome Workbench opens, or ``sub-..._timeseries.tsv`` with its JSON sidecar.
+    Censored frames go to ``sub-..._outliers.tsv`` beside it, in XCP-D's form. `axis` says where the parcels lie;
+    without it each gets a place in an abstract volume.
 
     Raises
     ------
@@ -400,8 +395,8 @@ def load_scans(source: str | Path, *, pattern: str = "*", **settings: Any) -> "l
     Parameters
     ----------
     source : str or Path
-        ``"hcp7"`` for the embedded scans, or a folder that is searched for the formats of :func:`load_scan`. Where
-        a scan is there as ``.ptseries.nii`` and as ``.tsv``, the former is read.
+        ``"hcp7"`` for the embedded scans, a store, or a folder that is searched for the formats of :func:`load_scan`.
+        Where a scan is there as ``.ptseries.nii`` and as ``.tsv``, the former is read.
     pattern : str
         Which names, for example ``"*atlas-4S456Parcels*"`` where a folder holds several atlases.
     **settings

@@ -62,7 +62,8 @@ def convert(
     """Write scans into a store, or add those that it does not have yet.
 
     May be killed at any moment and started again: it goes on from the last whole shard and ends in the same bytes.
-    One scan is held in memory at a time.
+    One scan is held in memory at a time. A scan that cannot be read, or has other parcels than the first, is listed
+    in ``Store.excluded``.
 
     Parameters
     ----------
@@ -75,17 +76,12 @@ def convert(
     progress : callable, optional
         Called with the number of the scan at hand, from 1, and of all scans to do.
 
-    Returns
-    -------
-    Store
-
     Raises
     ------
     DataError
         If the folder holds something else, a store of another dtype or cohort, or a scan whose file has changed
         since; if two scans share participant, session, run and path; if no scan is usable; if another conversion is
-        at work. A scan that cannot be read, or has other parcels than the first, is listed in ``Store.excluded``
-        instead.
+        at work.
     """
     if dtype not in DTYPES:
         refuse(f"dtype must be one of {DTYPES}, got {dtype!r}", "dtype")
@@ -326,10 +322,6 @@ class Store(Sequence[Scan]):
 
     Goes to other processes as its folder and rows: each opens its own maps.
 
-    Parameters
-    ----------
-    folder : str or Path
-
     Attributes
     ----------
     table : DataFrame
@@ -455,13 +447,11 @@ class Store(Sequence[Scan]):
         return self._parts(i, start, stop)[2]
 
     def read(self, i: int, start: int = 0, stop: int | None = None, scaling: Scaling | None = None) -> np.ndarray:
-        """Some frames of scan `i`, scaled with the whole scan's moments; only those frames are read.
+        """Some frames of scan `i` (all by default), scaled with the whole scan's moments; only those frames are read.
 
         Parameters
         ----------
-        i : int
-        start, stop : int
-            Frames; the whole scan by default.
+        i, start, stop : int
         scaling : Scaling, optional
             The z-score of each parcel by default.
 
@@ -511,8 +501,7 @@ class Store(Sequence[Scan]):
         Raises
         ------
         DataError
-            Whose ``problem`` is "missing", "truncated" or "checksum", for the first scan that is not what was
-            converted.
+            For the first that is not what was converted: missing, truncated or checksum.
         """
         for i, (shard, _, first, n_frames) in enumerate(self._where):
             stored, m, censored = self._parts(i)
