@@ -27,6 +27,7 @@ __all__ = ["READERS", "DataError", "installed_files", "motion", "read_cifti", "s
 
 DENSE = 10_000  # a CIFTI-2 series with more brain models than this is never one column a parcel
 INFLATION = 200  # times its size that a compressed array may grow; BOLD in float64 grows about 1.1 times
+PREPROCESS = "volumes are made into parcels by 'mnemodyn preprocess'"
 SOURCE = ("sub", "ses", "task", "acq", "ce", "rec", "dir", "run", "echo")  # BIDS entities that name a recording
 
 
@@ -96,9 +97,8 @@ def _reading(path: Path, what: str) -> Iterator[None]:
 def real(name: str, values: np.ndarray) -> np.ndarray:
     """A table of real numbers as float32 in memory."""
     if values.dtype.kind not in "iuf" or values.ndim != 2:
-        raise DataError(
-            f"{name}: expected a table of real numbers, got shape {values.shape} of {values.dtype}", "not-a-table"
-        )
+        found = f"got shape {values.shape} of {values.dtype}"
+        refuse(f"{name}: expected a table of real numbers, {found}", "not-a-table")
     with np.errstate(all="ignore"):
         return np.array(values, dtype=np.float32, order="C")
 
@@ -126,33 +126,31 @@ def read_cifti(path: str | Path) -> tuple[np.ndarray, tuple, float | None]:
         start = stream.read(540)
     if len(start) < 540 or start[4:7] not in (b"n+2", b"ni2"):
         kind = "a NIfTI-1 volume" if start[344:347] in (b"n+1", b"ni1") else "no NIfTI-2 file"
-        raise DataError(
-            f"{path.name}: expected CIFTI-2, got {kind}; volumes are made into parcels by 'mnemodyn preprocess'",
-            "truncated" if len(start) < 540 and start[4:7] == b"n+2" else "not-cifti",
-        )
+        problem = "truncated" if start[4:7] == b"n+2" else "not-cifti"
+        refuse(f"{path.name}: expected CIFTI-2, got {kind}; {PREPROCESS}", problem)
     with _reading(path, "CIFTI-2 file"):
         header = nibabel.Nifti2Header(start[:540], check=False)
         shape, size = header.get_data_shape(), path.stat().st_size
         needed = int(header["vox_offset"]) + header.get_data_dtype().itemsize * np.prod(shape, dtype=object)
         if min(shape, default=0) < 1 or needed > size:
             message = f"the header declares shape {shape[4:]}, {needed} bytes; the file has {size}"
-            raise DataError(f"{path.name}: {message}", "truncated")
+            refuse(f"{path.name}: {message}", "truncated")
         with open(path, "rb") as stream:
             before = stream.read(int(header["vox_offset"]))
         if b"<CIFTI" not in before:
-            raise DataError(f"{path.name}: expected CIFTI-2, got a NIfTI-2 volume without its header", "not-cifti")
+            refuse(f"{path.name}: expected CIFTI-2, got a NIfTI-2 volume without its header", "not-cifti")
         xml = before[before.index(b"<CIFTI") : before.index(b"</CIFTI>") + 8]
         for index in ElementTree.fromstring(xml).iter("MatrixIndicesMap"):  # nibabel acts on these unchecked
             declared = sum(int(model.get("IndexCount", 0)) for model in index.iter("BrainModel"))
             if declared > max(shape) or abs(int(index.get("SeriesExponent", 0))) > 12:
-                raise DataError(f"{path.name}: an axis claims {declared} elements of {max(shape)}", "truncated")
+                refuse(f"{path.name}: an axis claims {declared} elements of {max(shape)}", "truncated")
         image = Cifti2Image.from_filename(path)
         if image.ndim != 2:
-            raise DataError(f"{path.name}: expected two axes, got shape {image.shape}", "not-a-table")
+            refuse(f"{path.name}: expected two axes, got shape {image.shape}", "not-a-table")
         axes = [image.header.get_axis(i) for i in range(2)]
         for i, (axis, n) in enumerate(zip(axes, image.shape, strict=True)):
             if len(axis) != n:
-                raise DataError(f"{path.name}: axis {i} describes {len(axis)} elements of {n}", "truncated")
+                refuse(f"{path.name}: axis {i} describes {len(axis)} elements of {n}", "truncated")
         values = np.asarray(image.dataobj)
     values = real(path.name, values)
     if isinstance(axes[1], SeriesAxis) and not isinstance(axes[0], SeriesAxis):
@@ -171,29 +169,20 @@ def volume_t_r(header) -> float | None:
 
 
 def _cifti(path: Path, key: str | None) -> Raw:
+    if path.name.lower().endswith(".gz"):
+        refuse(f"{path.name}: expected CIFTI-2, which is never compressed, got .nii.gz; {PREPROCESS}", "not-cifti")
     values, (rows, columns), t_r = read_cifti(path)
     if isinstance(rows, BrainModelAxis | ParcelsAxis):
         kinds = f"({type(rows).__name__}, {type(columns).__name__})"
-        raise DataError(f"{path.name}: expected a series by parcels, got axes {kinds}", "not-a-series")
+        refuse(f"{path.name}: expected a series by parcels, got axes {kinds}", "not-a-series")
     if isinstance(columns, ParcelsAxis | ScalarAxis):
         return Raw(values, tuple(map(str, columns.name)), t_r)
-    if isinstance(columns, BrainModelAxis):
-        if "parcellated" in path.name and len(columns) < DENSE:  # one column a parcel under a borrowed axis
-            return Raw(values, numbered(len(columns)), t_r)
-        raise DataError(
-            f"{path.name}: a dense series of {len(columns)} grayordinates; average it within the parcels of an atlas "
-            "first, with: mnemodyn preprocess",
-            "dense",
-        )
-    raise DataError(f"{path.name}: expected parcels in columns, got {type(columns).__name__}", "not-a-series")
-
-
-def _nii_gz(path: Path, key: str | None) -> Raw:
-    raise DataError(
-        f"{path.name}: expected CIFTI-2, which is never compressed, got .nii.gz; volumes are made into parcels by "
-        "'mnemodyn preprocess'",
-        "not-cifti",
-    )
+    if not isinstance(columns, BrainModelAxis):
+        refuse(f"{path.name}: expected parcels in columns, got {type(columns).__name__}", "not-a-series")
+    if "parcellated" in path.name and len(columns) < DENSE:  # one column a parcel under a borrowed axis
+        return Raw(values, numbered(len(columns)), t_r)
+    mend = "average it within the parcels of an atlas first, with: mnemodyn preprocess"
+    refuse(f"{path.name}: a dense series of {len(columns)} grayordinates; {mend}", "dense")
 
 
 def numbered(n: int) -> tuple[str, ...]:
@@ -209,38 +198,33 @@ def _is_number(word: str) -> bool:
     return True
 
 
-def _table(path: Path, separator: str, header: list[str] | None, skip: int) -> np.ndarray:
+def _table(path: Path, separator: str, header: list[str] | None) -> np.ndarray:
     """Numbers below a header; every row as long as it. A cell without a value (n/a) is NaN."""
     with _reading(path, "table of numbers"):
+        skip = 0 if header is None else 1
         table = pd.read_csv(path, sep=separator, header=None, skiprows=skip, na_values=["n/a"])
     width = table.shape[1] if header is None else len(header)
     words = [i for i, kind in enumerate(table.dtypes) if kind.kind not in "iuf"]
     if words:
-        names = [header[i] if header and i < len(header) else f"column {i + 1}" for i in words]
-        found = table[words[0]].dropna().astype(str)
-        raise DataError(
-            f"{path.name}: columns must be parcels with numbers, got text in {names[:3]}, "
-            f"for example {found.iloc[0][:40] if len(found) else ''!r}",
-            "text",
-        )
-    values = table.to_numpy(np.float64)
-    if values.shape[1] != width:
-        raise DataError(f"{path.name}: the header names {width} columns, the rows have {values.shape[1]}", "truncated")
+        names = [header[i] if header and i < len(header) else f"column {i + 1}" for i in words[:3]]
+        found = [*table[words[0]].dropna().astype(str), ""][0][:40]
+        refuse(f"{path.name}: columns must be parcels with numbers, got text in {names}, for example {found!r}", "text")
+    if table.shape[1] != width:
+        refuse(f"{path.name}: the header names {width} columns, the rows have {table.shape[1]}", "truncated")
     with open(path, "rb") as stream:
         stream.seek(max(0, path.stat().st_size - 64 * (width + 1)))
         end = stream.read()
-    last = end.rstrip(b"\r\n").rsplit(b"\n", 1)[-1]
-    if width > 1 and separator != r"\s+" and not end.endswith(b"\n") and last.count(separator.encode()) < width - 1:
-        ends = last.count(separator.encode()) + 1
-        raise DataError(f"{path.name}: the last line ends early, in column {ends} of {width}", "truncated")
-    return values
+    ends = end.rstrip(b"\r\n").rsplit(b"\n", 1)[-1].count(separator.encode()) + 1
+    if width > 1 and separator != r"\s+" and not end.endswith(b"\n") and ends < width:
+        refuse(f"{path.name}: the last line ends early, in column {ends} of {width}", "truncated")
+    return table.to_numpy(np.float64)
 
 
 def _first_line(path: Path) -> str:
     with _reading(path, "text file"), open(path, encoding="utf-8-sig", newline="") as stream:
         line = stream.readline(10_000_000)
         if not line.strip():
-            raise DataError(f"{path.name}: the file is empty or begins with an empty line", "truncated")
+            refuse(f"{path.name}: the file is empty or begins with an empty line", "truncated")
         return line.rstrip("\r\n")
 
 
@@ -252,19 +236,17 @@ def _text(path: Path, key: str | None) -> Raw:
     if all(map(_is_number, header)):
         whole = all(word.strip().isdecimal() for word in header)
         if not whole:
-            return Raw(_table(path, separator, None, 0))
+            return Raw(_table(path, separator, None))
         if separator == ",":  # BIDS gives every TSV a header, nothing gives a CSV one
-            raise DataError(
-                f"{path.name}: the first line is of whole numbers, {header[:3]}: a header or a frame? Name the columns",
-                "header",
-            )
-    values = _table(path, separator, header, 1)
+            asked = f"the first line is of whole numbers, {header[:3]}: a header or a frame? Name the columns"
+            refuse(f"{path.name}: {asked}", "header")
+    values = _table(path, separator, header)
     if header[0] == "" and len(header) > 1 and np.array_equal(values[:, 0], np.arange(len(values))):
         header, values = header[1:], values[:, 1:]
         if header == [str(i) for i in range(len(header))]:
             return Raw(values)  # both numbered: neither says which is time
     if not all(word.strip() for word in header):
-        raise DataError(f"{path.name}: the first line must name every column, got {header[:3]}, ...", "header")
+        refuse(f"{path.name}: the first line must name every column, got {header[:3]}, ...", "header")
     return Raw(values, tuple(header))
 
 
@@ -272,11 +254,11 @@ def _one_d(path: Path, key: str | None) -> Raw:
     """AFNI's 1D as the Preprocessed Connectomes Project writes it: a first line ``#1 #2 ...``, a column a parcel."""
     first = _first_line(path)
     if not first.startswith("#"):
-        return Raw(_table(path, r"\s+", None, 0))
+        return Raw(_table(path, r"\s+", None))
     words = first.split("\t") if "\t" in first else first.split()
     if not all(len(w) > 1 and w[0] == "#" for w in words):
-        raise DataError(f"{path.name}: the first line must name every column as #NAME, got {first[:60]!r}", "header")
-    return Raw(_table(path, "\t" if "\t" in first else r"\s+", words, 1), tuple(w[1:] for w in words))
+        refuse(f"{path.name}: the first line must name every column as #NAME, got {first[:60]!r}", "header")
+    return Raw(_table(path, "\t" if "\t" in first else r"\s+", words), tuple(w[1:] for w in words))
 
 
 def _npy(path: Path, key: str | None) -> Raw:
@@ -292,7 +274,7 @@ def _choose(path: Path, key: str | None, found: Mapping[str, tuple[int, ...]]) -
     if key is None or key not in found:
         listed = ", ".join(f"{name} {tuple(shape)}" for name, shape in list(found.items())[:12]) or "none"
         asked = "key must say which array is the scan" if key is None else f"no array {key!r}"
-        raise DataError(f"{path.name}: {asked}; it holds {listed}", "key")
+        refuse(f"{path.name}: {asked}; it holds {listed}", "key")
     return key
 
 
@@ -301,9 +283,7 @@ def _npz(path: Path, key: str | None) -> Raw:
         with zipfile.ZipFile(path) as archive:
             for member in archive.infolist():
                 if member.file_size > INFLATION * member.compress_size + 2**20:
-                    raise DataError(
-                        f"{path.name}: {member.filename} would grow {INFLATION} times and more", "truncated"
-                    )
+                    refuse(f"{path.name}: {member.filename} grows {INFLATION} times and more", "truncated")
         with np.load(path, allow_pickle=False) as arrays:
             found = {name: arrays[name] for name in arrays.files if key in (None, name)} or dict(arrays)
         return Raw(found[_choose(path, key, {name: values.shape for name, values in found.items()})])
@@ -314,16 +294,16 @@ def _mat(path: Path, key: str | None) -> Raw:
         with open(path, "rb") as stream:
             start = stream.read(128)
         if start.startswith(b"MATLAB 7.3"):
-            raise DataError(f"{path.name}: MATLAB's 7.3 format is not read; save it with: save -v7", "mat-7.3")
+            refuse(f"{path.name}: MATLAB's 7.3 format is not read; save it with: save -v7", "mat-7.3")
         if start[124:128] in (b"\0\1IM", b"\1\0MI"):
             found = _mat5(path)
             return Raw(found[_choose(path, key, {name: values.shape for name, values in found.items()})])
         if 0 not in start[:4]:
-            raise DataError(f"{path.name}: expected a MATLAB file of version 4 to 7, got another", "truncated")
+            refuse(f"{path.name}: expected a MATLAB file of version 4 to 7, got another", "truncated")
         shapes = {name: shape for name, shape, kind in whosmat(path) if kind in ("double", "single") or "int" in kind}
         name = _choose(path, key, shapes)
         if np.prod(shapes[name], dtype=object) > path.stat().st_size:
-            raise DataError(f"{path.name}: {name} {shapes[name]} cannot be in so short a file", "truncated")
+            refuse(f"{path.name}: {name} {shapes[name]} cannot be in so short a file", "truncated")
         return Raw(loadmat(path, variable_names=[name])[name])
 
 
@@ -346,7 +326,7 @@ def _mat5(path: Path) -> dict[str, np.ndarray]:
             if kind >> 16:  # up to four bytes, in the tag itself
                 kind, size, start, step = kind & 0xFFFF, kind >> 16, at + 4, 8
             if start + size > min(len(data), at + step):
-                raise DataError(f"{path.name}: an element of {size} bytes does not fit into the file", "truncated")
+                refuse(f"{path.name}: an element of {size} bytes does not fit into the file", "truncated")
             yield kind, data[start : start + size]
             at += step
 
@@ -356,7 +336,7 @@ def _mat5(path: Path) -> dict[str, np.ndarray]:
             inflate = zlib.decompressobj()
             whole = inflate.decompress(body, INFLATION * len(body) + 2**20)
             if not inflate.eof:
-                raise DataError(f"{path.name}: an array is cut short or grows {INFLATION} times", "truncated")
+                refuse(f"{path.name}: an array is cut short or grows {INFLATION} times", "truncated")
             kind, body = next(elements(memoryview(whole)))
         if kind != 14:
             continue
@@ -369,14 +349,14 @@ def _mat5(path: Path) -> dict[str, np.ndarray]:
         stored, numbers = next(parts)
         values = np.frombuffer(numbers, order + _MAT5[stored])
         if min(shape, default=0) < 0:
-            raise DataError(f"{path.name}: {name} has shape {shape}", "truncated")
+            refuse(f"{path.name}: {name} has shape {shape}", "truncated")
         found[name] = values.reshape(shape, order="F")
     return found
 
 
 # By the end of the name, the longer first.
 READERS = {
-    ".nii.gz": _nii_gz,
+    ".nii.gz": _cifti,
     ".nii": _cifti,
     ".tsv": _text,
     ".csv": _text,
@@ -397,9 +377,9 @@ def read(path: Path, key: str | None = None) -> Raw:
     """
     reader = next((r for ending, r in READERS.items() if path.name.lower().endswith(ending)), None)
     if reader is None:
-        raise DataError(f"{path.name}: the name must end in one of {', '.join(READERS)}", "format")
+        refuse(f"{path.name}: the name must end in one of {', '.join(READERS)}", "format")
     if not path.is_file():
-        raise DataError(f"{path}: no such file", "no-file")
+        refuse(f"{path}: no such file", "no-file")
     raw = reader(path, key)
     return raw._replace(values=real(path.name, raw.values))
 
@@ -418,7 +398,7 @@ def _json(path: Path) -> dict:
     except (ValueError, RecursionError) as error:
         raise DataError(f"{path.name}: not a JSON object ({error})", "sidecar") from error
     if not isinstance(content, dict):
-        raise DataError(f"{path.name}: not a JSON object, got {type(content).__name__}", "sidecar")
+        refuse(f"{path.name}: not a JSON object, got {type(content).__name__}", "sidecar")
     return content
 
 
@@ -447,7 +427,7 @@ def sidecar_t_r(path: Path, *, inherited: bool = True) -> float | None:
         names = ("_".join([*chosen, suffix]) + ".json" for chosen in itertools.combinations(parts, size))
         found = {name: t_r for name in names if (t_r := _stated(folder / name)) is not None}
         if len(set(found.values())) > 1:
-            raise DataError(f"{path.name}: its sidecars disagree on RepetitionTime, {found}", "t-r-conflict")
+            refuse(f"{path.name}: its sidecars disagree on RepetitionTime, {found}", "t-r-conflict")
         if found:
             return next(iter(found.values()))
     return None
@@ -457,7 +437,7 @@ def _stated(file: Path) -> float | None:
     if not file.is_file() or (stated := _json(file).get("RepetitionTime")) is None:
         return None
     if isinstance(stated, bool) or not isinstance(stated, int | float):
-        raise DataError(f"{file.name}: RepetitionTime must be a number of seconds, got {stated!r}", "sidecar")
+        refuse(f"{file.name}: RepetitionTime must be a number of seconds, got {stated!r}", "sidecar")
     return float(stated) if abs(stated) < 1e9 else float("inf")
 
 
@@ -477,27 +457,26 @@ def motion(path: Path) -> tuple[np.ndarray | None, float | None]:
     if not source:
         return None, None
 
-    def table(*endings: str) -> pd.DataFrame | None:
+    def table(*endings: str) -> pd.DataFrame:
         places = [path.with_name(f"{source}_{ending}.tsv") for ending in endings]
         for file in (p for p in places if p.is_file() and p != path):
             with _reading(file, "table of confounds"):
                 return pd.read_csv(file, sep="\t", na_values=["n/a"]).apply(pd.to_numeric)
-        return None
+        return pd.DataFrame()
 
     outliers = table("outliers", "desc-filtered_outliers")
     moved = table("motion", "desc-filtered_motion")
     confounds = table("desc-confounds_timeseries", "desc-confounds_regressors")
     censored = None
-    if outliers is not None and "framewise_displacement" in outliers:
+    if "framewise_displacement" in outliers:
         censored = outliers["framewise_displacement"].to_numpy(float) > 0
-    elif confounds is not None:
+    elif len(confounds.columns):
         flags = confounds.filter(regex=r"^(motion|non_steady_state)_outlier")
         censored = (flags.to_numpy(float) > 0).any(axis=1)
     for content in (moved, confounds):
-        if content is not None and "framewise_displacement" in content:
-            fd = content["framewise_displacement"].mean()
-            if np.isfinite(fd):
-                return censored, float(fd)
+        fd = content["framewise_displacement"].mean() if "framewise_displacement" in content else np.nan
+        if np.isfinite(fd):
+            return censored, float(fd)
     return censored, None
 
 
@@ -523,9 +502,9 @@ def write(path: Path, values: np.ndarray, parcels: tuple[str, ...], t_r: float, 
         files.write_bytes(path, image.to_bytes())
     elif path.name.endswith(".tsv"):
         if any(re.search(r'[\t\r\n"]', name) for name in parcels):
-            raise DataError(f"{path.name}: names of parcels must be free of tabs, quotes and line ends", "header")
+            refuse(f"{path.name}: names of parcels must be free of tabs, quotes and line ends", "header")
         table = pd.DataFrame(np.asarray(values, np.float32), columns=list(parcels))
         files.write_text(path, table.to_csv(sep="\t", na_rep="n/a", index=False, lineterminator="\n"))
         files.write_json(path.with_suffix(".json"), {"RepetitionTime": float(t_r)})
     else:
-        raise DataError(f"{path.name}: the name must end in .ptseries.nii or .tsv", "format")
+        refuse(f"{path.name}: the name must end in .ptseries.nii or .tsv", "format")
