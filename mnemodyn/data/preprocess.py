@@ -15,7 +15,6 @@ from functools import lru_cache
 from importlib.metadata import PackageNotFoundError, version
 from multiprocessing import get_context
 from pathlib import Path
-from types import ModuleType
 from typing import Any, NamedTuple
 
 import nibabel
@@ -263,12 +262,12 @@ def _from_volume(source: Path, settings: Preprocessing) -> Parcellated:
 
 
 def _from_labels(source: Path, settings: Preprocessing) -> Parcellated:
+    from nilearn.maskers import NiftiLabelsMasker  # slow to import
+
     image, header = _volume(source)
     t_r, origin = agree_on_t_r(source.name, header, sidecar_t_r(source), settings.t_r)
     path = Path(settings.atlas)
-    masker = _nilearn("maskers").NiftiLabelsMasker(
-        path, standardize=None, resampling_target="data", keep_masked_labels=False
-    )
+    masker = NiftiLabelsMasker(path, standardize=None, resampling_target="data", keep_masked_labels=False)
     values = masker.fit_transform(image)
     keys = [int(key) for place, key in masker.region_ids_.items() if place != "background"]
     table, names = Path(re.sub(r"\.nii(\.gz)?$", ".tsv", str(path))), {}
@@ -326,57 +325,41 @@ def workbench(*arguments: str) -> None:
         refuse(f"wb_command {arguments[0]}: {words[-400:]}", "workbench")
 
 
-def _nilearn(module: str) -> ModuleType:
-    from importlib import import_module
-
-    try:
-        return import_module(f"nilearn.{module}")
-    except ImportError:
-        refuse("nilearn is not installed; install it with: pip install 'mnemodyn[preprocess]'", "no-package")
-
-
 def _clean(source: Path, values: np.ndarray, t_r: float, settings: Preprocessing) -> np.ndarray:
     """Confounds regressed out and the band kept, in one projection (Lindquist et al. 2019, as nilearn does it).
 
     Both are linear in time, so cleaning parcels equals cleaning grayordinates first.
     """
-    clean = _nilearn("signal").clean
+    from nilearn.signal import clean  # slow to import
+
     for name in ("low_pass", "high_pass"):
         value = getattr(settings, name)
         if value is not None and value >= 0.5 / t_r:
             refuse(f"{name} must be below {0.5 / t_r:g} Hz at {t_r:g} s a frame, got {value}", "setting")
     confounds = _confounds(source, settings.confounds, len(values)) if settings.confounds else None
-    band = settings.low_pass or settings.high_pass
     with warnings.catch_warnings():
         # How confounds are scaled changes nothing: what is regressed out is the space they span.
         warnings.filterwarnings("ignore", ".*confounds will be standardized", DeprecationWarning)
-        return clean(
-            np.asarray(values, float),
-            confounds=confounds,
-            t_r=t_r,
-            low_pass=settings.low_pass,
-            high_pass=settings.high_pass,
-            filter="butterworth" if band else False,
-            detrend=False,
-            standardize=None,
-        )
+        band = {"low_pass": settings.low_pass, "high_pass": settings.high_pass}
+        how = {"filter": "butterworth" if any(band.values()) else False, "detrend": False, "standardize": None}
+        return clean(np.asarray(values, float), confounds=confounds, t_r=t_r, **band, **how)
 
 
 def _confounds(source: Path, columns: Sequence[str], n_frames: int) -> np.ndarray:
     """Columns of fMRIPrep's table, (time, column); what a derivative lacks in the first frame is 0."""
     stem = re.split(r"_(?:space|den|desc|res)-", source.name)[0]
-    found = sorted(source.parent.glob(f"{stem}_desc-confounds_timeseries.tsv"))
-    if not found:
-        refuse(f"no {stem}_desc-confounds_timeseries.tsv beside it", "no-confounds")
-    table = pd.read_csv(found[0], sep="\t", na_values=["n/a"])
+    file = source.with_name(f"{stem}_desc-confounds_timeseries.tsv")
+    if not file.is_file():
+        refuse(f"no {file.name} beside it", "no-confounds")
+    table = pd.read_csv(file, sep="\t", na_values=["n/a"])
     if unknown := [c for c in columns if c not in table]:
-        refuse(f"{found[0].name} has no columns {unknown}", "no-confounds")
+        refuse(f"{file.name} has no columns {unknown}", "no-confounds")
     values = table[list(columns)].to_numpy(float)
     if len(values) != n_frames:
-        refuse(f"{found[0].name} has {len(values)} rows for {n_frames} frames", "no-confounds")
+        refuse(f"{file.name} has {len(values)} rows for {n_frames} frames", "no-confounds")
     values[0] = np.nan_to_num(values[0])
     if not np.isfinite(values).all():
-        refuse(f"{found[0].name} has missing values after the first row", "no-confounds")
+        refuse(f"{file.name} has missing values after the first row", "no-confounds")
     return values
 
 
@@ -405,9 +388,13 @@ def output_path(source: Path, folder: Path, atlas: str, table: bool) -> Path:
     return inside / f"{stem}_seg-{atlas}_stat-mean_timeseries.{'tsv' if table else 'ptseries.nii'}"
 
 
+def _row(source: Path, problem: str = "", message: str = "") -> dict[str, str]:
+    return {"source": str(source), "output": "", "status": "failed", "problem": problem, "message": message}
+
+
 def _one(source: Path, folder: Path, atlas: str, facts: dict[str, Any], settings: Preprocessing) -> dict[str, str]:
     """Write one scan, unless it is there already; its sidecar comes last and marks it as complete."""
-    row = {"source": str(source), "output": "", "status": "failed", "problem": "", "message": ""}
+    row = _row(source)
     try:
         output = output_path(source, folder, atlas, settings.table or settings.label_volume)
         row["output"] = str(output)
@@ -465,8 +452,6 @@ def preprocess(
     if settings.label_volume and not Path(settings.atlas).is_file():
         refuse(f"atlas {settings.atlas}: no such file", "atlas")
     atlas = _plain_name(Path(settings.atlas)) if settings.label_volume else _atlas(settings.atlas).name
-    if settings.cleans or settings.label_volume:
-        _nilearn("signal")
     targets: Counter[Path] = Counter()
     for source in found:
         with suppress(DataError):  # reported as its row
@@ -492,11 +477,10 @@ def preprocess(
     rows = []
     # A fresh process each: forking one that holds threads can hang.
     with ProcessPoolExecutor(min(jobs, len(work)), mp_context=get_context("spawn")) as pool:
-        for job, future in [(job, pool.submit(_one, *job)) for job in work]:
+        for source, future in [(job[0], pool.submit(_one, *job)) for job in work]:
             try:
                 rows.append(future.result())
             except Exception as error:
-                message = f"{job[0].name}: the process ended ({error}); often memory, try fewer jobs"
-                row = {"source": str(job[0]), "output": "", "status": "failed"}
-                rows.append(row | {"problem": "ended", "message": message})
+                message = f"{source.name}: the process ended ({error}); often memory, try fewer jobs"
+                rows.append(_row(source, problem="ended", message=message))
     return pd.DataFrame(rows)

@@ -25,12 +25,10 @@ KNOWN = ["participant_id", "session", "run", "site", "mean_fd", "n_frames", "t_r
 
 @dataclass(frozen=True)
 class Collection:
-    """Scans with what is known of each.
+    """Scans (in memory, or read when they are asked for) with what is known of each.
 
     Attributes
     ----------
-    scans : sequence of Scan
-        In memory, or read when they are asked for.
     table : DataFrame
         A row a scan in the same order: ``participant_id``, ``session``, ``run``, ``site``, ``mean_fd`` (mm),
         ``n_frames``, ``t_r`` (s), missing where not known; of a cohort, its targets too.
