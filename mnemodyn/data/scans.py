@@ -3,7 +3,7 @@
 import ast
 import hashlib
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -429,16 +429,13 @@ def check_set(scans: Sequence[Scan]) -> None:
     """
     first = scans[0]
     for scan in scans:
+        n, expected = len(scan.parcels), len(first.parcels)
         if scan.parcels != first.parcels:
-            counts = len(scan.parcels), len(first.parcels)
-            raise DataError(
-                f"{scan.source}: parcels differ from those of {first.source} ({counts[0]} and {counts[1]}, or another "
-                "order)",
-                "parcel-count" if counts[0] != counts[1] else "parcel-order",
-            )
+            message = f"parcels differ from those of {first.source} ({n} and {expected}, or another order)"
+            raise DataError(f"{scan.source}: {message}", "parcel-count" if n != expected else "parcel-order")
         if abs(scan.t_r - first.t_r) > 1e-3:
-            message = f"{scan.source}: t_r is {scan.t_r} s, but {first.t_r} s in {first.source}"
-            raise DataError(message, "t-r-conflict")
+            message = f"t_r is {scan.t_r} s, but {first.t_r} s in {first.source}"
+            raise DataError(f"{scan.source}: {message}", "t-r-conflict")
     for group in duplicates(scans):
         listed = ", ".join(f"{scan.source} of {scan.participant_id}" for scan in group)
         raise DataError(f"the same series under two participants: {listed}", "duplicate-series")
@@ -486,19 +483,19 @@ def split_participants(
     DataError
         Where fewer than one participant would be left to train on.
     """
-    people = sorted({s.participant_id for s in scans})
+    whose = [scan.participant_id for scan in scans]
+    people = sorted(set(whose))
     if n_test < 1 or n_validation < 1 or len(people) - n_test - n_validation < 1:
-        raise DataError(
-            f"n_test and n_validation must be >= 1 and leave a participant to train on; got "
-            f"{n_test} and {n_validation} of {len(people)} participants"
-        )
-    held, chosen = set(people[-n_test:]), set(people[-n_test - n_validation : -n_test])
+        found = f"{n_test} and {n_validation} of {len(people)} participants"
+        message = f"n_test and n_validation must be >= 1 and leave a participant to train on; got {found}"
+        raise DataError(message, "setting")
 
-    def side(of: Callable[[str], bool]) -> Sequence[Scan]:
-        rows = [i for i, scan in enumerate(scans) if of(scan.participant_id)]
+    def side(chosen: list[str]) -> Sequence[Scan]:
+        rows = np.flatnonzero(np.isin(whose, chosen)).tolist()
         return scans.select(rows) if hasattr(scans, "select") else [scans[i] for i in rows]
 
-    return side(lambda who: who not in held | chosen), side(chosen.__contains__), side(held.__contains__)
+    first, last = len(people) - n_test - n_validation, len(people) - n_test
+    return side(people[:first]), side(people[first:last]), side(people[last:])
 
 
 def one_per_participant(scans: Sequence[Scan]) -> list[Scan]:
