@@ -128,6 +128,10 @@ def test_arrays_are_chosen_by_key(tmp_path):
     assert problem(path, frames_first=True) == "key"
     assert problem(path, frames_first=True, key="c") == "key"
     np.testing.assert_array_equal(load_scan(path, t_r=1, frames_first=True, key="b").values, VALUES + 1)
+    beside = np.array([{"note": 1}], dtype=object)  # never unpickled
+    path = write_npz(tmp_path / "sub-2.npz", bold=VALUES, about=beside)
+    np.testing.assert_array_equal(load_scan(path, t_r=1, frames_first=True).values, VALUES)
+    assert problem(path, frames_first=True, key="about") == "truncated"
 
 
 KINDS = ["f8", "f4", "i1", "u1", "i2", "u2", "i4", "u4", "i8", "u8"]

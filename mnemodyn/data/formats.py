@@ -19,6 +19,7 @@ import nibabel
 import numpy as np
 import pandas as pd
 from nibabel.cifti2 import BrainModelAxis, Cifti2Image, ParcelsAxis, ScalarAxis, SeriesAxis
+from numpy.lib import format as npy
 from scipy.io import loadmat, whosmat
 
 from mnemodyn import files
@@ -279,14 +280,19 @@ def _choose(path: Path, key: str | None, found: Mapping[str, tuple[int, ...]]) -
 
 
 def _npz(path: Path, key: str | None) -> Raw:
-    with _reading(path, "NumPy archive"):
-        with zipfile.ZipFile(path) as archive:
-            for member in archive.infolist():
-                if member.file_size > INFLATION * member.compress_size + 2**20:
-                    refuse(f"{path.name}: {member.filename} grows {INFLATION} times and more", "truncated")
-        with np.load(path, allow_pickle=False) as arrays:
-            found = {name: arrays[name] for name in arrays.files if key in (None, name)} or dict(arrays)
-        return Raw(found[_choose(path, key, {name: values.shape for name, values in found.items()})])
+    with _reading(path, "NumPy archive"), zipfile.ZipFile(path) as archive:
+        shapes = {}
+        for member in (m for m in archive.infolist() if m.filename.endswith(".npy")):
+            if member.file_size > INFLATION * member.compress_size + 2**20:
+                refuse(f"{path.name}: {member.filename} grows {INFLATION} times and more", "truncated")
+            with archive.open(member) as stream:  # the header alone: beside the scan there may be objects
+                header = npy.read_array_header_1_0 if npy.read_magic(stream) == (1, 0) else npy.read_array_header_2_0
+                shape, _, kind = header(stream)
+            if kind.itemsize * np.prod(shape, dtype=object) > member.file_size and not kind.hasobject:
+                refuse(f"{path.name}: {member.filename} is shorter than its header says", "truncated")
+            shapes[member.filename.removesuffix(".npy")] = shape
+        with archive.open(_choose(path, key, shapes) + ".npy") as stream:
+            return Raw(npy.read_array(stream, allow_pickle=False))
 
 
 def _mat(path: Path, key: str | None) -> Raw:

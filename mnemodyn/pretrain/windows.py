@@ -55,9 +55,10 @@ def window_frames(scan: Scan, n_timepoints: int, seconds: float) -> int:
     frames = round(seconds / scan.t_r) if seconds else n_timepoints
     least = max(2, -(-frames // 2)) if seconds else frames
     if scan.n_frames < least:
+        found = f"({scan.n_frames}, {len(scan.parcels)})"
         raise DataError(
-            f"{scan.source}: expected at least {least} frames of {len(scan.parcels)} parcels, got "
-            f"({scan.n_frames}, {len(scan.parcels)})"
+            f"{scan.source}: expected at least {least} frames of {len(scan.parcels)} parcels, got {found}; leave shorter "
+            "scans out by a cohort's min_frames or Store.select"
         )
     return min(frames, scan.n_frames)
 
