@@ -57,8 +57,8 @@ def window_frames(scan: Scan, n_timepoints: int, seconds: float) -> int:
     if scan.n_frames < least:
         found = f"({scan.n_frames}, {len(scan.parcels)})"
         raise DataError(
-            f"{scan.source}: expected at least {least} frames of {len(scan.parcels)} parcels, got {found}; leave shorter "
-            "scans out by a cohort's min_frames or Store.select"
+            f"{scan.source}: expected at least {least} frames of {len(scan.parcels)} parcels, got {found}; leave "
+            "shorter scans out by a cohort's min_frames or Store.select"
         )
     return min(frames, scan.n_frames)
 
