@@ -81,7 +81,7 @@ class Phenotype:
         Key column -> template of the scan's entities, such as ``{"participant_id": "sub-{participant}"}``; a row
         belongs to a scan where all of them agree. Leading zeros, ``sub-`` and punctuation do not count.
     separator : str
-        A comma for ``.csv`` and a tab for everything else, where it is empty.
+        By default a comma for ``.csv`` and a tab for everything else.
     skip_rows : tuple of int
         Lines to leave out, the first being 0 (NDA's tables describe their columns in line 1).
     optional : bool

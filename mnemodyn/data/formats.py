@@ -221,22 +221,27 @@ def _table(path: Path, separator: str, header: list[str] | None) -> np.ndarray:
     return table.to_numpy(np.float64)
 
 
-def _first_line(path: Path) -> str:
-    with _reading(path, "text file"), open(path, encoding="utf-8-sig", newline="") as stream:
-        line = stream.readline(10_000_000)
-        if not line.strip():
-            refuse(f"{path.name}: the file is empty or begins with an empty line", "truncated")
-        return line.rstrip("\r\n")
-
-
 def _text(path: Path, key: str | None) -> Raw:
-    """TSV and CSV. A header of names says that columns are parcels; a first column without a name is an index."""
-    separator = "," if path.name.lower().endswith(".csv") else "\t"
-    with _reading(path, "text file"):
-        header = next(csv.reader([_first_line(path)], delimiter=separator))
+    """A header of names says that columns are parcels; a first column without a name is an index.
+
+    In AFNI's 1D, as the Preprocessed Connectomes Project writes it, the header is ``#1 #2 ...``.
+    """
+    with _reading(path, "text file"), open(path, encoding="utf-8-sig", newline="") as stream:
+        first = stream.readline(10_000_000).rstrip("\r\n")
+        if not first.strip():
+            refuse(f"{path.name}: the file is empty or begins with an empty line", "truncated")
+        separator = "," if path.name.lower().endswith(".csv") else "\t"
+        header = next(csv.reader([first], delimiter=separator))
+    if path.name.lower().endswith(".1d"):
+        separator = "\t" if "\t" in first else r"\s+"
+        words = first.split(None if separator == r"\s+" else "\t")
+        if not first.startswith("#"):
+            return Raw(_table(path, r"\s+", None))
+        if not all(len(w) > 1 and w[0] == "#" for w in words):
+            refuse(f"{path.name}: the first line must name every column as #NAME, got {first[:60]!r}", "header")
+        return Raw(_table(path, separator, words), tuple(w[1:] for w in words))
     if all(map(_is_number, header)):
-        whole = all(word.strip().isdecimal() for word in header)
-        if not whole:
+        if not all(word.strip().isdecimal() for word in header):
             return Raw(_table(path, separator, None))
         if separator == ",":  # BIDS gives every TSV a header, nothing gives a CSV one
             asked = f"the first line is of whole numbers, {header[:3]}: a header or a frame? Name the columns"
@@ -249,17 +254,6 @@ def _text(path: Path, key: str | None) -> Raw:
     if not all(word.strip() for word in header):
         refuse(f"{path.name}: the first line must name every column, got {header[:3]}, ...", "header")
     return Raw(values, tuple(header))
-
-
-def _one_d(path: Path, key: str | None) -> Raw:
-    """AFNI's 1D as the Preprocessed Connectomes Project writes it: a first line ``#1 #2 ...``, a column a parcel."""
-    first = _first_line(path)
-    if not first.startswith("#"):
-        return Raw(_table(path, r"\s+", None))
-    words = first.split("\t") if "\t" in first else first.split()
-    if not all(len(w) > 1 and w[0] == "#" for w in words):
-        refuse(f"{path.name}: the first line must name every column as #NAME, got {first[:60]!r}", "header")
-    return Raw(_table(path, "\t" if "\t" in first else r"\s+", words), tuple(w[1:] for w in words))
 
 
 def _npy(path: Path, key: str | None) -> Raw:
@@ -366,7 +360,7 @@ READERS = {
     ".nii": _cifti,
     ".tsv": _text,
     ".csv": _text,
-    ".1d": _one_d,
+    ".1d": _text,
     ".npy": _npy,
     ".npz": _npz,
     ".mat": _mat,
@@ -396,16 +390,6 @@ def read(path: Path, key: str | None = None) -> Raw:
 def entities(name: str) -> dict[str, str]:
     """BIDS entities of a file's name, in order: ``sub-01_task-rest_bold.tsv`` has sub and task."""
     return dict(part.split("-", 1) for part in name.split(".")[0].split("_") if "-" in part)
-
-
-def _json(path: Path) -> dict:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"{path.name}: not a JSON object ({error})", "sidecar") from error
-    if not isinstance(content, dict):
-        refuse(f"{path.name}: not a JSON object, got {type(content).__name__}", "sidecar")
-    return content
 
 
 def sidecar_t_r(path: Path, *, inherited: bool = True) -> float | None:
@@ -440,7 +424,16 @@ def sidecar_t_r(path: Path, *, inherited: bool = True) -> float | None:
 
 
 def _stated(file: Path) -> float | None:
-    if not file.is_file() or (stated := _json(file).get("RepetitionTime")) is None:
+    """``RepetitionTime`` of a JSON file, if there is one."""
+    if not file.is_file():
+        return None
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        refuse(f"{file.name}: not a JSON object ({error})", "sidecar")
+    if not isinstance(content, dict):
+        refuse(f"{file.name}: not a JSON object, got {type(content).__name__}", "sidecar")
+    if (stated := content.get("RepetitionTime")) is None:
         return None
     if isinstance(stated, bool) or not isinstance(stated, int | float):
         refuse(f"{file.name}: RepetitionTime must be a number of seconds, got {stated!r}", "sidecar")

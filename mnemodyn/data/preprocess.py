@@ -45,7 +45,7 @@ class Preprocessing:
     low_pass, high_pass : float, optional
         Ends of the band that is kept, Hz; none by default.
     confounds : tuple of str
-        Columns of the ``*_desc-confounds_timeseries.tsv`` beside a scan that are regressed out; none by default.
+        Columns of the ``*_desc-confounds_timeseries.tsv`` beside a scan that are regressed out.
     surfaces : tuple of str
         Left and right midthickness (``.surf.gii``, fs_LR 32k) in the space of the volumes; only for volumes with an
         atlas of grayordinates.

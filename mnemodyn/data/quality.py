@@ -27,13 +27,9 @@ KNOWN = ["participant_id", "session", "run", "site", "mean_fd", "n_frames", "t_r
 class Collection:
     """Scans (in memory, or read when they are asked for) with what is known of each.
 
-    Attributes
-    ----------
-    table : DataFrame
-        A row a scan in the same order: ``participant_id``, ``session``, ``run``, ``site``, ``mean_fd`` (mm),
-        ``n_frames``, ``t_r`` (s), missing where not known; of a cohort, its targets too.
-    excluded : DataFrame
-        ``problem`` and ``message`` of what could not be used; of a cohort also of scans without a phenotype.
+    `table` has a row a scan in the same order: ``participant_id``, ``session``, ``run``, ``site``, ``mean_fd`` (mm),
+    ``n_frames``, ``t_r`` (s), missing where not known; of a cohort, its targets too. `excluded` has ``problem`` and
+    ``message`` of what could not be used; of a cohort also of scans without a phenotype.
     """
 
     scans: Sequence[Scan] = field(repr=False)
@@ -156,14 +152,8 @@ def _fisher(scan: Scan, pairs: tuple[np.ndarray, np.ndarray]) -> np.ndarray:
 class Survey:
     """What :func:`survey` measured.
 
-    Attributes
-    ----------
-    table : DataFrame
-        A row a scan, see :func:`survey`.
-    spectra : list of tuple of ndarray
-        Frequency (Hz) and power (per Hz) of each scan, see :func:`spectrum`.
-    connectivity : ndarray, shape (parcel, parcel)
-        Mean over scans, averaged as Fisher z, as r.
+    A table with a row a scan, frequency (Hz) and power (per Hz) of each by :func:`spectrum`, and the mean connectivity
+    (parcel, parcel) over scans, averaged as Fisher z, as r.
     """
 
     table: pd.DataFrame = field(repr=False)
