@@ -49,15 +49,15 @@ def test_a_draw_does_not_pass_over_all_scans():
         many = [SimpleNamespace(n_frames=20, censored=None, t_r=1.0, parcels=("a",), source="")] * n
         windows = Drawn(many, Scaling("raw"), None, 10, 0)
         best = np.inf
-        for _ in range(5):
+        for _ in range(20):
             start = time.perf_counter()
-            for draw in range(200):
+            for draw in range(50):
                 windows[draw]
             best = min(best, time.perf_counter() - start)
         return best
 
-    few = seconds(10)
-    assert seconds(100_000) < 5 * few, "a draw from 100,000 scans should cost about what one from 10 does"
+    # About 1, and 4 on a busy machine; a pass over all scans takes some 100 times as long.
+    assert seconds(100_000) < 20 * seconds(10)
 
 
 @pytest.mark.parametrize("lengths", [(10,), (10, 10)])
