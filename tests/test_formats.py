@@ -13,7 +13,7 @@ from nibabel.cifti2 import BrainModelAxis, Cifti2Image, ScalarAxis, SeriesAxis
 from scipy.io import savemat
 
 from mnemodyn.data import formats
-from mnemodyn.data.quality import quality, spectrum
+from mnemodyn.data.quality import spectrum, survey
 from mnemodyn.data.scans import (
     DataError,
     Scan,
@@ -128,6 +128,10 @@ def test_arrays_are_chosen_by_key(tmp_path):
     assert problem(path, frames_first=True) == "key"
     assert problem(path, frames_first=True, key="c") == "key"
     np.testing.assert_array_equal(load_scan(path, t_r=1, frames_first=True, key="b").values, VALUES + 1)
+    beside = np.array([{"note": 1}], dtype=object)  # never unpickled
+    path = write_npz(tmp_path / "sub-2.npz", bold=VALUES, about=beside)
+    np.testing.assert_array_equal(load_scan(path, t_r=1, frames_first=True).values, VALUES)
+    assert problem(path, frames_first=True, key="about") == "truncated"
 
 
 KINDS = ["f8", "f4", "i1", "u1", "i2", "u2", "i4", "u4", "i8", "u8"]
@@ -206,7 +210,7 @@ def test_constant_parcels_are_allowed_by_number(tmp_path):
     full = Scan("sub-1", VALUES[:, 1:2], 0.72, ("b 2",))
     for with_constant, without in (
         (spectrum(scan)[1], spectrum(full)[1]),
-        (quality([scan]).lag1, quality([full]).lag1),
+        (survey([scan]).table.lag1, survey([full]).table.lag1),
     ):
         np.testing.assert_allclose(with_constant, without, rtol=1e-5)
     wide = Scan("sub-1", np.array([[-128], [127]], np.int8), 1.0, ("a",))  # the difference is -1 in int8
@@ -350,7 +354,7 @@ def test_censored_frames_of_xcpd(tmp_path):
     np.testing.assert_allclose(filled.values[4:6], line, rtol=1e-6)
     np.testing.assert_array_equal(filled.values[[0, 29]], VALUES[[1, 28]])
     assert fingerprint([filled]) != fingerprint([Scan("sub-01", filled.values, 2.0, NAMES)])
-    assert np.isfinite(quality([scan]).lag1[0])
+    assert np.isfinite(survey([scan]).table.lag1[0])
     path, _ = xcpd(tmp_path, VALUES[:20])
     assert problem(path) == "censoring"
     path, _ = xcpd(tmp_path, altered(VALUES, (1, 1), np.nan))

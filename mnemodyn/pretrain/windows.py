@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 import torch
@@ -11,6 +12,7 @@ from torch.utils.data import Dataset, Sampler
 
 from mnemodyn.data.scaling import Scaling
 from mnemodyn.data.scans import DataError, Scan
+from mnemodyn.data.store import Store
 from mnemodyn.pretrain.objective import Objective
 
 __all__ = ["Draws", "FixedWindows", "RandomWindows", "Windows", "collate", "cut_windows", "window_frames"]
@@ -53,9 +55,10 @@ def window_frames(scan: Scan, n_timepoints: int, seconds: float) -> int:
     frames = round(seconds / scan.t_r) if seconds else n_timepoints
     least = max(2, -(-frames // 2)) if seconds else frames
     if scan.n_frames < least:
+        found = f"({scan.n_frames}, {len(scan.parcels)})"
         raise DataError(
-            f"{scan.source}: expected at least {least} frames of {len(scan.parcels)} parcels, got "
-            f"({scan.n_frames}, {len(scan.parcels)})"
+            f"{scan.source}: expected at least {least} frames of {len(scan.parcels)} parcels, got {found}; leave "
+            "shorter scans out by a cohort's min_frames or Store.select"
         )
     return min(frames, scan.n_frames)
 
@@ -69,8 +72,7 @@ class Windows(Dataset):
     Parameters
     ----------
     scans : sequence of Scan
-        Of one atlas. May read its items lazily; where it has the ``read`` and ``censored`` of a store, windows are
-        read alone.
+        Of one atlas. May read its items lazily; of a store, windows are read alone.
     scaling : Scaling
     objective : Objective
     n_timepoints : int
@@ -109,7 +111,7 @@ class Windows(Dataset):
         """
         scan = self.scans[which]
         frames = slice(start, start + int(self.frames[which]))
-        if hasattr(self.scans, "read"):  # a store reads these frames alone
+        if isinstance(self.scans, Store):  # reads these frames alone
             values = self.scans.read(which, frames.start, frames.stop, self.scaling)
             censored = self.scans.censored(which, frames.start, frames.stop)
             censored = np.zeros(len(values), dtype=bool) if censored is None else np.array(censored)
@@ -135,7 +137,7 @@ def _censored(scan: Scan) -> np.ndarray:
 
 def collate(items: Sequence[dict]) -> dict:
     """A batch of windows: padded with zeros at their ends where they differ in length, which ``lengths`` then tells."""
-    batch = {}
+    batch: dict[str, Any] = {}
     for key, first in items[0].items():
         values = [item[key] for item in items]
         if not isinstance(first, Tensor):
@@ -152,12 +154,17 @@ class RandomWindows(Windows):
     So a resumed run sees what it would have seen, whatever the number of workers and processes.
     """
 
+    def __init__(self, *args: Any, **settings: Any):
+        super().__init__(*args, **settings)
+        # Every possible window of the whole data set is as likely as any other.
+        self.starts = self.n_frames - self.frames + 1
+        self.share = (self.starts / self.starts.sum()).cumsum()
+        self.share /= self.share[-1]
+
     def __getitem__(self, draw: int) -> dict:
         rng = np.random.default_rng([self.seed, draw])
-        # Every possible window of the whole data set is as likely as any other.
-        starts = self.n_frames - self.frames + 1
-        which = int(rng.choice(len(self.scans), p=starts / starts.sum()))
-        start = int(rng.integers(starts[which]))
+        which = int(self.share.searchsorted(rng.random(), side="right"))  # as rng.choice, without its pass over all
+        start = int(rng.integers(self.starts[which]))
         return self.cut(which, start, int(rng.integers(2**62)), training=True)
 
 
