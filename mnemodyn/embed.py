@@ -1,18 +1,17 @@
 """Scans to vectors and back to scans: any number of files, one in memory at a time, taken up again where it stopped."""
 
-import csv
 import hashlib
 import json
-import os
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
+import pandas as pd
 import torch
 
 from mnemodyn.checkpoint import Checkpoint, CheckpointError
@@ -20,12 +19,13 @@ from mnemodyn.data.formats import read_cifti
 from mnemodyn.data.scaling import Scaling, moments
 from mnemodyn.data.scans import DataError, Scan, load_scan, save_scan, scan_files
 from mnemodyn.evaluate.readout import READOUTS, readouts
-from mnemodyn.files import write_json, write_text
+from mnemodyn.files import write_json, write_text, writing
 
 __all__ = ["Embedded", "embed", "reconstruct"]
 
-ABOUT = ("file", "participant_id", "session", "run", "t_r", "n_frames", "n_usable")
-ROWS = 256  # of a group of rows in a Parquet file
+TEXT = dict.fromkeys(("file", "participant_id", "session", "run"), "string")
+ABOUT = {**TEXT, "t_r": "float64", "n_frames": "int64", "n_usable": "int64"}
+ROWS = 256  # in memory at a time
 
 
 class Embedded(NamedTuple):
@@ -101,7 +101,7 @@ def embed(
     output.parent.mkdir(parents=True, exist_ok=True)
     identity = {"network": _digest(checkpoint), "readouts": list(names), "reading": repr(sorted(reading.items()))}
     kept = output.with_name(f".{output.name}.part")
-    places, refused, width = _resume(kept, identity), [], 0
+    places, refused = _resume(kept, identity), []
     n_resumed = sum(places.get(job.name, (None, 0))[0] == job.stamp for job in jobs)
     with open(kept, "ab") as stream:
         if not stream.tell():
@@ -120,7 +120,7 @@ def embed(
                     stream.flush()
             if progress:
                 progress(i + 1, len(jobs))
-    listing = output.with_name(f"{output.stem}_refused.tsv")
+    listing = refused_listing(output)
     if refused:
         lines = ("\t".join(re.sub(r"\s+", " ", str(v)) for v in r.values()) for r in refused)
         write_text(listing, "\n".join(["file\tproblem\tmessage", *lines]) + "\n")
@@ -130,10 +130,14 @@ def embed(
     if not done:
         raise DataError(f"none of {len(jobs)} scans could be used, the first: {refused[0]['message']}", "none")
     with open(kept, "rb") as stream:
-        rows = (_at(stream, place) for place in done)
-        width = _write_table(output, rows)
+        width = _write_table(output, stream, done)
     kept.unlink()
     return Embedded(len(done), n_resumed, width, refused)
+
+
+def refused_listing(output: str | Path) -> Path:
+    """Where :func:`embed` lists what it could not use."""
+    return Path(output).with_name(f"{Path(output).stem}_refused.tsv")
 
 
 def _jobs(sources: Sequence[str | Path], pattern: str, reading: dict) -> Iterator[Job]:
@@ -209,32 +213,29 @@ def _resume(path: Path, identity: dict) -> dict[str, tuple[list, int]]:
     return places
 
 
-def _at(stream: Any, place: int) -> list:
-    stream.seek(place)
-    row = json.loads(stream.readline())
-    columns = [f"{name}_{i}" for name, values in row["features"].items() for i in range(len(values))]
-    values = [value for values in row["features"].values() for value in values]
-    return [columns, row["about"], values]
-
-
-def _write_table(output: Path, rows: Iterator[list]) -> int:
-    """Write rows, a few at a time, and return the number of features; the file appears whole."""
-    written = output.with_name(f".{output.name}.{os.getpid()}.tmp")
+def _write_table(output: Path, stream: BinaryIO, places: list[int]) -> int:
+    """Write the rows at these places, a few at a time, and return the number of features; the file appears whole."""
     width = 0
-    try:
-        if output.suffix == ".csv":
-            with open(written, "w", newline="", encoding="utf-8") as stream:
-                table = csv.writer(stream, lineterminator="\n")
-                for columns, about, values in rows:
-                    if not width:
-                        width = len(columns)
-                        table.writerow([*ABOUT, *columns])
-                    table.writerow([*about, *(np.float32(v) for v in values)])
-        else:
-            width = _write_parquet(written, rows)
-        os.replace(written, output)
-    finally:
-        written.unlink(missing_ok=True)
+    writer: Any = None
+    with writing(output) as target:
+        for start in range(0, len(places), ROWS):
+            rows = []
+            for place in places[start : start + ROWS]:
+                stream.seek(place)
+                row = json.loads(stream.readline())
+                features = {f"{k}_{i}": v for k, values in row["features"].items() for i, v in enumerate(values)}
+                rows.append(dict(zip(ABOUT, row["about"], strict=True)) | features)
+            width = len(features)
+            table = pd.DataFrame(rows).astype(dict.fromkeys(features, np.float32) | ABOUT)
+            if output.suffix == ".csv":
+                table.to_csv(target, header=start == 0, index=False, lineterminator="\n")
+                continue
+            pa = _parquet()
+            content = pa.Table.from_pandas(table, preserve_index=False)
+            writer = writer or pa.parquet.ParquetWriter(target, content.schema)
+            writer.write_table(content)
+        if writer is not None:
+            writer.close()
     return width
 
 
@@ -244,34 +245,6 @@ def _parquet() -> Any:
     except ImportError as error:
         raise ValueError("a .parquet needs pyarrow: pip install 'mnemodyn[parquet]', or write a .csv") from error
     return pyarrow
-
-
-def _write_parquet(path: Path, rows: Iterator[list]) -> int:
-    pa, width = _parquet(), 0
-    writer: Any = None
-    waiting: list[list] = []
-    kinds = [pa.string()] * 4 + [pa.float64(), pa.int64(), pa.int64()]
-
-    def flush() -> None:
-        columns = list(zip(*waiting, strict=True))
-        writer.write_table(pa.table([pa.array(c, f.type) for c, f in zip(columns, schema, strict=True)], schema=schema))
-        waiting.clear()
-
-    try:
-        for columns, about, values in rows:
-            if writer is None:
-                width = len(columns)
-                schema = pa.schema([*zip(ABOUT, kinds, strict=True), *((c, pa.float32()) for c in columns)])
-                writer = pa.parquet.ParquetWriter(path, schema)
-            waiting.append([*about, *values])
-            if len(waiting) == ROWS:
-                flush()
-        if waiting:
-            flush()
-    finally:
-        if writer is not None:
-            writer.close()
-    return width
 
 
 @torch.no_grad()

@@ -252,7 +252,7 @@ def test_holding_it_wrong_names_the_mend(how, checkpoint, tmp_path, monkeypatch,
         def full(*_):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-        monkeypatch.setattr(mnemodyn.embed.os, "replace", full)
+        monkeypatch.setattr(os, "replace", full)
     elif how == "unwritable folder":
         folder = tmp_path / "closed"
         folder.mkdir(mode=0o500)
