@@ -160,6 +160,11 @@ def _command(group: str, line: str, *arguments: tuple) -> Callable:
     return register
 
 
+def _given(options: argparse.Namespace, *names: str) -> dict[str, Any]:
+    given = {name: getattr(options, name) for name in names}
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
+
+
 def _progress(done: int, total: int) -> None:
     if sys.stderr.isatty():
         print(f"\r{done} of {total} scans", end="\n" if done == total else "", file=sys.stderr, flush=True)
@@ -244,10 +249,9 @@ def _preprocess(options: argparse.Namespace) -> Done:
     """
     from mnemodyn.data.preprocess import Preprocessing, preprocess
 
-    names = ("atlas", "low_pass", "high_pass", "confounds", "surfaces", "t_r", "table")
-    given = {name: getattr(options, name) for name in names}
+    given = _given(options, "atlas", "low_pass", "high_pass", "confounds", "surfaces", "t_r", "table")
     with _asked():
-        settings = Preprocessing(**{k: tuple(v) if isinstance(v, list) else v for k, v in given.items()})
+        settings = Preprocessing(**given)
         rows = preprocess(options.sources, options.output, settings, jobs=options.jobs)
     failed = rows.loc[rows["status"] == "failed", ["problem", "message"]].to_dict("records")
     for row in failed:
@@ -512,8 +516,7 @@ def _checkpoint(options: argparse.Namespace) -> Any:
     return checkpoint
 
 
-def _reading(options: argparse.Namespace) -> dict:
-    return {name: getattr(options, name) for name in ("t_r", "frames_first", "max_constant_parcels")}
+_READING = ("t_r", "frames_first", "max_constant_parcels")
 
 
 @_command(
@@ -547,9 +550,8 @@ def _embed(options: argparse.Namespace) -> Done:
         _checkpoint(options),
         options.output,
         names=options.readout,
-        pattern=options.pattern,
         progress=_progress,
-        **_reading(options),
+        **_given(options, "pattern", *_READING),
     )
     if done.refused:
         listing = refused_listing(options.output)
@@ -573,7 +575,8 @@ def _reconstruct(options: argparse.Namespace) -> Done:
     """
     from mnemodyn.embed import reconstruct
 
-    done = reconstruct(options.scan, _checkpoint(options), options.output, whole=options.whole, **_reading(options))
+    reading = _given(options, "whole", *_READING)
+    done = reconstruct(options.scan, _checkpoint(options), options.output, **reading)
     return {
         "output": options.output,
         **done,
@@ -632,14 +635,13 @@ def _publish(options: argparse.Namespace) -> Done:
 
     from mnemodyn.hub import publish, write_folder
 
-    names = ("subfolder", "licence", "results", "metrics", "hyper_parameters", "keep_participants")
-    contents = {name: getattr(options, name) for name in names}
+    names = ("repo_id", "subfolder", "licence", "results", "metrics", "hyper_parameters", "keep_participants")
+    contents = _given(options, *names)
     if not options.dry_run:
-        pushed = {name: getattr(options, name) for name in ("private", "revision", "commit_message")}
-        address = publish(options.source, options.repo_id, **pushed, **contents)
+        address = publish(options.source, **contents, **_given(options, "private", "revision", "commit_message"))
         return {"commit": address}, address
     with TemporaryDirectory() as folder:
-        write_folder(options.source, folder, repo_id=options.repo_id, **contents)
+        write_folder(options.source, folder, **contents)
         place = "/".join(filter(None, (options.repo_id, options.subfolder)))
         files = {f"{place}/{path.name}": path.stat().st_size for path in sorted(Path(folder).iterdir())}
         card = Path(folder, "README.md").read_text(encoding="utf-8")
