@@ -6,7 +6,6 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
@@ -20,6 +19,7 @@ from mnemodyn.data.scaling import Scaling, moments
 from mnemodyn.data.scans import DataError, Scan, load_scan, save_scan, scan_files
 from mnemodyn.evaluate.readout import READOUTS, readouts
 from mnemodyn.files import write_json, write_text, writing
+from mnemodyn.provenance import describe_derivative, generated_by
 
 __all__ = ["Embedded", "embed", "reconstruct"]
 
@@ -260,8 +260,8 @@ def reconstruct(
     checkpoint : Checkpoint
     output : str or Path
         ``.ptseries.nii`` or ``.tsv``; a ``.ptseries.nii`` keeps the places of its parcels where `path` states them.
-        Beside it go the censored frames in XCP-D's form and a JSON sidecar; below a folder ``sub-...``, the
-        ``dataset_description.json`` of a BIDS derivative is written where there is none.
+        Beside it go the censored frames in XCP-D's form and a JSON sidecar; what holds a folder ``sub-...`` is made
+        a BIDS derivative where it is none.
     whole : bool
         Write the network's reconstruction of every frame, not of the censored ones only.
     **reading
@@ -305,12 +305,10 @@ def reconstruct(
         columns = read_cifti(path)[1][1]
         axis = columns if isinstance(columns, ParcelsAxis) else None
     output = save_scan(replace(scan, values=values), output, axis=axis)
-    made_by = {"GeneratedBy": [{"Name": "mnemodyn", "Version": version("mnemodyn")}]}
     facts = {"RepetitionTime": scan.t_r, "Sources": [path.name], "NetworkSHA256": _digest(checkpoint)}
-    facts |= {"FilledFrames": np.flatnonzero(filled)}
-    write_json(output.with_name(f"{output.name.split('.')[0]}.json"), facts | made_by)
+    facts |= {"FilledFrames": np.flatnonzero(filled), "GeneratedBy": generated_by()}
+    write_json(output.with_name(f"{output.name.split('.')[0]}.json"), facts)
     root = next((folder.parent for folder in output.parents if folder.name.startswith("sub-")), None)
-    if root is not None and not (root / "dataset_description.json").exists():
-        what = {"Name": "Scans with censored frames filled", "BIDSVersion": "1.10.0", "DatasetType": "derivative"}
-        write_json(root / "dataset_description.json", what | made_by)
+    if root is not None:
+        describe_derivative(root, "Scans with censored frames filled")
     return {"n_frames": scan.n_frames, "n_filled": int(filled.sum())}

@@ -9,6 +9,7 @@ import resource
 import subprocess
 import sys
 import time
+from fnmatch import fnmatch
 from pathlib import Path
 
 import numpy as np
@@ -162,14 +163,18 @@ def test_censored_frames_are_filled(checkpoint, tmp_path, capsys):
     damaged = values.copy()
     damaged[censored] += 500
     path = save_scan(Scan("sub-1", damaged, 0.8, PARCELS, censored=censored), tmp_path / "sub-1.ptseries.nii")
-    output = tmp_path / "out" / "sub-1" / "func" / "sub-1.ptseries.nii"
+    output = tmp_path / "out" / "sub-1" / "func" / "sub-1_timeseries.ptseries.nii"
     assert main(["reconstruct", str(path), "-o", str(output), "-c", str(checkpoint)]) == 0
     assert capsys.readouterr().out == f"{output}: 3 of 60 frames filled\n"
     filled = load_scan(output)
-    assert json.loads((output.parent / "sub-1.json").read_text())["FilledFrames"] == [10, 11, 30]
+    assert json.loads((output.parent / "sub-1_timeseries.json").read_text())["FilledFrames"] == [10, 11, 30]
     described = json.loads((tmp_path / "out" / "dataset_description.json").read_text())
     assert described["DatasetType"] == "derivative"
     assert {"Name", "BIDSVersion", "GeneratedBy"} <= set(described)
+    unnamed = (tmp_path / "out" / ".bidsignore").read_text().split()
+    files = [p.name for p in (tmp_path / "out").rglob("sub-1*") if p.is_file()]
+    assert len(files) == 3
+    assert all(any(fnmatch(name, pattern) for pattern in unnamed) for name in files), "BIDS has no names for these yet"
     assert np.array_equal(filled.values[~censored], values[~censored])
     assert np.array_equal(filled.censored, censored)
     trained = load_checkpoint(checkpoint)

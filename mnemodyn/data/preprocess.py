@@ -11,7 +11,6 @@ from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import lru_cache
-from importlib.metadata import PackageNotFoundError, version
 from multiprocessing import get_context
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -23,6 +22,7 @@ from mnemodyn.data.atlas import Atlas, greyordinates, read_atlas
 from mnemodyn.data.formats import entities, motion, read_cifti, sidecar_t_r, volume_t_r
 from mnemodyn.data.scans import DataError, Scan, _agree_on_t_r, save_scan
 from mnemodyn.files import sha256, write_json
+from mnemodyn.provenance import describe_derivative, generated_by
 
 if TYPE_CHECKING:
     from nibabel.cifti2 import BrainModelAxis, ParcelsAxis
@@ -563,10 +563,6 @@ def preprocess(
             f"{len(twice)} outputs would be written twice, first {twice[0]}: sources must differ in their names",
             problem="name-collision",
         )
-    try:
-        ours = version("mnemodyn")
-    except PackageNotFoundError:  # run from its folder
-        ours = "unknown"
     given = asdict(settings) | {
         "atlas": Path(settings.atlas).name,
         "surfaces": [Path(s).name for s in settings.surfaces],
@@ -574,10 +570,9 @@ def preprocess(
     facts = {
         "Settings": json.loads(json.dumps(given)),
         "AtlasSHA256": sha256(settings.atlas) if Path(settings.atlas).is_file() else None,
-        "GeneratedBy": [{"Name": "mnemodyn", "Version": ours}],
+        "GeneratedBy": generated_by(),
     }
-    description = {"Name": f"Scans in parcels ({atlas})", "BIDSVersion": "1.10.0", "DatasetType": "derivative"}
-    write_json(folder / "dataset_description.json", description | {"GeneratedBy": facts["GeneratedBy"]})
+    describe_derivative(folder, f"Scans in parcels ({atlas})")
     work = [(source, folder, atlas, facts, settings) for source in found]
     if jobs == 1:
         return pd.DataFrame([_one(*job) for job in work])
