@@ -139,6 +139,8 @@ def _arg(usage: str, help: str | None = None, **settings: Any) -> tuple[list[str
     if isinstance(default, (int, str)) and default:
         settings.setdefault("type", type(default))
         help = f"{help or ''} (default: {default})".strip()
+    if settings.get("action") == "append":
+        settings["default"] = []
     if values:
         settings |= {"metavar": values[0] if len(values) == 1 else values}
         settings |= {"nargs": "+"} if usage.endswith("...") else {"nargs": 2} if len(values) == 2 else {}
@@ -150,8 +152,9 @@ def _arg(usage: str, help: str | None = None, **settings: Any) -> tuple[list[str
 _JSON = _arg("--json", "print what was done as JSON")
 
 
-def _command(group: str, line: str, *arguments: tuple) -> Callable:
-    """Make the function below the sub-command of its name."""
+def _command(listed: str, *arguments: tuple) -> Callable:
+    """Make the function below the sub-command of its name, listed as ``heading: what it does``."""
+    group, line = listed.split(": ")
 
     def register(run: Callable[[argparse.Namespace], Done]) -> Callable:
         COMMANDS[run.__name__.strip("_")] = Command(group, line, run, arguments)
@@ -190,8 +193,7 @@ _WORKERS = _arg("--workers N", "processes that read", default=1)
 
 
 @_command(
-    "scans",
-    "say what scans a folder holds",
+    "scans: say what scans a folder holds",
     _COHORT,
     _arg("FOLDER", "folder of the scans; nothing in it is changed"),
     _arg("--json", "print JSON, with every excluded file"),
@@ -217,8 +219,7 @@ def _index(options: argparse.Namespace) -> Done:
 
 
 @_command(
-    "scans",
-    "turn dense series or volumes into parcels",
+    "scans: turn dense series or volumes into parcels",
     _arg("SOURCES...", "files, or folders that are searched"),
     _arg("-o --output FOLDER", "where the scans go", required=True),
     _arg("--atlas ATLAS", "schaefer400-tian3, a .dlabel.nii, or a .nii.gz of labels for volumes", required=True),
@@ -262,16 +263,12 @@ def _preprocess(options: argparse.Namespace) -> Done:
 
 
 @_command(
-    "scans",
-    "write a cohort's scans into a store",
+    "scans: write a cohort's scans into a store",
     _COHORT,
     _arg("FOLDER", "where its scans are"),
     _arg("STORE", "folder of the store, new or with scans of the same parcels"),
     _arg(
-        "--dtype",
-        "float16 keeps z-scores, to about 0.0002 SD; float32 keeps the values exactly",
-        default="float16",
-        choices=["float16", "float32"],
+        "--dtype", "float16: z-scores, to 0.0002 SD; float32: as is", default="float16", choices=["float16", "float32"]
     ),
     _WORKERS,
     _JSON,
@@ -294,20 +291,14 @@ def _convert(options: argparse.Namespace) -> Done:
 
 
 @_command(
-    "scans",
-    "write a SIMULATED cohort",
+    "scans: write a SIMULATED cohort",
     _arg("COHORT", "abide, adhd200, adni, hbn, hcp_aging, nkir or ukb"),
     _arg("FOLDER", "where it goes; must be empty or absent"),
     _arg("--participants N", "people", default=40),
     _arg("--seed S", type=int, default=0),
     _arg("--parcels N", "even", default=40),
     _arg("--frames N", "as in the real cohort by default", type=int),
-    _arg(
-        "--effect NAME D",
-        "size of a target's, site's or mean_fd's effect in standard deviations (default: 1); may be repeated",
-        action="append",
-        default=[],
-    ),
+    _arg("--effect NAME D", "of a target, site or mean_fd, in SD (default: 1); may be repeated", action="append"),
     _arg("--generator", choices=("ou", "hcp7"), default="ou"),
     _JSON,
 )
@@ -335,18 +326,12 @@ def _simulate(options: argparse.Namespace) -> Done:
 
 
 @_command(
-    "a model",
-    "pretrain a network on scans without labels",
+    "a model: pretrain a network on scans without labels",
     _arg("DATA", "hcp7, or a folder of scans"),
     _arg("OUTPUT", "folder of the run; an interrupted one is gone on with"),
     _arg("--objective NAME", "what is learned", default="masked"),
     _arg("--config FILE", "YAML file of settings in sections; - is standard input"),
-    _arg(
-        "-s --set NAME VALUE",
-        "one setting, whatever its section; may be repeated, and wins over --config",
-        action="append",
-        default=[],
-    ),
+    _arg("-s --set NAME VALUE", "one setting, in any section; may be repeated, wins over --config", action="append"),
     _arg("--restart", "give up an unfinished run of other settings in OUTPUT"),
     _JSON,
 )
@@ -392,8 +377,7 @@ def _pretrain(options: argparse.Namespace) -> Done:
 
 
 @_command(
-    "a model",
-    "predict a target from a cohort's scans",
+    "a model: predict a target from a cohort's scans",
     _COHORT,
     _arg("SOURCE", "folder of the scans, or a store"),
     _arg("--target T", "one of the cohort's targets", required=True),
@@ -467,7 +451,7 @@ def _evaluate(options: argparse.Namespace) -> Done:
 
 
 @_command(
-    "a model", "describe a checkpoint", _arg("CHECKPOINT", "folder of a run or a checkpoint, or a file of the latter")
+    "a model: describe a checkpoint", _arg("CHECKPOINT", "folder of a run or a checkpoint, or a file of the latter")
 )
 def _info(options: argparse.Namespace) -> Done:
     """Print what a checkpoint holds (architecture, data, training) as JSON."""
@@ -487,11 +471,7 @@ _CHECKPOINT = (
     _arg("--scaling METHOD", "for a checkpoint that does not know its own"),
     _arg("--device DEVICE", "cpu or cuda", default="cpu"),
     _arg("--t-r SECONDS", "for files that do not state it", type=float),
-    _arg(
-        "--frames-first",
-        "rows are frames (or parcels), for files that do not say",
-        action=argparse.BooleanOptionalAction,
-    ),
+    _arg("--frames-first", "rows are frames, where a file does not say", action=argparse.BooleanOptionalAction),
     _arg("--max-constant-parcels N", "that a scan may have (default: 0)", type=int, default=0),
     _JSON,
 )
@@ -520,15 +500,10 @@ _READING = ("t_r", "frames_first", "max_constant_parcels")
 
 
 @_command(
-    "a model",
-    "write a vector for every scan",
+    "a model: write a vector for every scan",
     _arg("SCANS...", "files, folders or stores"),
     _arg("-o --output FILE", "table to write: .csv or .parquet", required=True),
-    _arg(
-        "--readout NAME...",
-        "what is read out (default: latent_mean latent_sd)",
-        default=["latent_mean", "latent_sd"],
-    ),
+    _arg("--readout NAME...", "(default: latent_mean latent_sd)", default=["latent_mean", "latent_sd"]),
     _arg("--pattern GLOB", "which names of a folder, such as '*4S456*'", default="*"),
     *_CHECKPOINT,
 )
@@ -562,8 +537,7 @@ def _embed(options: argparse.Namespace) -> Done:
 
 
 @_command(
-    "a model",
-    "fill a scan's censored frames",
+    "a model: fill a scan's censored frames",
     _arg("SCAN", "a scan's file"),
     _arg("-o --output FILE", "sub-....ptseries.nii or sub-..._timeseries.tsv", required=True),
     _arg("--whole", "write the reconstruction of every frame"),
@@ -584,8 +558,7 @@ def _reconstruct(options: argparse.Namespace) -> Done:
 
 
 @_command(
-    "a model",
-    "write a network as a .pt2 or .onnx program",
+    "a model: write a network as a .pt2 or .onnx program",
     _arg("CHECKPOINT", "folder or file, or NAME/MODEL on the hub"),
     _arg("FILE", "program to write: .pt2 or .onnx"),
     _arg("--frames N", "of the scans it will read (default: those of a training window)", type=int),
@@ -603,8 +576,7 @@ def _export(options: argparse.Namespace) -> Done:
 
 
 @_command(
-    "a model",
-    "push a checkpoint to the Hugging Face Hub",
+    "a model: push a checkpoint to the Hugging Face Hub",
     _arg("SOURCE", "run, checkpoint or version folder"),
     _arg("--repo-id NAME/MODEL", "repository, made where it is missing", required=True),
     _arg("--private", "where it is made, make it private", action="store_true", default=None),
@@ -650,20 +622,11 @@ def _publish(options: argparse.Namespace) -> Done:
 
 
 @_command(
-    "the book",
-    "run a notebook with given parameters",
+    "the book: run a notebook with given parameters",
     _arg("NOTEBOOK", "notebook to run; it is not changed"),
     _arg("OUTPUT", "where the executed notebook goes"),
-    _arg(
-        "-p --parameter NAME VALUE",
-        "one parameter; may be repeated, and wins over -f. Lists as '[1, 2]'",
-        action="append",
-        default=[],
-    ),
-    _arg(
-        "-f --parameters-file FILE",
-        "YAML or JSON file of parameters, one 'name: value' a line; - is standard input",
-    ),
+    _arg("-p --parameter NAME VALUE", "may be repeated, and wins over -f. Lists as '[1, 2]'", action="append"),
+    _arg("-f --parameters-file FILE", "YAML or JSON, one 'name: value' a line; - is standard input"),
     _JSON,
 )
 def _run(options: argparse.Namespace) -> Done:
@@ -715,8 +678,7 @@ def _in_clone(folder: str, name: str, ending: str) -> Path:
 
 
 @_command(
-    "the book",
-    "open a notebook in JupyterLab",
+    "the book: open a notebook in JupyterLab",
     _arg("NAME", "notebooks/NAME.ipynb, such as pretrain"),
     _arg("--no-browser", "print the address only, as on a server"),
 )
@@ -735,8 +697,7 @@ def _notebook(options: argparse.Namespace) -> Done:
 
 
 @_command(
-    "the book",
-    "run the notebooks and build the pages",
+    "the book: run the notebooks and build the pages",
     _arg("--profile NAME", "profiles/NAME.yaml", default="quick"),
     _arg("--cores N", "processor cores", default=2),
     _arg("--data FOLDER", "scans of your own in place of the profile's"),
@@ -752,7 +713,7 @@ def _book(options: argparse.Namespace) -> Done:
     return _module("snakemake", "book", *words)
 
 
-@_command("more", "print a script for the shell's completion", _arg("SHELL", "bash, zsh or tcsh"))
+@_command("more: print a script for the shell's completion", _arg("SHELL", "bash, zsh or tcsh"))
 def _completion(options: argparse.Namespace) -> Done:
     """Print a script that completes commands and options. For bash:
 
@@ -768,8 +729,7 @@ def _completion(options: argparse.Namespace) -> Done:
 
 
 @_command(
-    "more",
-    "run a grid of ablations",
+    "more: run a grid of ablations",
     _arg("DATA", "hcp7, or a folder of scans"),
     _arg("GRID", "YAML file of the cells and sizes"),
     _arg("SIZE", "one of its sizes"),
