@@ -5,6 +5,7 @@ import errno
 import json
 import os
 import sys
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
@@ -27,6 +28,8 @@ _MENDS = {
     errno.EACCES: "name a place that you may read and write",
     errno.EPERM: "name a place that you may read and write",
     errno.EROFS: "name a place that you may write",
+    errno.EEXIST: "name a folder in its place",
+    errno.ENOTDIR: "name a folder in its place",
 }
 
 # What a command comes back with: what --json prints, what a person reads, and the exit status where it is not 0.
@@ -64,6 +67,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         From argparse: 0 after ``--help`` or ``--version``, 2 on wrong usage.
     """
     options = _parser().parse_args(arguments)
+    if arguments is None:
+        warnings.showwarning = lambda message, *_: print(f"mnemodyn: {message}", file=sys.stderr)
+        warnings.filterwarnings("ignore", "Detected pickle protocol|IProgress not found|.* is deprecated")
     if not sys.stderr.isatty():
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     try:
@@ -75,8 +81,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except ParameterError as error:
         return _fail(error, 2)
     except OSError as error:
-        mend = f"; {_MENDS[error.errno]}" if error.errno in _MENDS else ""
-        return _fail(f"{error.filename}: {error.strerror}{mend}" if error.filename and error.strerror else error, 1)
+        place, mend = error.filename or getattr(options, "output", None), _MENDS.get(error.errno or 0)
+        return _fail(f"{place}: {error.strerror}{mend and f'; {mend}' or ''}" if error.strerror else error, 1)
     except (ImportError, RuntimeError, ValueError) as error:
         return _fail(error, 1)
     if text:
@@ -492,7 +498,13 @@ def _checkpoint(options: argparse.Namespace) -> Any:
                 f"{options.checkpoint} was trained with scaling {checkpoint.scaling.method!r}; leave --scaling out"
             )
         checkpoint = replace(checkpoint, scaling=Scaling(options.scaling))
-    checkpoint.model.to(options.device)
+    try:
+        checkpoint.model.to(options.device)
+    except (AssertionError, RuntimeError) as error:  # PyTorch's own, of a build without GPUs, is an assertion
+        reason = str(error).partition("\n")[0]
+        raise ValueError(
+            f"--device must be cpu, or cuda where PyTorch finds one, got {options.device!r} ({reason})"
+        ) from error
     return checkpoint
 
 

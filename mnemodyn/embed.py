@@ -128,7 +128,8 @@ def embed(
         listing.unlink(missing_ok=True)
     done = [places[job.name][1] for job in jobs if job.name in places]
     if not done:
-        raise DataError(f"none of {len(jobs)} scans could be used, the first: {refused[0]['message']}", "none")
+        mend = "; `mnemodyn info CHECKPOINT` lists what the network reads" if "parcel" in refused[0]["problem"] else ""
+        raise DataError(f"none of {len(jobs)} scans could be used, the first: {refused[0]['message']}{mend}", "none")
     with open(kept, "rb") as stream:
         width = _write_table(output, stream, done)
     kept.unlink()
@@ -150,11 +151,12 @@ def _jobs(sources: Sequence[str | Path], pattern: str, reading: dict) -> Iterato
             store = Store(path)
             yield from (Job(f"{path}[{i}]", [len(store)], partial(store.__getitem__, i)) for i in range(len(store)))
             continue
+        if not path.exists():
+            raise DataError(f"there is no file or folder {path}", problem="no-file")
         for file in scan_files(path, pattern) if path.is_dir() else [path]:
             if str(file) not in seen:
                 seen.add(str(file))
-                found = file.stat() if file.is_file() else None
-                yield Job(str(file), [found.st_size, found.st_mtime_ns] if found else [], partial(_load, file, reading))
+                yield Job(str(file), [file.stat().st_size, file.stat().st_mtime_ns], partial(_load, file, reading))
     if not sources:
         raise DataError("no scan was named; give files or folders", problem="no-file")
 
@@ -280,6 +282,8 @@ def reconstruct(
         If the parcels are not the checkpoint's, or its scaling is not known.
     """
     path = Path(path)
+    if path.is_dir():
+        raise IsADirectoryError(f"{path} is a folder; name the file of one scan")
     scan = _load(path, {"parcels": checkpoint.parcels, **reading})
     checkpoint.check(scan)
     scaling = _scaling(checkpoint)

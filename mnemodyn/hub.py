@@ -140,8 +140,8 @@ def from_pretrained(
             )
     found = find_checkpoint(path / subfolder if subfolder else path)
     if found.compat != compat:
-        mend = "load it without compat" if found.compat == "none" else "load it with compat='reference'"
-        raise CheckpointError(f"{found.checkpoint}: not a checkpoint of compat={compat!r}; {mend}")
+        mend = "without compat" if found.compat == "none" else "with compat='reference' (--compat reference)"
+        raise CheckpointError(f"{found.checkpoint}: not a checkpoint of compat={compat!r}; load it {mend}")
     return load_checkpoint(found.checkpoint, compat=compat)
 
 

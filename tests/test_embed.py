@@ -208,18 +208,24 @@ class Bomb:
 
 
 WRONG = {
+    "too few parcels": "expected 6 parcels, got 5; `mnemodyn info CHECKPOINT` lists what the network reads",
     "other parcels": "other names: column 1 is 'q0', expected 'p0'",
     "another order": "the same names in another order: column 1 is 'p5', expected 'p0'",
     "milliseconds": "t_r must be in seconds, at most 20; 800 looks like milliseconds (0.8 s)",
     "truncated checkpoint": "damaged: its SHA-256 is",
     "pickle bomb": "nothing in it was executed",
     "no token": "hf auth login",
-    "full disk": "No space left on device",
-    "unwritable folder": "Permission denied",
+    "full disk": "e.csv: No space left on device; make room there or name another place",
+    "full disk half-way": "e.csv: No space left on device; make room there or name another place",
+    "unwritable folder": "Permission denied; name a place that you may read and write",
     "no scans": "no file ending in _timeseries.tsv",
     "a folder for a file": "is a folder; name the file to write",
     "another ending": "output must end in .csv or .parquet",
     "unknown read-out": "read-out must be one of",
+    "a scan that is not there": "there is no file or folder",
+    "a folder for a scan": "is a folder; name the file of one scan",
+    "a file for a folder": "File exists; name a folder in its place",
+    "no such device": "--device must be cpu, or cuda where PyTorch finds one, got 'gpu'",
 }
 
 
@@ -229,7 +235,9 @@ def test_holding_it_wrong_names_the_mend(how, checkpoint, tmp_path, monkeypatch,
     scan = _scan(tmp_path)
     output, model, more = tmp_path / "e.csv", checkpoint, []
     words = None
-    if how == "other parcels":
+    if how == "too few parcels":
+        scan = _scan(tmp_path, PARCELS[:5])
+    elif how == "other parcels":
         scan = _scan(tmp_path, [f"q{i}" for i in range(6)])
     elif how == "another order":
         scan = _scan(tmp_path, PARCELS[::-1])
@@ -252,12 +260,12 @@ def test_holding_it_wrong_names_the_mend(how, checkpoint, tmp_path, monkeypatch,
         monkeypatch.setattr(huggingface_hub.constants, "HF_TOKEN_PATH", str(tmp_path / "token"))
         monkeypatch.delenv("HF_TOKEN", raising=False)
         words = ["publish", str(checkpoint), "--repo-id", "lab/tiny"]
-    elif how == "full disk":
+    elif how.startswith("full disk"):
 
         def full(*_):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-        monkeypatch.setattr(os, "replace", full)
+        monkeypatch.setattr(*((os, "replace") if how == "full disk" else (mnemodyn.embed, "_resume")), full)
     elif how == "unwritable folder":
         folder = tmp_path / "closed"
         folder.mkdir(mode=0o500)
@@ -272,6 +280,14 @@ def test_holding_it_wrong_names_the_mend(how, checkpoint, tmp_path, monkeypatch,
         output = tmp_path / "e.xlsx"
     elif how == "unknown read-out":
         more = ["--readout", "nonsense"]
+    elif how == "a scan that is not there":
+        scan = tmp_path / "sub-9_timeseries.tsv"
+    elif how == "a folder for a scan":
+        words = ["reconstruct", str(tmp_path), "-o", str(tmp_path / "sub-1_timeseries.tsv"), "-c", str(model)]
+    elif how == "a file for a folder":
+        output = scan / "e.csv"
+    elif how == "no such device":
+        more = ["--device", "gpu"]
     words = words or ["embed", str(scan), "-o", str(output), "-c", str(model), *more]
     status = main(words)
     message = capsys.readouterr().err
