@@ -81,8 +81,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except ParameterError as error:
         return _fail(error, 2)
     except OSError as error:
-        place, mend = error.filename or getattr(options, "output", None), _MENDS.get(error.errno or 0)
-        return _fail(f"{place}: {error.strerror}{mend and f'; {mend}' or ''}" if error.strerror else error, 1)
+        said = "; ".join(filter(None, (error.strerror, _MENDS.get(error.errno or 0))))
+        return _fail(f"{error.filename or getattr(options, 'output', None)}: {said}" if said else error, 1)
     except (ImportError, RuntimeError, ValueError) as error:
         return _fail(error, 1)
     if text:
