@@ -138,9 +138,9 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _arg(usage: str, help: str | None = None, **settings: Any) -> tuple[list[str], dict[str, Any]]:
-    """An argument as a line of usage has it: ``-o --output FILE``, ``SCANS...`` for several, no word for a switch."""
+    """An argument as usage has it: ``-o --output FILE``, ``SCANS...`` for several, ``[NAME]``, no word for a switch."""
     names = [word for word in usage.split() if word.startswith("-")]
-    values = tuple(word.removesuffix("...") for word in usage.split() if not word.startswith("-"))
+    values = tuple(word.strip(".[]") for word in usage.split() if not word.startswith("-"))
     default = settings.get("default")
     if isinstance(default, (int, str)) and default:
         settings.setdefault("type", type(default))
@@ -149,7 +149,8 @@ def _arg(usage: str, help: str | None = None, **settings: Any) -> tuple[list[str
         settings["default"] = []
     if values:
         settings |= {"metavar": values[0] if len(values) == 1 else values}
-        settings |= {"nargs": "+"} if usage.endswith("...") else {"nargs": 2} if len(values) == 2 else {}
+        nargs = {".": "+", "]": "?"}.get(usage[-1], 2 if len(values) == 2 else None)
+        settings |= {"nargs": nargs} if nargs else {}
     elif not {"action", "choices"} & set(settings):
         settings["action"] = "store_true"
     return names or [values[0].lower()], {"help": help, **settings}
@@ -691,7 +692,7 @@ def _in_clone(folder: str, name: str, ending: str) -> Path:
 
 @_command(
     "the book: open a notebook in JupyterLab",
-    _arg("NAME", "notebooks/NAME.ipynb, such as pretrain"),
+    _arg("[NAME]", "notebooks/NAME.ipynb, such as pretrain; all of them by default"),
     _arg("--no-browser", "print the address only, as on a server"),
 )
 def _notebook(options: argparse.Namespace) -> Done:
@@ -703,8 +704,10 @@ def _notebook(options: argparse.Namespace) -> Done:
       mnemodyn notebook pretrain --no-browser       prints an address with a token
       ssh -L 8888:localhost:8888 SERVER             brings it to your browser
     """
-    path = _in_clone("notebooks", options.name, ".ipynb")
-    words = [f"--notebook-dir={path.parents[1]}", str(path), *(["--no-browser"] if options.no_browser else [])]
+    path = _in_clone("notebooks", options.name or "data", ".ipynb")
+    words = [f"--notebook-dir={path.parents[1]}", *([str(path)] if options.name else [])]
+    words += ["--no-browser"] * options.no_browser
+    words += ["--allow-root"] * (hasattr(os, "geteuid") and os.geteuid() == 0)  # in a container; the token guards it
     return _module("jupyterlab", "lab", *words)
 
 
