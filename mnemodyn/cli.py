@@ -705,8 +705,8 @@ def _notebook(options: argparse.Namespace) -> Done:
       ssh -L 8888:localhost:8888 SERVER             brings it to your browser
     """
     path = _in_clone("notebooks", options.name or "data", ".ipynb")
-    words = [f"--notebook-dir={path.parents[1]}", *([str(path)] if options.name else [])]
-    words += ["--no-browser"] * options.no_browser
+    words = [f"--notebook-dir={path.parents[1]}", *["--no-browser"] * options.no_browser]
+    words += [f"--LabApp.default_url=/lab/tree/notebooks/{path.name}"] * bool(options.name)
     words += ["--allow-root"] * (hasattr(os, "geteuid") and os.geteuid() == 0)  # in a container; the token guards it
     return _module("jupyterlab", "lab", *words)
 

@@ -118,7 +118,7 @@ def test_notebook_opens_jupyterlab(monkeypatch, tmp_path, capsys):
     assert main(["notebook", "pretrain", "--no-browser"]) == 1, "JupyterLab's own status is not passed for a success"
     (words, cwd) = ran[0]
     assert words[:4] == [sys.executable, "-m", "jupyterlab", f"--notebook-dir={root}"]
-    assert {str(root / "notebooks/pretrain.ipynb"), "--no-browser"} <= set(words)
+    assert {"--LabApp.default_url=/lab/tree/notebooks/pretrain.ipynb", "--no-browser"} <= set(words)
     assert cwd == root
     monkeypatch.setattr("mnemodyn.cli.find_spec", lambda _: None)
     assert main(["notebook"]) == 1
