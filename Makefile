@@ -54,7 +54,7 @@ lint: .venv/.installed
 
 lab: .venv/.installed
 	@$(PIP) --editable ".[lab]"
-	@$(BIN)/jupyter lab --notebook-dir=. $(if $(NOTEBOOK),"notebooks/$(NOTEBOOK:.ipynb=).ipynb")
+	@$(BIN)/python -m mnemodyn.cli notebook $(NOTEBOOK)
 
 benchmark: .venv/.installed
 	@$(BIN)/python -m benchmarks.speed --quick --published --out runs/speed.json

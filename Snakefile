@@ -110,24 +110,6 @@ rule book:
         "jupyter-book build . -W -n --keep-going > {log} 2>&1"
 
 
-rule data:
-    input:
-        "notebooks/data.ipynb",
-        sources("data"),
-    output:
-        outputs("data"),
-    message:
-        "{input[0]} ..."
-    params:
-        parameters=parameters("data", data=config["data"]),
-    threads: resource("data", "threads", 1)
-    resources:
-        mem_mb=resource("data", "mem_mb", 4000),
-        runtime=resource("data", "runtime", 60),
-    shell:
-        "mnemodyn run {input[0]} {output[0]} -f - <<< {params.parameters}"
-
-
 # last.ckpt, from which an interrupted training goes on, is no output: snakemake removes a rule's
 # outputs before it runs the rule again.
 rule pretrain:
@@ -157,21 +139,45 @@ rule pretrain:
         "mnemodyn run {input[0]} {output[0]} -f - <<< {params.parameters}"
 
 
-for name in ("reconstruction", "identification", "operator"):
+# Every other page: what it reads beside its notebook, and the parameters that are paths. `speed` and `ablations` draw what
+# was measured beforehand: a benchmark has no place in a run that shares the machine.
+FIRST, DATA = checkpoint(OBJECTIVES[0]), {"data": config["data"]}
+WEIGHTS = {"checkpoint": f"{TRAINED}/{OBJECTIVES[0]}/best"}
+GRID, PUBLISHED = f"{TRAINED}/ablations.json", "book/data/published.csv"
+EVALUATED = sources("data", "model", "evaluate")
+BOOK = {
+    "data": (sources("data"), DATA),
+    "reconstruction": ([*EVALUATED, *FIRST, *files("book/data/reconstruction_*.json")], DATA | WEIGHTS),
+    "identification": ([*EVALUATED, *FIRST], DATA | WEIGHTS),
+    "operator": ([*EVALUATED, *FIRST], DATA | WEIGHTS),
+    "objectives": (
+        [*sources("data", "model", "evaluate", "pretrain"), *(path for name in OBJECTIVES for path in checkpoint(name))],
+        DATA | {"checkpoints": {name: f"{TRAINED}/{name}/best" for name in OBJECTIVES}},
+    ),
+    "ablations": ([GRID, "book/data/ablations.json", PUBLISHED, *sources("evaluate")], {"quick": GRID}),
+    "speed": (["book/data/speed_cpu.json", "book/data/store_cpu.json", *sources()], {}),
+    "protocol": ([PUBLISHED, "book/data/abide.json", *EVALUATED], {}),
+}
+for cohort, task in TASKS.items():
+    own = {"data": config["cohorts"][cohort]} if cohort in (config.get("cohorts") or {}) else {}
+    read = ["notebooks/tasks.yaml", PUBLISHED, *EVALUATED, *FIRST, *["book/data/abide.json"] * (cohort == "abide")]
+    BOOK[f"downstream_{cohort}"] = (read, {"cohort": cohort, **WEIGHTS, **task, **own})
+
+for page, (read, paths) in BOOK.items():
+    name = "downstream" if page.startswith("downstream_") else page
+
     rule:
         name:
-            name
+            page
         input:
             f"notebooks/{name}.ipynb",
-            sources("data", "model", "evaluate"),
-            checkpoint(OBJECTIVES[0]),
-            files("book/data/reconstruction_*.json") if name == "reconstruction" else [],
+            read,
         output:
-            outputs(name),
+            outputs(page),
         message:
-            "{input[0]} ..."
+            "{input[0]}" + (f" of {page.partition('_')[2]}" if page != name else "") + " ..."
         params:
-            parameters=parameters(name, data=config["data"], checkpoint=f"{TRAINED}/{OBJECTIVES[0]}/best"),
+            parameters=parameters(name, page, **paths),
         threads: resource(name, "threads", 1)
         resources:
             mem_mb=resource(name, "mem_mb", 4000),
@@ -179,28 +185,6 @@ for name in ("reconstruction", "identification", "operator"):
             gpu=resource(name, "gpu", 0),
         shell:
             "mnemodyn run {input[0]} {output[0]} -f - <<< {params.parameters}"
-
-
-rule objectives:
-    input:
-        "notebooks/objectives.ipynb",
-        sources("data", "model", "evaluate", "pretrain"),
-        [checkpoint(name) for name in OBJECTIVES],
-    output:
-        outputs("objectives"),
-    message:
-        "{input[0]} ..."
-    params:
-        parameters=parameters(
-            "objectives", data=config["data"], checkpoints={name: f"{TRAINED}/{name}/best" for name in OBJECTIVES}
-        ),
-    threads: resource("objectives", "threads", 1)
-    resources:
-        mem_mb=resource("objectives", "mem_mb", 4000),
-        runtime=resource("objectives", "runtime", 60),
-        gpu=resource("objectives", "gpu", 0),
-    shell:
-        "mnemodyn run {input[0]} {output[0]} -f - <<< {params.parameters}"
 
 
 # Finished cells stay in the folder, so that an interrupted grid goes on.
@@ -227,86 +211,3 @@ rule ablate:
     shell:
         "mnemodyn ablate {params.data} {input[0]} {params.size} {params.folder} --out {output} "
         "--threads {threads} > {log}"
-
-
-# Draws the grid of this build, and a larger one that `make ablations` ran beforehand.
-rule ablations:
-    input:
-        "notebooks/ablations.ipynb",
-        f"{RUNS}/checkpoints/{PROFILE}/ablations.json",
-        "book/data/ablations.json",
-        "book/data/published.csv",
-        sources("evaluate"),
-    output:
-        outputs("ablations"),
-    message:
-        "{input[0]} ..."
-    params:
-        parameters=parameters("ablations", quick=f"{RUNS}/checkpoints/{PROFILE}/ablations.json"),
-    shell:
-        "mnemodyn run {input[0]} {output[0]} -f - <<< {params.parameters}"
-
-
-# Draws what benchmarks/speed.py measured beforehand: a benchmark has no place in a run that shares the machine.
-rule speed:
-    input:
-        "notebooks/speed.ipynb",
-        "book/data/speed_cpu.json",
-        "book/data/store_cpu.json",
-        sources(),
-    output:
-        outputs("speed"),
-    message:
-        "{input[0]} ..."
-    params:
-        parameters=parameters("speed"),
-    shell:
-        "mnemodyn run {input[0]} {output[0]} -f - <<< {params.parameters}"
-
-
-for cohort, task in TASKS.items():
-    rule:
-        name:
-            f"downstream_{cohort}"
-        input:
-            "notebooks/downstream.ipynb",
-            "notebooks/tasks.yaml",
-            "book/data/published.csv",
-            "book/data/abide.json" if cohort == "abide" else [],
-            sources("data", "model", "evaluate"),
-            checkpoint(OBJECTIVES[0]),
-        output:
-            outputs(f"downstream_{cohort}"),
-        message:
-            "{input[0]} of " + cohort + " ..."
-        params:
-            parameters=parameters(
-                "downstream",
-                f"downstream_{cohort}",
-                cohort=cohort,
-                checkpoint=f"{TRAINED}/{OBJECTIVES[0]}/best",
-                **task | ({"data": config["cohorts"][cohort]} if cohort in (config.get("cohorts") or {}) else {}),
-            ),
-        threads: resource("downstream", "threads", 1)
-        resources:
-            mem_mb=resource("downstream", "mem_mb", 4000),
-            runtime=resource("downstream", "runtime", 60),
-        shell:
-            "mnemodyn run {input[0]} {output[0]} -f - <<< {params.parameters}"
-
-
-rule protocol:
-    input:
-        "notebooks/protocol.ipynb",
-        "book/data/published.csv",
-        "book/data/abide.json",
-        sources("data", "model", "evaluate"),
-    output:
-        outputs("protocol"),
-    message:
-        "{input[0]} ..."
-    params:
-        parameters=parameters("protocol"),
-    threads: resource("protocol", "threads", 1)
-    shell:
-        "mnemodyn run {input[0]} {output[0]} -f - <<< {params.parameters}"

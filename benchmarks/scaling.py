@@ -40,7 +40,7 @@ from mnemodyn.files import resolve, write_json
 from mnemodyn.model.network import MnemoDyn
 from mnemodyn.provenance import surroundings
 
-PEOPLE, STEPS, CHANNELS, SEEDS = (8, 24, 73, 219, None), (100, 300, 1000, 3000), (8, 16, 32, 64, 128), (0, 1, 2)
+PEOPLE, STEPS, CHANNELS, SEEDS = (8, 40, 200, None), (100, 300, 1000, 3000), (8, 32, 128), (0, 1, 2)
 BUDGET, RATE, ADAPTING = 1000, 3e-3, 300
 # Those maps that know the parcels: a network of another atlas has its own.
 MAPS = ("field.input", "field.expansion", "lift", "output")
@@ -74,11 +74,11 @@ def by_people(n: int | None, setting: Setting, sides: dict, held: Hidden, log) -
         made = {a: make(a).fit(train) for a in shrinkages}
         return max(made.items(), key=lambda item: validation.r2(linear(item[1])))
 
-    shrinkage, process = best(partial(SpatiotemporalGaussian, n_lags=8), (0.01, 0.03, 0.1, 0.3))
+    shrinkage, process = best(partial(SpatiotemporalGaussian, n_lags=8), (0.03, 0.2))
     chosen = {"n_lags": 8, "shrinkage": shrinkage, "weight": 100.0, "n_modes": min(200, len(train) // 2)}
     fills = {
         "blocks_alone": partial(_network_fill, blocks(setting, some, BUDGET, 0, log)[0], None),
-        "spatial_gaussian": linear(best(SpatialGaussian, (0.01, 0.03, 0.1, 0.3))[1]),
+        "spatial_gaussian": linear(best(SpatialGaussian, (0.03, 0.2))[1]),
         "spatiotemporal_gaussian": linear(process),
         "front_end": front_fill(make_front(chosen, some["train"])),
     }

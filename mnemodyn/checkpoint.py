@@ -109,20 +109,10 @@ def save_checkpoint(folder: str | Path, checkpoint: Checkpoint) -> Path:
     folder = Path(folder)
     weights = {k: v.detach().cpu().contiguous() for k, v in checkpoint.model.state_dict().items()}
     write_bytes(folder / "model.safetensors", save_tensors(weights))
-    write_json(
-        folder / "config.json",
-        {
-            "format": FORMAT,
-            "mnemodyn": version("mnemodyn"),
-            "model": checkpoint.model.config.to_dict(),
-            "parcels": None if checkpoint.parcels is None else list(checkpoint.parcels),
-            "t_r": checkpoint.t_r,
-            "scaling": None if checkpoint.scaling is None else checkpoint.scaling.to_dict(),
-            "data_fingerprint": checkpoint.data_fingerprint,
-            "training": checkpoint.training,
-            "weights_sha256": sha256(folder / "model.safetensors"),
-        },
-    )
+    known = {name: getattr(checkpoint, name) for name in ("parcels", "t_r", "scaling", "data_fingerprint", "training")}
+    known["scaling"] = None if checkpoint.scaling is None else checkpoint.scaling.to_dict()
+    facts = {"format": FORMAT, "mnemodyn": version("mnemodyn"), "model": checkpoint.model.config.to_dict(), **known}
+    write_json(folder / "config.json", facts | {"weights_sha256": sha256(folder / "model.safetensors")})
     return folder
 
 
@@ -135,13 +125,13 @@ def describe(folder: str | Path) -> dict:
         If the folder or a file of it is missing, a file is damaged, or the format is another.
     """
     folder = Path(folder)
-    path = folder / "config.json"
+    path, weights = folder / "config.json", folder / "model.safetensors"
     if folder.is_file():
         raise CheckpointError(
             f"{folder} is a file, not a checkpoint's folder; a .ckpt of the published draft is loaded with "
             "load_checkpoint(path, compat='reference')"
         )
-    for file in (path, folder / "model.safetensors"):
+    for file in (path, weights):
         if not file.is_file():
             raise CheckpointError(
                 f"{folder} is no checkpoint: {file.name} is missing (expected a folder with "
@@ -154,11 +144,11 @@ def describe(folder: str | Path) -> dict:
         raise CheckpointError(f"{path}: damaged, not a checkpoint's JSON ({error})") from error
     if found != FORMAT:
         raise CheckpointError(f"{path}: format must be {FORMAT}, got {found}; another version of mnemodyn wrote it")
-    weights = folder / "model.safetensors"
-    if (found := sha256(weights)) != config.get("weights_sha256"):
+    found, expected = sha256(weights), str(config.get("weights_sha256"))
+    if found != expected:
         raise CheckpointError(
-            f"{weights}: damaged: its SHA-256 is {found[:12]}..., config.json expects "
-            f"{str(config.get('weights_sha256'))[:12]}...; copy or train it again"
+            f"{weights}: damaged: its SHA-256 is {found[:12]}..., config.json expects {expected[:12]}...; "
+            "copy or train it again"
         )
     return config
 
@@ -193,25 +183,25 @@ def load_checkpoint(folder: str | Path, *, compat: Literal["none", "reference"] 
     config = describe(folder)
     path = folder / "model.safetensors"
     try:
-        model = MnemoDyn(ModelConfig.from_dict(config["model"]))
+        model = MnemoDyn(ModelConfig.from_dict(config["model"])).eval()
         weights = load_tensors(path.read_bytes())
+        parcels, t_r, scaling = (config[name] for name in ("parcels", "t_r", "scaling"))
         checkpoint = Checkpoint(
-            model=model.eval(),
-            parcels=None if config["parcels"] is None else tuple(config["parcels"]),
-            t_r=None if config["t_r"] is None else float(config["t_r"]),
-            scaling=None if config["scaling"] is None else Scaling(**config["scaling"]),
-            data_fingerprint=config["data_fingerprint"],
-            training=config["training"],
+            model,
+            None if parcels is None else tuple(parcels),
+            None if t_r is None else float(t_r),
+            None if scaling is None else Scaling(**scaling),
+            config["data_fingerprint"],
+            config["training"],
         )
     except (KeyError, TypeError, ValueError, SafetensorError) as error:
         raise CheckpointError(f"{folder}: config.json and weights do not make a checkpoint: {error}") from error
     if wrong := misfits(model.state_dict(), weights):
         raise CheckpointError(f"{path}: weights do not fit the configuration: {wrong}")
     model.load_state_dict(weights)
-    if checkpoint.parcels is None:
-        if model.config.compat == "none":
-            raise CheckpointError(f"{folder}: config.json names no parcels, which only reference networks may lack")
-    elif len(checkpoint.parcels) != model.config.n_parcels:
+    if checkpoint.parcels is None and model.config.compat == "none":
+        raise CheckpointError(f"{folder}: config.json names no parcels, which only reference networks may lack")
+    if checkpoint.parcels is not None and len(checkpoint.parcels) != model.config.n_parcels:
         raise CheckpointError(f"{folder}: {len(checkpoint.parcels)} parcel names for {model.config.n_parcels} parcels")
     return checkpoint
 

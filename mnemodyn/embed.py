@@ -1,18 +1,16 @@
 """Scans to vectors and back to scans: any number of files, one in memory at a time, taken up again where it stopped."""
 
-import csv
 import hashlib
 import json
-import os
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
-from importlib.metadata import version
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
+import pandas as pd
 import torch
 
 from mnemodyn.checkpoint import Checkpoint, CheckpointError
@@ -20,12 +18,14 @@ from mnemodyn.data.formats import read_cifti
 from mnemodyn.data.scaling import Scaling, moments
 from mnemodyn.data.scans import DataError, Scan, load_scan, save_scan, scan_files
 from mnemodyn.evaluate.readout import READOUTS, readouts
-from mnemodyn.files import write_json, write_text
+from mnemodyn.files import write_json, write_text, writing
+from mnemodyn.provenance import describe_derivative, generated_by
 
 __all__ = ["Embedded", "embed", "reconstruct"]
 
-ABOUT = ("file", "participant_id", "session", "run", "t_r", "n_frames", "n_usable")
-ROWS = 256  # of a group of rows in a Parquet file
+TEXT = dict.fromkeys(("file", "participant_id", "session", "run"), "string")
+ABOUT = {**TEXT, "t_r": "float64", "n_frames": "int64", "n_usable": "int64"}
+ROWS = 256  # in memory at a time
 
 
 class Embedded(NamedTuple):
@@ -101,7 +101,7 @@ def embed(
     output.parent.mkdir(parents=True, exist_ok=True)
     identity = {"network": _digest(checkpoint), "readouts": list(names), "reading": repr(sorted(reading.items()))}
     kept = output.with_name(f".{output.name}.part")
-    places, refused, width = _resume(kept, identity), [], 0
+    places, refused = _resume(kept, identity), []
     n_resumed = sum(places.get(job.name, (None, 0))[0] == job.stamp for job in jobs)
     with open(kept, "ab") as stream:
         if not stream.tell():
@@ -120,7 +120,7 @@ def embed(
                     stream.flush()
             if progress:
                 progress(i + 1, len(jobs))
-    listing = output.with_name(f"{output.stem}_refused.tsv")
+    listing = refused_listing(output)
     if refused:
         lines = ("\t".join(re.sub(r"\s+", " ", str(v)) for v in r.values()) for r in refused)
         write_text(listing, "\n".join(["file\tproblem\tmessage", *lines]) + "\n")
@@ -128,12 +128,17 @@ def embed(
         listing.unlink(missing_ok=True)
     done = [places[job.name][1] for job in jobs if job.name in places]
     if not done:
-        raise DataError(f"none of {len(jobs)} scans could be used, the first: {refused[0]['message']}", "none")
+        mend = "; `mnemodyn info CHECKPOINT` lists what the network reads" if "parcel" in refused[0]["problem"] else ""
+        raise DataError(f"none of {len(jobs)} scans could be used, the first: {refused[0]['message']}{mend}", "none")
     with open(kept, "rb") as stream:
-        rows = (_at(stream, place) for place in done)
-        width = _write_table(output, rows)
+        width = _write_table(output, stream, done)
     kept.unlink()
     return Embedded(len(done), n_resumed, width, refused)
+
+
+def refused_listing(output: str | Path) -> Path:
+    """Where :func:`embed` lists what it could not use."""
+    return Path(output).with_name(f"{Path(output).stem}_refused.tsv")
 
 
 def _jobs(sources: Sequence[str | Path], pattern: str, reading: dict) -> Iterator[Job]:
@@ -146,11 +151,12 @@ def _jobs(sources: Sequence[str | Path], pattern: str, reading: dict) -> Iterato
             store = Store(path)
             yield from (Job(f"{path}[{i}]", [len(store)], partial(store.__getitem__, i)) for i in range(len(store)))
             continue
+        if not path.exists():
+            raise DataError(f"there is no file or folder {path}", problem="no-file")
         for file in scan_files(path, pattern) if path.is_dir() else [path]:
             if str(file) not in seen:
                 seen.add(str(file))
-                found = file.stat() if file.is_file() else None
-                yield Job(str(file), [found.st_size, found.st_mtime_ns] if found else [], partial(_load, file, reading))
+                yield Job(str(file), [file.stat().st_size, file.stat().st_mtime_ns], partial(_load, file, reading))
     if not sources:
         raise DataError("no scan was named; give files or folders", problem="no-file")
 
@@ -209,32 +215,29 @@ def _resume(path: Path, identity: dict) -> dict[str, tuple[list, int]]:
     return places
 
 
-def _at(stream: Any, place: int) -> list:
-    stream.seek(place)
-    row = json.loads(stream.readline())
-    columns = [f"{name}_{i}" for name, values in row["features"].items() for i in range(len(values))]
-    values = [value for values in row["features"].values() for value in values]
-    return [columns, row["about"], values]
-
-
-def _write_table(output: Path, rows: Iterator[list]) -> int:
-    """Write rows, a few at a time, and return the number of features; the file appears whole."""
-    written = output.with_name(f".{output.name}.{os.getpid()}.tmp")
+def _write_table(output: Path, stream: BinaryIO, places: list[int]) -> int:
+    """Write the rows at these places, a few at a time, and return the number of features; the file appears whole."""
     width = 0
-    try:
-        if output.suffix == ".csv":
-            with open(written, "w", newline="", encoding="utf-8") as stream:
-                table = csv.writer(stream, lineterminator="\n")
-                for columns, about, values in rows:
-                    if not width:
-                        width = len(columns)
-                        table.writerow([*ABOUT, *columns])
-                    table.writerow([*about, *(np.float32(v) for v in values)])
-        else:
-            width = _write_parquet(written, rows)
-        os.replace(written, output)
-    finally:
-        written.unlink(missing_ok=True)
+    writer: Any = None
+    with writing(output) as target:
+        for start in range(0, len(places), ROWS):
+            rows = []
+            for place in places[start : start + ROWS]:
+                stream.seek(place)
+                row = json.loads(stream.readline())
+                features = {f"{k}_{i}": v for k, values in row["features"].items() for i, v in enumerate(values)}
+                rows.append(dict(zip(ABOUT, row["about"], strict=True)) | features)
+            width = len(features)
+            table = pd.DataFrame(rows).astype(dict.fromkeys(features, np.float32) | ABOUT)
+            if output.suffix == ".csv":
+                table.to_csv(target, header=start == 0, index=False, lineterminator="\n")
+                continue
+            pa = _parquet()
+            content = pa.Table.from_pandas(table, preserve_index=False)
+            writer = writer or pa.parquet.ParquetWriter(target, content.schema)
+            writer.write_table(content)
+        if writer is not None:
+            writer.close()
     return width
 
 
@@ -244,34 +247,6 @@ def _parquet() -> Any:
     except ImportError as error:
         raise ValueError("a .parquet needs pyarrow: pip install 'mnemodyn[parquet]', or write a .csv") from error
     return pyarrow
-
-
-def _write_parquet(path: Path, rows: Iterator[list]) -> int:
-    pa, width = _parquet(), 0
-    writer: Any = None
-    waiting: list[list] = []
-    kinds = [pa.string()] * 4 + [pa.float64(), pa.int64(), pa.int64()]
-
-    def flush() -> None:
-        columns = list(zip(*waiting, strict=True))
-        writer.write_table(pa.table([pa.array(c, f.type) for c, f in zip(columns, schema, strict=True)], schema=schema))
-        waiting.clear()
-
-    try:
-        for columns, about, values in rows:
-            if writer is None:
-                width = len(columns)
-                schema = pa.schema([*zip(ABOUT, kinds, strict=True), *((c, pa.float32()) for c in columns)])
-                writer = pa.parquet.ParquetWriter(path, schema)
-            waiting.append([*about, *values])
-            if len(waiting) == ROWS:
-                flush()
-        if waiting:
-            flush()
-    finally:
-        if writer is not None:
-            writer.close()
-    return width
 
 
 @torch.no_grad()
@@ -287,8 +262,8 @@ def reconstruct(
     checkpoint : Checkpoint
     output : str or Path
         ``.ptseries.nii`` or ``.tsv``; a ``.ptseries.nii`` keeps the places of its parcels where `path` states them.
-        Beside it go the censored frames in XCP-D's form and a JSON sidecar; below a folder ``sub-...``, the
-        ``dataset_description.json`` of a BIDS derivative is written where there is none.
+        Beside it go the censored frames in XCP-D's form and a JSON sidecar; what holds a folder ``sub-...`` is made
+        a BIDS derivative where it is none.
     whole : bool
         Write the network's reconstruction of every frame, not of the censored ones only.
     **reading
@@ -307,6 +282,8 @@ def reconstruct(
         If the parcels are not the checkpoint's, or its scaling is not known.
     """
     path = Path(path)
+    if path.is_dir():
+        raise IsADirectoryError(f"{path} is a folder; name the file of one scan")
     scan = _load(path, {"parcels": checkpoint.parcels, **reading})
     checkpoint.check(scan)
     scaling = _scaling(checkpoint)
@@ -332,12 +309,10 @@ def reconstruct(
         columns = read_cifti(path)[1][1]
         axis = columns if isinstance(columns, ParcelsAxis) else None
     output = save_scan(replace(scan, values=values), output, axis=axis)
-    made_by = {"GeneratedBy": [{"Name": "mnemodyn", "Version": version("mnemodyn")}]}
     facts = {"RepetitionTime": scan.t_r, "Sources": [path.name], "NetworkSHA256": _digest(checkpoint)}
-    facts |= {"FilledFrames": np.flatnonzero(filled)}
-    write_json(output.with_name(f"{output.name.split('.')[0]}.json"), facts | made_by)
+    facts |= {"FilledFrames": np.flatnonzero(filled), "GeneratedBy": generated_by()}
+    write_json(output.with_name(f"{output.name.split('.')[0]}.json"), facts)
     root = next((folder.parent for folder in output.parents if folder.name.startswith("sub-")), None)
-    if root is not None and not (root / "dataset_description.json").exists():
-        what = {"Name": "Scans with censored frames filled", "BIDSVersion": "1.10.0", "DatasetType": "derivative"}
-        write_json(root / "dataset_description.json", what | made_by)
+    if root is not None:
+        describe_derivative(root, "Scans with censored frames filled")
     return {"n_frames": scan.n_frames, "n_filled": int(filled.sum())}

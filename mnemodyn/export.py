@@ -79,17 +79,8 @@ def export(checkpoint: Checkpoint, path: str | Path, *, n_timepoints: int | None
             )
             content.write(made.model_proto.SerializeToString())
     write_bytes(path, content.getvalue())
-    write_json(
-        path.with_name(f"{path.name}.json"),
-        {
-            "input": {"x": ["batch", n, config.n_parcels]},
-            "output": {
-                "reconstruction": ["batch", n, config.n_parcels],
-                "latents": ["batch", n, latents.shape[-1]],
-            },
-            "t_r": checkpoint.t_r,
-            "parcels": checkpoint.parcels,
-            "scaling": None if checkpoint.scaling is None else checkpoint.scaling.to_dict(),
-        },
-    )
+    shapes = {"reconstruction": ["batch", n, config.n_parcels], "latents": ["batch", n, latents.shape[-1]]}
+    facts = {"input": {"x": ["batch", n, config.n_parcels]}, "output": shapes, "t_r": checkpoint.t_r}
+    scaling = None if checkpoint.scaling is None else checkpoint.scaling.to_dict()
+    write_json(path.with_name(f"{path.name}.json"), facts | {"parcels": checkpoint.parcels, "scaling": scaling})
     return path

@@ -59,32 +59,28 @@ def find_checkpoint(source: str | Path) -> Source:
         If there is nothing there that can be loaded, or the best is not clear from the names.
     """
     path = Path(source)
-    if path.is_file():
-        if path.suffix == ".ckpt":
-            return Source(path, "reference", _beside(path, "metrics.csv"))
-        if path.name in CHECKPOINT_FILES:
-            return find_checkpoint(path.parent)
+    if not path.exists():
+        raise CheckpointError(f"there is no file or folder {path}")
+    if path.is_file() and path.name in CHECKPOINT_FILES:
+        path = path.parent
+    for folder in (path, path / "best"):
+        if (folder / "config.json").is_file():
+            return Source(folder, "none", _beside(folder / "config.json", "history.csv"))
+    if (path / "run.json").is_file():
+        raise CheckpointError(f"{path} is a run without best/: let its training come to its end, then try again")
+    if path.is_file() and path.suffix != ".ckpt":
         raise CheckpointError(
             f"{path} is no checkpoint: expected its folder, its config.json or model.safetensors, or a .ckpt"
         )
-    if not path.is_dir():
-        raise CheckpointError(f"there is no file or folder {path}")
-    if (path / "config.json").is_file():
-        return Source(path, "none", _beside(path / "config.json", "history.csv"))
-    if (path / "best" / "config.json").is_file():
-        return Source(path / "best", "none", _beside(path / "best" / "config.json", "history.csv"))
-    if (path / "run.json").is_file():
-        raise CheckpointError(f"{path} is a run without best/: let its training come to its end, then try again")
-    found = [p for p in sorted(path.rglob("*.ckpt")) if p.stem != "last"]
-    if len(found) == 1:
-        return Source(found[0], "reference", _beside(found[0], "metrics.csv"))
-    scored = [(match[-1], p) for p in found if (match := BEST.findall(p.stem))]
-    if not found or len(scored) < len(found) or len({name for (name, _), _ in scored}) > 1:
-        what = f"{len(found)} .ckpt files that do not all name one validation metric" if found else "no checkpoint"
-        raise CheckpointError(f"{path} holds {what}; name the checkpoint itself")
-    sign = -1 if LARGER_IS_BETTER.search(scored[0][0][0]) else 1
-    best = min(scored, key=lambda item: sign * float(item[0][1]))[1]
-    return Source(best, "reference", _beside(best, "metrics.csv"))
+    found = [path] if path.is_file() else [p for p in sorted(path.rglob("*.ckpt")) if p.stem != "last"]
+    if len(found) != 1:
+        scored = [(match[-1], p) for p in found if (match := BEST.findall(p.stem))]
+        if not found or len(scored) < len(found) or len({name for (name, _), _ in scored}) > 1:
+            what = f"{len(found)} .ckpt files that do not all name one validation metric" if found else "no checkpoint"
+            raise CheckpointError(f"{path} holds {what}; name the checkpoint itself")
+        sign = -1 if LARGER_IS_BETTER.search(scored[0][0][0]) else 1
+        found = [min(scored, key=lambda item: sign * float(item[0][1]))[1]]
+    return Source(found[0], "reference", _beside(found[0], "metrics.csv"))
 
 
 def _beside(path: Path, name: str) -> Path | None:
@@ -97,10 +93,7 @@ def from_pretrained(
     compat: Literal["none", "reference"] = "none",
     revision: str | None = None,
     subfolder: str = "",
-    token: str | bool | None = None,
-    cache_dir: str | Path | None = None,
-    force_download: bool = False,
-    local_files_only: bool = False,
+    **download: Any,
 ) -> Checkpoint:
     """Load a checkpoint from the hub, a folder or a file; nothing in it is executed.
 
@@ -115,8 +108,9 @@ def from_pretrained(
         Branch, tag or commit.
     subfolder : str
         Folder of the repository or path that holds the checkpoint.
-    token, cache_dir, force_download, local_files_only
-        As in ``huggingface_hub``. By default the token is ``HF_TOKEN`` or that of ``hf auth login``.
+    **download
+        ``token``, ``cache_dir``, ``force_download`` and so on, as in ``huggingface_hub.snapshot_download``. By default
+        the token is ``HF_TOKEN`` or that of ``hf auth login``.
 
     Returns
     -------
@@ -137,18 +131,8 @@ def from_pretrained(
         wanted = CHECKPOINT_FILES if compat == "none" else ("*.ckpt", "hparams.yaml")
         inside = f"{subfolder}/" if subfolder else ""
         with _explained(str(name_or_path), revision):
-            path = Path(
-                snapshot_download(
-                    str(name_or_path),
-                    revision=revision,
-                    allow_patterns=[inside + name for name in wanted],  # * matches / too
-                    token=token,
-                    cache_dir=cache_dir,
-                    force_download=force_download,
-                    local_files_only=local_files_only,
-                    library_name="mnemodyn",
-                )
-            )
+            patterns = [inside + name for name in wanted]  # * matches / too
+            path = Path(snapshot_download(str(name_or_path), revision=revision, allow_patterns=patterns, **download))
         if not (path / subfolder).is_dir():
             raise CheckpointError(
                 f"{name_or_path} on the hub has no {' and '.join(wanted)} in its folder {subfolder or '/'}"
@@ -156,8 +140,8 @@ def from_pretrained(
             )
     found = find_checkpoint(path / subfolder if subfolder else path)
     if found.compat != compat:
-        mend = "load it without compat" if found.compat == "none" else "load it with compat='reference'"
-        raise CheckpointError(f"{found.checkpoint}: not a checkpoint of compat={compat!r}; {mend}")
+        mend = "without compat" if found.compat == "none" else "with compat='reference' (--compat reference)"
+        raise CheckpointError(f"{found.checkpoint}: not a checkpoint of compat={compat!r}; load it {mend}")
     return load_checkpoint(found.checkpoint, compat=compat)
 
 
@@ -282,9 +266,7 @@ def write_folder(
             rows += _results(Path(path).stem, json.loads(Path(path).read_text(encoding="utf-8")))
         except ValueError as error:
             raise CheckpointError(f"{path}: not a JSON of results ({error})") from error
-    if not keep_participants:
-        checkpoint = replace(checkpoint, training=_without_people(checkpoint.training))
-    _write(checkpoint, folder, repo_id, subfolder, licence, rows)
+    _write(checkpoint, folder, (repo_id, subfolder, licence), rows, keep_participants)
     if metrics is not None:
         shutil.copyfile(metrics, folder / "history.csv")
     return folder
@@ -303,105 +285,89 @@ def save_network(model: Any, folder: Path) -> None:
             "this network does not know its parcels, scaling and repetition time; save it with "
             "mnemodyn.save_checkpoint, and publish that folder with `mnemodyn publish`, or set model.checkpoint"
         )
-    checkpoint = replace(model.checkpoint, model=model)
-    checkpoint = replace(checkpoint, training=_without_people(checkpoint.training))
-    _write(checkpoint, folder, "NAME/MODEL", "", "mit", [])
+    _write(replace(model.checkpoint, model=model), folder, ("NAME/MODEL", "", "mit"), [], False)
 
 
-def _without_people(training: dict) -> dict:
-    return {f"n_{k}" if k in PEOPLE else k: len(v) if k in PEOPLE else v for k, v in training.items()}
-
-
-def _write(checkpoint: Checkpoint, folder: Path, repo_id: str, subfolder: str, licence: str, rows: list[dict]) -> None:
+def _write(checkpoint: Checkpoint, folder: Path, names: tuple[str, str, str], rows: list[dict], people: bool) -> None:
+    """A checkpoint, its parcels and its card; names are the repository, the folder in it, and the licence."""
+    if not people:
+        training = {
+            f"n_{k}" if k in PEOPLE else k: len(v) if k in PEOPLE else v for k, v in checkpoint.training.items()
+        }
+        checkpoint = replace(checkpoint, training=training)
     save_checkpoint(folder, checkpoint)
     if checkpoint.parcels is not None:
         lines = [f"{i}\t{name}" for i, name in enumerate(checkpoint.parcels)]
         write_text(folder / "parcels.tsv", "\n".join(["index\tname", *lines]) + "\n")
-    write_text(folder / "README.md", str(card(checkpoint, repo_id, subfolder, licence, rows)))
+    write_text(folder / "README.md", str(card(checkpoint, *names, rows)))
 
 
-def _results(name: str, content: Any, path: tuple[str, ...] = ()) -> list[dict]:
+def _results(name: str, content: Any) -> list[dict]:
     """Rows for the card: every number of a results' JSON under `r2_hidden`, with its interval, else its top level."""
-    if "r2_hidden" in content:
-        intervals, n = content.get("r2_hidden_interval", {}), content.get("n_participants")
-        where = f"{n} held-out participants" if n else "held-out participants"
-        return [
-            {
-                "name": f"R² of hidden entries, {method}",
-                "value": value,
-                "interval": intervals.get(method),
-                "on": where,
-                "baseline": method != "model",
-            }
-            for method, value in content["r2_hidden"].items()
-        ]
     if not isinstance(content, dict):
         raise ValueError(f"expected a mapping, got {type(content).__name__}")
-    return [
-        {"name": key, "value": value, "interval": content.get(f"{key}_interval"), "on": name}
-        for key, value in content.items()
-        if isinstance(value, (int, float)) and not isinstance(value, bool)
-    ]
+    if "r2_hidden" in content:
+        intervals, n = content.get("r2_hidden_interval", {}), content.get("n_participants")
+        name = f"{n} held-out participants" if n else "held-out participants"
+        found = [
+            (f"R² of hidden entries, {k}", v, intervals.get(k), k == "model") for k, v in content["r2_hidden"].items()
+        ]
+    else:
+        numbers = {k: v for k, v in content.items() if isinstance(v, (int, float)) and not isinstance(v, bool)}
+        found = [(k, v, content.get(f"{k}_interval"), True) for k, v in numbers.items()]
+    return [dict(zip(("name", "value", "interval", "ours"), row, strict=True)) | {"on": name} for row in found]
 
 
 def card(checkpoint: Checkpoint, repo_id: str, subfolder: str, licence: str, rows: list[dict]) -> ModelCard:
     """The model card: metadata that the hub reads, and what a person should know before use."""
     config, training = checkpoint.model.config, checkpoint.training
+    scores = [
+        EvalResult(
+            task_type="feature-extraction",
+            dataset_type="resting-state-fmri",
+            dataset_name=row["on"],
+            metric_type="r_squared" if "R²" in row["name"] else "score",
+            metric_name=row["name"],
+            metric_value=row["value"],
+        )
+        for row in rows
+        if row["ours"]  # a baseline's score is no result of this network
+    ]
     data = ModelCardData(
         license=licence,
         library_name="mnemodyn",
         pipeline_tag="feature-extraction",
         tags=["fmri", "neuroimaging", "neural-operator", "wavelet"],
         model_name=repo_id.rpartition("/")[2],
-        eval_results=[
-            EvalResult(
-                task_type="feature-extraction",
-                dataset_type="resting-state-fmri",
-                dataset_name=row["on"],
-                metric_type="r_squared" if "R²" in row["name"] else "score",
-                metric_name=row["name"],
-                metric_value=row["value"],
-            )
-            for row in rows
-            if not row.get("baseline")
-        ]
-        or None,
+        eval_results=scores or None,
     )
-    people = {k.removeprefix("n_"): v for k, v in _without_people(training).items()}
-    chosen = {k: v for k, v in training.items() if k.startswith("val_") and isinstance(v, float)}
     unknown = "not recorded in the checkpoint"
-    n_parameters = sum(p.numel() for p in checkpoint.model.parameters())
+    people = [len(training[k]) if k in training else training.get(f"n_{k}") for k in PEOPLE]
     facts = {
-        "network": f"{n_parameters:,} parameters, {config.n_blocks} operator blocks, {config.n_channels} channels, "
-        f"wavelet {config.wavelet}, {config.n_levels} levels",
+        "network": f"{sum(p.numel() for p in checkpoint.model.parameters()):,} parameters, {config.n_blocks} operator "
+        f"blocks, {config.n_channels} channels, wavelet {config.wavelet}, {config.n_levels} levels",
         "reads": f"{config.n_parcels} parcels"
         + (" in the order of parcels.tsv" if checkpoint.parcels else f" (names and order {unknown})"),
         "repetition time": f"{checkpoint.t_r:g} s" if checkpoint.t_r else unknown,
         "scaling": checkpoint.scaling.method if checkpoint.scaling else unknown,
-        "trained on": f"{people['train_participants']} participants, {people['validation_participants']} to choose it; "
+        "trained on": f"{people[0]} participants, {people[1]} to choose it; "
         f"fingerprint of the data {checkpoint.data_fingerprint}"
-        if "train_participants" in people
+        if people[0] is not None
         else unknown,
         "objective": _words(training.get("objective")) or unknown,
         "optimisation": _words(training.get("settings")) or unknown,
     }
-    extra = "".join(f', {k}="{v}"' for k, v in {"subfolder": subfolder}.items() if v)
-    table = [
-        f"| {row['name']} | {row['value']:.3f} | "
-        + (f"{row['interval'][0]:.3f} to {row['interval'][1]:.3f}" if row["interval"] else "not given")
-        + f" | {row['on']} |"
-        for row in rows
-    ]
-    results = (
-        ["| measure | value | 95 % interval | on |", "| --- | --- | --- | --- |", *table]
-        if rows
-        else ["No results on held-out participants were published with these weights."]
-    )
-    if chosen:
-        results += [
-            "",
-            f"On the validation participants, which chose this checkpoint: {_words(chosen)}. Expect less elsewhere.",
-        ]
+    results = ["No results on held-out participants were published with these weights."]
+    if rows:
+        results = ["| measure | value | 95 % interval | on |", "| --- | --- | --- | --- |"]
+    for row in rows:
+        ends = "{:.3f} to {:.3f}".format(*row["interval"]) if row["interval"] else "not given"
+        results.append(f"| {row['name']} | {row['value']:.3f} | {ends} | {row['on']} |")
+    if chosen := {k: v for k, v in training.items() if k.startswith("val_") and isinstance(v, float)}:
+        results.append(
+            f"\nOn the validation participants, which chose this checkpoint: {_words(chosen)}. Expect less elsewhere."
+        )
+    place = (f', subfolder="{subfolder}"', f" --subfolder {subfolder}") if subfolder else ("", "")
     return ModelCard(f"""---
 {data.to_yaml()}
 ---
@@ -420,13 +386,13 @@ A network that reads a parcellated resting-state fMRI scan: operators on a wavel
 from mnemodyn import from_pretrained, load_scan
 from mnemodyn.evaluate.readout import readout
 
-checkpoint = from_pretrained("{repo_id}"{extra})
+checkpoint = from_pretrained("{repo_id}"{place[0]})
 scan = load_scan("sub-01_task-rest.ptseries.nii")
 checkpoint.check(scan)
 vector = readout(checkpoint.model, checkpoint.scaling(scan), scan.t_r, "latent_sd")
 ```
 
-From a shell: `mnemodyn embed scans/ -o embeddings.csv --checkpoint {repo_id}{f" --subfolder {subfolder}" if subfolder else ""}`.
+From a shell: `mnemodyn embed scans/ -o embeddings.csv --checkpoint {repo_id}{place[1]}`.
 The weights are safetensors; loading executes nothing.
 
 ## Results
@@ -455,31 +421,33 @@ def _explained(repo_id: str, revision: str | None) -> Iterator[None]:
     """Whatever the hub's library raises becomes one sentence that says what to do."""
     try:
         yield
-    except hub_errors.RevisionNotFoundError as error:
-        raise HubError(f"{repo_id} has no revision {revision!r}; look at its branches and tags") from error
-    except hub_errors.RepositoryNotFoundError as error:
-        raise HubError(
-            f"{repo_id}: no such repository for this token. Check the name; if it is private, {LOGIN}"
-        ) from (error)
-    except hub_errors.LocalTokenNotFoundError as error:
-        raise HubError(f"{repo_id}: no token; {LOGIN}") from error
-    except hub_errors.HfHubHTTPError as error:
-        status = error.response.status_code if error.response is not None else None
-        if status in (401, 403):
-            raise HubError(f"{repo_id}: the hub refused the token (status {status}); {LOGIN}") from error
-        raise HubError(f"{repo_id}: the hub answered with an error (status {status}): {_first_line(error)}") from error
     except hub_errors.HFValidationError as error:
         raise HubError(f"{repo_id!r} is no NAME/MODEL of the hub: {_first_line(error)}") from error
-    except (hub_errors.OfflineModeIsEnabled, hub_errors.LocalEntryNotFoundError, httpx2.TransportError) as error:
-        raise HubError(
-            f"{repo_id}: {constants.ENDPOINT} was not reached and no copy is here ({_first_line(error)}); check the "
-            "connection, HF_ENDPOINT and HF_HUB_OFFLINE, and try again"
-        ) from error
-    except (RuntimeError, OSError) as error:
-        raise HubError(
-            f"{repo_id}: the transfer broke off ({_first_line(error.__cause__ or error)}); nothing was changed "
-            "there, run the same command again"
-        ) from error
+    except (hub_errors.HfHubHTTPError, httpx2.TransportError, RuntimeError, OSError, ValueError) as error:
+        raise HubError(f"{repo_id}: {_mend(error, revision)}") from error
+
+
+def _mend(error: Exception, revision: str | None) -> str:
+    said, status = _first_line(error), getattr(getattr(error, "response", None), "status_code", None)
+    if isinstance(error, hub_errors.RevisionNotFoundError):
+        return f"has no revision {revision!r}; look at its branches and tags"
+    if isinstance(error, hub_errors.RepositoryNotFoundError):
+        return f"no such repository for this token. Check the name; if it is private, {LOGIN}"
+    if isinstance(error, hub_errors.LocalTokenNotFoundError):
+        return f"no token; {LOGIN}"
+    if status in (401, 403):
+        return f"the hub refused the token (status {status}); {LOGIN}"
+    if isinstance(error, (hub_errors.OfflineModeIsEnabled, hub_errors.LocalEntryNotFoundError, httpx2.TransportError)):
+        return (
+            f"{constants.ENDPOINT} was not reached and no copy is here ({said}); check the connection, HF_ENDPOINT and "
+            "HF_HUB_OFFLINE, and try again"
+        )
+    if isinstance(error, hub_errors.HfHubHTTPError):
+        return f"the hub answered with an error (status {status}): {said}"
+    if isinstance(error, ValueError):
+        return f"the hub refused the model card: {' '.join(str(error).split())}"
+    said = _first_line(error.__cause__ or error)
+    return f"the transfer broke off ({said}); nothing was changed there, run the same command again"
 
 
 def _first_line(error: BaseException) -> str:

@@ -61,16 +61,15 @@ def check_settings(config: Any) -> None:
     """
     for f in fields(config):
         value, kind = getattr(config, f.name), f.type
-        if options := get_args(kind) if get_origin(kind) is Literal else ():
-            if value not in options:
-                raise ValueError(f"{f.name} must be one of {', '.join(map(str, options))}, got {value!r}")
-        elif kind in (int, float, bool, str):
-            if not isinstance(value, (float, int) if kind is float else kind) or isinstance(value, bool) != (
-                kind is bool
-            ):
-                raise ValueError(f"{f.name} must be {kind.__name__}, got {value!r}")
-            if kind in (int, float) and not 0 <= value < float("inf"):
-                raise ValueError(f"{f.name} must be positive or 0, and finite, got {value}")
+        if get_origin(kind) is Literal and value not in get_args(kind):
+            raise ValueError(f"{f.name} must be one of {', '.join(map(str, get_args(kind)))}, got {value!r}")
+        if kind not in (int, float, bool, str):
+            continue
+        fits = isinstance(value, (int, float)) if kind is float else isinstance(value, kind)  # type: ignore[arg-type]
+        if not fits or isinstance(value, bool) != (kind is bool):
+            raise ValueError(f"{f.name} must be {kind.__name__}, got {value!r}")  # type: ignore[union-attr]
+        if isinstance(value, (int, float)) and not 0 <= value < float("inf"):
+            raise ValueError(f"{f.name} must be positive or 0, and finite, got {value}")
 
 
 def read_yaml(text: str) -> Any:
@@ -107,8 +106,7 @@ def read_yaml(text: str) -> Any:
 def read_parameters(notebook: Any) -> dict[str, Any]:
     """Return the names and default values of a notebook's cell tagged ``parameters``.
 
-    They are read from the cell's syntax tree rather than with `papermill.inspect_notebook`, which
-    works line by line and misses a list written over several.
+    `papermill.inspect_notebook` works line by line and misses a list written over several.
 
     Parameters
     ----------
@@ -159,17 +157,14 @@ def check_parameters(known: Mapping[str, Any], given: Mapping[str, Any]) -> dict
     ParameterError
         An unknown name, a value of another type or one that JSON cannot hold (NaN, infinities).
     """
-    checked = {}
-    for name, value in given.items():
+    for name in given:
         if name not in known:
             raise unknown("parameter", name, known)
-        checked[name] = _convert(name, known[name], value)
-    return checked
+    return {name: _convert(name, known[name], value) for name, value in given.items()}
 
 
 def _convert(name: str, default: Any, value: Any) -> Any:
-    kind = type(default)
-    given = value
+    kind, given = type(default), value
     if isinstance(value, os.PathLike):
         value = os.fspath(value)
     if isinstance(value, str) and kind is not str:

@@ -11,6 +11,7 @@ import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from datetime import UTC, datetime
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -41,10 +42,8 @@ def run_notebook(
     notebook: str | os.PathLike,
     output: str | os.PathLike,
     parameters: Mapping[str, Any] | None = None,
-    *,
-    kernel_name: str = "python3",
 ) -> dict:
-    """Run ``notebook`` from start to end and keep it, executed, as ``output``.
+    """Run ``notebook`` from start to end, by the caller's interpreter, and keep it, executed, as ``output``.
 
     The executed notebook holds nothing of the clock, the process or the machine: two runs with
     equal results are equal byte for byte. Those facts go to ``<output stem>.manifest.json``
@@ -59,9 +58,6 @@ def run_notebook(
         Where the executed notebook goes.
     parameters : mapping, optional
         Values that replace defaults, see `check_parameters`.
-    kernel_name : str, default "python3"
-        ``"python3"`` is always the interpreter of the caller, whatever kernels the machine has
-        registered under that name; any other name is looked up among the registered ones.
 
     Returns
     -------
@@ -96,7 +92,6 @@ def run_notebook(
 
     record = output.with_suffix(".manifest.json")
     partial = output.with_name(f".{output.stem}.running.ipynb")
-    started = datetime.now(UTC)
     clock = time.monotonic()
     manifest = {
         "notebook": _shown(notebook),
@@ -105,14 +100,14 @@ def run_notebook(
         "status": "running",
         "error": None,
         "seconds": None,
-        "started": started.isoformat(timespec="seconds"),
+        "started": datetime.now(UTC).isoformat(timespec="seconds"),
         **surroundings(),
     }
     write_json(record, manifest)
 
     failure: dict | None = None
     try:
-        _execute(source, partial, given, kernel_name)
+        _execute(source, partial, given)
     except KeyboardInterrupt:
         failure = {"type": "Interrupted", "message": "interrupted before its end", "cell": None}
     except Exception as error:
@@ -161,7 +156,7 @@ def _read(path: Path) -> Any:
     return notebook
 
 
-def _execute(source: Any, partial: Path, parameters: dict, kernel_name: str) -> None:
+def _execute(source: Any, partial: Path, parameters: dict) -> None:
     import logging
 
     with warnings.catch_warnings(), _terminating():
@@ -184,8 +179,7 @@ def _execute(source: Any, partial: Path, parameters: dict, kernel_name: str) -> 
 
             def _kernel_spec_manager_default(self) -> KernelSpecManager:
                 # With no folder to look in, "python3" is the kernel of sys.executable.
-                own: dict[str, list] = {"kernel_dirs": []} if kernel_name == "python3" else {}
-                return KernelSpecManager(parent=self, **own)
+                return KernelSpecManager(parent=self, kernel_dirs=[])
 
         logging.getLogger("papermill").setLevel(logging.CRITICAL)
         logging.getLogger("asyncio").setLevel(logging.CRITICAL)
@@ -195,7 +189,7 @@ def _execute(source: Any, partial: Path, parameters: dict, kernel_name: str) -> 
                 # papermill formats its paths, so that a brace in a folder's name would fail.
                 str(partial.absolute()).replace("{", "{{").replace("}", "}}"),
                 parameters,
-                kernel_name=kernel_name,
+                kernel_name="python3",
                 language="python",
                 progress_bar=False,
                 start_timeout=180,  # a busy node may take more than the usual 60 seconds
@@ -207,13 +201,7 @@ def _execute(source: Any, partial: Path, parameters: dict, kernel_name: str) -> 
 
 @contextmanager
 def _kernel_environment() -> Iterator[str]:
-    """Set what a kernel inherits so that it does the same on every machine, then put it back.
-
-    Yields
-    ------
-    str
-        A private temporary folder.
-    """
+    """Set what a kernel inherits so that it does the same on every machine, and give it a temporary folder."""
     before = dict(os.environ)
     with tempfile.TemporaryDirectory(prefix="mnemodyn-") as folder:
         os.environ.setdefault("SOURCE_DATE_EPOCH", "0")  # no dates in figures
@@ -256,8 +244,7 @@ def _describe(error: Exception) -> dict:
     from papermill.exceptions import PapermillExecutionError
 
     if isinstance(error, PapermillExecutionError):
-        message = _clean(error.evalue)
-        return {"type": error.ename, "message": message, "cell": error.cell_index}
+        return {"type": error.ename, "message": _clean(error.evalue), "cell": error.cell_index}
     if isinstance(error, DeadKernelError):
         return {"type": "KernelDied", "message": _DIED, "cell": None}
     return {"type": type(error).__name__, "message": _clean(str(error)), "cell": None}
@@ -269,17 +256,7 @@ def _clean(text: str) -> str:
 
 
 def _tidy(path: Path) -> tuple[Any, int | None, list[dict]]:
-    """Read papermill's notebook and strip it of all that differs from run to run.
-
-    Returns
-    -------
-    notebook : nbformat.NotebookNode or None
-        None where papermill had not come to write it.
-    running : int or None
-        Index of the code cell that was begun last.
-    seconds : list of dict
-        ``cell`` and ``seconds`` of every code cell that was begun.
-    """
+    """Papermill's notebook, if it wrote one, without what differs from run to run; the cell begun last; seconds."""
     import nbformat
     from papermill.execute import remove_error_markers
 
@@ -306,28 +283,21 @@ def _tidy(path: Path) -> tuple[Any, int | None, list[dict]]:
 
 
 def _merge(outputs: list) -> list:
-    """Join neighbouring streams, standard output first.
-
-    Where a stream is cut, and how the two interleave, depends on when the kernel flushes.
-    """
+    """Join neighbouring streams, standard output first: how the kernel cuts and mixes them depends on the moment."""
     merged: list = []
-    streams: dict = {}
-    for output in [*outputs, None]:
-        if output is not None and output.output_type == "stream":
-            if output.name in streams:
-                streams[output.name].text += output.text
-            else:
-                streams[output.name] = output
+    for is_stream, group in groupby(outputs, key=lambda output: output.output_type == "stream"):
+        found = list(group)
+        if is_stream:
+            for name in ("stdout", "stderr"):
+                if parts := [output for output in found if output.name == name]:
+                    parts[0].text = _clean("".join(part.text for part in parts))
+                    merged.append(parts[0])
             continue
-        for stream in (streams[name] for name in ("stdout", "stderr") if name in streams):
-            stream.text = _clean(stream.text)
-            merged.append(stream)
-        streams = {}
-        if output is not None:
+        for output in found:
             if output.output_type == "error":
                 output.evalue = _clean(output.evalue)
                 output.traceback = [_clean(line) for line in output.traceback]
-            merged.append(output)
+        merged += found
     return merged
 
 

@@ -11,10 +11,13 @@ from urllib.parse import parse_qs, unquote, urlsplit
 import yaml
 
 TOKEN = "hf_loopback"
+# Some of the identifiers that the hub knows (its documentation: Licenses, Model cards).
+LICENCES = {"mit", "apache-2.0", "bsd-3-clause", "cc0-1.0", "cc-by-4.0", "cc-by-nc-4.0", "gpl-3.0", "openrail", "other"}
+TASKS = {"feature-extraction", "tabular-classification", "time-series-forecasting", "image-classification"}
 
 
 class Hub(ThreadingHTTPServer):
-    """Repositories in memory. `broken` names what goes wrong: ``upload`` breaks off every upload of a large file."""
+    """Repositories in memory. `broken` is where the line breaks: ``/lfs/``, of a large file, or ``/commit/``."""
 
     daemon_threads = True
 
@@ -64,7 +67,7 @@ class Handler(BaseHTTPRequestHandler):
         address = urlsplit(self.path)
         path = unquote(address.path)
         self.server.log.append((self.command, path))
-        if self.command == "PUT" and self.server.broken == "upload":
+        if self.server.broken and self.server.broken in path:
             self.rfile.read(100)
             self.close_connection = True
             self.connection.close()
@@ -126,6 +129,10 @@ class Handler(BaseHTTPRequestHandler):
         if match:
             data = yaml.safe_load(match[1])
             errors += [f"{key} must be text" for key in ("license", "library_name") if not isinstance(data[key], str)]
+            allowed = {"license": LICENCES, "pipeline_tag": TASKS}
+            errors += [
+                f'"{key}" must be one of {sorted(known)}' for key, known in allowed.items() if data[key] not in known
+            ]
             for model in data.get("model-index", []):
                 errors += ["model-index without a name"] * ("name" not in model)
                 for result in model["results"]:

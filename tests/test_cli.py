@@ -4,12 +4,14 @@ import io
 import json
 import subprocess
 import sys
+import warnings
 from importlib.metadata import version
 from pathlib import Path
 
 import nbformat
 import pytest
 
+from mnemodyn import cli
 from mnemodyn.cli import main
 
 
@@ -103,6 +105,54 @@ def test_the_command_line_starts_without_heavy_imports():
     )
     root = Path(__file__).resolve().parents[1]
     assert subprocess.run([sys.executable, "-c", code], cwd=root).returncode == 0
+
+
+def test_notebook_opens_jupyterlab(monkeypatch, tmp_path, capsys):
+    root = Path(__file__).parents[1]
+    monkeypatch.chdir(root / "notebooks")
+    assert main(["notebook", "pretrian"]) == 2
+    assert "there is no notebooks/pretrian.ipynb; notebooks/ has " in capsys.readouterr().err
+    ran = []
+    monkeypatch.setattr("mnemodyn.cli.find_spec", lambda _: True)
+    monkeypatch.setattr(subprocess, "run", lambda words, cwd, check: ran.append((words, cwd)) or Ended(3))
+    assert main(["notebook", "pretrain", "--no-browser"]) == 1, "JupyterLab's own status is not passed for a success"
+    (words, cwd) = ran[0]
+    assert words[:4] == [sys.executable, "-m", "jupyterlab", f"--notebook-dir={root}"]
+    assert {"--LabApp.default_url=/lab/tree/notebooks/pretrain.ipynb", "--no-browser"} <= set(words)
+    assert cwd == root
+    monkeypatch.setattr("mnemodyn.cli.find_spec", lambda _: None)
+    assert main(["notebook"]) == 1
+    assert "this needs jupyterlab: pip install 'mnemodyn[lab]'" in capsys.readouterr().err
+    monkeypatch.chdir(tmp_path)
+    assert main(["notebook"]) == 2
+
+
+class Ended:
+    def __init__(self, returncode):
+        self.returncode = returncode
+
+
+def test_what_a_program_reads_is_json(notebook, capsys):
+    assert main(["run", notebook, "out.ipynb", "--json"]) == 0
+    printed = capsys.readouterr()
+    assert json.loads(printed.out) == json.loads(Path("out.manifest.json").read_text())
+    assert main(["simulate", "abide", "s", "--participants", "12", "--frames", "60", "--parcels", "20", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == json.loads(Path("s/simulated.json").read_text())
+    assert main(["convert", "abide", "s", "store", "--json"]) == 0
+    printed = capsys.readouterr()
+    assert json.loads(printed.out)["n_scans"] > 0
+    assert printed.err == "", "no bar where nobody looks"
+
+
+def test_an_interruption_is_no_traceback(monkeypatch, capsys):
+    def stop(_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setitem(cli.COMMANDS, "info", cli.COMMANDS["info"]._replace(run=stop))
+    monkeypatch.setattr(sys, "argv", ["mnemodyn", "info", "x"])
+    with warnings.catch_warnings():
+        assert main() == 130
+    assert capsys.readouterr().err == "mnemodyn: interrupted\n"
 
 
 @pytest.mark.parametrize(

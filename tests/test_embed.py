@@ -9,6 +9,7 @@ import resource
 import subprocess
 import sys
 import time
+from fnmatch import fnmatch
 from pathlib import Path
 
 import numpy as np
@@ -162,14 +163,18 @@ def test_censored_frames_are_filled(checkpoint, tmp_path, capsys):
     damaged = values.copy()
     damaged[censored] += 500
     path = save_scan(Scan("sub-1", damaged, 0.8, PARCELS, censored=censored), tmp_path / "sub-1.ptseries.nii")
-    output = tmp_path / "out" / "sub-1" / "func" / "sub-1.ptseries.nii"
+    output = tmp_path / "out" / "sub-1" / "func" / "sub-1_timeseries.ptseries.nii"
     assert main(["reconstruct", str(path), "-o", str(output), "-c", str(checkpoint)]) == 0
     assert capsys.readouterr().out == f"{output}: 3 of 60 frames filled\n"
     filled = load_scan(output)
-    assert json.loads((output.parent / "sub-1.json").read_text())["FilledFrames"] == [10, 11, 30]
+    assert json.loads((output.parent / "sub-1_timeseries.json").read_text())["FilledFrames"] == [10, 11, 30]
     described = json.loads((tmp_path / "out" / "dataset_description.json").read_text())
     assert described["DatasetType"] == "derivative"
     assert {"Name", "BIDSVersion", "GeneratedBy"} <= set(described)
+    unnamed = (tmp_path / "out" / ".bidsignore").read_text().split()
+    files = [p.name for p in (tmp_path / "out").rglob("sub-1*") if p.is_file()]
+    assert len(files) == 3
+    assert all(any(fnmatch(name, pattern) for pattern in unnamed) for name in files), "BIDS has no names for these yet"
     assert np.array_equal(filled.values[~censored], values[~censored])
     assert np.array_equal(filled.censored, censored)
     trained = load_checkpoint(checkpoint)
@@ -203,18 +208,24 @@ class Bomb:
 
 
 WRONG = {
+    "too few parcels": "expected 6 parcels, got 5; `mnemodyn info CHECKPOINT` lists what the network reads",
     "other parcels": "other names: column 1 is 'q0', expected 'p0'",
     "another order": "the same names in another order: column 1 is 'p5', expected 'p0'",
     "milliseconds": "t_r must be in seconds, at most 20; 800 looks like milliseconds (0.8 s)",
     "truncated checkpoint": "damaged: its SHA-256 is",
     "pickle bomb": "nothing in it was executed",
     "no token": "hf auth login",
-    "full disk": "No space left on device",
-    "unwritable folder": "Permission denied",
+    "full disk": "e.csv: No space left on device; make room there or name another place",
+    "full disk half-way": "e.csv: No space left on device; make room there or name another place",
+    "unwritable folder": "Permission denied; name a place that you may read and write",
     "no scans": "no file ending in _timeseries.tsv",
     "a folder for a file": "is a folder; name the file to write",
     "another ending": "output must end in .csv or .parquet",
     "unknown read-out": "read-out must be one of",
+    "a scan that is not there": "there is no file or folder",
+    "a folder for a scan": "is a folder; name the file of one scan",
+    "a file for a folder": "File exists; name a folder in its place",
+    "no such device": "--device must be cpu, or cuda where PyTorch finds one, got 'gpu'",
 }
 
 
@@ -224,7 +235,9 @@ def test_holding_it_wrong_names_the_mend(how, checkpoint, tmp_path, monkeypatch,
     scan = _scan(tmp_path)
     output, model, more = tmp_path / "e.csv", checkpoint, []
     words = None
-    if how == "other parcels":
+    if how == "too few parcels":
+        scan = _scan(tmp_path, PARCELS[:5])
+    elif how == "other parcels":
         scan = _scan(tmp_path, [f"q{i}" for i in range(6)])
     elif how == "another order":
         scan = _scan(tmp_path, PARCELS[::-1])
@@ -247,12 +260,12 @@ def test_holding_it_wrong_names_the_mend(how, checkpoint, tmp_path, monkeypatch,
         monkeypatch.setattr(huggingface_hub.constants, "HF_TOKEN_PATH", str(tmp_path / "token"))
         monkeypatch.delenv("HF_TOKEN", raising=False)
         words = ["publish", str(checkpoint), "--repo-id", "lab/tiny"]
-    elif how == "full disk":
+    elif how.startswith("full disk"):
 
         def full(*_):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-        monkeypatch.setattr(mnemodyn.embed.os, "replace", full)
+        monkeypatch.setattr(*((os, "replace") if how == "full disk" else (mnemodyn.embed, "_resume")), full)
     elif how == "unwritable folder":
         folder = tmp_path / "closed"
         folder.mkdir(mode=0o500)
@@ -267,6 +280,14 @@ def test_holding_it_wrong_names_the_mend(how, checkpoint, tmp_path, monkeypatch,
         output = tmp_path / "e.xlsx"
     elif how == "unknown read-out":
         more = ["--readout", "nonsense"]
+    elif how == "a scan that is not there":
+        scan = tmp_path / "sub-9_timeseries.tsv"
+    elif how == "a folder for a scan":
+        words = ["reconstruct", str(tmp_path), "-o", str(tmp_path / "sub-1_timeseries.tsv"), "-c", str(model)]
+    elif how == "a file for a folder":
+        output = scan / "e.csv"
+    elif how == "no such device":
+        more = ["--device", "gpu"]
     words = words or ["embed", str(scan), "-o", str(output), "-c", str(model), *more]
     status = main(words)
     message = capsys.readouterr().err

@@ -197,14 +197,32 @@ def test_settings_beside_a_draft_without(tmp_path):
     assert (folder / "history.csv").read_text() == "a\n1\n"
 
 
-def test_an_interrupted_upload_commits_nothing(run, hub):
-    hub.broken = "upload"
+@pytest.mark.parametrize("where", ["/lfs/", "/commit/"])
+def test_an_interrupted_upload_commits_nothing(run, hub, where):
+    publish(run, "lab/tiny", results=[run / "reconstruction.json"])
+    before = dict(hub.files("lab/tiny"))
+    model = MnemoDyn.from_pretrained(run)
+    with torch.no_grad():
+        next(model.parameters()).add_(1)
+    changed = run / where.strip("/")
+    model.save_pretrained(changed)
+    hub.broken = where
     with pytest.raises(HubError, match="broke off|was not reached"):
-        publish(run, "lab/tiny")
-    assert hub.files("lab/tiny") == {}
+        publish(changed, "lab/tiny")
+    assert hub.files("lab/tiny") == before
     hub.broken = ""
+    publish(changed, "lab/tiny")
+    assert same(from_pretrained("lab/tiny").model, model)
+
+
+def test_the_hub_validates_the_card(run, hub, tmp_path):
+    folder = write_folder(run, tmp_path, repo_id="lab/tiny", results=[run / "reconstruction.json"])
+    huggingface_hub.ModelCard.load(folder / "README.md").validate()
     publish(run, "lab/tiny")
-    assert from_pretrained("lab/tiny").parcels == PARCELS
+    assert hub.log.count(("POST", "/api/validate-yaml")) > 1, "and again at every commit"
+    with pytest.raises(HubError, match=r'refused the model card: .*"license" must be one of'):
+        publish(run, "lab/other", licence="free for all")
+    assert hub.files("lab/other") == {}
 
 
 def test_a_tampered_file(run, hub, tmp_path):

@@ -222,6 +222,7 @@ def test_triton_kernels(monkeypatch, activation, dtype, tolerance, size, bias):
 
 
 @pytest.mark.skipif(INTERPRETED, reason="the interpreter does not compile")
+@pytest.mark.filterwarnings("ignore:AnnAssign.__init__ missing")  # Triton's own, from Python 3.13 on
 @pytest.mark.parametrize("activation", ["tanh", "gelu", "silu"])
 def test_triton_compiles_without_a_gpu(tmp_path, monkeypatch, activation):
     """To machine code for an H100: what the interpreter accepts, the compiler need not."""

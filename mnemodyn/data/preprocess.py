@@ -12,7 +12,6 @@ from concurrent.futures import ProcessPoolExecutor
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from functools import lru_cache
-from importlib.metadata import PackageNotFoundError, version
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -27,6 +26,7 @@ from mnemodyn.data.atlas import Atlas, greyordinates, read_atlas
 from mnemodyn.data.formats import DataError, entities, motion, read_cifti, refuse, sidecar_t_r, volume_t_r
 from mnemodyn.data.scans import Scan, agree_on_t_r, save_scan
 from mnemodyn.files import sha256, write_json
+from mnemodyn.provenance import describe_derivative, generated_by
 
 __all__ = ["Preprocessing", "align", "averaging", "parcel_axis", "parcellate", "preprocess", "preprocess_scan"]
 
@@ -459,18 +459,13 @@ def preprocess(
     if twice := [path.name for path, n in targets.items() if n > 1]:
         message = f"{len(twice)} outputs would be written twice, first {twice[0]}: sources must differ in their names"
         refuse(message, "name-collision")
-    try:
-        ours = version("mnemodyn")
-    except PackageNotFoundError:  # run from its folder
-        ours = "unknown"
     names = {"atlas": Path(settings.atlas).name, "surfaces": [Path(s).name for s in settings.surfaces]}
     facts = {
         "Settings": json.loads(json.dumps(asdict(settings) | names)),
         "AtlasSHA256": sha256(settings.atlas) if Path(settings.atlas).is_file() else None,
-        "GeneratedBy": [{"Name": "mnemodyn", "Version": ours}],
+        "GeneratedBy": generated_by(),
     }
-    description = {"Name": f"Scans in parcels ({atlas})", "BIDSVersion": "1.10.0", "DatasetType": "derivative"}
-    write_json(folder / "dataset_description.json", description | {"GeneratedBy": facts["GeneratedBy"]})
+    describe_derivative(folder, f"Scans in parcels ({atlas})")
     work = [(source, folder, atlas, facts, settings) for source in found]
     if jobs == 1:
         return pd.DataFrame([_one(*job) for job in work])
