@@ -144,7 +144,17 @@ def test_settings_of_the_network_that_only_ablations_ask_for():
     expected = x + block.output(block.lift(torch.cat([x, torch.ones_like(x)], -1)))
     torch.testing.assert_close(none(x, 1.0).reconstruction, expected)
     value = MnemoDyn(ModelConfig(**small, n_levels=2, control="value", lift=False)).blocks[0]
-    torch.testing.assert_close(value.derivative(x, 0.7), x)
+    torch.testing.assert_close(value.control(x, 0.7), x)
+    both = MnemoDyn(ModelConfig(**small, n_levels=2, control="both")).blocks[0]
+    torch.testing.assert_close(both.control(x, 0.7, 2 * x), torch.cat([2 * x, x], -1))
+    learned = MnemoDyn(ModelConfig(**small, n_levels=2, wavelet="learned"))
+    fixed = MnemoDyn(ModelConfig(**small, n_levels=2))
+    fixed.load_state_dict(learned.state_dict(), strict=False)
+    torch.testing.assert_close(learned(x, 0.7).reconstruction, fixed(x, 0.7).reconstruction)
+    learned(x, 0.7).reconstruction.square().sum().backward()
+    assert all((block.angles.grad.abs() > 0).all() for block in learned.blocks)
+    with pytest.raises(ValueError, match="wavelet must be fixed with compat"):
+        ModelConfig.preset("reference", **{**small, "n_timepoints": 64}, wavelet="learned")
     lazy = MnemoDyn(ModelConfig(**small, n_levels=1, wavelet="lazy")).blocks[0]
     first, second = lazy.analysis(x.mT)
     torch.testing.assert_close(torch.cat([first, second], -1).sort().values, x.mT.sort().values)
