@@ -487,6 +487,7 @@ def _add_ablate(commands: argparse._SubParsersAction) -> None:
     ablate.add_argument("size", metavar="SIZE", help="one of its sizes")
     ablate.add_argument("folder", metavar="FOLDER", help="where finished cells are kept")
     ablate.add_argument("--out", required=True, metavar="FILE", help="JSON of the result")
+    ablate.add_argument("--cohort", metavar="NAME", help="whose folder DATA is, for a size with a target")
     ablate.add_argument("--folds", type=int, metavar="N", help="in place of the size's")
     ablate.add_argument("--threads", type=int, default=1, metavar="N", help="CPU threads (default: 1)")
     ablate.set_defaults(command=_ablate)
@@ -507,17 +508,20 @@ def _ablate(options: argparse.Namespace) -> int:
     try:
         import torch
 
-        from mnemodyn import load_scans
+        from mnemodyn.data.quality import open_scans
 
         torch.set_num_threads(options.threads)
-        records = run_grid(grid, load_scans(options.data), options.folder)
+        found = open_scans(options.data, cohort=options.cohort)
+        scans = [scan for scan in found.scans if not (options.cohort and scan.constant.any())]
+        records = run_grid(grid, scans, options.folder, table=found.table)
     except (ImportError, OSError, RuntimeError, ValueError) as error:
         return _fail(error, 1)
-    minutes = sum(record["cpu_seconds"] for found in records.values() for record in found) / 60
+    minutes = sum(record["cpu_seconds"] for mine in records.values() for record in mine) / 60
     facts = {
-        "data": options.data,
+        "data": options.cohort or options.data,
         "size": options.size,
-        "command": f"mnemodyn ablate {options.data} {options.grid} {options.size} FOLDER --out FILE",
+        "command": f"mnemodyn ablate {'DATA' if options.cohort else options.data} {options.grid} {options.size} FOLDER "
+        f"--out FILE{f' --cohort {options.cohort}' if options.cohort else ''}",
         "cpu_minutes": round(minutes, 1),
         "date": datetime.now(UTC).date().isoformat(),
     }
