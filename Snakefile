@@ -166,6 +166,7 @@ for name in ("reconstruction", "identification", "operator"):
             sources("data", "model", "evaluate"),
             checkpoint(OBJECTIVES[0]),
             files("book/data/reconstruction_*.json") if name == "reconstruction" else [],
+            files("book/data/cortex_*") if name == "operator" else [],
         output:
             outputs(name),
         message:
@@ -234,7 +235,7 @@ rule ablations:
     input:
         "notebooks/ablations.ipynb",
         f"{RUNS}/checkpoints/{PROFILE}/ablations.json",
-        "book/data/ablations.json",
+        files("book/data/ablations*.json"),
         "book/data/published.csv",
         sources("evaluate"),
     output:

@@ -1,6 +1,7 @@
 """One operator block: field, pyramid, coarse operator, banded operators, output."""
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +22,11 @@ __all__ = [
     "OperatorBlock",
 ]
 
-ACTIVATIONS = {"tanh": torch.tanh, "gelu": functional.gelu, "silu": functional.silu}
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "tanh": torch.tanh,
+    "gelu": functional.gelu,
+    "silu": functional.silu,
+}
 
 
 class Field(nn.Module):
@@ -173,7 +178,8 @@ class DepthwiseBandedOperator(SegmentedOperator):
         """Each segment's kernels and matrix on (segment, 2K, run, sample)."""
         width, length = self.kernel.shape[-1], u.shape[-1]
         u = functional.pad(u, (width // 2, width // 2))
-        u = sum(u[..., i : i + length] * self.kernel[..., i, None, None] for i in range(width))
+        taps = [u[..., i : i + length] * self.kernel[..., i, None, None] for i in range(width)]
+        u = sum(taps[1:], taps[0])
         return torch.baddbmm(self.bias[..., None], self.mixing, u.flatten(2)).view(u.shape)
 
 
