@@ -299,22 +299,17 @@ class _Fold:
     def __init__(self, grid: Grid, number: int, scans: Sequence[Scan], folder: Path, table: pd.DataFrame | None):
         train, validation, _ = split_participants(scans, n_test=grid.n_test, n_validation=1)
         known, size = [*train, *validation], grid.n_score
-        ends = size, size + max(1, size // 10)
+        end = size + max(1, size // 10)
         people = sorted({scan.participant_id for scan in known})
-        if len(people) <= ends[1]:
-            raise DataError(
-                f"expected {ends[1] + 1} people or more beside the {grid.n_test} held out, got {len(people)}"
-            )
+        if len(people) <= end:
+            raise DataError(f"expected {end + 1} people or more beside the {grid.n_test} held out, got {len(people)}")
         if size > 1:  # sorted identifiers are sorted by site
             people = np.random.default_rng(0).permutation(people).tolist()
         people = np.roll(people, -number * size).tolist()
-        place = {person: i for i, person in enumerate(people)}
-        known.sort(key=lambda scan: place[scan.participant_id])
         self.grid, self.number, self.folder, self.people = grid, number, folder, people[:size]
-        self.sides: dict[str, list[Scan]] = {"score": [], "choose": [], "train": []}
-        for scan in known:
-            i = place[scan.participant_id]
-            self.sides["score" if i < ends[0] else "choose" if i < ends[1] else "train"].append(scan)
+        sides = {"score": people[:size], "choose": people[size:end], "train": people[end:]}
+        of = {person: [scan for scan in known if scan.participant_id == person] for person in people}
+        self.sides = {side: [scan for person in some for scan in of[person]] for side, some in sides.items()}
         self.table = None
         if grid.target:
             if table is None:
@@ -380,11 +375,9 @@ class _Fold:
             other = self.trained(next(c for c in grid.cells if c.name == cell.against))
             finer = [(other.model, other.scaling or Scaling(), scan, groups) for scan in scans]
             scans = [_merge(scan, groups) for scan in scans]
+        condition, seed = Condition(**cell.test), 1000 * self.number
         parts = [
-            score(
-                *(checkpoint.model, scan, scaling, grid, Condition(**cell.test), 1000 * self.number + i),
-                before,
-            )
+            score(checkpoint.model, scan, scaling, grid, condition, seed + i, before)
             for i, (scan, before) in enumerate(zip(scans, finer, strict=True))
         ]
         error, total, plain = (float(sum(part.sum() for part in column)) for column in zip(*parts, strict=True))

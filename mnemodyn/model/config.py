@@ -113,16 +113,8 @@ class ModelConfig:
                     raise ValueError(f"{f.name} must be one of {', '.join(options)}, got {value!r}")
             elif type(value) is not f.type:
                 raise ValueError(f"{f.name} must be {f.type.__name__}, got {value!r}")
-            least = {
-                "n_timepoints": 2,
-                "n_dense_layers": 0,
-                "n_classes": 0,
-                "n_levels": 0,
-                "front_lags": 0,
-                "front_steps": 0,
-                "front_modes": 0,
-            }
-            least = least.get(f.name, 1)
+            none = ("n_dense_layers", "n_classes", "n_levels", "front_lags", "front_steps", "front_modes")
+            least = 2 if f.name == "n_timepoints" else 0 if f.name in none else 1
             if f.type is int and value < least:
                 raise ValueError(f"{f.name} must be >= {least}, got {value}")
         if self.kernel_size % 2 == 0:
