@@ -343,15 +343,17 @@ SCORES = {
 }
 
 
+def _curve(ax: Axes, history: pd.DataFrame, column: str, label: str, **style) -> None:
+    ax.plot(history["epoch"], history[column], "o-", ms=3, **style)
+    ax.set(xlabel="epoch", ylabel=label)
+    ax.xaxis.get_major_locator().set_params(integer=True)
+
+
 def learning_curve(history: pd.DataFrame, metric: str = "val_r2_hidden") -> Figure:
     """Training loss, and the averaged weights' score on the validation scans."""
     figure, (left, right) = plt.subplots(1, 2, figsize=(7, 2.8))
-    left.plot(history["epoch"], history["train_loss"], "o-", ms=3)
-    left.set(xlabel="epoch", ylabel="training loss")
-    right.plot(history["epoch"], history[metric], "o-", ms=3, color=COLOURS[2])
-    right.set(xlabel="epoch", ylabel=f"validation {SCORES.get(metric, metric)}")
-    for ax in (left, right):
-        ax.xaxis.get_major_locator().set_params(integer=True)
+    _curve(left, history, "train_loss", "training loss")
+    _curve(right, history, metric, f"validation {SCORES.get(metric, metric)}", color=COLOURS[2])
     return figure
 
 
@@ -359,9 +361,8 @@ def objective_curves(histories: dict[str, pd.DataFrame], metrics: dict[str, str]
     """Validation score over epochs, a panel an objective: each has a score of its own, so the axes differ."""
     figure, axes = plt.subplots(1, len(histories), figsize=(7, 2.3), squeeze=False)
     for ax, (name, history) in zip(axes[0], histories.items(), strict=True):
-        ax.plot(history["epoch"], history[metrics[name]], "o-", ms=3)
-        ax.set(title=name, xlabel="epoch", ylabel=SCORES.get(metrics[name], metrics[name]))
-        ax.xaxis.get_major_locator().set_params(integer=True)
+        _curve(ax, history, metrics[name], SCORES.get(metrics[name], metrics[name]))
+        ax.set_title(name)
     return figure
 
 
