@@ -346,7 +346,7 @@ SCORES = {
 def _curve(ax: Axes, history: pd.DataFrame, column: str, label: str, **style) -> None:
     ax.plot(history["epoch"], history[column], "o-", ms=3, **style)
     ax.set(xlabel="epoch", ylabel=label)
-    ax.xaxis.get_major_locator().set_params(integer=True)
+    ax.xaxis.set_major_locator(matplotlib.ticker.MaxNLocator("auto", steps=[1, 2, 2.5, 5, 10], integer=True))
 
 
 def learning_curve(history: pd.DataFrame, metric: str = "val_r2_hidden") -> Figure:
