@@ -10,7 +10,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constr
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help book pdf test lint lab benchmark reconstruct abide ablations clean
+.PHONY: help book pdf test lint lab benchmark reconstruct scaling abide ablations clean
 
 help:
 	@echo "make book [PROFILE=quick] [CORES=2]  run the notebooks and build the book: _build/html/index.html"
@@ -23,7 +23,9 @@ help:
 	@echo "make benchmark                       time and memory on this machine: runs/speed.json, in about ten minutes"
 	@echo "make reconstruct DATA=hcp7           hidden entries of held-out people, all baselines, three seeds, from scratch:"
 	@echo "                                     book/data/reconstruction_hcp7.json; DATA=abide ABIDE=FOLDER for the other"
-	@echo "make ablations                       the larger grid of ablations, in a quarter of an hour of one core: book/data/ablations.json"
+	@echo "make scaling ABIDE=FOLDER            R² against training people, steps and parameters: book/data/scaling.json"
+	@echo "make ablations                       the larger grid of ablations, in a quarter of an hour of one core: book/data/ablations.json;"
+	@echo "                                     with MNEMODYN_DATA=FOLDER of ABIDE's scans a diagnosis too: book/data/ablations_abide.json"
 	@echo "make abide DATA=FOLDER               diagnosis, sex and age from ABIDE's scans: book/data/abide.json, under half an hour"
 	@echo "make clean                           remove the runs and the built book; .venv stays"
 	@echo
@@ -62,8 +64,12 @@ benchmark: .venv/.installed
 reconstruct: .venv/.installed
 	@$(BIN)/python -m benchmarks.reconstruct "$(or $(DATA),hcp7)" $(if $(ABIDE),--folder "$(ABIDE)")
 
+scaling: .venv/.installed
+	@OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.scaling $(if $(ABIDE),--folder "$(ABIDE)")
+
 ablations: .venv/.installed
 	@$(BIN)/python -m mnemodyn.cli ablate "$(or $(DATA),hcp7)" notebooks/ablations.yaml cpu runs/ablations/cpu --out book/data/ablations.json
+	@test -z "$(MNEMODYN_DATA)" || $(BIN)/python -m mnemodyn.cli ablate "$(MNEMODYN_DATA)" notebooks/ablations.yaml abide runs/ablations/abide --cohort abide --out book/data/ablations_abide.json
 
 abide: .venv/.installed
 	@test -n "$(DATA)" || { echo "make: name the folder of the scans: make abide DATA=FOLDER" >&2; exit 2; }

@@ -750,6 +750,7 @@ def _completion(options: argparse.Namespace) -> Done:
     _arg("SIZE", "one of its sizes"),
     _arg("FOLDER", "where finished cells are kept"),
     _arg("--out FILE", "JSON of the result", required=True),
+    _arg("--cohort NAME", "whose folder DATA is, for a size with a target"),
     _arg("--folds N", "in place of the size's", type=int),
     _arg("--threads N", "CPU threads", default=1),
 )
@@ -770,15 +771,18 @@ def _ablate(options: argparse.Namespace) -> Done:
         grid = replace(grid, folds=options.folds) if options.folds else grid
     import torch
 
-    from mnemodyn import load_scans
+    from mnemodyn.data.quality import open_scans
 
     torch.set_num_threads(options.threads)
-    records = run_grid(grid, load_scans(options.data), options.folder)
-    minutes = sum(record["cpu_seconds"] for found in records.values() for record in found) / 60
+    found = open_scans(options.data, cohort=options.cohort)
+    scans = [scan for scan in found.scans if not (options.cohort and scan.constant.any())]
+    records = run_grid(grid, scans, options.folder, table=found.table)
+    minutes = sum(record["cpu_seconds"] for mine in records.values() for record in mine) / 60
     facts = {
-        "data": options.data,
+        "data": options.cohort or options.data,
         "size": options.size,
-        "command": f"mnemodyn ablate {options.data} {options.grid} {options.size} FOLDER --out FILE",
+        "command": f"mnemodyn ablate {'DATA' if options.cohort else options.data} {options.grid} {options.size} FOLDER "
+        f"--out FILE{f' --cohort {options.cohort}' if options.cohort else ''}",
         "cpu_minutes": round(minutes, 1),
         "date": datetime.now(UTC).date().isoformat(),
     }

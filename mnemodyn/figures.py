@@ -6,7 +6,7 @@ import io
 from collections.abc import Sequence
 from itertools import cycle
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import matplotlib
 import matplotlib.pyplot as plt
@@ -14,9 +14,11 @@ import matplotlib.ticker
 import numpy as np
 import pandas as pd
 from matplotlib import font_manager
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from scipy.spatial import cKDTree
 
-from mnemodyn.data.atlas import NETWORKS, Atlas, cortex_surfaces
+from mnemodyn.data.atlas import NETWORKS, Atlas, cortex_surfaces, greyordinates
 from mnemodyn.data.quality import OUTLYING, SLOW
 from mnemodyn.data.scans import Scan
 from mnemodyn.evaluate import LABELS
@@ -24,36 +26,9 @@ from mnemodyn.evaluate import LABELS
 if TYPE_CHECKING:
     from IPython.display import HTML
 
-__all__ = [
-    "Picture",
-    "ablations",
-    "atlas",
-    "carpet",
-    "connectivity",
-    "downstream",
-    "field",
-    "filled_stretches",
-    "generated",
-    "identification",
-    "learning_curve",
-    "matrices",
-    "objective_curves",
-    "outlying",
-    "r2_lines",
-    "r2_parcels",
-    "reconstruction",
-    "reconstruction_grid",
-    "scales",
-    "scores",
-    "show",
-    "spectra",
-    "speed",
-    "table",
-    "use_style",
-]
-
 # Okabe and Ito's palette: told apart with any colour vision, and in grey.
 COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#999999"]
+MARKERS = "os^vDPX*"
 
 
 def use_style() -> None:
@@ -79,25 +54,30 @@ def use_style() -> None:
         fonts.addfont(path)
 
 
+def svg(figure: Figure) -> bytes:
+    """A figure as a file's content, the same for the same drawing; it is closed."""
+    stream = io.BytesIO()
+    figure.savefig(stream, format="svg", metadata={"Date": None}, facecolor="white")
+    plt.close(figure)
+    return stream.getvalue()
+
+
 class Picture:
     """A figure with its caption, as a notebook and the book show it.
 
     Parameters
     ----------
-    figure : Figure
-        Closed once it is drawn.
+    figure : Figure or bytes
+        Closed once it is drawn; or what `svg` made of one.
     caption : str
         What is seen, n, and what an interval is.
     alt : str
         The same for someone who cannot see it.
     """
 
-    def __init__(self, figure: Figure, caption: str, alt: str):
-        stream = io.BytesIO()
-        figure.savefig(stream, format="svg", metadata={"Date": None}, facecolor="white")
-        plt.close(figure)
+    def __init__(self, figure: Figure | bytes, caption: str, alt: str):
         self.caption, self.alt = caption, alt
-        self.source = base64.b64encode(stream.getvalue()).decode()
+        self.source = base64.b64encode(figure if isinstance(figure, bytes) else svg(figure)).decode()
 
     def _repr_html_(self) -> str:
         return (
@@ -110,7 +90,7 @@ class Picture:
         return f"[figure] {self.caption}"
 
 
-def show(figure: Figure, *, caption: str, alt: str) -> Picture:
+def show(figure: Figure | bytes, *, caption: str, alt: str) -> Picture:
     """Return the picture that a notebook's cell ends with."""
     return Picture(figure, caption, alt)
 
@@ -129,6 +109,25 @@ def table(frame: pd.DataFrame, *, precision: int = 3) -> "HTML":
 
 def _seconds(n: int, t_r: float) -> np.ndarray:
     return np.arange(n) * t_r
+
+
+def _lines(ax: Axes, rows: pd.DataFrame, x: str, y: str = "r2", by: str = "method", **style) -> None:
+    """A line and a marker a group, by the names of the book."""
+    for (name, group), marker in zip(rows.groupby(by, sort=False), cycle(MARKERS), strict=False):
+        ax.plot(group[x], group[y], **{"marker": marker, "ms": 4, "lw": 1.2, "label": LABELS.get(name, name)} | style)
+
+
+def _legend(figure: Figure, ax: Axes, ncols: int = 3, loc: Any = "outside upper center") -> None:
+    """That of one of the axes, above all of them."""
+    figure.legend(*ax.get_legend_handles_labels(), ncols=ncols, loc=loc)
+
+
+def _ticks(ax: Axes, values: Sequence[float] | pd.Series, text: str) -> None:
+    """On a logarithmic axis, at these values only."""
+    at = sorted(set(values))
+    ax.set_xscale("log")
+    ax.set_xticks(at, [text.format(value) for value in at])
+    ax.minorticks_off()
 
 
 def carpet(scan: Scan, *, traces: Sequence[int] = (0, 1)) -> Figure:
@@ -207,43 +206,116 @@ def outlying(measured: pd.DataFrame, found: pd.DataFrame) -> Figure:
         ax.spines["left"].set_visible(False)
         if name == "mean_fd":
             ax.xaxis.set_major_formatter("{x:g}")
-    figure.legend(*axes[0, 0].get_legend_handles_labels(), ncols=3, loc="outside upper center")
+    _legend(figure, axes[0, 0])
+    return figure
+
+
+VIEWS = [("LEFT", "lateral"), ("LEFT", "medial"), ("RIGHT", "medial"), ("RIGHT", "lateral")]
+
+
+def _image(path: str | Path) -> Any:
+    import nibabel  # takes a while
+
+    return nibabel.load(path)
+
+
+def _surfaces() -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """Points (vertex, 3) in mm and faces (face, 3) of either hemisphere."""
+    paths = zip(("LEFT", "RIGHT"), cortex_surfaces(), strict=True)
+    return {side: _image(path).agg_data(("pointset", "triangle")) for side, path in paths}
+
+
+def _hemisphere(ax: Axes, surface: tuple[np.ndarray, np.ndarray], colours: np.ndarray, side: str, view: str) -> None:
+    """One view of a hemisphere, its vertices' colours (vertex, 3) shaded."""
+    points, faces = surface
+    corners = points[faces]
+    normal = np.cross(corners[:, 1] - corners[:, 0], corners[:, 2] - corners[:, 0])
+    normal /= np.linalg.norm(normal, axis=1, keepdims=True)
+    towards = (-1 if side == "LEFT" else 1) * (1 if view == "lateral" else -1)
+    seen = np.flatnonzero(normal[:, 0] * towards > 0)
+    seen = seen[np.argsort(corners[seen, :, 0].mean(1) * towards)]
+    shade = 0.55 + 0.45 * normal[seen, 0] * towards
+    ax.add_collection(
+        matplotlib.collections.PolyCollection(
+            corners[seen][:, :, 1:] * [towards, 1],
+            facecolors=colours[faces[seen, 0]] * shade[:, None],
+            edgecolors="face",
+            linewidths=0.2,
+            rasterized=True,
+        )
+    )
+    ax.autoscale()
+    ax.set(aspect="equal", title=f"{side.lower()}, {view}")
+    ax.set_axis_off()
+
+
+def vertex_parcels(volume: str | Path, reach: float = 6.0) -> dict[str, np.ndarray]:
+    """Parcel of every vertex of the drawn cortex: that of the nearest labelled voxel of a volume in MNI space.
+
+    Parameters
+    ----------
+    volume : str or Path
+        NIfTI of labels, 0 for none.
+    reach : float
+        A vertex farther than this from any parcel has none, mm.
+
+    Returns
+    -------
+    dict
+        ``LEFT`` and ``RIGHT``: ndarray of int, shape (vertex,), 0 for none, as on the medial wall.
+    """
+    from nibabel.affines import apply_affine
+
+    image = _image(volume)
+    labels = np.asarray(image.dataobj).astype(int)
+    tree = cKDTree(apply_affine(image.affine, np.argwhere(labels)))
+    known, parcels = np.append(labels[labels > 0], 0), {}
+    for (side, (points, _)), wall in zip(_surfaces().items(), greyordinates(), strict=False):
+        nearest = tree.query(points, distance_upper_bound=reach)[1]
+        parcels[side] = np.where(_image(wall).darrays[0].data > 0, known[nearest], 0)
+    return parcels
+
+
+def cortex(maps: dict[str, np.ndarray], vertices: dict[str, np.ndarray]) -> Figure:
+    """Values of parcels on the cortex, a row a map: those with negative entries around zero, others from least to most.
+
+    Parameters
+    ----------
+    maps : dict of str to ndarray, shape (parcel,)
+        NaN is drawn in grey, as is what has no parcel.
+    vertices : dict
+        Of `vertex_parcels`.
+    """
+    surfaces = _surfaces()
+    figure = plt.figure(figsize=(7, 2.1 * len(maps)))
+    for part, (label, values) in zip(figure.subfigures(len(maps), 1, squeeze=False)[:, 0], maps.items(), strict=True):
+        low, high = np.nanquantile(values, [0.02, 0.98])
+        signed = low < 0 < high
+        top = max(-low, high)
+        norm = matplotlib.colors.Normalize(-top if signed else low, top if signed else high)
+        shown = matplotlib.cm.ScalarMappable(norm, "RdBu_r" if signed else "cividis")
+        light = np.where(np.isnan(values)[:, None], 0.85, shown.to_rgba(np.nan_to_num(values))[:, :3])
+        light = np.vstack([np.full((1, 3), 0.85), light])
+        axes = part.subplots(1, 4)
+        for ax, (side, view) in zip(axes, VIEWS, strict=True):
+            _hemisphere(ax, surfaces[side], light[vertices[side]], side, view)
+        part.colorbar(shown, ax=axes, label=label, orientation="horizontal", shrink=0.4, aspect=40, extend="both")
     return figure
 
 
 def atlas(drawn: Atlas) -> Figure:
     """Networks of an atlas on the cortex, lateral and medial, and how many parcels each has."""
-    import nibabel
-
     colours = dict(zip([*NETWORKS, "Subcortex", ""], [*COLOURS[:6], "#F0E442", "0.6", "0.85"], strict=True))
     figure = plt.figure(figsize=(7, 4))
     grid = figure.add_gridspec(2, 3, width_ratios=[1, 1, 0.9])
     light = np.array([matplotlib.colors.to_rgb(colours.get(n, "0.85")) for n in drawn.networks] + [(0.85,) * 3])
-    for column, (side, path) in enumerate(zip(("LEFT", "RIGHT"), cortex_surfaces(), strict=True)):
-        points, faces = nibabel.load(path).agg_data(("pointset", "triangle"))
+    surfaces = _surfaces()
+    for side, view in VIEWS:
         mine = drawn.axis.name == f"CIFTI_STRUCTURE_CORTEX_{side}"
-        labels = np.zeros(len(points), int)
+        labels = np.zeros(len(surfaces[side][0]), int)
         labels[drawn.axis.vertex[mine]] = drawn.labels[mine]
-        corners = points[faces]
-        normal = np.cross(corners[:, 1] - corners[:, 0], corners[:, 2] - corners[:, 0])
-        normal /= np.linalg.norm(normal, axis=1, keepdims=True)
-        for row, view in enumerate(("lateral", "medial")):
-            towards = (-1 if side == "LEFT" else 1) * (1 if row == 0 else -1)
-            seen = np.flatnonzero(normal[:, 0] * towards > 0)
-            seen = seen[np.argsort(corners[seen, :, 0].mean(1) * towards)]
-            shade = 0.55 + 0.45 * normal[seen, 0] * towards
-            ax = figure.add_subplot(grid[row, column], aspect="equal", title=f"{side.lower()}, {view}")
-            ax.add_collection(
-                matplotlib.collections.PolyCollection(
-                    corners[seen][:, :, 1:] * [towards, 1],
-                    facecolors=light[labels[faces[seen, 0]] - 1] * shade[:, None],
-                    edgecolors="face",
-                    linewidths=0.2,
-                    rasterized=True,
-                )
-            )
-            ax.autoscale()
-            ax.set_axis_off()
+        ax = figure.add_subplot(grid[int(view == "medial"), int(side == "RIGHT")])
+        _hemisphere(ax, surfaces[side], light[labels - 1], side, view)
     ax = figure.add_subplot(grid[:, 2])
     counts = pd.Series(drawn.networks).value_counts().reindex([n for n in colours if n in drawn.networks])[::-1]
     names = [n or "other" for n in counts.index]
@@ -271,15 +343,17 @@ SCORES = {
 }
 
 
+def _curve(ax: Axes, history: pd.DataFrame, column: str, label: str, **style) -> None:
+    ax.plot(history["epoch"], history[column], "o-", ms=3, **style)
+    ax.set(xlabel="epoch", ylabel=label)
+    ax.xaxis.set_major_locator(matplotlib.ticker.MaxNLocator("auto", steps=[1, 2, 2.5, 5, 10], integer=True))
+
+
 def learning_curve(history: pd.DataFrame, metric: str = "val_r2_hidden") -> Figure:
     """Training loss, and the averaged weights' score on the validation scans."""
     figure, (left, right) = plt.subplots(1, 2, figsize=(7, 2.8))
-    left.plot(history["epoch"], history["train_loss"], "o-", ms=3)
-    left.set(xlabel="epoch", ylabel="training loss")
-    right.plot(history["epoch"], history[metric], "o-", ms=3, color=COLOURS[2])
-    right.set(xlabel="epoch", ylabel=f"validation {SCORES.get(metric, metric)}")
-    for ax in (left, right):
-        ax.xaxis.get_major_locator().set_params(integer=True)
+    _curve(left, history, "train_loss", "training loss")
+    _curve(right, history, metric, f"validation {SCORES.get(metric, metric)}", color=COLOURS[2])
     return figure
 
 
@@ -287,20 +361,18 @@ def objective_curves(histories: dict[str, pd.DataFrame], metrics: dict[str, str]
     """Validation score over epochs, a panel an objective: each has a score of its own, so the axes differ."""
     figure, axes = plt.subplots(1, len(histories), figsize=(7, 2.3), squeeze=False)
     for ax, (name, history) in zip(axes[0], histories.items(), strict=True):
-        ax.plot(history["epoch"], history[metrics[name]], "o-", ms=3)
-        ax.set(title=name, xlabel="epoch", ylabel=SCORES.get(metrics[name], metrics[name]))
-        ax.xaxis.get_major_locator().set_params(integer=True)
+        _curve(ax, history, metrics[name], SCORES.get(metrics[name], metrics[name]))
+        ax.set_title(name)
     return figure
 
 
 def r2_lines(rows: pd.DataFrame, by: str, label: str) -> Figure:
     """R2 against a number, a line a method."""
     figure, ax = plt.subplots(figsize=(7, 3))
-    for (method, group), marker in zip(rows.groupby("method", sort=False), cycle("os^vDPX*"), strict=False):
-        ax.plot(group[by], group["r2"], marker=marker, ms=4, lw=1.2, label=LABELS.get(method, method))
+    _lines(ax, rows, by)
     ax.axhline(0, color="black", lw=0.8)
     ax.set(xlabel=label, ylabel="R², hidden entries")
-    figure.legend(*ax.get_legend_handles_labels(), ncols=3, loc="outside upper center")
+    _legend(figure, ax)
     return figure
 
 
@@ -333,7 +405,7 @@ def filled_stretches(
         ax.set_ylabel("SD")
         ax.set_title(name, loc="left", fontsize=9)
     axes[-1, 0].set_xlabel("time (s)")
-    figure.legend(*axes[0, 0].get_legend_handles_labels(), ncols=len(fills) + 1, loc="outside upper center")
+    _legend(figure, axes[0, 0], ncols=len(fills) + 1)
     return figure
 
 
@@ -348,7 +420,7 @@ def reconstruction(rows: pd.DataFrame) -> Figure:
     ax.set_yticks(place, [LABELS.get(m, m) for m in rows["method"]])
     ax.axvline(0, color="black", lw=0.8)
     for y, value, high in zip(place, rows["r2"], rows["high"], strict=True):
-        ax.text(max(high, 0) + 0.01, y, f"{value:.3f}", va="center")
+        ax.text(max(high, 0) + 0.01, float(y), f"{value:.3f}", va="center")
     ax.set_xlabel("R² on hidden entries of held-out people")
     ax.margins(x=0.12)
     return figure
@@ -378,31 +450,23 @@ def reconstruction_grid(rows: pd.DataFrame) -> Figure:
     shares = sorted(rows["hidden_share"].unique())
     figure, axes = plt.subplots(1, len(shares), figsize=(7, 2.9), sharey=True, squeeze=False)
     for ax, share in zip(axes[0], shares, strict=True):
-        for (method, group), marker in zip(
-            rows[rows["hidden_share"] == share].groupby("method", sort=False), "os^vDPX*", strict=False
-        ):
-            ax.plot(group["seconds"], group["r2"], marker=marker, ms=4, lw=1.2, label=LABELS.get(method, method))
-        ax.set(title=f"{share:.0%} hidden", xlabel="hidden stretch (s)", xscale="log")
-        ticks = sorted(rows["seconds"].unique())
-        ax.set_xticks(ticks, [f"{s:.3g}" for s in ticks])
-        ax.minorticks_off()
+        _lines(ax, rows[rows["hidden_share"] == share], "seconds")
+        ax.set(title=f"{share:.0%} hidden", xlabel="hidden stretch (s)")
+        _ticks(ax, rows["seconds"], "{:.3g}")
         ax.axhline(0, color="black", lw=0.8)
     axes[0, 0].set_ylabel("R², hidden entries")
-    figure.legend(*axes[0, 0].get_legend_handles_labels(), ncols=3, loc="outside upper center")
+    _legend(figure, axes[0, 0])
     return figure
 
 
 def identification(rows: pd.DataFrame, chance: float) -> Figure:
     """Accuracy of identification against the length of the windows, a line a set of features."""
     figure, ax = plt.subplots(figsize=(7, 3.6))
-    for (name, group), marker in zip(rows.groupby("features", sort=False), "os^vDPX*", strict=False):
-        ax.plot(group["seconds"], group["accuracy"], marker=marker, ms=5, lw=1.2, label=LABELS.get(name, name))
+    _lines(ax, rows, "seconds", "accuracy", "features", ms=5)
     ax.axhline(chance, color="black", ls=":", label="chance")
-    ticks = sorted(rows["seconds"].unique())
-    ax.set(xlabel="length of the window (s)", ylabel="identified", ylim=(0, 1.05), xscale="log")
-    ax.set_xticks(ticks, [f"{s:.0f}" for s in ticks])
-    ax.minorticks_off()
-    figure.legend(*ax.get_legend_handles_labels(), loc="outside right upper")
+    ax.set(xlabel="length of the window (s)", ylabel="identified", ylim=(0, 1.05))
+    _ticks(ax, rows["seconds"], "{:.0f}")
+    _legend(figure, ax, loc="outside right upper", ncols=1)
     return figure
 
 
@@ -428,48 +492,39 @@ def speed(rows: pd.DataFrame, by: str, label: str) -> Figure:
         What stands at the horizontal axis.
     """
     figure, axes = plt.subplots(1, 2, figsize=(7, 2.9))
-    for (name, group), marker in zip(rows.groupby("method", sort=False), "os^vD", strict=False):
-        for ax, values in zip(axes, (group["seconds"], group["peak_bytes"] / 2**20), strict=True):
-            # A peak under a MiB is below what the memory of a process can tell.
-            kept = values if ax is axes[0] else values.where(values >= 1)
-            ax.plot(group[by], kept, marker=marker, ms=4, lw=1.2, label=SPEED[name])
-    for ax, title in zip(axes, ("seconds a step", "MiB a step needs"), strict=True):
-        ax.set(xscale="log", yscale="log", xlabel=label, ylabel=title)
-        ax.set_xticks(sorted(rows[by].unique()), [f"{n:,}" for n in sorted(rows[by].unique())])
+    mebibytes = rows["peak_bytes"] / 2**20  # a peak under one is below what the memory of a process can tell
+    rows = rows.assign(method=rows["method"].map(SPEED), mebibytes=mebibytes.where(mebibytes >= 1))
+    for ax, y, title in zip(axes, ("seconds", "mebibytes"), ("seconds a step", "MiB a step needs"), strict=True):
+        _lines(ax, rows, by, y)
+        ax.set(yscale="log", xlabel=label, ylabel=title)
         ax.yaxis.set_major_locator(matplotlib.ticker.LogLocator(subs=(1, 2, 5)))
         ax.yaxis.set_major_formatter("{x:g}")
-        ax.minorticks_off()
-    figure.legend(*axes[0].get_legend_handles_labels(), ncols=4, loc="outside upper center")
+        _ticks(ax, rows[by], "{:,}")
+    _legend(figure, axes[0], ncols=4)
     return figure
 
 
-def ablations(rows: pd.DataFrame) -> Figure:
+def ablations(rows: pd.DataFrame, label: str = "change of R² on hidden entries") -> Figure:
     """Forest plot: what each cell changes, with its interval; filled where the interval leaves zero out.
 
     Parameters
     ----------
     rows : DataFrame
         ``label``, ``group``, ``value``, ``low``, ``high`` (the last two may be missing).
+    label : str
+        Of the axis.
     """
     rows = rows.sort_values("value", ascending=False).reset_index(drop=True)
-    groups = list(dict.fromkeys(sorted(rows["group"])))
     figure, ax = plt.subplots(figsize=(7, 0.9 + 0.21 * len(rows)))
-    for (name, group), marker in zip(rows.groupby("group", sort=True), cycle("os^vDPX*"), strict=False):
-        colour = COLOURS[groups.index(name) % len(COLOURS)]
-        clear = (group["low"] > 0) | (group["high"] < 0)
+    for (name, group), marker, colour in zip(rows.groupby("group"), cycle(MARKERS), cycle(COLOURS), strict=False):
+        ax.plot([], [], marker, color=colour, ms=5, label=name)
         ax.hlines(group.index, group["low"], group["high"], color=colour, lw=1.2)
+        clear = (group["low"] > 0) | (group["high"] < 0)
         for kept, fill in ((clear, colour), (~clear, "white")):
-            ax.plot(
-                group.loc[kept, "value"], group.index[kept], marker, ms=5, mec=colour, mfc=fill, ls="none",
-                label=name if kept is clear else None,
-            )  # fmt: skip
-    handles = [
-        matplotlib.lines.Line2D([], [], marker=m, color=COLOURS[i % len(COLOURS)], ls="none", ms=5, label=name)
-        for i, (name, m) in enumerate(zip(groups, cycle("os^vDPX*"), strict=False))
-    ]
+            ax.plot(group.loc[kept, "value"], group.index[kept], marker, ms=5, mec=colour, mfc=fill, ls="none")
     ax.axvline(0, color="black", lw=0.8)
     ax.set_yticks(rows.index, rows["label"])
-    ax.set(xlabel="change of R² on hidden entries", ylim=(len(rows) - 0.4, -0.6))
+    ax.set(xlabel=label, ylim=(len(rows) - 0.4, -0.6))
     # Most changes are small beside a few: linear near zero, logarithmic beyond.
     ax.set_xscale("symlog", linthresh=0.01)
     ends = max(0.01, float(rows[["value", "low", "high"]].abs().max().max()))
@@ -480,7 +535,7 @@ def ablations(rows: pd.DataFrame) -> Figure:
     ax.minorticks_off()
     ax.grid(axis="x", color="0.9", lw=0.6)
     ax.set_axisbelow(True)
-    figure.legend(handles=handles, ncols=5, loc="outside upper center")
+    _legend(figure, ax, ncols=5)
     return figure
 
 
@@ -528,11 +583,11 @@ def field(responses: Sequence[dict], t_r: float) -> Figure:
 def scales(shares: dict[str, np.ndarray], bands: Sequence[str]) -> Figure:
     """Share of the energy in each scale of the pyramid, a line a series, the slowest band first."""
     figure, ax = plt.subplots(figsize=(7, 3))
-    for (name, share), marker in zip(shares.items(), cycle("os^vDPX*"), strict=False):
-        ax.plot(range(len(share)), share[::-1], marker=marker, ms=4, lw=1.2, label=name)
+    parts = [pd.DataFrame({"series": name, "i": range(len(v)), "share": v[::-1]}) for name, v in shares.items()]
+    _lines(ax, pd.concat(parts), "i", "share", "series")
     ax.set_xticks(range(len(bands)), list(bands)[::-1])
     ax.set(xlabel="band of the scale (Hz)", ylabel="share of the energy", ylim=(0, None))
-    figure.legend(*ax.get_legend_handles_labels(), loc="outside right upper")
+    _legend(figure, ax, loc="outside right upper", ncols=1)
     return figure
 
 
@@ -597,7 +652,7 @@ def downstream(reports: dict[str, dict], metric: str, chance: float | None, titl
     ax.set_yticks(range(len(names)), [LABELS.get(name, name) for name in names])
     ax.set(xlabel=METRICS[metric], title=title)
     if len(reports) > 1:
-        figure.legend(*ax.get_legend_handles_labels(), ncols=len(reports), loc="outside upper center")
+        _legend(figure, ax, ncols=len(reports))
     return figure
 
 
@@ -618,3 +673,26 @@ def scores(report: dict, metrics: Sequence[str]) -> pd.DataFrame:
         p = row.get("p")
         rows.append(line | {"p": "" if p is None else "< 0.001" if p < 0.001 else f"{p:.3f}"})
     return pd.DataFrame(rows)
+
+
+def scaling(panels: dict[str, pd.DataFrame], bar: float) -> Figure:
+    """R2 with its interval against the size of something, a panel each, logarithmic; a line a method.
+
+    Parameters
+    ----------
+    panels : dict of str to DataFrame
+        Label of the axis: rows with the size in the first column, and ``method``, ``value``, ``low`` and ``high``.
+    bar : float
+        R2 that is drawn across all panels.
+    """
+    figure, axes = plt.subplots(1, len(panels), figsize=(7, 3.2), sharey=True, squeeze=False)
+    for ax, (label, rows) in zip(axes[0], panels.items(), strict=True):
+        x = rows.columns[0]
+        _lines(ax, rows.sort_values(x, kind="stable"), x, "value")
+        for line, (_, mine) in zip(ax.get_lines(), rows.sort_values(x).groupby("method", sort=False), strict=True):
+            ax.fill_between(mine[x], mine["low"], mine["high"], color=line.get_color(), alpha=0.15, lw=0)
+        ax.axhline(bar, color="black", ls=":", lw=0.8)
+        ax.set(xlabel=label, xscale="log")
+    axes[0, 0].set_ylabel("R², hidden entries")
+    _legend(figure, axes[0, 0], ncols=2)
+    return figure

@@ -1,18 +1,23 @@
 """The grid: settings checked before anything runs, finished cells kept, differences recomputed by hand."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
+from scipy.stats import mannwhitneyu
 from scipy.stats import t as student
+from sklearn.linear_model import LogisticRegression
 
 from mnemodyn.cli import main
 from mnemodyn.data.scaling import Scaling
-from mnemodyn.data.scans import Scan
+from mnemodyn.data.scans import DataError, Scan
 from mnemodyn.evaluate import ablations
-from mnemodyn.evaluate.ablations import Cell, Condition, Grid, collect, read_grid, run_grid, score
+from mnemodyn.evaluate.ablations import Cell, Condition, Grid, collect, diagnose, read_grid, run_grid, score
+from mnemodyn.evaluate.splits import repeated_folds
 from mnemodyn.model.config import ModelConfig
 from mnemodyn.model.network import MnemoDyn
 from mnemodyn.parameters import ParameterError
@@ -50,7 +55,7 @@ def grid(tmp_path):
     return read_grid(tmp_path / "grid.yaml", "tiny")
 
 
-@pytest.mark.parametrize("size", ["ci", "quick", "cpu", "full"])
+@pytest.mark.parametrize("size", ["ci", "quick", "cpu", "abide", "full"])
 def test_the_books_grid_is_sound(size):
     grid = read_grid(GRID, size)
     assert grid.cells[0].name == "default"
@@ -81,7 +86,7 @@ def test_unknown_settings_are_refused(tmp_path, old, new, message):
 
 def test_finished_cells_are_kept_and_differences_are_paired(grid, scans, tmp_path, monkeypatch):
     first = run_grid(grid, scans, tmp_path / "runs", log=lambda _: None)
-    assert [r["person"] for r in first["default"]] == ["sub-0", "sub-1"]
+    assert [r["people"] for r in first["default"]] == ["sub-0", "sub-1"]
     # Cells that differ in the test alone share a network: three trained a fold.
     assert len(list((tmp_path / "runs" / "networks").iterdir())) == 6
     monkeypatch.setattr(ablations, "load_checkpoint", lambda _: pytest.fail("computed again"))
@@ -135,6 +140,74 @@ def test_a_condition_is_scored_on_its_own_entries_and_in_the_same_units(scans):
         np.testing.assert_allclose(error, total, rtol=1e-5)
 
 
+def test_merged_parcels_are_scored_beside_the_finer_network():
+    rng = np.random.default_rng(0)
+    groups = np.array([0, 1, 0, 1, 1, 0])
+    latent = rng.standard_normal((64, 2)).cumsum(0)
+    values = (latent[:, groups] * [1, 2, 3, 1, 2, 3] + 0.01 * rng.standard_normal((64, 6)) + 100).astype(np.float32)
+    scan = Scan("sub-0", values, 1.0, tuple("abcdef"))
+    found = ablations.merged_parcels([scan], 3)
+    assert (found == found[0]).tolist() in ((groups == 0).tolist(), (groups == 1).tolist())
+    merged = ablations._merge(scan, groups)
+    np.testing.assert_allclose(merged.values[:, 1], values[:, [1, 3, 4]].mean(1), rtol=1e-6)
+
+    torch.manual_seed(0)
+    sizes = {"n_timepoints": 16, "n_channels": 4, "input_width": 4, "n_levels": 2}
+    coarse, fine = (MnemoDyn(ModelConfig(n_parcels=n, **sizes)).eval() for n in (2, 6))
+    grid = Grid(cells=(), settings={}, folds=1, n_timepoints=32, window=16, mask_window=4)
+    error, _, plain = score(coarse, merged, Scaling(), grid, Condition(), 5, (fine, Scaling(), scan, groups))
+    np.testing.assert_array_equal(error, score(coarse, merged, Scaling(), grid, Condition(), 5)[0])
+    hidden = Masked(0.55, 4).hide((2, 32, 2), 5)
+    x = torch.from_numpy((values - values.mean(0)) / values.std(0))
+    with torch.no_grad():
+        mask = hidden[..., [0, 1, 0, 1, 1, 0]].reshape(4, 16, 6)
+        filled = fine(x.view(4, 16, 6), 1.0, hidden=mask).reconstruction
+    filled = filled.view(64, 6).numpy() * values.std(0) + values.mean(0)
+    means = np.stack([filled[:, groups == i].mean(1) for i in (0, 1)], 1)
+    off = ((means - merged.values) / merged.values.std(0)).reshape(2, 32, 2)
+    np.testing.assert_allclose(plain, (off**2 * hidden.numpy()).sum((1, 2)), rtol=1e-3)
+    assert (plain != error).all()
+
+
+def test_a_diagnosis_is_scored_by_folds_over_people():
+    rng = np.random.default_rng(0)
+    table = pd.DataFrame({"participant_id": [f"sub-{i}" for i in range(60)], "diagnosis": ["a", "b"] * 30})
+    y = np.arange(60) % 2
+    features = rng.standard_normal((60, 4)) + 1.5 * y[:, None] * [1, 0, 0, 0]
+    found = diagnose(features * [1, 10, 100, 1], table, "diagnosis")
+    areas = []
+    for _, _, train, test in repeated_folds(table, "diagnosis").split(table["participant_id"]):
+        x = (features - features[train].mean(0)) / features[train].std(0)
+        side = LogisticRegression(C=0.01).fit(x[train], y[train]).decision_function(x[test])
+        areas.append(mannwhitneyu(side[y[test] == 1], side[y[test] == 0]).statistic / (y[test].sum() ** 2))
+    assert found["auc"] == pytest.approx(np.mean(areas), abs=1e-6)
+    assert 0.5 < found["balanced_accuracy"] < 0.9
+
+
+def test_a_target_is_a_second_outcome_of_people_the_network_was_not_trained_on(scans, grid, tmp_path):
+    rng = np.random.default_rng(1)
+    scans = [replace(scans[i % 5], participant_id=f"sub-{i:02}", source=f"{i}") for i in rng.permutation(40)]
+    table = pd.DataFrame({"participant_id": [s.participant_id for s in scans]})
+    table["diagnosis"] = [("a", "b")[int(p[-1]) % 2] for p in table["participant_id"]]
+    cells = (grid.cells[0], Cell(name="m", group="data", label="m", settings={"merge": 1}, test={}))
+    grid = replace(grid, cells=cells, n_score=16, target="diagnosis")
+    with pytest.raises(DataError, match="target diagnosis needs a cohort"):
+        run_grid(grid, scans, tmp_path, log=lambda _: None)
+    table.loc[table["participant_id"] == "sub-03", "diagnosis"] = None
+    folds = [ablations._Fold(grid, i, scans, tmp_path, table) for i in (0, 1)]
+    for fold in folds:
+        sides = [{s.participant_id for s in side} for side in fold.sides.values()]
+        assert [len(side) for side in sides] == [16, 1, 22]
+        assert len(set.union(*sides)) == 39
+        assert set(fold.table["participant_id"]) == sides[0] - {"sub-03"}
+    assert not set(folds[0].people) & set(folds[1].people)
+    found = collect(grid, run_grid(grid, scans, tmp_path, table=table, log=lambda _: None))
+    assert found["cells"][1]["auc_difference"]["value"] == pytest.approx(0, abs=0.2)
+    assert 0 <= found["connectivity"]["auc"]["value"] <= 1
+    assert found["n_labelled"] == [len(fold.table) for fold in folds]
+    assert list(ablations.table(found, "auc").columns)[4:6] == ["auc", "value"]
+
+
 def test_settings_of_the_network_that_only_ablations_ask_for():
     torch.manual_seed(0)
     x = torch.randn(2, 16, 3)
@@ -144,7 +217,17 @@ def test_settings_of_the_network_that_only_ablations_ask_for():
     expected = x + block.output(block.lift(torch.cat([x, torch.ones_like(x)], -1)))
     torch.testing.assert_close(none(x, 1.0).reconstruction, expected)
     value = MnemoDyn(ModelConfig(**small, n_levels=2, control="value", lift=False)).blocks[0]
-    torch.testing.assert_close(value.derivative(x, 0.7), x)
+    torch.testing.assert_close(value.control(x, 0.7), x)
+    both = MnemoDyn(ModelConfig(**small, n_levels=2, control="both")).blocks[0]
+    torch.testing.assert_close(both.control(x, 0.7, 2 * x), torch.cat([2 * x, x], -1))
+    learned = MnemoDyn(ModelConfig(**small, n_levels=2, wavelet="learned"))
+    fixed = MnemoDyn(ModelConfig(**small, n_levels=2))
+    fixed.load_state_dict(learned.state_dict(), strict=False)
+    torch.testing.assert_close(learned(x, 0.7).reconstruction, fixed(x, 0.7).reconstruction)
+    learned(x, 0.7).reconstruction.square().sum().backward()
+    assert all((block.angles.grad.abs() > 0).all() for block in learned.blocks)
+    with pytest.raises(ValueError, match="wavelet must be fixed with compat"):
+        ModelConfig.preset("reference", **{**small, "n_timepoints": 64}, wavelet="learned")
     lazy = MnemoDyn(ModelConfig(**small, n_levels=1, wavelet="lazy")).blocks[0]
     first, second = lazy.analysis(x.mT)
     torch.testing.assert_close(torch.cat([first, second], -1).sort().values, x.mT.sort().values)

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from scipy.stats import pearsonr
 
 from mnemodyn.evaluate.baselines import VAR
 from mnemodyn.evaluate.inside import (
@@ -13,10 +14,13 @@ from mnemodyn.evaluate.inside import (
     forecast_errors,
     generate,
     metastability,
+    moran_surrogates,
     parcel_order,
+    parcel_shares,
     reads_from,
     scale_shares,
     simulate_var,
+    spatial_test,
     streams,
     summarise,
 )
@@ -165,3 +169,37 @@ def test_metastability_and_summary():
 
 def test_left_right_and_the_rest():
     assert parcel_order(["A_L", "A_R", "Stem", "B_L", "B_R"]) == [0, 3, 1, 4, 2]
+
+
+def test_moran_surrogates_keep_the_autocorrelation_of_a_map():
+    rng = np.random.default_rng(0)
+    centres = rng.uniform(-60, 60, (80, 3))
+    distance = np.linalg.norm(centres[:, None] - centres[None], axis=-1)
+    smooth = np.linalg.cholesky(np.exp(-distance / 40) + 1e-8 * np.eye(80))
+    x = smooth @ rng.standard_normal(80) + 3
+
+    def moran(maps):
+        z = maps - maps.mean(-1, keepdims=True)
+        w = np.divide(1, distance, where=distance > 0, out=np.zeros_like(distance))
+        return np.einsum("...i,ij,...j->...", z, w, z) / w.sum() * 80 / (z**2).sum(-1)
+
+    null = moran_surrogates(x, centres, 50, seed=1)
+    np.testing.assert_allclose(moran(null), moran(x), rtol=1e-9)
+    np.testing.assert_allclose(null.mean(1), x.mean(), rtol=1e-9)
+    np.testing.assert_allclose(null.std(1), x.std(), rtol=1e-9)
+    assert np.abs(np.corrcoef(null)[0, 1:]).max() < 0.9
+    assert moran(x) > 3 * np.abs(moran(rng.permuted(np.tile(x, (20, 1)), axis=1)).mean())
+
+    found = spatial_test(x, x + 0.3 * smooth @ rng.standard_normal(80), centres, seed=0, n=500)
+    assert found["r"] > 0.8
+    assert found["p"] < 0.01
+    # Smooth maps that know nothing of one another: the plain test of a correlation is wrong far too often.
+    pairs = smooth @ rng.standard_normal((60, 80, 2))
+    p = [spatial_test(*pair.T, centres, seed=i, n=200)["p"] for i, pair in enumerate(pairs)]
+    assert np.mean(np.array(p) < 0.05) < 0.15
+    assert np.mean([pearsonr(*pair.T).pvalue < 0.05 for pair in pairs]) > 0.2
+
+
+def test_edges_are_shared_by_the_parcels_at_their_ends():
+    edges = np.array([[1.0, 2.0, 4.0]])  # 0-1, 0-2, 1-2
+    np.testing.assert_allclose(parcel_shares(edges), [[1.5, 2.5, 3.0]])

@@ -45,15 +45,16 @@ ACT = {
 
 def double_of_block(weights: dict, x: np.ndarray, visible: np.ndarray, t_r: float, c: ModelConfig):
     """One scan (time, parcel) through one block, as the equations read."""
-    act, p, k = ACT[c.activation], c.n_parcels, c.n_channels
+    act, k = ACT[c.activation], c.n_channels
     time = len(x)
     dx = np.array([(x[max(i, 1)] - x[max(i, 1) - 1]) / t_r for i in range(time)])
     v = np.zeros((time, k))
     for i in range(time):
         z = act(weights["field.input.weight"] @ x[i] + weights["field.input.bias"])
         z = act(weights["field.bottleneck.weight"] @ z + weights["field.bottleneck.bias"])
-        h = act(weights["field.expansion.weight"] @ z + weights["field.expansion.bias"]).reshape(p, k)
-        v[i] = dx[i] @ h / math.sqrt(p)
+        h = act(weights["field.expansion.weight"] @ z + weights["field.expansion.bias"]).reshape(-1, k)
+        driver = {"derivative": dx[i], "value": x[i], "both": np.concatenate([dx[i], x[i]])}[c.control]
+        v[i] = driver @ h / math.sqrt(len(driver))
         if c.lift:
             v[i] += weights["lift.weight"] @ np.concatenate([x[i], visible[i]]) + weights["lift.bias"]
     a, approximations, details = v.T, [v.T], []
@@ -102,6 +103,8 @@ CASES = [
     {"n_dense_layers": 0, "n_levels": 1, "kernel_size": 1},
     {"n_timepoints": 61, "banded": "depthwise", "n_segments": 3},
     {"banded": "depthwise", "kernel_size": 5},
+    {"control": "both", "lift": False},
+    {"control": "value"},
 ]
 
 

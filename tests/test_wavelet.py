@@ -5,7 +5,7 @@ import pytest
 import pywt
 import torch
 
-from mnemodyn.model.wavelet import dwt, idwt, level_lengths, wavedec, waverec
+from mnemodyn.model.wavelet import DB2, dwt, idwt, lattice, level_lengths, wavedec, waverec
 
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 2e-5, torch.bfloat16: 1e-1}
 
@@ -55,6 +55,33 @@ def test_low_precision_stays_in_its_dtype():
     back = waverec(wavedec(x, "db2", 2), "db2", 33)
     assert back.dtype == torch.bfloat16
     torch.testing.assert_close(back, x, atol=TOLERANCE[torch.bfloat16], rtol=0)
+
+
+@pytest.mark.parametrize("length", [33, 64, 175])
+def test_a_learned_wavelet_starts_as_db2(length):
+    h = lattice(torch.tensor(DB2, dtype=torch.float64))
+    np.testing.assert_allclose(h, [0, 0, *pywt.Wavelet("db2").dec_lo, 0, 0], atol=1e-12)
+    x = torch.randn(2, 3, length, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    for ours, oracle in zip(
+        wavedec(x, h, 2), pywt.wavedec(x.numpy(), "db2", mode="periodization", level=2, axis=-1), strict=True
+    ):
+        np.testing.assert_allclose(ours, oracle, atol=1e-12)
+
+
+@pytest.mark.parametrize("n_angles", [1, 2, 3, 4])
+def test_any_angles_make_an_orthogonal_wavelet(n_angles):
+    generator = torch.Generator().manual_seed(n_angles)
+    angles = (6 * torch.rand(n_angles, generator=generator, dtype=torch.float64)).requires_grad_()
+    h = lattice(angles)
+    x = torch.randn(1, 2, 33, generator=generator, dtype=torch.float64)
+    back = h.detach().numpy()[::-1]
+    wavelet = pywt.Wavelet("learned", [back[::-1], pywt.qmf(back)[::-1], back, pywt.qmf(back)])
+    for ours, oracle in zip(dwt(x, h), pywt.dwt(x.numpy(), wavelet, mode="periodization"), strict=True):
+        np.testing.assert_allclose(ours.detach(), oracle, atol=1e-12)
+    torch.testing.assert_close(waverec(wavedec(x, h, 3), h, 33), x)
+    torch.testing.assert_close(sum(c.square().sum() for c in wavedec(x[..., :32], h, 3)), x[..., :32].square().sum())
+    assert torch.autograd.gradcheck(lambda a, x: tuple(wavedec(x, lattice(a), 2)), (angles, x.requires_grad_()))
+    assert torch.autograd.gradcheck(lambda a: waverec(wavedec(x.detach(), "haar", 2), lattice(a), 33), (angles,))
 
 
 def test_level_lengths():

@@ -3,7 +3,8 @@
 The grid is a YAML file: ``cells``, a changed setting or a few each, and ``sizes``, which say with what settings, on
 how many folds and with which cells it is run. A fold is another person to score, another to choose the epoch, and
 another seed; the held-out people of the book are never read. Windows, masks and seeds of a fold are the same for all
-cells, so that differences are paired.
+cells, so that differences are paired. Where people of a cohort have a label, a second outcome is how well the frozen
+network's read-out tells the people of the fold apart that it was not trained on.
 """
 
 import hashlib
@@ -13,7 +14,7 @@ import math
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import redirect_stdout
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from time import process_time
 from typing import Any
@@ -22,22 +23,32 @@ import numpy as np
 import pandas as pd
 import torch
 from scipy.stats import t as student
+from sklearn.cluster import FeatureAgglomeration
+from sklearn.linear_model import LogisticRegression
+from sklearn.model_selection import cross_validate
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
 
-from mnemodyn.checkpoint import load_checkpoint
+from mnemodyn.checkpoint import Checkpoint, load_checkpoint
 from mnemodyn.data.scaling import Scaling, moments
 from mnemodyn.data.scans import DataError, Scan, fingerprint, split_participants
+from mnemodyn.evaluate.features import connectivity
 from mnemodyn.evaluate.metrics import hidden_sums
+from mnemodyn.evaluate.readout import MnemoDynEncoder
+from mnemodyn.evaluate.splits import repeated_folds
 from mnemodyn.files import write_json
 from mnemodyn.model.config import ModelConfig
+from mnemodyn.model.network import MnemoDyn
 from mnemodyn.parameters import ParameterError, build, check_settings, read_yaml, unknown
 from mnemodyn.pretrain.config import Machine, configure
 from mnemodyn.pretrain.objective import Masked
 from mnemodyn.pretrain.windows import cut_windows
 from mnemodyn.provenance import surroundings
 
-__all__ = ["DEFAULT", "Cell", "Condition", "Grid", "collect", "read_grid", "run_cell", "run_grid", "score", "table"]
+__all__ = ["DEFAULT", "Cell", "Condition", "Grid", "collect", "diagnose", "read_grid", "run_grid", "score", "table"]
 
 DEFAULT = "default"
+READOUT = "latent_correlation"  # what the second outcome is read from
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,7 +83,8 @@ class Cell:
     ----------
     name, group, label : str
     settings : mapping
-        Of pretraining, by name; and ``n_train``, how many of the training scans are used.
+        Of pretraining, by name; ``n_train``, how many of the training scans are used; and ``merge``, how many times
+        fewer parcels are left when similar ones are averaged.
     test : mapping
         Of a :class:`Condition`.
     against : str
@@ -102,6 +114,10 @@ class Grid:
     n_timepoints, window, mask_window : int
         Frames.
     hidden_share : float
+    n_score : int
+        People scored in a fold; a tenth as many others, at least one, choose the epoch.
+    target : str
+        Of the cohort, two classes: the second outcome.
     """  # noqa: E501
 
     cells: tuple[Cell, ...]
@@ -112,6 +128,8 @@ class Grid:
     window: int = 120
     hidden_share: float = 0.55
     mask_window: int = 15
+    n_score: int = 1
+    target: str = ""
 
     def training(self, cell: Cell) -> dict:
         """Settings that the cell's network is trained with."""
@@ -149,18 +167,28 @@ def read_grid(path: str | Path, size: str) -> Grid:
 
 
 def _configure(settings: Mapping[str, Any]):
+    """Settings of the grid's own, and those of pretraining."""
     settings = dict(settings)
-    n_train = settings.pop("n_train", 0)
-    if type(n_train) is not int or n_train < 0:
-        raise ParameterError(f"n_train must be a number of scans, 0 for all, got {n_train!r}")
-    return n_train, configure("masked", {}, settings)
+    own = {name: settings.pop(name, 0) for name in ("n_train", "merge")}
+    for (name, value), what in zip(own.items(), ("a number of scans", "a number of parcels in one"), strict=True):
+        if type(value) is not int or value < 0:
+            raise ParameterError(f"{name} must be {what}, 0 for all, got {value!r}")
+    return own, configure("masked", {}, settings)
 
 
 def _digest(content: Any) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def score(model, scan: Scan, scaling: Scaling, grid: Grid, condition: Condition, seed: int) -> tuple[np.ndarray, ...]:
+def score(
+    model: MnemoDyn,
+    scan: Scan,
+    scaling: Scaling,
+    grid: Grid,
+    condition: Condition,
+    seed: int,
+    finer: tuple[MnemoDyn, Scaling, Scan, np.ndarray] | None = None,
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Squared errors over hidden entries of one scan, in SD of its parcels whatever the network reads.
 
     Parameters
@@ -173,126 +201,232 @@ def score(model, scan: Scan, scaling: Scaling, grid: Grid, condition: Condition,
     condition : Condition
     seed : int
         Of masks and censored frames.
+    finer : tuple, optional
+        Network, scaling and scan before parcels were merged, and the merged parcel (parcel,) of each of its own.
 
     Returns
     -------
     error, total : ndarray, shape (window,)
         Sums over the hidden entries that this condition leaves.
     plain : ndarray, shape (window,)
-        The error over the same entries in the plain test.
+        The error over the same entries in the plain test; with `finer`, of that network's fill, its parcels averaged.
+        Of a merged parcel that is hidden it sees nothing.
     """
     truth = cut_windows(Scaling()(scan), grid.n_timepoints)
     hidden = Masked(grid.hidden_share, grid.mask_window).hide(truth.shape, seed).numpy()
-    offset, scale = scaling.affine(m := moments(scan.values))
-    mean, sd = Scaling().affine(m)
-    given = cut_windows(scaling(scan), grid.n_timepoints)
+    mean, sd = Scaling().affine(moments(scan.values))
 
-    def predicted(condition: Condition, censored: np.ndarray) -> np.ndarray:
+    def fill(model, scaling, scan, hidden, censored, condition) -> np.ndarray:
+        """In the units of the scan."""
+        offset, scale = scaling.affine(moments(scan.values))
         window = (condition.window or grid.window) // condition.every
+        given = cut_windows(scaling(scan), grid.n_timepoints)
         parts = [np.ascontiguousarray(a[:, :: condition.every]) for a in (given, hidden, censored)]
         x, mask, gone = (torch.from_numpy(a.reshape(-1, window, *a.shape[2:])) for a in parts)
         with torch.no_grad():
             missing = gone if bool(gone.any()) else None
             filled = model(x, scan.t_r * condition.every, hidden=mask, censored=missing).reconstruction
-        return (filled.numpy().reshape(parts[0].shape) * scale + offset - mean) / sd
+        return filled.numpy().reshape(parts[0].shape) * scale + offset
 
     censored = np.random.default_rng(seed).random(truth.shape[:2]) < condition.censored
     kept = (slice(None), slice(None, None, condition.every))
     scored = (hidden & ~censored[..., None])[kept]
-    error, total = hidden_sums(truth[kept], predicted(condition, censored), scored)
-    plain = error
-    if condition != Condition():
-        plain, _ = hidden_sums(truth[kept], predicted(Condition(), np.zeros_like(censored))[kept], scored)
+    error, total = hidden_sums(
+        truth[kept], (fill(model, scaling, scan, hidden, censored, condition) - mean) / sd, scored
+    )
+    plain, none = error, np.zeros_like(censored)
+    if finer is not None:
+        other, its_scaling, whole, groups = finer
+        fine = fill(other, its_scaling, whole, hidden[..., groups], none, Condition()) @ _averaging(groups)
+        plain, _ = hidden_sums(truth, (fine - mean) / sd, hidden)
+    elif condition != Condition():
+        fine = fill(model, scaling, scan, hidden, none, Condition())
+        plain, _ = hidden_sums(truth[kept], ((fine - mean) / sd)[kept], scored)
     return error, total, plain
 
 
-def run_cell(grid: Grid, cell: Cell, fold: int, scans: Sequence[Scan], folder: Path) -> dict:
-    """One cell on one fold: its record, from `folder` where it was finished before, otherwise trained and scored.
+def _averaging(groups: np.ndarray) -> np.ndarray:
+    """Parcels to the means of their groups, (parcel, group)."""
+    member = np.eye(groups.max() + 1)[groups]
+    return member / member.sum(0)
 
-    Networks are kept by what they were trained with, so that cells that differ in the test alone share one.
+
+def merged_parcels(scans: Sequence[Scan], times: int) -> np.ndarray:
+    """The merged parcel of each, so many times fewer: Ward's clusters of the scans' z-scored series, (parcel,)."""
+    series = np.concatenate([Scaling()(scan) for scan in scans])
+    return FeatureAgglomeration(max(2, series.shape[1] // times)).fit(series).labels_
+
+
+def _merge(scan: Scan, groups: np.ndarray) -> Scan:
+    values = (scan.values @ _averaging(groups)).astype(np.float32)
+    return replace(scan, values=values, parcels=tuple(f"merged {i}" for i in range(values.shape[1])))
+
+
+def diagnose(features: np.ndarray, table: pd.DataFrame, target: str) -> dict[str, float]:
+    """How well a logistic regression tells two classes apart, in five repeats of five folds over people and families.
+
+    Parameters
+    ----------
+    features : ndarray, shape (scan, feature)
+        Standardised by the training scans of each fold; the penalty is fixed.
+    table : DataFrame
+        A row a scan, with ``participant_id``, ``family`` where known, and the target.
+    target : str
+
+    Returns
+    -------
+    dict
+        ``auc`` and ``balanced_accuracy``, means over folds.
+    """
+    folds = repeated_folds(table, target)
+    y = pd.factorize(table[target], sort=True)[0]
+    classifier = make_pipeline(StandardScaler(), LogisticRegression(C=0.01, max_iter=1000))
+    splits = [(train, test) for _, _, train, test in folds.split(table["participant_id"])]
+    metrics = {"auc": "roc_auc", "balanced_accuracy": "balanced_accuracy"}
+    found = cross_validate(classifier, features, y, cv=splits, scoring=metrics)
+    return {name: float(found[f"test_{name}"].mean()) for name in metrics}
+
+
+class _Fold:
+    """People of one fold by role, and the networks trained on them, kept by what they were trained with.
 
     Raises
     ------
     DataError
-        If fewer than three people are left to divide.
+        If nobody would be left to train on, or the grid has a target and `table` is not given.
     """
-    from mnemodyn.pretrain.training import pretrain  # imports Lightning, which takes seconds
 
-    train, validation, _ = split_participants(scans, n_test=grid.n_test, n_validation=1)
-    known = [*train, *validation]
-    people = sorted({scan.participant_id for scan in known})
-    if len(people) < 3:
-        raise DataError(f"expected three people or more beside the {grid.n_test} held out, got {len(people)}")
-    roles = {people[fold % len(people)]: "score", people[(fold + 1) % len(people)]: "choose"}
-    sides = {
-        role: [s for s in known if roles.get(s.participant_id, "train") == role]
-        for role in ("train", "choose", "score")
-    }
-    settings = grid.training(cell)
-    n_train, (objective, model, training, _, data) = _configure(settings | {"seed": fold})
-    sides["train"] = sides["train"][: n_train or None]
-    identity = {
-        "settings": settings,
-        "fold": fold,
-        "data": {side: fingerprint(found) for side, found in sides.items()},
-    }
-    network, unfinished = folder / "networks" / _digest(identity), folder / "unfinished"
-    identity |= {"test": dict(cell.test), **{f.name: getattr(grid, f.name) for f in fields(grid)[4:]}}
-    path = folder / f"{cell.name}-{fold}.json"
-    if path.is_file() and (found := json.loads(path.read_text())).get("identity") == identity:
-        return found
-    start = process_time()
-    if not network.is_dir():
-        with redirect_stdout(io.StringIO()):
-            pretrain(
-                sides["train"],
-                sides["choose"],
-                unfinished,
-                model=ModelConfig.from_dict({"n_parcels": len(scans[0].parcels), **model}),
-                objective=objective,
-                training=training,
-                scaling=Scaling(data.scaling),
-                restart=True,
-                machine=Machine(),
+    def __init__(self, grid: Grid, number: int, scans: Sequence[Scan], folder: Path, table: pd.DataFrame | None):
+        train, validation, _ = split_participants(scans, n_test=grid.n_test, n_validation=1)
+        known, size = [*train, *validation], grid.n_score
+        end = size + max(1, size // 10)
+        people = sorted({scan.participant_id for scan in known})
+        if len(people) <= end:
+            raise DataError(f"expected {end + 1} people or more beside the {grid.n_test} held out, got {len(people)}")
+        if size > 1:  # sorted identifiers are sorted by site
+            people = np.random.default_rng(0).permutation(people).tolist()
+        people = np.roll(people, -number * size).tolist()
+        self.grid, self.number, self.folder, self.people = grid, number, folder, people[:size]
+        sides = {"score": people[:size], "choose": people[size:end], "train": people[end:]}
+        of = {person: [scan for scan in known if scan.participant_id == person] for person in people}
+        self.sides = {side: [scan for person in some for scan in of[person]] for side, some in sides.items()}
+        self.table = None
+        if grid.target:
+            if table is None:
+                raise DataError(f"target {grid.target} needs a cohort: name it with --cohort")
+            table = table[table[grid.target].notna()].drop_duplicates("participant_id").set_index("participant_id")
+            labelled = [person for person in self.people if person in table.index]
+            self.table = table.loc[labelled].reset_index()
+
+    def identity(self, cell: Cell) -> dict:
+        """What decides the weights of the cell's network."""
+        n_train = _configure(self.grid.training(cell))[0]["n_train"]
+        sides = self.sides | {"train": self.sides["train"][: n_train or None]}
+        data = {side: fingerprint(found) for side, found in sides.items()}
+        return {"settings": self.grid.training(cell), "fold": self.number, "data": data}
+
+    def groups(self, cell: Cell) -> np.ndarray | None:
+        """Merged parcel of each parcel, where the cell merges them."""
+        data, _ = _configure(self.grid.training(cell))
+        return merged_parcels(self.sides["train"], data["merge"]) if data["merge"] > 1 else None
+
+    def trained(self, cell: Cell) -> Checkpoint:
+        """The cell's network, from the folder or trained now."""
+        from mnemodyn.pretrain.training import pretrain  # imports Lightning, which takes seconds
+
+        network, unfinished = self.folder / "networks" / _digest(self.identity(cell)), self.folder / "unfinished"
+        if not network.is_dir():
+            data, (objective, model, training, _, machine) = _configure(
+                self.grid.training(cell) | {"seed": self.number}
             )
-        network.parent.mkdir(exist_ok=True)
-        (unfinished / "best").rename(network)
-        shutil.rmtree(unfinished)
-    checkpoint = load_checkpoint(network)
-    condition = Condition(**cell.test)
-    parts = [
-        score(checkpoint.model, scan, checkpoint.scaling or Scaling(), grid, condition, 1000 * fold + i)
-        for i, scan in enumerate(sides["score"])
-    ]
-    error, total, plain = (float(sum(part.sum() for part in column)) for column in zip(*parts, strict=True))
-    found = {
-        "identity": identity,
-        "person": people[fold % len(people)],
-        "error": error,
-        "total": total,
-        "plain": plain,
-        "n_parameters": sum(p.numel() for p in checkpoint.model.parameters()),
-        "commit": surroundings()["commit"],
-        "cpu_seconds": round(process_time() - start, 1),
-    }
-    write_json(path, found)
-    return found
+            train, choose = self.sides["train"][: data["n_train"] or None], self.sides["choose"]
+            if (groups := self.groups(cell)) is not None:
+                train, choose = ([_merge(scan, groups) for scan in side] for side in (train, choose))
+            with redirect_stdout(io.StringIO()):
+                pretrain(
+                    train,
+                    choose,
+                    unfinished,
+                    model=ModelConfig.from_dict({"n_parcels": len(train[0].parcels), **model}),
+                    objective=objective,
+                    training=training,
+                    scaling=Scaling(machine.scaling),
+                    restart=True,
+                    machine=Machine(),
+                )
+            network.parent.mkdir(exist_ok=True)
+            (unfinished / "best").rename(network)
+            shutil.rmtree(unfinished)
+        return load_checkpoint(network)
+
+    def run(self, cell: Cell) -> dict:
+        """The cell's record, from the folder where it was finished before, otherwise trained and scored."""
+        grid, path = self.grid, self.folder / f"{cell.name}-{self.number}.json"
+        identity = self.identity(cell) | {
+            "test": dict(cell.test),
+            **{f.name: getattr(grid, f.name) for f in fields(grid)[4:]},
+        }
+        if path.is_file() and (found := json.loads(path.read_text())).get("identity") == identity:
+            return found
+        start, checkpoint, groups = process_time(), self.trained(cell), self.groups(cell)
+        scaling, scans = checkpoint.scaling or Scaling(), self.sides["score"]
+        finer: list[Any] = [None] * len(scans)
+        if groups is not None:
+            other = self.trained(next(c for c in grid.cells if c.name == cell.against))
+            finer = [(other.model, other.scaling or Scaling(), scan, groups) for scan in scans]
+            scans = [_merge(scan, groups) for scan in scans]
+        condition, seed = Condition(**cell.test), 1000 * self.number
+        parts = [
+            score(checkpoint.model, scan, scaling, grid, condition, seed + i, before)
+            for i, (scan, before) in enumerate(zip(scans, finer, strict=True))
+        ]
+        error, total, plain = (float(sum(part.sum() for part in column)) for column in zip(*parts, strict=True))
+        found = {
+            "identity": identity,
+            "people": self.people[0] if len(self.people) == 1 else f"{len(self.people)} people",
+            "error": error,
+            "total": total,
+            "plain": plain,
+            "n_parameters": sum(p.numel() for p in checkpoint.model.parameters()),
+            "commit": surroundings()["commit"],
+        }
+        if self.table is not None:
+            by_person = {scan.participant_id: scan for scan in scans}
+            scans = [by_person[person] for person in self.table["participant_id"]]
+            found["n_labelled"] = len(scans)
+            features = MnemoDynEncoder(checkpoint, (READOUT,)).fit(scans).transform(scans)
+            found["outcome"] = diagnose(features, self.table, grid.target)
+            if cell.name == DEFAULT:
+                found["connectivity"] = diagnose(connectivity(scans), self.table, grid.target)
+        found["cpu_seconds"] = round(process_time() - start, 1)
+        write_json(path, found)
+        return found
 
 
 def run_grid(
-    grid: Grid, scans: Sequence[Scan], folder: str | Path, *, log: Callable[[str], None] = print
+    grid: Grid,
+    scans: Sequence[Scan],
+    folder: str | Path,
+    *,
+    table: pd.DataFrame | None = None,
+    log: Callable[[str], None] = print,
 ) -> dict[str, list[dict]]:
-    """Every cell on every fold, fold by fold, so that what is finished is always comparable; returns the records."""
+    """Every cell on every fold, fold by fold, so that what is finished is always comparable; returns the records.
+
+    `table` has a row a scan, with ``participant_id`` and the grid's target.
+    """
     records: dict[str, list[dict]] = {cell.name: [] for cell in grid.cells}
-    for fold in range(grid.folds):
+    for number in range(grid.folds):
+        fold = _Fold(grid, number, scans, Path(folder), table)
         for cell in grid.cells:
-            found = run_cell(grid, cell, fold, scans, Path(folder))
+            found = fold.run(cell)
             records[cell.name].append(found)
-            log(f"fold {fold + 1}/{grid.folds}, {cell.name}: R2 {1 - found['error'] / found['total']:.4f}")
+            outcome = f", {grid.target} AUC {found['outcome']['auc']:.3f}" if grid.target else ""
+            log(f"fold {number + 1}/{grid.folds}, {cell.name}: R2 {1 - found['error'] / found['total']:.4f}{outcome}")
     return records
 
 
-def _interval(values: Sequence[float]) -> dict:
+def _interval(values: Sequence[float] | np.ndarray) -> dict:
     """Mean and 95 % t interval over folds; without one where there is a single fold."""
     mean, n = float(np.mean(values)), len(values)
     half = float(student.ppf(0.975, n - 1) * np.std(values, ddof=1) / math.sqrt(n)) if n > 1 else None
@@ -304,33 +438,39 @@ def collect(grid: Grid, records: Mapping[str, Sequence[Mapping]], **facts) -> di
     """The grid's result: R2 of every cell, and its paired difference to the cell it is compared with.
 
     Both are means over folds with a t interval. A cell that changes the test alone is compared with the same network
-    in the plain test, on the entries that its own test leaves.
+    in the plain test, on the entries that its own test leaves; one that merges parcels, with the fill of the network
+    it is compared with, its parcels averaged. Where the grid has a target, AUC and balanced accuracy likewise.
     """
     rows = []
     for cell in grid.cells:
         mine = records[cell.name]
-        other = mine if cell.test else records[cell.against][: len(mine)]
-        key = "plain" if cell.test else "error"
-        differences = [(b[key] - a["error"]) / a["total"] for a, b in zip(mine, other, strict=True)]
-        rows.append(
-            {
-                **{
-                    k: v
-                    for k, v in asdict(cell).items()
-                    if k in ("name", "group", "label", "settings", "test", "against")
-                },
-                "r2": _interval([1 - a["error"] / a["total"] for a in mine]),
-                "difference": None if cell.name == DEFAULT else _interval(differences),
-                "by_fold": [round(1 - a["error"] / a["total"], 6) for a in mine],
-                "n_parameters": mine[0]["n_parameters"],
-            }
-        )
+        against = records[cell.against][: len(mine)]
+        beside = [a["plain"] for a in mine] if cell.test or "merge" in cell.settings else [b["error"] for b in against]
+        differences = [(b - a["error"]) / a["total"] for a, b in zip(mine, beside, strict=True)]
+        row = {
+            **{f.name: getattr(cell, f.name) for f in fields(cell)},
+            "r2": _interval([1 - a["error"] / a["total"] for a in mine]),
+            "difference": None if cell.name == DEFAULT else _interval(differences),
+            "by_fold": [round(1 - a["error"] / a["total"], 6) for a in mine],
+            "n_parameters": mine[0]["n_parameters"],
+        }
+        for metric in ("auc", "balanced_accuracy") if grid.target else ():
+            values, others = ([r["outcome"][metric] for r in some] for some in (mine, against))
+            change = None if cell.name == DEFAULT else _interval(np.subtract(values, others))
+            row |= {metric: _interval(values), f"{metric}_difference": change}
+        rows.append(row)
+    if grid.target:
+        facts["connectivity"] = {
+            metric: _interval([r["connectivity"][metric] for r in records[DEFAULT]])
+            for metric in ("auc", "balanced_accuracy")
+        }
+        facts["n_labelled"] = [r["n_labelled"] for r in records[DEFAULT]]
     found = surroundings()
     return {
         "cells": rows,
         "settings": dict(grid.settings),
         "n_folds": len(records[DEFAULT]),
-        "people": [record["person"] for record in records[DEFAULT]],
+        "people": [record["people"] for record in records[DEFAULT]],
         "interval": "95 %, t over folds: each another person, other training people and another seed",
         **{f.name: getattr(grid, f.name) for f in fields(grid)[3:]},
         "commits": sorted({record["commit"] or "unknown" for mine in records.values() for record in mine}),
@@ -339,11 +479,16 @@ def collect(grid: Grid, records: Mapping[str, Sequence[Mapping]], **facts) -> di
     }
 
 
-def table(found: Mapping) -> pd.DataFrame:
-    """What `collect` gives, a row a cell: name, group, label, n_parameters, r2; value, low, high of the difference."""
+def table(found: Mapping, outcome: str = "r2") -> pd.DataFrame:
+    """What `collect` gives, a row a cell: name, group, label, n_parameters, the outcome; value, low, high of its difference.
+
+    `outcome` is ``r2``, or with a target ``auc`` or ``balanced_accuracy``.
+    """  # noqa: E501
     rows = []
     for cell in found["cells"]:
-        difference = cell["difference"] or dict.fromkeys(("value", "low", "high"))
+        difference = cell["difference" if outcome == "r2" else f"{outcome}_difference"]
         kept = {key: cell[key] for key in ("name", "group", "label", "n_parameters")}
-        rows.append({**kept, "r2": cell["r2"]["value"], **difference})
+        rows.append(
+            {**kept, outcome: cell[outcome]["value"], **(difference or dict.fromkeys(("value", "low", "high")))}
+        )
     return pd.DataFrame(rows).astype(dict.fromkeys(("value", "low", "high"), float))

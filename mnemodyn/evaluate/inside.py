@@ -1,10 +1,12 @@
 """What a trained network has learned: its field, operators and scales, what it reads from, what it generates."""
 
 from collections.abc import Sequence
+from typing import Any, cast
 
 import numpy as np
 import torch
 from scipy.signal import butter, hilbert, sosfiltfilt, welch
+from scipy.spatial.distance import cdist
 from scipy.stats import rankdata
 from torch import Tensor
 
@@ -23,10 +25,13 @@ __all__ = [
     "forecast_errors",
     "generate",
     "metastability",
+    "moran_surrogates",
     "parcel_order",
+    "parcel_shares",
     "reads_from",
     "scale_shares",
     "simulate_var",
+    "spatial_test",
     "streams",
     "summarise",
 ]
@@ -68,12 +73,12 @@ def coarse_mean(block: OperatorBlock) -> np.ndarray:
     product = torch.eye(block.coarse.n)
     for weight in block.coarse.weight.detach():
         product = product @ weight
-    return (product.mean(0) if product.ndim == 3 else product).numpy()
+    return product.view(-1, *product.shape[-2:]).mean(0).numpy()
 
 
 def banded_gain(block: OperatorBlock, level: int) -> np.ndarray:
     """Root sum of squares of a level's kernels over taps, mean over segments: (2K out, 2K in), finest level 0."""
-    operator = block.banded[level]
+    operator: Any = block.banded[level]
     weight = operator.mixing[..., None] * operator.kernel[:, None] if hasattr(operator, "kernel") else operator.weight
     return weight.detach().square().sum(-1).sqrt().mean(0).numpy()
 
@@ -86,8 +91,8 @@ def streams(model: MnemoDyn, x: Tensor, t_r: float) -> dict[str, np.ndarray]:
     def keep(name: str, part: Tensor) -> None:
         found[name] = found.get(name, 0) + part[0].numpy()
 
-    hooks = []
-    for i, block in enumerate(model.blocks, 1):
+    hooks, blocks = [], cast(list[OperatorBlock], model.blocks)
+    for i, block in enumerate(blocks, 1):
         for part in (block.field, block.lift):
             if part is not None:
                 hooks.append(part.register_forward_hook(lambda _, __, out, i=i: keep(f"drive of block {i}", out)))
@@ -102,15 +107,16 @@ def streams(model: MnemoDyn, x: Tensor, t_r: float) -> dict[str, np.ndarray]:
     return found
 
 
-def scale_shares(x: np.ndarray, wavelet: str, n_levels: int) -> np.ndarray:
+def scale_shares(x: np.ndarray, wavelet: str | Tensor, n_levels: int) -> np.ndarray:
     """Share of the energy of x (time, column) in each scale, its means removed: finest details first, coarsest last.
 
     Returns
     -------
     ndarray, shape (n_levels + 1,)
     """
-    x = torch.as_tensor(np.ascontiguousarray((x - x.mean(0)).T[None]), dtype=torch.float64)
-    energy = np.array([float(c.square().sum()) for c in wavedec(x, wavelet, n_levels)[::-1]])
+    series = torch.tensor((x - x.mean(0)).T[None], dtype=torch.float64)
+    with torch.no_grad():
+        energy = np.array([float(c.square().sum()) for c in wavedec(series, wavelet, n_levels)[::-1]])
     return energy / energy.sum()
 
 
@@ -202,16 +208,67 @@ def association(
     low, high = np.quantile(
         [correlation(ranked[0], rng.integers(0, n, n)) for _ in range(n_permutations)], [0.025, 0.975]
     )
-    pairs = np.array(pairs, int).reshape(-1, 2)
-    single, null = np.setdiff1d(np.arange(n), pairs), []
+    paired = np.array(pairs, int).reshape(-1, 2)
+    single, null = np.setdiff1d(np.arange(n), paired), []
     for _ in range(n_permutations):
         moved = np.arange(n)
-        moved[pairs] = pairs[rng.permutation(len(pairs))]
+        moved[paired] = paired[rng.permutation(len(paired))]
         moved[single] = single[rng.permutation(len(single))]
         null.append(correlation(ranked[0][np.ix_(moved, moved)], np.arange(n)))
     p = (1 + sum(value >= r - 1e-12 for value in null)) / (1 + n_permutations)
     found = {"r": r, "low": low, "high": high, "null_high": np.quantile(null, 0.95), "p": p}
     return {name: round(float(value), 6) for name, value in found.items()}
+
+
+def parcel_shares(edges: np.ndarray) -> np.ndarray:
+    """What edges contribute (scan, edge), in the order of ``triu_indices``, half to either end: (scan, parcel)."""
+    n = round((1 + np.sqrt(1 + 8 * edges.shape[1])) / 2)
+    rows, columns = np.triu_indices(n, 1)
+    ends = np.zeros((edges.shape[1], n))
+    ends[np.arange(len(rows)), rows] = ends[np.arange(len(rows)), columns] = 0.5
+    return edges @ ends
+
+
+def moran_surrogates(x: np.ndarray, centres: np.ndarray, n: int, seed: int) -> np.ndarray:
+    """Random maps with the mean, variance and spatial autocorrelation (Moran's I) of a map.
+
+    The map's parts along the eigenvectors of the centred matrix of inverse distances keep their size and get a random
+    sign. Source: Wagner and Dray 2015, Methods in Ecology and Evolution 6, 1169-1178.
+
+    Parameters
+    ----------
+    x : ndarray, shape (parcel,)
+    centres : ndarray, shape (parcel, 3)
+        In mm, all different.
+    n, seed : int
+
+    Returns
+    -------
+    ndarray, shape (n, parcel)
+    """
+    distance = cdist(centres, centres)
+    np.fill_diagonal(distance, np.inf)
+    weights = 1 / distance
+    centred = weights - weights.mean(0) - weights.mean(1, keepdims=True) + weights.mean()
+    vectors = np.linalg.eigh(centred)[1]
+    signs = np.random.default_rng(seed).choice([-1.0, 1.0], (n, len(x)))
+    return x.mean() + (signs * (vectors.T @ (x - x.mean()))) @ vectors.T
+
+
+def spatial_test(x: np.ndarray, y: np.ndarray, centres: np.ndarray, *, seed: int, n: int = 5000) -> dict[str, float]:
+    """Pearson correlation of two maps (parcel,), tested against `moran_surrogates` of the first.
+
+    Returns
+    -------
+    dict
+        ``r``, ``null_low`` and ``null_high`` (2.5th and 97.5th percentile of the null), ``p`` (two-sided).
+    """
+    maps = np.vstack([x, moran_surrogates(x, centres, n, seed)])
+    maps = maps - maps.mean(1, keepdims=True)
+    r = maps @ (y - y.mean()) / (np.linalg.norm(maps, axis=1) * np.linalg.norm(y - y.mean()))
+    low, high = np.quantile(r[1:], [0.025, 0.975])
+    p = (1 + (np.abs(r[1:]) >= abs(r[0]) - 1e-12).sum()) / (1 + n)
+    return {name: round(float(v), 6) for name, v in (("r", r[0]), ("null_low", low), ("null_high", high), ("p", p))}
 
 
 def _future(model: MnemoDyn, past: Tensor, n: int, t_r: float) -> Tensor:

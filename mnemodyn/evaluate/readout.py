@@ -20,7 +20,7 @@ __all__ = ["READOUTS", "MnemoDynEncoder", "readout", "readouts"]
 
 
 def _scale_energy(output: Output, model: MnemoDyn) -> torch.Tensor:
-    coefficients = wavedec(output.latents[0].T[None], model.config.wavelet, model.config.n_levels)
+    coefficients = wavedec(output.latents[0].T[None], model.blocks[-1].wavelet, model.config.n_levels)
     return torch.stack([c[0].square().mean(-1).clamp_min(1e-12).log() for c in coefficients]).flatten()
 
 

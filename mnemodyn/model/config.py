@@ -36,12 +36,13 @@ class ModelConfig:
     n_dense_layers : int
         Dense operators on the coarsest approximation.
     wavelet : str
-        A PyWavelets wavelet with orthogonal filters, or ``lazy``: even and odd samples apart, no filter.
+        A PyWavelets wavelet with orthogonal filters, or ``lazy``: even and odd samples apart, no filter; or
+        ``learned``: orthogonal filters of eight samples, a pair a block, which start as db2's and are trained.
     activation : str
         ``gelu``, ``silu`` or ``tanh``.
     control : str
-        What the field is contracted with: the path's ``derivative``, as published; its ``value``; or ``none``, which
-        leaves the drive to the lift.
+        What the field is contracted with: the path's ``derivative``, as published; its ``value``; ``both``, each
+        with a field of its own; or ``none``, which leaves the drive to the lift.
     lift : bool
         Add a linear map of (values, what is visible) to the drive. Not in the published block.
     residual : bool
@@ -88,7 +89,7 @@ class ModelConfig:
     n_dense_layers: int = 1
     wavelet: str = "db2"
     activation: str = "gelu"
-    control: Literal["derivative", "value", "none"] = "derivative"
+    control: Literal["derivative", "value", "both", "none"] = "derivative"
     lift: bool = True
     residual: bool = True
     parcel_scale: bool = False
@@ -112,16 +113,8 @@ class ModelConfig:
                     raise ValueError(f"{f.name} must be one of {', '.join(options)}, got {value!r}")
             elif type(value) is not f.type:
                 raise ValueError(f"{f.name} must be {f.type.__name__}, got {value!r}")
-            least = {
-                "n_timepoints": 2,
-                "n_dense_layers": 0,
-                "n_classes": 0,
-                "n_levels": 0,
-                "front_lags": 0,
-                "front_steps": 0,
-                "front_modes": 0,
-            }
-            least = least.get(f.name, 1)
+            none = ("n_dense_layers", "n_classes", "n_levels", "front_lags", "front_steps", "front_modes")
+            least = 2 if f.name == "n_timepoints" else 0 if f.name in none else 1
             if f.type is int and value < least:
                 raise ValueError(f"{f.name} must be >= {least}, got {value}")
         if self.kernel_size % 2 == 0:
@@ -152,6 +145,8 @@ class ModelConfig:
         for name, value in {"lift": False, "banded": "full", "control": "derivative", "front": "none"}.items():
             if getattr(self, name) != value:
                 raise ValueError(f"{name} must be {value} with compat='reference': the draft knows no other")
+        if self.wavelet == "learned":
+            raise ValueError("wavelet must be fixed with compat='reference': the draft learns none, got 'learned'")
         if self.interpolation == "none":
             raise ValueError("interpolation must be spline or linear with compat='reference', got 'none'")
         if self.n_timepoints % 2 and (self.n_blocks > 1 or self.residual):

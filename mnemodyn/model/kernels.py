@@ -216,7 +216,7 @@ class Tiles:
             elif need_dx:
                 _activate(q.copy_(a), name)
                 q3.mul_(g3)
-            if need_dx:
+            if ddx is not None:
                 torch.sum(q3, -1, out=ddx[rows, some])
             # From here q is the gradient of the pre-activation.
             if name == "tanh":

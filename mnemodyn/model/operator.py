@@ -1,6 +1,7 @@
 """One operator block: field, pyramid, coarse operator, banded operators, output."""
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -9,7 +10,7 @@ from torch.nn import functional
 from mnemodyn.model.config import ModelConfig
 from mnemodyn.model.control import control
 from mnemodyn.model.kernels import field_drive
-from mnemodyn.model.wavelet import dwt, idwt, level_lengths
+from mnemodyn.model.wavelet import DB2, dwt, idwt, lattice, level_lengths
 
 __all__ = [
     "ACTIVATIONS",
@@ -21,7 +22,11 @@ __all__ = [
     "OperatorBlock",
 ]
 
-ACTIVATIONS = {"tanh": torch.tanh, "gelu": functional.gelu, "silu": functional.silu}
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "tanh": torch.tanh,
+    "gelu": functional.gelu,
+    "silu": functional.silu,
+}
 
 
 class Field(nn.Module):
@@ -30,18 +35,20 @@ class Field(nn.Module):
     .. math:: z = \sigma(W_2 \sigma(W_1 x_t + b_1) + b_2), \quad H_t = \sigma(W_3 z + b_3), \quad
               v_t[k] = P^{-1/2} \sum_p H_t[p, k]\, \dot X_t[p].
 
-    The factor keeps the drive at unit scale whatever the number of parcels. The published draft has none.
+    The factor keeps the drive at unit scale whatever the number of parcels. The published draft has none. Contracted
+    with derivative and value, the field has 2P rows, those of the derivative first.
     """
 
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.activation = ACTIVATIONS[config.activation]
         self.n_channels = config.n_channels
-        self.factor = config.n_parcels**-0.5 if config.compat == "none" else 1.0
+        rows = config.n_parcels * (2 if config.control == "both" else 1)
+        self.factor = rows**-0.5 if config.compat == "none" else 1.0
         bias = config.linear_bias
         self.input = nn.Linear(config.n_parcels, config.input_width, bias=bias)
         self.bottleneck = nn.Linear(config.input_width, config.field_rank, bias=bias)
-        self.expansion = nn.Linear(config.field_rank, config.n_parcels * config.n_channels, bias=bias)
+        self.expansion = nn.Linear(config.field_rank, rows * config.n_channels, bias=bias)
         for layer in (self.input, self.bottleneck, self.expansion):
             nn.init.xavier_normal_(layer.weight)
             if bias:
@@ -49,11 +56,11 @@ class Field(nn.Module):
         # Uncorrelated entries of H: xavier would count P * K outputs and make the field all but vanish.
         nn.init.normal_(self.expansion.weight, std=config.field_rank**-0.5)
 
-    def forward(self, x: Tensor, derivative: Tensor) -> Tensor:
-        """Drive v from x and its derivative, both (batch, time, parcel); returns (batch, time, channel)."""
+    def forward(self, x: Tensor, control: Tensor) -> Tensor:
+        """Drive v (batch, time, channel) from x (batch, time, parcel) and the control (batch, time, row)."""
         act = self.activation
         z = act(self.bottleneck(act(self.input(x))))
-        v = field_drive(z, derivative, self.expansion.weight, self.expansion.bias, act)
+        v = field_drive(z, control, self.expansion.weight, self.expansion.bias, act)
         return v * self.factor
 
 
@@ -171,7 +178,8 @@ class DepthwiseBandedOperator(SegmentedOperator):
         """Each segment's kernels and matrix on (segment, 2K, run, sample)."""
         width, length = self.kernel.shape[-1], u.shape[-1]
         u = functional.pad(u, (width // 2, width // 2))
-        u = sum(u[..., i : i + length] * self.kernel[..., i, None, None] for i in range(width))
+        taps = [u[..., i : i + length] * self.kernel[..., i, None, None] for i in range(width)]
+        u = sum(taps[1:], taps[0])
         return torch.baddbmm(self.bias[..., None], self.mixing, u.flatten(2)).view(u.shape)
 
 
@@ -206,20 +214,32 @@ class OperatorBlock(nn.Module):
         if config.linear_bias:
             nn.init.zeros_(self.output.bias)
         self.parcel_scale = nn.Parameter(torch.ones(p)) if config.parcel_scale else None
+        self.angles = nn.Parameter(torch.tensor(DB2)) if config.wavelet == "learned" else None
+
+    @property
+    def wavelet(self) -> str | Tensor:
+        """Name of the wavelet, or its filter h where that is learned."""
+        return self.config.wavelet if self.angles is None else lattice(self.angles)
 
     def derivative(self, x: Tensor, t_r: float | Tensor) -> Tensor:
-        """The block's control, from its own input."""
-        if self.config.control == "derivative":
-            return control(x, t_r)
-        return x if self.config.control == "value" else torch.zeros_like(x)
+        """Derivative (batch, time, parcel) of the block's own input."""
+        return control(x, t_r)
+
+    def control(self, x: Tensor, t_r: float | Tensor, derivative: Tensor | None = None) -> Tensor:
+        """What the field is contracted with, (batch, time, row); `derivative` where it is known already."""
+        kind = self.config.control
+        if kind in ("value", "none"):
+            return x if kind == "value" else torch.zeros_like(x)
+        derivative = self.derivative(x, t_r) if derivative is None else derivative
+        return derivative if kind == "derivative" else torch.cat([derivative, x], dim=-1)
 
     def analysis(self, a: Tensor) -> tuple[Tensor, Tensor]:
         """One level down: approximation and detail of `a`."""
-        return dwt(a, self.config.wavelet)
+        return dwt(a, self.wavelet)
 
     def synthesis(self, approximation: Tensor, detail: Tensor, length: int) -> Tensor:
         """One level up: c at the next finer level, of `length` samples."""
-        return idwt(approximation, detail, self.config.wavelet, length)
+        return idwt(approximation, detail, self.wavelet, length)
 
     def forward(
         self, x: Tensor, t_r: float | Tensor, visible: Tensor, derivative: Tensor | None = None
@@ -229,9 +249,7 @@ class OperatorBlock(nn.Module):
         `x` (batch, time, parcel) is the block's input, `visible` (batch, time, parcel) is 1.0 where the scan was
         seen, and `t_r` is in seconds. `derivative` is given where the path was fitted around censored frames.
         """
-        if derivative is None or self.config.control != "derivative":
-            derivative = self.derivative(x, t_r)
-        v = self.field(x, derivative)
+        v = self.field(x, self.control(x, t_r, derivative))
         if self.lift is not None:
             v = v + self.lift(torch.cat([x, visible], dim=-1))
         c, loss = self.pyramid(v.transpose(1, 2))

@@ -17,6 +17,7 @@ With T frames, :math:`\delta_i = x_i - x_{i-1}` and :math:`\delta_0 = \delta_1`,
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import pywt
@@ -105,7 +106,8 @@ def read_settings(draft: Mapping) -> ModelConfig:
     settings |= {ours: draft.get(theirs, default) for theirs, (ours, default) in SWITCHES.items()}
     settings["activation"] = ACTIVATIONS[draft["nonlinearity"]]
     n_classes = draft["num_classes"] if draft.get("predict", False) else 0
-    return ModelConfig(compat="reference", lift=False, n_blocks=n_blocks, n_classes=n_classes, **settings)
+    settings |= {"n_blocks": n_blocks, "n_classes": n_classes}
+    return ModelConfig(compat="reference", lift=False, **settings)
 
 
 def _names(config: ModelConfig) -> Iterator[tuple[str, str, int | None]]:
@@ -160,16 +162,17 @@ def read_weights(model: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Ten
     state = {name.removeprefix("model."): value for name, value in state.items()}
     filters = {name: state.pop(name) for name in list(state) if ".wavelet_processor." in name}
     weights = {name: value.detach().clone() for name, value in model.state_dict().items()}
-    places = {theirs: (weights[ours] if i is None else weights[ours][i]) for theirs, ours, i in _names(model.config)}
+    config = cast(ModelConfig, model.config)
+    places = {theirs: (weights[ours] if i is None else weights[ours][i]) for theirs, ours, i in _names(config)}
     if wrong := misfits(places, state):
         raise ValueError(f"draft weights do not fit their settings: {wrong}")
-    low = np.array(pywt.Wavelet(model.config.wavelet).dec_lo)
+    low = np.array(pywt.Wavelet(config.wavelet).dec_lo)
     for name, value in filters.items():
         stored = value.detach().flatten().double().cpu().numpy()
         if name.endswith("h0") and not any(
             stored.shape == low.shape and np.allclose(stored, way, atol=1e-5) for way in (low, low[::-1])
         ):
-            raise ValueError(f"{name}: the stored filter is not that of wave {model.config.wavelet!r}")
+            raise ValueError(f"{name}: the stored filter is not that of wave {config.wavelet!r}")
     for name, place in places.items():
         place.copy_(state[name])
     return weights

@@ -6,20 +6,56 @@ With the analysis filters :math:`h, g` of length F of an orthogonal wavelet and 
 
 and the inverse is the transpose. A signal of odd length is first extended by its last sample, so an approximation
 and a detail have ``ceil(N / 2)`` samples each, and the inverse is cut on the right: exact. This is the convention
-of PyWavelets' ``mode="periodization"``, odd lengths included.
+of PyWavelets' ``mode="periodization"``, odd lengths included. In place of a name, a filter h may be given as a tensor,
+such as :func:`lattice` makes from angles that are learned.
 """
 
+import math
+from collections.abc import Sequence
 from functools import lru_cache
 
 import pywt
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
-__all__ = ["dwt", "idwt", "level_lengths", "wavedec", "waverec"]
+__all__ = ["DB2", "dwt", "idwt", "lattice", "level_lengths", "wavedec", "waverec"]
+
+Filter = Sequence[float] | Tensor
+
+# Angles whose lattice is the filter of db2 with two zeros on either side.
+DB2 = (2 * math.pi / 3, -5 * math.pi / 12, math.pi / 2, -math.pi / 2)
+
+
+def lattice(angles: Tensor) -> Tensor:
+    r"""Analysis filter h of an orthogonal wavelet, from any angles: rotations with delays between them.
+
+    .. math:: R(\theta_n)\, \mathrm{diag}(1, z^{-2})\, R(\theta_{n-1}) \cdots \mathrm{diag}(1, z^{-2})\, R(\theta_1)
+              \begin{pmatrix} 1 \\ z^{-1} \end{pmatrix}
+
+    is h and a second filter, orthogonal as every factor is. Source: Vaidyanathan and Hoang 1988, IEEE Trans. Acoust.
+    Speech Signal Process. 36, 81-94.
+
+    Parameters
+    ----------
+    angles : Tensor, shape (n,)
+        In radians.
+
+    Returns
+    -------
+    Tensor, shape (2 n,)
+        Of unit norm, and orthogonal to itself shifted by 2, 4, ... samples.
+    """
+    low, high = angles.new_tensor([1.0, 0.0]), angles.new_tensor([0.0, 1.0])
+    for i, (c, s) in enumerate(zip(angles.cos(), angles.sin(), strict=True)):
+        if i:
+            low, high = pad(low, (0, 2)), pad(high, (2, 0))
+        low, high = c * low + s * high, c * high - s * low
+    return low
 
 
 @lru_cache(maxsize=64)
-def _filters(wavelet: str) -> tuple[list[float], list[float]]:
+def _named(wavelet: str) -> tuple[list[float], list[float]]:
     """Analysis filters h and g."""
     if wavelet == "lazy":
         return [0.0, 1.0], [1.0, 0.0]
@@ -37,6 +73,13 @@ def _filters(wavelet: str) -> tuple[list[float], list[float]]:
     return bank.dec_lo, bank.dec_hi
 
 
+def _alternating(h: Tensor) -> tuple[Tensor, Tensor]:
+    """h and g, its alternating flip."""
+    sign = torch.ones_like(h)
+    sign[::2] = -1
+    return h, h.flip(0) * sign
+
+
 def _wrap(x: Tensor, left: int, right: int) -> Tensor:
     """Extend the last axis periodically, more than once round where the signal is shorter than the reach."""
     n = x.shape[-1]
@@ -46,16 +89,41 @@ def _wrap(x: Tensor, left: int, right: int) -> Tensor:
     return x[..., index]
 
 
-def _combine(parts: list[Tensor], weights: list[float]) -> Tensor:
+def _combine(parts: Sequence[Tensor], weights: Filter) -> Tensor:
     """Weighted sum."""
+    if isinstance(weights[0], Tensor):
+        return torch.stack([part * weight for part, weight in zip(parts, weights, strict=True)]).sum(0)
     total = parts[0] * weights[0]
     for part, weight in zip(parts[1:], weights[1:], strict=True):
         total.add_(part, alpha=weight)
     return total
 
 
+def _analyse(x: Tensor, low: Filter, high: Filter) -> tuple[Tensor, Tensor]:
+    size, n = len(low), x.shape[-1] // 2
+    # First sample read by coefficient 0 is F/2 - (F - 1); the last one, by the last coefficient, 2n - 2 + F/2.
+    x = _wrap(x, size // 2 - 1, size // 2 - 1)
+    phases = x[..., 0::2], x[..., 1::2]
+    parts = [phases[i % 2][..., i // 2 : i // 2 + n] for i in reversed(range(size))]
+    return _combine(parts, low), _combine(parts, high)
+
+
+def _synthesise(approximation: Tensor, detail: Tensor, low: Filter, high: Filter) -> Tensor:
+    half, n = len(low) // 2, approximation.shape[-1]
+    # Sample 2m + p of the signal is sum_i h[2i + q] a[m + i + start], with q = (F/2 - p) mod 2.
+    parity = [(half - p) % 2 for p in (0, 1)]
+    start = [(p + q - half) // 2 for p, q in zip((0, 1), parity, strict=True)]
+    left, right = -min(start), max(start) + half - 1
+    approximation, detail = _wrap(approximation, left, right), _wrap(detail, left, right)
+    phases = []
+    for first, q in zip(start, parity, strict=True):
+        parts = [c[..., left + first + i :][..., :n] for c in (approximation, detail) for i in range(half)]
+        phases.append(_combine(parts, [*low[q::2], *high[q::2]]))
+    return torch.stack(phases, dim=-1).flatten(-2)
+
+
 # Each transform's gradient is the other one, for the filters are orthogonal. A few scaled additions of slices are
-# faster than a convolution with one channel, and leave nothing for autograd to keep.
+# faster than a convolution with one channel, and leave nothing for autograd to keep. Learned filters do without.
 
 
 class _Analysis(torch.autograd.Function):
@@ -65,13 +133,7 @@ class _Analysis(torch.autograd.Function):
 
     @staticmethod
     def forward(x: Tensor, wavelet: str) -> tuple[Tensor, Tensor]:
-        low, high = _filters(wavelet)
-        size, n = len(low), x.shape[-1] // 2
-        # First sample read by coefficient 0 is F/2 - (F - 1); the last one, by the last coefficient, 2n - 2 + F/2.
-        x = _wrap(x, size // 2 - 1, size // 2 - 1)
-        phases = x[..., 0::2], x[..., 1::2]
-        parts = [phases[i % 2][..., i // 2 : i // 2 + n] for i in range(size)]
-        return _combine(parts, low[::-1]), _combine(parts, high[::-1])
+        return _analyse(x, *_named(wavelet))
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -89,18 +151,7 @@ class _Synthesis(torch.autograd.Function):
 
     @staticmethod
     def forward(approximation: Tensor, detail: Tensor, wavelet: str) -> Tensor:
-        low, high = _filters(wavelet)
-        half, n = len(low) // 2, approximation.shape[-1]
-        # Sample 2m + p of the signal is sum_i h[2i + q] a[m + i + start], with q = (F/2 - p) mod 2.
-        parity = [(half - p) % 2 for p in (0, 1)]
-        start = [(p + q - half) // 2 for p, q in zip((0, 1), parity, strict=True)]
-        left, right = -min(start), max(start) + half - 1
-        approximation, detail = _wrap(approximation, left, right), _wrap(detail, left, right)
-        phases = []
-        for first, q in zip(start, parity, strict=True):
-            parts = [c[..., left + first + i :][..., :n] for c in (approximation, detail) for i in range(half)]
-            phases.append(_combine(parts, [*low[q::2], *high[q::2]]))
-        return torch.stack(phases, dim=-1).flatten(-2)
+        return _synthesise(approximation, detail, *_named(wavelet))
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -111,14 +162,14 @@ class _Synthesis(torch.autograd.Function):
         return *_Analysis.apply(signal, ctx.wavelet), None
 
 
-def dwt(x: Tensor, wavelet: str) -> tuple[Tensor, Tensor]:
+def dwt(x: Tensor, wavelet: str | Tensor) -> tuple[Tensor, Tensor]:
     """One level of the transform.
 
     Parameters
     ----------
     x : Tensor, shape (batch, channel, time), floating
-    wavelet : str
-        Name of a PyWavelets wavelet with orthogonal filters.
+    wavelet : str or Tensor of shape (F,)
+        Name of a PyWavelets wavelet with orthogonal filters, or a filter h, orthogonal to its own even shifts.
 
     Returns
     -------
@@ -133,16 +184,16 @@ def dwt(x: Tensor, wavelet: str) -> tuple[Tensor, Tensor]:
         raise ValueError(f"x must be floating with shape (batch, channel, time >= 1), got {x.dtype} {tuple(x.shape)}")
     if x.shape[-1] % 2:
         x = torch.cat([x, x[..., -1:]], dim=-1)
-    return _Analysis.apply(x, wavelet)
+    return _Analysis.apply(x, wavelet) if isinstance(wavelet, str) else _analyse(x, *_alternating(wavelet))
 
 
-def idwt(approximation: Tensor, detail: Tensor, wavelet: str, length: int | None = None) -> Tensor:
+def idwt(approximation: Tensor, detail: Tensor, wavelet: str | Tensor, length: int | None = None) -> Tensor:
     """Inverse of :func:`dwt`.
 
     Parameters
     ----------
     approximation, detail : Tensor, shape (batch, channel, n)
-    wavelet : str
+    wavelet : str or Tensor of shape (F,)
     length : int, optional
         Length of the signal, ``2 n`` (default) or ``2 n - 1``.
 
@@ -164,7 +215,9 @@ def idwt(approximation: Tensor, detail: Tensor, wavelet: str, length: int | None
     length = 2 * n if length is None else length
     if length not in (2 * n, 2 * n - 1):
         raise ValueError(f"length must be {2 * n} or {2 * n - 1} for {n} coefficients, got {length}")
-    return _Synthesis.apply(approximation, detail, wavelet)[..., :length]
+    if isinstance(wavelet, str):
+        return _Synthesis.apply(approximation, detail, wavelet)[..., :length]
+    return _synthesise(approximation, detail, *_alternating(wavelet))[..., :length]
 
 
 def level_lengths(n_timepoints: int, n_levels: int) -> list[int]:
@@ -175,13 +228,13 @@ def level_lengths(n_timepoints: int, n_levels: int) -> list[int]:
     return lengths
 
 
-def wavedec(x: Tensor, wavelet: str, n_levels: int) -> list[Tensor]:
+def wavedec(x: Tensor, wavelet: str | Tensor, n_levels: int) -> list[Tensor]:
     """Multi-level transform, coefficients in the order of ``pywt.wavedec``.
 
     Parameters
     ----------
     x : Tensor, shape (batch, channel, time), floating
-    wavelet : str
+    wavelet : str or Tensor of shape (F,)
     n_levels : int
         At least 1.
 
@@ -199,7 +252,7 @@ def wavedec(x: Tensor, wavelet: str, n_levels: int) -> list[Tensor]:
     return [x, *details[::-1]]
 
 
-def waverec(coefficients: list[Tensor], wavelet: str, length: int | None = None) -> Tensor:
+def waverec(coefficients: list[Tensor], wavelet: str | Tensor, length: int | None = None) -> Tensor:
     """Inverse of :func:`wavedec`; `length` is the signal's length in samples (default: twice the finest detail's)."""
     x, details = coefficients[0], coefficients[1:]
     lengths = [d.shape[-1] for d in details[1:]] + [length]
