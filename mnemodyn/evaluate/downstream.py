@@ -4,7 +4,6 @@ import hashlib
 import io
 import os
 import re
-import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -20,7 +19,7 @@ from mnemodyn.data.cohorts import Cohort, Index, index
 from mnemodyn.data.scans import DataError, Scan
 from mnemodyn.data.store import Store
 from mnemodyn.evaluate.features import CONFOUNDS, confounds, connectivity, frames
-from mnemodyn.evaluate.heads import Features, Standardised, Tangent, predict, rotate
+from mnemodyn.evaluate.heads import Combat, Features, Fold, Standardised, Tangent, rotate
 from mnemodyn.evaluate.readout import READOUTS, MnemoDynEncoder
 from mnemodyn.evaluate.scores import SCORES, chance, corrected_t, interval, measure, resamples
 from mnemodyn.evaluate.splits import Folds, inner_splits, leave_one_site_out, repeated_folds
@@ -107,8 +106,8 @@ class Method:
     head : str
         See :func:`mnemodyn.evaluate.heads.predict`; or ``finetune``.
     blocks : tuple of str
-        Features: ``fc``, ``tangent``, ``confounds``, ``site``, ``model:READOUT``, ``untrained:READOUT``. For
-        ``finetune``, what is trained: ``draft``, ``last`` or ``all``.
+        Features: ``fc``, ``combat`` (FC harmonised between sites), ``tangent``, ``confounds``, ``site``,
+        ``model:READOUT``, ``untrained:READOUT``. For ``finetune``, what is trained: ``draft``, ``last`` or ``all``.
     repeats : int, optional
         Only so many repeats of the folds, for a method that costs much.
     remove : tuple of str
@@ -129,7 +128,9 @@ METHODS = {
     "confounds": Method("linear", ("confounds",)),
     "site": Method("linear", ("site",)),
     "fc": Method("linear", ("fc",)),
+    "fc_unmoved": Method("unmoved", ("fc",)),
     "fc_harmonised": Method("linear", ("fc",), 1, CONFOUNDS[:-1]),
+    "fc_combat": Method("linear", ("combat",), 1),
     "fc_pca": Method("pca", ("fc",), 1),
     "fc_mlp": Method("mlp", ("fc",), 1),
     "tangent": Method("linear", ("tangent",), 1),
@@ -217,18 +218,27 @@ def permuted(task: Task, seed: int) -> Task:
 
 
 class noise_scans(Sequence):
-    """Scans of white noise in the shape of others: whatever is predicted from them, the pipeline made up."""
+    """Scans of white noise in the shape of others: whatever is predicted from them, the pipeline made up.
 
-    def __init__(self, scans: Sequence[Scan], seed: int):
-        self.scans, self.seed = scans, seed
+    Parameters
+    ----------
+    scans : sequence of Scan
+    seed : int
+    n_frames : int, optional
+        Of every scan, at most. Their lengths tell sites apart otherwise.
+    """
+
+    def __init__(self, scans: Sequence[Scan], seed: int, n_frames: int | None = None):
+        self.scans, self.seed, self.n_frames = scans, seed, n_frames
 
     def __len__(self) -> int:
         return len(self.scans)
 
-    def __getitem__(self, i: int) -> Scan:
+    def __getitem__(self, i):
         scan = self.scans[i]
         values = np.random.default_rng([self.seed, i]).standard_normal(scan.values.shape).astype(np.float32)
-        return replace(scan, values=values)
+        censored = None if scan.censored is None else scan.censored[: self.n_frames]
+        return replace(scan, values=values[: self.n_frames], censored=censored)
 
 
 @dataclass(frozen=True)
@@ -284,6 +294,11 @@ def blocks_of(
             continue
         if name == "fc":
             found[name] = Features(connectivity(scans))
+        elif name == "combat":
+            if "site" not in task.table or task.table["site"].isna().any():
+                raise DataError("ComBat needs the site of every participant; leave fc_combat out")
+            fc = found["fc"].values if "fc" in found else connectivity(scans)
+            found[name] = Combat(fc, sites=task.table["site"].to_numpy(str))
         elif name == "tangent":
             found[name] = Tangent([frames(scan) for scan in scans])
         elif name in ("confounds", "site"):
@@ -291,7 +306,9 @@ def blocks_of(
                 confounds(task.table, task.target, CONFOUNDS if name == "confounds" else (name,))
             )
         else:
-            raise DataError(f"unknown features {name!r}; known are fc, tangent, confounds, site, model:... of {POOLED}")
+            raise DataError(
+                f"unknown features {name!r}; known are fc, combat, tangent, confounds, site, model:... of {POOLED}"
+            )
     return found
 
 
@@ -312,49 +329,50 @@ def _code() -> str:
 
 
 def _one_fold(
-    method: Method,
-    blocks: dict[str, Features],
+    methods: dict[str, Method],
+    fold: Fold,
     task: Task,
-    train: np.ndarray,
-    test: np.ndarray,
+    paths: dict[str, Path],
     n_inner: int,
-    seed: int,
-    path: Path | None,
-) -> tuple[np.ndarray | None, str]:
-    """Prediction of the test scans and what was chosen, or None and the error."""
-    if path is not None and path.is_file():
-        with np.load(path) as kept:
-            return kept["prediction"], str(kept["chosen"])
-    try:
-        if task.kind == "classification" and len(np.unique(task.y[train])) < 2:
-            raise DataError("the training scans are of one class")
-        splits = inner_splits(task.y[train], task.families[train], n_inner, seed)
-        if method.head == "finetune":
-            from mnemodyn.evaluate.finetune import finetune
+) -> dict[str, tuple[np.ndarray | None, str]]:
+    """Prediction of the test scans and what was chosen, by method; or None and the error."""
+    found: dict[str, tuple[np.ndarray | None, str]] = {}
+    for name, method in methods.items():
+        path = paths.get(name)
+        if path is not None and path.is_file():
+            with np.load(path) as kept:
+                found[name] = kept["prediction"], str(kept["chosen"])
+            continue
+        try:
+            if not fold.splits:
+                if task.kind == "classification" and len(np.unique(task.y[fold.train])) < 2:
+                    raise DataError("the training scans are of one class")
+                fold.splits = inner_splits(task.y[fold.train], task.families[fold.train], n_inner, fold.seed)
+            if method.head == "finetune":
+                from mnemodyn.evaluate.finetune import finetune
 
-            prediction, chosen = finetune(
-                blocks["scans"], task.y, train, test, what=method.blocks[0], kind=task.kind, split=splits[0], seed=seed
-            )
-        else:
-            remove = confounds(task.table, task.target, method.remove) if method.remove else None
-            prediction, chosen = predict(
-                method.head,
-                {name: blocks[name] for name in method.blocks},
-                task.y,
-                train,
-                test,
-                kind=task.kind,
-                splits=splits,
-                remove=remove,
-                seed=seed,
-            )
-    except Exception as error:  # of whatever kind: it is reported with the fold, and the others go on
-        return None, f"{type(error).__name__}: {error}"
-    if path is not None:
-        stream = io.BytesIO()
-        np.savez(stream, prediction=prediction, chosen=chosen)
-        write_bytes(path, stream.getvalue())
-    return prediction, chosen
+                prediction, chosen = finetune(
+                    fold.blocks["scans"],
+                    task.y,
+                    fold.train,
+                    fold.test,
+                    what=method.blocks[0],
+                    kind=task.kind,
+                    split=fold.splits[0],
+                    seed=fold.seed,
+                )
+            else:
+                remove = confounds(task.table, task.target, method.remove) if method.remove else None
+                prediction, chosen = fold.predict(method.head, method.blocks, remove=remove)
+        except Exception as error:  # of whatever kind: it is reported with the fold, and the others go on
+            found[name] = None, f"{type(error).__name__}: {error}"
+            continue
+        found[name] = prediction, chosen
+        if path is not None:
+            stream = io.BytesIO()
+            np.savez(stream, prediction=prediction, chosen=chosen)
+            write_bytes(path, stream.getvalue())
+    return found
 
 
 def evaluate(
@@ -393,7 +411,7 @@ def evaluate(
     blocks : dict, optional
         Features computed before, see ``blocks_of``; those that are missing are computed and added.
     say : callable
-        Is given a line a method.
+        Is given a line a fold.
 
     Raises
     ------
@@ -421,32 +439,35 @@ def evaluate(
             blocks["scans"].freeze(task.kind)  # before the processes part
     people = task.table["participant_id"]
     work = list(folds.split(people))
-    code = _code() if cache is not None else ""
-    predictions, chosen, failed = {}, {}, {}
-    for name, method in methods.items():
-        start = time.monotonic()
-        used = {b: blocks[b] for b in (("scans",) if method.head == "finetune" else method.blocks)}
-        jobs = [job for job in work if method.repeats is None or job[0] < method.repeats]
-        key = None
-        if cache is not None:
-            contents = [b.digest() if b is blocks.get("scans") else b.values for b in used.values()]
+    keys = {}
+    if cache is not None:
+        code = _code()
+        for name, method in methods.items():
+            used = [blocks["scans"]] if method.head == "finetune" else [blocks[b] for b in method.blocks]
+            contents = [b.values if isinstance(b, Features) else b.digest() for b in used]
             key = _digest(code, method, contents, task.y, task.target, folds.digest, list(people), n_inner, seed)
-        paths = [None if key is None else Path(cache) / "folds" / key[:24] / f"{r}-{f}.npz" for r, f, _, _ in jobs]
-        results = joblib.Parallel(n_jobs=n_jobs)(
-            joblib.delayed(_one_fold)(method, used, task, train, test, n_inner, seed, path)
-            for (_, _, train, test), path in zip(jobs, paths, strict=True)
-        )
-        found = np.full((1 + max(job[0] for job in jobs), len(people)), np.nan)
-        chosen[name], failed[name] = [], []
-        for (repeat, fold, _, test), (prediction, note) in zip(jobs, results, strict=True):
+            keys[name] = Path(cache) / "folds" / key[:24]
+    jobs = []
+    for repeat, number, train, test in work:
+        these = {name: m for name, m in methods.items() if m.repeats is None or repeat < m.repeats}
+        used = {b for m in these.values() for b in (("scans",) if m.head == "finetune" else m.blocks)}
+        fold = Fold({b: blocks[b] for b in used}, task.y, train, test, task.kind, [], seed)
+        paths = {name: keys[name] / f"{repeat}-{number}.npz" for name in these if name in keys}
+        jobs.append(joblib.delayed(_one_fold)(these, fold, task, paths, n_inner))
+    repeats = {n: min(folds.n_repeats, m.repeats or folds.n_repeats) for n, m in methods.items()}
+    predictions = {name: np.full((repeats[name], len(people)), np.nan) for name in methods}
+    chosen: dict[str, list[str]] = {name: [] for name in methods}
+    failed: dict[str, list[dict]] = {name: [] for name in methods}
+    results = joblib.Parallel(n_jobs=n_jobs, return_as="generator")(jobs)
+    for done, ((repeat, number, _, test), found) in enumerate(zip(work, results, strict=True), 1):
+        for name, (prediction, note) in found.items():
             if prediction is None:
-                failed[name].append({"repeat": repeat, "fold": folds.names[fold], "error": note})
+                failed[name].append({"repeat": repeat, "fold": folds.names[number], "error": note})
             else:
-                found[repeat, test] = prediction
+                predictions[name][repeat, test] = prediction
                 chosen[name].append(note)
-        predictions[name] = found
-        problem = f", {len(failed[name])} FAILED" if failed[name] else ""
-        say(f"{name}: {len(jobs)} folds in {time.monotonic() - start:.0f} s{problem}")
+        n_failed = sum(map(len, failed.values()))
+        say(f"fold {done} of {len(work)}" + (f", {n_failed} FAILED so far" if n_failed else ""))
     return Evaluation(task, folds, predictions, chosen, failed)
 
 
@@ -499,9 +520,10 @@ def report(evaluation: Evaluation, *, n_boot: int = 1000, seed: int = 0, baselin
         target), ``folds`` (``digest``, ``n_folds``, ``n_repeats``, ``names``).
 
         ``rows``, one a method: ``method``, ``n``, ``n_folds``, ``failed``, each metric as ``{value, low, high}``,
-        ``fold_sd`` (SD of the first metric over folds), ``p`` (of the first metric against chance, corrected
-        resampled t-test), ``fd_r`` (correlation of predictions with mean FD), ``site_share`` (of their variance),
-        ``low_motion`` (the scores at mean FD < 0.2 mm), ``chosen`` (the most frequent choice).
+        ``fold_mean`` and ``fold_sd`` (of the first metric over folds, such as sites), ``p`` (of the first metric
+        against chance, corrected resampled t-test), ``fd_r`` (correlation of predictions with mean FD),
+        ``site_share`` (of their variance), ``low_motion`` (the scores at mean FD < 0.2 mm), ``chosen`` (the most
+        frequent choice).
 
         ``comparisons``: ``method, baseline, metric, difference`` (paired bootstrap) and ``p`` (corrected t-test).
     """
@@ -522,6 +544,7 @@ def report(evaluation: Evaluation, *, n_boot: int = 1000, seed: int = 0, baselin
             continue
         row |= {metric: interval(v) for metric, v in _scores(evaluation, name, weights, every).items()}
         by_fold, guess = _by_fold(evaluation, name), chance(task.metric)
+        row["fold_mean"] = float(np.nanmean(by_fold)) if np.isfinite(by_fold).any() else None
         row["fold_sd"] = float(np.nanstd(by_fold, ddof=1)) if np.isfinite(by_fold).sum() > 1 else None
         row["p"] = corrected_t(by_fold - guess, share)
         mean = prediction.mean(0)
@@ -569,17 +592,19 @@ def report(evaluation: Evaluation, *, n_boot: int = 1000, seed: int = 0, baselin
 
 
 def permutations(
-    scans: Sequence[Scan], task: Task, folds: Folds, methods: Sequence[str], n: int, *, seed: int = 0, **settings: Any
+    scans: Sequence[Scan], task: Task, folds: Folds, shuffles: dict[str, int], *, seed: int = 0, **settings: Any
 ) -> dict[str, dict]:
-    """The first score with labels shuffled `n` times: one shuffle may be lucky, their mean belongs at chance.
+    """The first score with labels shuffled many times: one shuffle may be lucky, their mean belongs at chance.
 
     The spread over shuffles is wider than an interval over participants, which knows one training only.
 
     Parameters
     ----------
-    scans, task, folds, methods
+    scans, task, folds
         As in :func:`evaluate`; the first repeat of the folds is used.
-    n, seed : int
+    shuffles : dict of str to int
+        How often for each method.
+    seed : int
     **settings
         Of :func:`evaluate`.
 
@@ -590,18 +615,19 @@ def permutations(
         ``sd`` (over shuffles).
     """
     once = replace(folds, test_fold=folds.test_fold[:1])
-    values: dict[str, list[float]] = {name: [] for name in methods}
-    for i in range(n):
-        found = evaluate(scans, permuted(task, seed + i), once, methods, seed=seed, **settings)
-        for name in methods:
+    values: dict[str, list[float]] = {name: [] for name in shuffles}
+    for i in range(max(shuffles.values(), default=0)):
+        these = [name for name, n in shuffles.items() if i < n]
+        found = evaluate(scans, permuted(task, seed + i), once, these, seed=seed, **settings)
+        for name in these:
             if not np.isnan(found.predictions[name]).any():
                 values[name].append(float(np.nanmean(_by_fold(found, name))))
     results = {}
     for name, v in values.items():
         if len(v) > 1:
-            half = float(stats.t.ppf(0.975, len(v) - 1) * np.std(v, ddof=1) / np.sqrt(len(v)))
-            results[name] = {"n": len(v), "mean": float(np.mean(v)), "low": float(np.mean(v)) - half}
-            results[name] |= {"high": float(np.mean(v)) + half, "sd": float(np.std(v, ddof=1))}
+            low, high = stats.t.interval(0.95, len(v) - 1, np.mean(v), stats.sem(v))
+            results[name] = {"n": len(v), "mean": float(np.mean(v)), "low": float(low), "high": float(high)}
+            results[name]["sd"] = float(np.std(v, ddof=1))
     return results
 
 
@@ -613,7 +639,7 @@ def study(
     *,
     n_repeats: int = 5,
     control: Sequence[str] = (),
-    shuffles: tuple[Sequence[str], int] = ((), 0),
+    shuffles: dict[str, int] | None = None,
     by_site: Sequence[str] = (),
     shots: Sequence[str] = (),
     n_boot: int = 1000,
@@ -634,9 +660,10 @@ def study(
     n_repeats : int
         Of the five folds.
     control : sequence of str
-        Methods that are also run with shuffled labels and, for the first target, on scans of white noise.
-    shuffles : (sequence of str, int)
-        Methods, and how often their labels are shuffled, for :func:`permutations`.
+        Methods that are also run with shuffled labels and, for the first target, on scans of white noise, as long as
+        theirs and of equal lengths.
+    shuffles : dict of str to int, optional
+        For :func:`permutations`.
     by_site : sequence of str
         Methods that are also tested at sites left out, where there are two or more.
     shots : sequence of str
@@ -650,8 +677,8 @@ def study(
     Returns
     -------
     dict of str to dict
-        Target -> ``kfold``, ``leave_one_site_out``, ``permuted``, ``noise`` (each a :func:`report`),
-        ``permutations``, ``few_shot``.
+        Target -> ``kfold``, ``leave_one_site_out``, ``permuted``, ``noise``, ``noise_equal`` (each a
+        :func:`report`), ``permutations``, ``few_shot``.
     """
     found, shared = {}, {}
     for number, (target, kind) in enumerate(targets.items()):
@@ -669,21 +696,23 @@ def study(
             plans["permuted"] = (some, permuted(task, seed), once, control)
             if number == 0:
                 plans["noise"] = (noise_scans(some, seed), task, once, control)
+                shortest = min(len(scan.values) for scan in some)
+                cheap = [name for name in control if METHODS[name].head != "finetune"]
+                plans["noise_equal"] = (noise_scans(some, seed, shortest), task, once, cheap)
         found[target] = {}
         for plan, arguments in plans.items():
             done = evaluate(
                 *arguments,
-                blocks={} if plan == "noise" else blocks,
+                blocks={} if plan.startswith("noise") else blocks,
                 seed=seed,
                 say=lambda line, where=f"{target}, {plan}": say(f"{where}: {line}"),
                 **settings,
             )
             found[target][plan] = report(done, n_boot=n_boot, seed=seed)
-        if shuffles[1]:
-            names, n = shuffles
+        if shuffles:
             quiet = {k: v for k, v in settings.items() if k != "cache"}
-            found[target]["permutations"] = permutations(some, task, folds, names, n, blocks=blocks, seed=seed, **quiet)
-            say(f"{target}: labels shuffled {n} times")
+            found[target]["permutations"] = permutations(some, task, folds, shuffles, blocks=blocks, seed=seed, **quiet)
+            say(f"{target}: labels shuffled {shuffles} times")
         shared[key] = blocks
         if shots:
             found[target]["few_shot"] = few_shot({name: blocks[name] for name in shots}, task, once, seed=seed)
@@ -816,7 +845,7 @@ def transfer(
     block = (Standardised if standardise else Features)(np.vstack(features))
     y = np.concatenate([source.y, np.zeros(len(target.y))])
     splits = inner_splits(source.y, source.families, 3, seed)
-    p, chosen = predict("linear", {"x": block}, y, train, test, kind=source.kind, splits=splits)
+    p, chosen = Fold({"x": block}, y, train, test, source.kind, splits).predict("linear", ["x"])
     weights = resamples(target.table["participant_id"], n_boot, seed)
     scores = measure(target.kind, target.y, p, weights, fold=np.zeros(len(test)))
     return {
