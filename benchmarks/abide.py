@@ -20,6 +20,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from joblib import cpu_count
 from joblib.externals.loky import get_reusable_executor
 
 from mnemodyn.checkpoint import load_checkpoint
@@ -69,7 +70,7 @@ def main() -> int:
     parser.add_argument("--checkpoint", help="folder of a checkpoint; one is trained where none is named")
     parser.add_argument("--work", default="runs/abide", help="folder for the checkpoint, read-outs and folds")
     parser.add_argument("--epochs", type=int, default=6, help="of the training (default: 6)")
-    parser.add_argument("--jobs", type=int, default=downstream.default_jobs())
+    parser.add_argument("--jobs", type=int, default=cpu_count())
     parser.add_argument("--finetune", action="store_true", help="the fine-tuning, and nothing else")
     parser.add_argument("--restart", action="store_true", help="give up what --work holds")
     options = parser.parse_args()

@@ -1,11 +1,10 @@
 """Targets predicted from scans: every method on the same folds, with intervals, controls and comparisons."""
 
-import hashlib
-import io
-import os
+import json
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,7 @@ import joblib
 import numpy as np
 import pandas as pd
 from scipy import stats
+from sklearn.linear_model import LogisticRegression, Ridge
 
 from mnemodyn.checkpoint import Checkpoint
 from mnemodyn.data.cohorts import Cohort, Index, index
@@ -23,7 +23,7 @@ from mnemodyn.evaluate.heads import Combat, Features, Fold, Standardised, Tangen
 from mnemodyn.evaluate.readout import READOUTS, MnemoDynEncoder
 from mnemodyn.evaluate.scores import SCORES, chance, corrected_t, interval, measure, resamples
 from mnemodyn.evaluate.splits import Folds, inner_splits, leave_one_site_out, repeated_folds
-from mnemodyn.files import write_bytes
+from mnemodyn.files import write_json
 
 __all__ = [
     "METHODS",
@@ -47,21 +47,16 @@ __all__ = [
 
 
 class Indexed(Sequence):
-    """The scans of a cohort's index, read when they are asked for.
-
-    Parameters
-    ----------
-    found : Index
-    """
+    """The scans of a cohort's index, read when they are asked for."""
 
     def __init__(self, found: Index):
-        self.index, self.table = found, found.table
+        self.found, self.table = found, found.table
 
     def __len__(self) -> int:
         return len(self.table)
 
-    def __getitem__(self, i: int) -> Scan:
-        return self.index.load(self.table.iloc[i])
+    def __getitem__(self, i):
+        return self.found.load(self.table.iloc[i])
 
 
 def open_scans(cohort: Cohort, source: str | Path, *, workers: int = 1) -> tuple["Indexed | Store", Index | Store]:
@@ -88,7 +83,7 @@ class Rows(Sequence):
     def __len__(self) -> int:
         return len(self.rows)
 
-    def __getitem__(self, i: int) -> Scan:
+    def __getitem__(self, i):
         return self.scans[self.rows[i]]
 
 
@@ -120,8 +115,12 @@ class Method:
     remove: tuple[str, ...] = ()
 
     @property
+    def features(self) -> tuple[str, ...]:
+        return ("scans",) if self.head == "finetune" else self.blocks
+
+    @property
     def needs_checkpoint(self) -> bool:
-        return self.head == "finetune" or any(":" in block for block in self.blocks)
+        return any(":" in block or block == "scans" for block in self.features)
 
 
 METHODS = {
@@ -289,9 +288,7 @@ def blocks_of(
             for name, values in encoder.blocks(scans).items():
                 cls = Features if name in ONE_UNIT else Standardised
                 found[f"{kind}:{name}"] = cls(values.astype(np.float32) if cls is Features else values)
-    for name in names:
-        if name in found:
-            continue
+    for name in [name for name in names if name not in found]:
         if name == "fc":
             found[name] = Features(connectivity(scans))
         elif name == "combat":
@@ -312,36 +309,15 @@ def blocks_of(
     return found
 
 
-def _digest(*parts: object) -> str:
-    digest = hashlib.sha256()
-    for part in parts:
-        if isinstance(part, np.ndarray):
-            digest.update(repr((part.shape, part.dtype)).encode() + np.ascontiguousarray(part).tobytes())
-        elif isinstance(part, list | tuple):
-            digest.update(_digest(*part).encode())
-        else:
-            digest.update(repr(part).encode())
-    return digest.hexdigest()
-
-
-def _code() -> str:
-    return _digest(*(path.read_bytes() for path in sorted(Path(__file__).parent.glob("*.py"))))
-
-
 def _one_fold(
-    methods: dict[str, Method],
-    fold: Fold,
-    task: Task,
-    paths: dict[str, Path],
-    n_inner: int,
+    methods: dict[str, Method], fold: Fold, task: Task, paths: dict[str, Path], n_inner: int
 ) -> dict[str, tuple[np.ndarray | None, str]]:
     """Prediction of the test scans and what was chosen, by method; or None and the error."""
     found: dict[str, tuple[np.ndarray | None, str]] = {}
     for name, method in methods.items():
-        path = paths.get(name)
-        if path is not None and path.is_file():
-            with np.load(path) as kept:
-                found[name] = kept["prediction"], str(kept["chosen"])
+        if name in paths and paths[name].is_file():
+            kept = json.loads(paths[name].read_text())
+            found[name] = np.array(kept["prediction"]), kept["chosen"]
             continue
         try:
             if not fold.splits:
@@ -351,27 +327,18 @@ def _one_fold(
             if method.head == "finetune":
                 from mnemodyn.evaluate.finetune import finetune
 
-                prediction, chosen = finetune(
-                    fold.blocks["scans"],
-                    task.y,
-                    fold.train,
-                    fold.test,
-                    what=method.blocks[0],
-                    kind=task.kind,
-                    split=fold.splits[0],
-                    seed=fold.seed,
-                )
+                series, (what,) = fold.blocks["scans"], method.blocks
+                rows = task.y, fold.train, fold.test
+                found[name] = finetune(series, *rows, what=what, kind=task.kind, split=fold.splits[0], seed=fold.seed)
             else:
                 remove = confounds(task.table, task.target, method.remove) if method.remove else None
-                prediction, chosen = fold.predict(method.head, method.blocks, remove=remove)
+                found[name] = fold.predict(method.head, method.blocks, remove=remove)
         except Exception as error:  # of whatever kind: it is reported with the fold, and the others go on
             found[name] = None, f"{type(error).__name__}: {error}"
             continue
-        found[name] = prediction, chosen
-        if path is not None:
-            stream = io.BytesIO()
-            np.savez(stream, prediction=prediction, chosen=chosen)
-            write_bytes(path, stream.getvalue())
+        if name in paths:
+            prediction, chosen = found[name]
+            write_json(paths[name], {"prediction": np.asarray(prediction).tolist(), "chosen": chosen})
     return found
 
 
@@ -386,7 +353,7 @@ def evaluate(
     n_inner: int = 3,
     n_jobs: int = 1,
     seed: int = 0,
-    blocks: dict[str, Features] | None = None,
+    blocks: dict[str, Any] | None = None,
     say: Callable[[str], None] = lambda line: None,
 ) -> Evaluation:
     """Predict every participant from the others, by every method, on the same folds.
@@ -409,7 +376,8 @@ def evaluate(
         Processes; each takes a fold.
     seed : int
     blocks : dict, optional
-        Features computed before, see ``blocks_of``; those that are missing are computed and added.
+        Features computed before, see ``blocks_of``; those that are missing are computed and added. Fine-tuning keeps
+        its `Series` there, as ``scans``.
     say : callable
         Is given a line a fold.
 
@@ -426,49 +394,54 @@ def evaluate(
     if len(scans) != len(task.table):
         raise DataError(f"scans must be those of the task's table, {len(task.table)}, got {len(scans)}")
     blocks = {} if blocks is None else blocks
-    needed = [b for m in methods.values() if m.head != "finetune" for b in m.blocks]
-    missing = [name for name in dict.fromkeys(needed) if name not in blocks]
-    blocks |= blocks_of(scans, task, missing, checkpoint, cache, seed)
-    if any(m.head == "finetune" for m in methods.values()) and "scans" not in blocks:
+    tuned = {m.blocks for m in methods.values() if m.head == "finetune"}
+    missing = dict.fromkeys(b for m in methods.values() for b in m.features if b not in blocks and b != "scans")
+    blocks |= blocks_of(scans, task, list(missing), checkpoint, cache, seed)
+    if tuned and "scans" not in blocks:
         from mnemodyn.evaluate.finetune import Series
 
         if checkpoint is None:
             raise DataError("fine-tuning needs a checkpoint; name one, or leave the method out")
         blocks["scans"] = Series.of(checkpoint, scans)
-        if any(m.blocks == ("draft",) for m in methods.values()):
-            blocks["scans"].freeze(task.kind)  # before the processes part
+    if ("draft",) in tuned:
+        blocks["scans"].freeze(task.kind)  # before the processes part
     people = task.table["participant_id"]
     work = list(folds.split(people))
     keys = {}
     if cache is not None:
-        code = _code()
+        code = [path.read_bytes() for path in sorted(Path(__file__).parent.glob("*.py"))]
+        about = (code, task.y, task.target, folds.digest, list(people), n_inner, seed)
         for name, method in methods.items():
-            used = [blocks["scans"]] if method.head == "finetune" else [blocks[b] for b in method.blocks]
-            contents = [b.values if isinstance(b, Features) else b.digest() for b in used]
-            key = _digest(code, method, contents, task.y, task.target, folds.digest, list(people), n_inner, seed)
-            keys[name] = Path(cache) / "folds" / key[:24]
-    jobs = []
-    for repeat, number, train, test in work:
-        these = {name: m for name, m in methods.items() if m.repeats is None or repeat < m.repeats}
-        used = {b for m in these.values() for b in (("scans",) if m.head == "finetune" else m.blocks)}
-        fold = Fold({b: blocks[b] for b in used}, task.y, train, test, task.kind, [], seed)
-        paths = {name: keys[name] / f"{repeat}-{number}.npz" for name in these if name in keys}
-        jobs.append(joblib.delayed(_one_fold)(these, fold, task, paths, n_inner))
+            read = [blocks[b].digest() if b == "scans" else blocks[b].values for b in method.features]
+            keys[name] = Path(cache) / "folds" / joblib.hash((about, method, read))
+
+    def jobs() -> Iterator:
+        for repeat, number, train, test in work:
+            these = {name: m for name, m in methods.items() if m.repeats is None or repeat < m.repeats}
+            used = {b: blocks[b] for m in these.values() for b in m.features}
+            paths = {name: keys[name] / f"{repeat}-{number}.json" for name in these if name in keys}
+            fold = Fold(used, task.y, train, test, task.kind, [], seed)
+            yield joblib.delayed(_one_fold)(these, fold, task, paths, n_inner)
+
     repeats = {n: min(folds.n_repeats, m.repeats or folds.n_repeats) for n, m in methods.items()}
-    predictions = {name: np.full((repeats[name], len(people)), np.nan) for name in methods}
-    chosen: dict[str, list[str]] = {name: [] for name in methods}
-    failed: dict[str, list[dict]] = {name: [] for name in methods}
-    results = joblib.Parallel(n_jobs=n_jobs, return_as="generator")(jobs)
-    for done, ((repeat, number, _, test), found) in enumerate(zip(work, results, strict=True), 1):
-        for name, (prediction, note) in found.items():
+    found = Evaluation(
+        task,
+        folds,
+        {name: np.full((repeats[name], len(people)), np.nan) for name in methods},
+        {name: [] for name in methods},
+        {name: [] for name in methods},
+    )
+    results = joblib.Parallel(n_jobs=n_jobs, return_as="generator")(jobs())
+    for done, ((repeat, number, _, test), answers) in enumerate(zip(work, results, strict=True), 1):
+        for name, (prediction, note) in answers.items():
             if prediction is None:
-                failed[name].append({"repeat": repeat, "fold": folds.names[number], "error": note})
+                found.failed[name].append({"repeat": repeat, "fold": folds.names[number], "error": note})
             else:
-                predictions[name][repeat, test] = prediction
-                chosen[name].append(note)
-        n_failed = sum(map(len, failed.values()))
+                found.predictions[name][repeat, test] = prediction
+                found.chosen[name].append(note)
+        n_failed = sum(map(len, found.failed.values()))
         say(f"fold {done} of {len(work)}" + (f", {n_failed} FAILED so far" if n_failed else ""))
-    return Evaluation(task, folds, predictions, chosen, failed)
+    return found
 
 
 def _scores(evaluation: Evaluation, name: str, weights: np.ndarray, rows: np.ndarray, repeats: int | None = None):
@@ -492,13 +465,6 @@ def _by_fold(evaluation: Evaluation, name: str, repeats: int | None = None) -> n
         one = (folds == np.unique(folds)[:, None]).astype(float)
         found.append(measure(task.kind, task.y, p, one, fold=folds)[task.metric])
     return np.concatenate(found)
-
-
-def _explained(prediction: np.ndarray, labels: np.ndarray) -> float:
-    """Share of the variance of predictions that lies between labels (eta squared)."""
-    frame = pd.DataFrame({"p": prediction, "label": labels})
-    between = frame.groupby("label")["p"].transform("mean")
-    return float(between.var() / frame["p"].var()) if frame["p"].var() > 0 else 0.0
 
 
 def report(evaluation: Evaluation, *, n_boot: int = 1000, seed: int = 0, baselines: Sequence[str] = ("fc",)) -> dict:
@@ -527,20 +493,17 @@ def report(evaluation: Evaluation, *, n_boot: int = 1000, seed: int = 0, baselin
 
         ``comparisons``: ``method, baseline, metric, difference`` (paired bootstrap) and ``p`` (corrected t-test).
     """
-    task = evaluation.task
+    task, folds, every = evaluation.task, evaluation.folds, np.arange(len(evaluation.task.y))
     people = task.table["participant_id"]
     weights = resamples(people, n_boot, seed)
-    every = np.arange(len(people))
     rows, comparisons = [], []
     fd = task.table["mean_fd"].to_numpy(float) if "mean_fd" in task.table else np.full(len(people), np.nan)
-    sizes = np.array([[len(test), len(train)] for _, _, train, test in evaluation.folds.split(people)])
-    share = float((sizes[:, 0] / sizes[:, 1]).mean())
+    share = float(np.mean([len(test) / len(train) for _, _, train, test in folds.split(people)]))
     for name, prediction in evaluation.predictions.items():
         row = {"method": name, "n": int(people.nunique())}
         row |= {"n_folds": len(evaluation.chosen[name]), "failed": evaluation.failed[name]}
         if np.isnan(prediction).any():
-            empty = {"value": None, "low": None, "high": None}
-            rows.append(row | dict.fromkeys(SCORES[task.kind], empty))
+            rows.append(row | {metric: interval(np.full(2, np.nan)) for metric in SCORES[task.kind]})
             continue
         row |= {metric: interval(v) for metric, v in _scores(evaluation, name, weights, every).items()}
         by_fold, guess = _by_fold(evaluation, name), chance(task.metric)
@@ -552,7 +515,8 @@ def report(evaluation: Evaluation, *, n_boot: int = 1000, seed: int = 0, baselin
         varies = known.sum() > 2 and np.ptp(fd[known]) > 0 and np.ptp(mean[known]) > 0
         row["fd_r"] = float(np.corrcoef(mean[known], fd[known])[0, 1]) if varies else None
         if "site" in task.table and task.table["site"].nunique() > 1:
-            row["site_share"] = _explained(mean, task.table["site"].fillna("").to_numpy())
+            between = pd.Series(mean).groupby(task.table["site"].fillna("").to_numpy()).transform("mean")
+            row["site_share"] = float(between.var() / mean.var(ddof=1)) if np.ptp(mean) else 0.0  # eta squared
         calm = np.flatnonzero(fd < LOW_MOTION)
         if 10 <= len(calm) < len(fd) and len(np.unique(task.y[calm])) > 1:
             found = _scores(evaluation, name, weights, calm)
@@ -581,11 +545,7 @@ def report(evaluation: Evaluation, *, n_boot: int = 1000, seed: int = 0, baselin
         "n": int(people.nunique()),
         "n_scans": len(people),
         "n_missing": task.n_missing,
-        "folds": {
-            "digest": evaluation.folds.digest,
-            "n_folds": len(evaluation.folds.names),
-            "n_repeats": evaluation.folds.n_repeats,
-        },
+        "folds": {"digest": folds.digest, "n_folds": len(folds.names), "n_repeats": folds.n_repeats},
         "rows": rows,
         "comparisons": comparisons,
     }
@@ -680,7 +640,8 @@ def study(
         Target -> ``kfold``, ``leave_one_site_out``, ``permuted``, ``noise``, ``noise_equal`` (each a
         :func:`report`), ``permutations``, ``few_shot``.
     """
-    found, shared = {}, {}
+    found: dict[str, dict] = {}
+    shared: dict[tuple, dict[str, Any]] = {}
     for number, (target, kind) in enumerate(targets.items()):
         task = Task.of(table, target, kind)
         some = Rows(scans, task.rows)
@@ -689,7 +650,7 @@ def study(
         # Features other than the confounds do not depend on the target, where the same scans have it.
         key = tuple(task.rows)
         blocks = {k: v for k, v in shared.get(key, {}).items() if k not in ("confounds", "site")}
-        plans = {"kfold": (some, task, folds, methods)}
+        plans: dict[str, tuple] = {"kfold": (some, task, folds, methods)}
         if by_site and "site" in task.table and task.table["site"].nunique() > 1 and task.table["site"].notna().all():
             plans["leave_one_site_out"] = (some, task, leave_one_site_out(task.table), by_site)
         if control:
@@ -705,7 +666,7 @@ def study(
                 *arguments,
                 blocks={} if plan.startswith("noise") else blocks,
                 seed=seed,
-                say=lambda line, where=f"{target}, {plan}": say(f"{where}: {line}"),
+                say=partial(lambda where, line: say(f"{where}: {line}"), f"{target}, {plan}"),
                 **settings,
             )
             found[target][plan] = report(done, n_boot=n_boot, seed=seed)
@@ -776,31 +737,27 @@ def few_shot(
     list of dict
         ``features``, ``shots``, ``value`` (mean over folds), ``sd`` (over folds), ``n_folds``.
     """
-    from sklearn.linear_model import LogisticRegression, Ridge
-
-    people, rows = task.table["participant_id"], []
+    people, rows = task.table["participant_id"].to_numpy(), []
     for name, block in blocks.items():
         for k in shots:
             found = []
             for number, (_, _, train, test) in enumerate(folds.split(people)):
                 rng = np.random.default_rng([seed, k, number])
-                first = train[np.unique(people.to_numpy()[train], return_index=True)[1]]
+                first = train[np.unique(people[train], return_index=True)[1]]
                 sides = [first[task.y[first] == c] for c in (0, 1)] if task.classes else [first]
-                if min(map(len, sides)) < k:
+                if min(map(len, sides)) < k or k * len(sides) < 2:
                     continue
                 few = np.concatenate([rng.choice(side, k, replace=False) for side in sides])
-                if len(few) < 2:
-                    continue
                 a, b = rotate(block.products(few), few, test)
-                model = (LogisticRegression() if task.classes else Ridge()).fit(a, task.y[few])
-                p = model.decision_function(b) if task.classes else model.predict(b)
-                ones = np.ones((1, len(test)))
-                found.append(measure(task.kind, task.y[test], p, ones, fold=np.zeros(len(test)))[task.metric][0])
+                if task.classes:
+                    p = LogisticRegression().fit(a, task.y[few]).decision_function(b)
+                else:
+                    p = Ridge().fit(a, task.y[few]).predict(b)
+                ones, one = np.ones((1, len(test))), np.zeros(len(test))
+                found.append(measure(task.kind, task.y[test], p, ones, fold=one)[task.metric][0])
             if found:
-                rows.append(
-                    {"features": name, "shots": k, "value": float(np.nanmean(found)), "sd": float(np.nanstd(found))}
-                    | {"n_folds": len(found)}
-                )
+                score = {"value": float(np.nanmean(found)), "sd": float(np.nanstd(found)), "n_folds": len(found)}
+                rows.append({"features": name, "shots": k} | score)
     return rows
 
 
@@ -854,9 +811,3 @@ def transfer(
         "chosen": chosen,
         **{metric: interval(values) for metric, values in scores.items()},
     }
-
-
-def default_jobs() -> int:
-    """Processors this process may use."""
-    allowed = getattr(os, "sched_getaffinity", None)
-    return len(allowed(0)) if allowed else os.cpu_count() or 1

@@ -189,7 +189,8 @@ def finetune(
         inner = [p for n, p in tuned.named_parameters() if n.startswith("network.") and p.requires_grad]
         groups = [{"params": tuned.head.parameters(), "lr": 1e-3}, *([{"params": inner, "lr": 3e-4}] if inner else [])]
         optimizer = torch.optim.AdamW(groups, weight_decay=0.05)
-        best, state, epoch_of = np.inf, None, 0
+        best, epoch_of = np.inf, 0
+        state: dict[str, Tensor] = {}
         for epoch in range(EPOCHS[what]):
             tuned.train()
             order = rng.permutation(fit)

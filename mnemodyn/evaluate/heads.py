@@ -38,7 +38,7 @@ SHARES = (0.0, 0.2, 0.5)  # of the variance, for what is joined
 class Features:
     """Features of one unit, such as connectivity, taken as they are: their products serve every fold."""
 
-    values: np.ndarray = field(repr=False)
+    values: Any = field(repr=False)
     _products: np.ndarray | None = field(default=None, repr=False)
 
     def products(self, train: np.ndarray) -> np.ndarray:
@@ -235,7 +235,7 @@ class Fold:
         Of the perceptron.
     """
 
-    blocks: dict[str, Features]
+    blocks: dict[str, Any]
     y: np.ndarray
     train: np.ndarray
     test: np.ndarray
@@ -253,7 +253,7 @@ class Fold:
         return self._kept[name]
 
     def _columns(self, shares: dict[str, float], remove: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
-        total = sum(weight * self._products(name) for name, weight in shares.items())
+        total = np.sum([weight * self._products(name) for name, weight in shares.items()], axis=0)
         return rotate(total, self.train, self.test, remove)
 
     def _fit(self, shares: dict[str, float], name: str) -> _Choice:

@@ -3,6 +3,7 @@
 import hashlib
 import io
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -143,10 +144,10 @@ class MnemoDynEncoder(TransformerMixin, BaseEstimator):
         """Each read-out apart, (scan, feature); scans are read one at a time."""
         checkpoint = self._loaded()
         model = checkpoint.model.to(self.device).eval()
-        digest = hashlib.sha256(repr(model.config).encode())
+        weights = hashlib.sha256(repr(model.config).encode())
         for name, value in sorted(model.state_dict().items()):
-            digest.update(name.encode() + value.cpu().numpy().tobytes())
-        digest = digest.hexdigest()
+            weights.update(name.encode() + value.cpu().numpy().tobytes())
+        digest = weights.hexdigest()
         rows = [self._one(checkpoint, model, scan, digest) for scan in scans]
         return {name: np.array([row[name] for row in rows]) for name in self.readouts}
 
@@ -164,7 +165,7 @@ class MnemoDynEncoder(TransformerMixin, BaseEstimator):
         found = {name: value.astype(np.float32) for name, value in found.items()}
         if path is not None:
             stream = io.BytesIO()
-            np.savez(stream, **found)
+            np.savez(stream, allow_pickle=False, **found)
             write_bytes(path, stream.getvalue())
         return {name: value.astype(float) for name, value in found.items()}
 
@@ -174,8 +175,6 @@ class MnemoDynEncoder(TransformerMixin, BaseEstimator):
         checkpoint = self.checkpoint if isinstance(self.checkpoint, Checkpoint) else load_checkpoint(self.checkpoint)
         if self.untrained is None:
             return checkpoint
-        from dataclasses import replace
-
         with torch.random.fork_rng():
             torch.manual_seed(self.untrained)
             return replace(checkpoint, model=MnemoDyn(checkpoint.model.config).eval())
