@@ -199,9 +199,20 @@ class Task:
         return cls(part, target, kind, y, classes, np.flatnonzero(known), int((~known).sum()))
 
     @property
+    def people(self) -> pd.Series:
+        """Participant of every scan."""
+        return self.table["participant_id"]
+
+    @property
     def families(self) -> np.ndarray:
-        people = self.table["participant_id"]
-        return (self.table["family"].fillna(people) if "family" in self.table else people).to_numpy()
+        """Family of every scan, the participant where none is known."""
+        return (self.table["family"].fillna(self.people) if "family" in self.table else self.people).to_numpy()
+
+    @property
+    def sites(self) -> np.ndarray | None:
+        """Site of every scan; None where one is unknown, or there is one only."""
+        sites = self.table.get("site")
+        return None if sites is None or sites.isna().any() or sites.nunique() < 2 else sites.to_numpy(str)
 
     @property
     def metric(self) -> str:
@@ -211,9 +222,8 @@ class Task:
 
 def permuted(task: Task, seed: int) -> Task:
     """The task with its labels shuffled over participants: what a pipeline finds in nothing."""
-    people, index = np.unique(task.table["participant_id"], return_inverse=True)
-    first = np.array([task.y[np.flatnonzero(index == i)[0]] for i in range(len(people))])
-    return replace(task, y=np.random.default_rng(seed).permutation(first)[index])
+    _, first, person = np.unique(task.people, return_index=True, return_inverse=True)
+    return replace(task, y=np.random.default_rng(seed).permutation(task.y[first])[person])
 
 
 class noise_scans(Sequence):
@@ -292,20 +302,17 @@ def blocks_of(
         if name == "fc":
             found[name] = Features(connectivity(scans))
         elif name == "combat":
-            if "site" not in task.table or task.table["site"].isna().any():
-                raise DataError("ComBat needs the site of every participant; leave fc_combat out")
-            fc = found["fc"].values if "fc" in found else connectivity(scans)
-            found[name] = Combat(fc, sites=task.table["site"].to_numpy(str))
+            if task.sites is None:
+                raise DataError("ComBat needs sites, and the site of every participant; leave fc_combat out")
+            found[name] = Combat(found["fc"].values if "fc" in found else connectivity(scans), sites=task.sites)
         elif name == "tangent":
             found[name] = Tangent([frames(scan) for scan in scans])
         elif name in ("confounds", "site"):
-            found[name] = Standardised(
-                confounds(task.table, task.target, CONFOUNDS if name == "confounds" else (name,))
-            )
+            which = CONFOUNDS if name == "confounds" else (name,)
+            found[name] = Standardised(confounds(task.table, task.target, which))
         else:
-            raise DataError(
-                f"unknown features {name!r}; known are fc, combat, tangent, confounds, site, model:... of {POOLED}"
-            )
+            known = f"fc, combat, tangent, confounds, site, model:... of {POOLED}"
+            raise DataError(f"unknown features {name!r}; known are {known}")
     return found
 
 
@@ -405,7 +412,7 @@ def evaluate(
         blocks["scans"] = Series.of(checkpoint, scans)
     if ("draft",) in tuned:
         blocks["scans"].freeze(task.kind)  # before the processes part
-    people = task.table["participant_id"]
+    people = task.people
     work = list(folds.split(people))
     keys = {}
     if cache is not None:
@@ -444,46 +451,44 @@ def evaluate(
     return found
 
 
-def _scores(evaluation: Evaluation, name: str, weights: np.ndarray, rows: np.ndarray, repeats: int | None = None):
+def _scores(
+    evaluation: Evaluation, name: str, weights: np.ndarray, rows: np.ndarray | slice = slice(None), repeats: int = 99
+) -> dict[str, np.ndarray]:
     """Scores averaged over repeats, each (resample,)."""
-    task, people = evaluation.task, evaluation.task.table["participant_id"]
-    folds = evaluation.folds.of(people)
-    sites = task.table.get("site", None)
-    group = None if sites is None or sites.isna().any() or sites.nunique() < 2 else sites.to_numpy()[rows]
+    task, sites = evaluation.task, evaluation.task.sites
+    group = None if sites is None else sites[rows]
     found = [
-        measure(task.kind, task.y[rows], p[rows], weights[:, rows], fold=folds[r][rows], group=group)
-        for r, p in enumerate(evaluation.predictions[name][:repeats])
+        measure(task.kind, task.y[rows], p[rows], weights[:, rows], fold=fold[rows], group=group)
+        for fold, p in zip(evaluation.folds.of(task.people), evaluation.predictions[name][:repeats], strict=False)
     ]
     return {metric: np.mean([f[metric] for f in found], axis=0) for metric in found[0]}
 
 
-def _by_fold(evaluation: Evaluation, name: str, repeats: int | None = None) -> np.ndarray:
+def _by_fold(evaluation: Evaluation, name: str, repeats: int = 99) -> np.ndarray:
     """The first metric in every fold."""
-    task, people = evaluation.task, evaluation.task.table["participant_id"]
-    found = []
-    for folds, p in zip(evaluation.folds.of(people), evaluation.predictions[name][:repeats], strict=False):
-        one = (folds == np.unique(folds)[:, None]).astype(float)
-        found.append(measure(task.kind, task.y, p, one, fold=folds)[task.metric])
+    task, found = evaluation.task, []
+    for fold, p in zip(evaluation.folds.of(task.people), evaluation.predictions[name][:repeats], strict=False):
+        one = (fold == np.unique(fold)[:, None]).astype(float)
+        found.append(measure(task.kind, task.y, p, one, fold=fold)[task.metric])
     return np.concatenate(found)
 
 
-def report(evaluation: Evaluation, *, n_boot: int = 1000, seed: int = 0, baselines: Sequence[str] = ("fc",)) -> dict:
+def report(evaluation: Evaluation, *, n_boot: int = 1000, seed: int = 0, baseline: str = "fc") -> dict:
     """Scores, intervals and comparisons of an evaluation, fit for JSON.
 
     Parameters
     ----------
     evaluation : Evaluation
-    n_boot : int
-        Resamples of participants.
-    seed : int
-    baselines : sequence of str
-        Methods that every other is compared with, on the folds that both have.
+    n_boot, seed : int
+        Of the resamples of participants.
+    baseline : str
+        Method that every other is compared with, on the folds that both have.
 
     Returns
     -------
     dict
         ``target``, ``kind``, ``classes``, ``n`` (participants), ``n_scans``, ``n_missing`` (scans without the
-        target), ``folds`` (``digest``, ``n_folds``, ``n_repeats``, ``names``).
+        target), ``folds`` (``digest``, ``n_folds``, ``n_repeats``).
 
         ``rows``, one a method: ``method``, ``n``, ``n_folds``, ``failed``, each metric as ``{value, low, high}``,
         ``fold_mean`` and ``fold_sd`` (of the first metric over folds, such as sites), ``p`` (of the first metric
@@ -493,51 +498,46 @@ def report(evaluation: Evaluation, *, n_boot: int = 1000, seed: int = 0, baselin
 
         ``comparisons``: ``method, baseline, metric, difference`` (paired bootstrap) and ``p`` (corrected t-test).
     """
-    task, folds, every = evaluation.task, evaluation.folds, np.arange(len(evaluation.task.y))
-    people = task.table["participant_id"]
+    task, folds, people = evaluation.task, evaluation.folds, evaluation.task.people
     weights = resamples(people, n_boot, seed)
     rows, comparisons = [], []
     fd = task.table["mean_fd"].to_numpy(float) if "mean_fd" in task.table else np.full(len(people), np.nan)
+    known, calm = np.isfinite(fd), np.flatnonzero(fd < LOW_MOTION)
     share = float(np.mean([len(test) / len(train) for _, _, train, test in folds.split(people)]))
-    for name, prediction in evaluation.predictions.items():
-        row = {"method": name, "n": int(people.nunique())}
+    whole = {name: p for name, p in evaluation.predictions.items() if not np.isnan(p).any()}
+    for name in evaluation.predictions:
+        row: dict[str, Any] = {"method": name, "n": int(people.nunique())}
         row |= {"n_folds": len(evaluation.chosen[name]), "failed": evaluation.failed[name]}
-        if np.isnan(prediction).any():
-            rows.append(row | {metric: interval(np.full(2, np.nan)) for metric in SCORES[task.kind]})
+        rows.append(row)
+        if name not in whole:
+            row |= {metric: interval(np.full(2, np.nan)) for metric in SCORES[task.kind]}
             continue
-        row |= {metric: interval(v) for metric, v in _scores(evaluation, name, weights, every).items()}
-        by_fold, guess = _by_fold(evaluation, name), chance(task.metric)
+        row |= {metric: interval(v) for metric, v in _scores(evaluation, name, weights).items()}
+        by_fold = _by_fold(evaluation, name)
         row["fold_mean"] = float(np.nanmean(by_fold)) if np.isfinite(by_fold).any() else None
         row["fold_sd"] = float(np.nanstd(by_fold, ddof=1)) if np.isfinite(by_fold).sum() > 1 else None
-        row["p"] = corrected_t(by_fold - guess, share)
-        mean = prediction.mean(0)
-        known = np.isfinite(fd)
+        row["p"] = corrected_t(by_fold - chance(task.metric), share)
+        mean = whole[name].mean(0)
         varies = known.sum() > 2 and np.ptp(fd[known]) > 0 and np.ptp(mean[known]) > 0
         row["fd_r"] = float(np.corrcoef(mean[known], fd[known])[0, 1]) if varies else None
         if "site" in task.table and task.table["site"].nunique() > 1:
             between = pd.Series(mean).groupby(task.table["site"].fillna("").to_numpy()).transform("mean")
             row["site_share"] = float(between.var() / mean.var(ddof=1)) if np.ptp(mean) else 0.0  # eta squared
-        calm = np.flatnonzero(fd < LOW_MOTION)
         if 10 <= len(calm) < len(fd) and len(np.unique(task.y[calm])) > 1:
-            found = _scores(evaluation, name, weights, calm)
-            row["low_motion"] = {"n": int(people.iloc[calm].nunique())} | {m: interval(v) for m, v in found.items()}
+            low_motion = {m: interval(v) for m, v in _scores(evaluation, name, weights, calm).items()}
+            row["low_motion"] = {"n": int(people.iloc[calm].nunique())} | low_motion
         names = pd.Series(evaluation.chosen[name]).value_counts()
         row["chosen"] = f"{names.index[0]} ({names.iloc[0]} of {names.sum()})"
-        rows.append(row)
-    whole = [n for n, p in evaluation.predictions.items() if not np.isnan(p).any()]
-    for baseline in baselines:
-        for name in whole:
-            if baseline not in whole or name == baseline:
-                continue
-            repeats = min(len(evaluation.predictions[name]), len(evaluation.predictions[baseline]))
-            ours, theirs = (_scores(evaluation, m, weights, every, repeats) for m in (name, baseline))
-            fold_difference = _by_fold(evaluation, name, repeats) - _by_fold(evaluation, baseline, repeats)
-            for metric in ours:
-                comparisons.append(
-                    {"method": name, "baseline": baseline, "metric": metric, "repeats": repeats}
-                    | {"difference": interval(ours[metric] - theirs[metric])}
-                    | ({"p": corrected_t(fold_difference, share)} if metric == task.metric else {})
-                )
+    for name in [name for name in whole if baseline in whole and name != baseline]:
+        repeats = min(len(whole[name]), len(whole[baseline]))
+        ours, theirs = (_scores(evaluation, m, weights, repeats=repeats) for m in (name, baseline))
+        by_fold = _by_fold(evaluation, name, repeats) - _by_fold(evaluation, baseline, repeats)
+        for metric in ours:
+            comparisons.append(
+                {"method": name, "baseline": baseline, "metric": metric, "repeats": repeats}
+                | {"difference": interval(ours[metric] - theirs[metric])}
+                | ({"p": corrected_t(by_fold, share)} if metric == task.metric else {})
+            )
     return {
         "target": task.target,
         "kind": task.kind,
@@ -586,8 +586,8 @@ def permutations(
     for name, v in values.items():
         if len(v) > 1:
             low, high = stats.t.interval(0.95, len(v) - 1, np.mean(v), stats.sem(v))
-            results[name] = {"n": len(v), "mean": float(np.mean(v)), "low": float(low), "high": float(high)}
-            results[name]["sd"] = float(np.std(v, ddof=1))
+            spread = {"low": float(low), "high": float(high), "sd": float(np.std(v, ddof=1))}
+            results[name] = {"n": len(v), "mean": float(np.mean(v))} | spread
     return results
 
 
@@ -651,7 +651,7 @@ def study(
         key = tuple(task.rows)
         blocks = {k: v for k, v in shared.get(key, {}).items() if k not in ("confounds", "site")}
         plans: dict[str, tuple] = {"kfold": (some, task, folds, methods)}
-        if by_site and "site" in task.table and task.table["site"].nunique() > 1 and task.table["site"].notna().all():
+        if by_site and task.sites is not None:
             plans["leave_one_site_out"] = (some, task, leave_one_site_out(task.table), by_site)
         if control:
             plans["permuted"] = (some, permuted(task, seed), once, control)
@@ -702,7 +702,7 @@ def planted(scans: Sequence[Scan], task: Task, truth: dict, *, n_boot: int = 100
     edges = np.outer(inside, inside)[np.tril_indices(len(inside), -1)]
     strength = np.tanh(connectivity(scans)[:, edges]).mean(1) / truth["edge_sd"]
     z = task.y - 0.5 if task.classes else (task.y - task.y.mean()) / float(effect["per"].split()[0])
-    weights = resamples(task.table["participant_id"], n_boot, seed)
+    weights = resamples(task.people, n_boot, seed)
     total = weights.sum(1)
     means = [weights @ v / total for v in (z, strength)]
     slopes = (weights @ (z * strength) / total - means[0] * means[1]) / (weights @ z**2 / total - means[0] ** 2)
@@ -737,7 +737,7 @@ def few_shot(
     list of dict
         ``features``, ``shots``, ``value`` (mean over folds), ``sd`` (over folds), ``n_folds``.
     """
-    people, rows = task.table["participant_id"].to_numpy(), []
+    people, rows = task.people.to_numpy(), []
     for name, block in blocks.items():
         for k in shots:
             found = []
@@ -762,24 +762,18 @@ def few_shot(
 
 
 def transfer(
-    features: tuple[np.ndarray, np.ndarray],
-    source: Task,
-    target: Task,
-    *,
-    standardise: bool = False,
-    n_boot: int = 1000,
-    seed: int = 0,
+    features: tuple[np.ndarray, np.ndarray], source: Task, target: Task, *, n_boot: int = 1000, seed: int = 0
 ) -> dict:
     """Zero-shot: a head fitted on one cohort, tested on another that it knows nothing of.
 
     Parameters
     ----------
     features : (ndarray, ndarray), each (scan, feature)
-        Of the source's and the target's scans: connectivity in one atlas, or read-outs of one checkpoint.
+        Of the source's and the target's scans, of one unit: connectivity in one atlas, or that of one network.
     source, target : Task
         Of one kind, with the same classes.
-    standardise : bool
-        With the source's means and SDs.
+    n_boot, seed : int
+        Of the resamples of the target's participants.
 
     Returns
     -------
@@ -791,23 +785,16 @@ def transfer(
     DataError
         If the tasks differ in kind or classes, or the features in number.
     """
-    if (source.kind, source.classes) != (target.kind, target.classes):
-        raise DataError(
-            f"source and target must be one task, got {source.kind} {source.classes} and {target.kind} {target.classes}"
-        )
+    tasks = [(task.kind, task.classes) for task in (source, target)]
+    if tasks[0] != tasks[1]:
+        raise DataError(f"source and target must be one task, got {tasks[0]} and {tasks[1]}")
     if features[0].shape[1] != features[1].shape[1]:
         raise DataError(f"features must be the same, got {features[0].shape[1]} and {features[1].shape[1]} of them")
-    n = len(source.y)
-    train, test = np.arange(n), np.arange(n, n + len(target.y))
-    block = (Standardised if standardise else Features)(np.vstack(features))
-    y = np.concatenate([source.y, np.zeros(len(target.y))])
+    train, test = np.split(np.arange(len(source.y) + len(target.y)), [len(source.y)])
     splits = inner_splits(source.y, source.families, 3, seed)
-    p, chosen = Fold({"x": block}, y, train, test, source.kind, splits).predict("linear", ["x"])
-    weights = resamples(target.table["participant_id"], n_boot, seed)
-    scores = measure(target.kind, target.y, p, weights, fold=np.zeros(len(test)))
-    return {
-        "n_source": int(source.table["participant_id"].nunique()),
-        "n": int(target.table["participant_id"].nunique()),
-        "chosen": chosen,
-        **{metric: interval(values) for metric, values in scores.items()},
-    }
+    y = np.concatenate([source.y, np.zeros(len(test))])
+    fold = Fold({"x": Features(np.vstack(features))}, y, train, test, source.kind, splits)
+    p, chosen = fold.predict("linear", ["x"])
+    scores = measure(target.kind, target.y, p, resamples(target.people, n_boot, seed), fold=np.zeros(len(test)))
+    counts = {"n_source": int(source.people.nunique()), "n": int(target.people.nunique()), "chosen": chosen}
+    return counts | {metric: interval(values) for metric, values in scores.items()}
