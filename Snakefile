@@ -272,7 +272,7 @@ for cohort, task in TASKS.items():
             "notebooks/downstream.ipynb",
             "notebooks/tasks.yaml",
             "book/data/published.csv",
-            "book/data/abide.json" if cohort == "abide" else [],
+            files("book/data/abide*.json") if cohort == "abide" else [],
             sources("data", "model", "evaluate"),
             checkpoint(OBJECTIVES[0]),
         output:
