@@ -99,7 +99,7 @@ class Method:
     Attributes
     ----------
     head : str
-        See :func:`mnemodyn.evaluate.heads.predict`; or ``finetune``.
+        See :class:`mnemodyn.evaluate.heads.Fold`; or ``finetune``.
     blocks : tuple of str
         Features: ``fc``, ``combat`` (FC harmonised between sites), ``tangent``, ``confounds``, ``site``,
         ``model:READOUT``, ``untrained:READOUT``. For ``finetune``, what is trained: ``draft``, ``last`` or ``all``.
