@@ -26,7 +26,8 @@ help:
 	@echo "make scaling ABIDE=FOLDER            R² against training people, steps and parameters: book/data/scaling.json"
 	@echo "make ablations                       the larger grid of ablations, in a quarter of an hour of one core: book/data/ablations.json;"
 	@echo "                                     with MNEMODYN_DATA=FOLDER of ABIDE's scans a diagnosis too: book/data/ablations_abide.json"
-	@echo "make abide DATA=FOLDER               diagnosis, sex and age from ABIDE's scans: book/data/abide.json, under half an hour"
+	@echo "make abide DATA=FOLDER               diagnosis, sex and age from ABIDE's scans: book/data/abide.json, under half an hour;"
+	@echo "                                     FINETUNE=1: then the fine-tuning of its network, book/data/abide_finetune.json"
 	@echo "make clean                           remove the runs and the built book; .venv stays"
 	@echo
 	@echo "PYTHON=python3.12 chooses the interpreter that .venv is made with (3.11 or newer)."
@@ -73,7 +74,7 @@ ablations: .venv/.installed
 
 abide: .venv/.installed
 	@test -n "$(DATA)" || { echo "make: name the folder of the scans: make abide DATA=FOLDER" >&2; exit 2; }
-	@OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.abide --data "$(DATA)" --out book/data/abide.json --jobs "$(CORES)"
+	@OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.abide --data "$(DATA)" --jobs "$(CORES)" $(if $(FINETUNE),--finetune)
 
 clean:
 	rm -rf _build book/runs .snakemake

@@ -161,7 +161,7 @@ BOOK = {
 }
 for cohort, task in TASKS.items():
     own = {"data": config["cohorts"][cohort]} if cohort in (config.get("cohorts") or {}) else {}
-    read = ["notebooks/tasks.yaml", PUBLISHED, *EVALUATED, *FIRST, *["book/data/abide.json"] * (cohort == "abide")]
+    read = ["notebooks/tasks.yaml", PUBLISHED, *EVALUATED, *FIRST, *(files("book/data/abide*.json") if cohort == "abide" else [])]
     BOOK[f"downstream_{cohort}"] = (read, {"cohort": cohort, **WEIGHTS, **task, **own})
 
 for page, (read, paths) in BOOK.items():

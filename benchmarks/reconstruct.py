@@ -93,13 +93,13 @@ def read(data: str, setting: Setting, folder: Path | None) -> tuple[list[Series]
         return [Series(s.participant_id, Scaling()(s), s.t_r, s.constant) for s in load_scans(data)], {}
     if folder is None:
         raise FileNotFoundError("ABIDE: name its folder with ABIDE=FOLDER or MNEMODYN_DATA")
-    scans, origin = open_scans(load_cohort("abide"), folder)
+    scans = open_scans(load_cohort("abide"), folder)
     series = [
         Series(row.family, Scaling()(scans[i]), row.t_r, scans[i].constant, f"{row.site} {row.diagnosis}")
         for i, row in enumerate(scans.table.itertuples())
         if row.n_frames >= setting.n_timepoints
     ]
-    left_out = origin.excluded["problem"].value_counts().to_dict()
+    left_out = scans.excluded["problem"].value_counts().to_dict()
     left_out.pop("no-phenotype", None)  # these are filled like any other
     return series, {str(k): int(v) for k, v in left_out.items()} | {"too-short": len(scans.table) - len(series)}
 

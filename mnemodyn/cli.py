@@ -421,7 +421,7 @@ def _evaluate(options: argparse.Namespace) -> Done:
         if unknown := [m for m in methods if m not in downstream.METHODS]:
             raise ValueError(f"--method must be among {', '.join(downstream.METHODS)}, got {unknown[0]!r}")
     checkpoint = from_pretrained(options.checkpoint) if options.checkpoint else None
-    opened, origin = downstream.open_scans(cohort, options.source, workers=options.jobs)
+    opened = downstream.open_scans(cohort, options.source, workers=options.jobs)
     task = downstream.Task.of(opened.table, options.target, kinds[options.target])
     scans: Sequence = downstream.Rows(opened, task.rows)
     if options.leave_one_site_out:
@@ -445,8 +445,8 @@ def _evaluate(options: argparse.Namespace) -> Done:
         seed=options.seed,
         say=lambda line: print(line, file=sys.stderr, flush=True),
     )
-    content = {"cohort": cohort.name, "simulated": getattr(origin, "simulated", None), "control": options.control}
-    content |= {"excluded": len(origin.excluded)} | downstream.report(found, seed=options.seed)
+    content = {"cohort": cohort.name, "simulated": opened.simulated, "control": options.control}
+    content |= {"excluded": len(opened.excluded)} | downstream.report(found, seed=options.seed)
     write_json(options.json, content)
     folds.write(Path(options.json).with_suffix(".folds.csv"))
     lines = []

@@ -5,6 +5,7 @@ import shutil
 import sys
 from dataclasses import fields
 from pathlib import Path
+from types import SimpleNamespace
 
 import matplotlib
 import nbformat
@@ -143,3 +144,22 @@ def test_the_command_of_a_run_gives_back_its_parameters(tmp_path):
     defaults = read_parameters(notebook)
     typed = {words[i + 1]: words[i + 2] for i, word in enumerate(words) if word == "-p"}
     assert defaults | check_parameters(defaults, typed) == given
+
+
+def test_pages_of_one_notebook_have_titles_of_their_own(tmp_path):
+    folder = tmp_path / runs.RUNS
+    folder.mkdir(parents=True)
+    places = {
+        f"{runs.RUNS}/downstream_hbn": SimpleNamespace(title="HBN"),
+        f"{runs.RUNS}/data": SimpleNamespace(title="Data"),
+    }
+    titles = {}
+    for name, notebook in (("downstream_hbn", "downstream"), ("data", "data")):
+        (folder / f"{name}.manifest.json").write_text(json.dumps({"notebook": f"notebooks/{notebook}.ipynb"}))
+        section = runs.nodes.section("", runs.nodes.title("", "What do scans tell?"))
+        env = SimpleNamespace(docname=f"{runs.RUNS}/{name}")
+        runs.name_title(
+            SimpleNamespace(env=env, srcdir=tmp_path, config=SimpleNamespace(external_site_map=places)), section
+        )
+        titles[name] = section[0].astext()
+    assert titles == {"downstream_hbn": "HBN: What do scans tell?", "data": "What do scans tell?"}

@@ -105,6 +105,7 @@ def test_scores_of_numbers_are_those_of_repeated_people():
         within = [v - LinearRegression(fit_intercept=False).fit(onehot, v).predict(onehot) for v in (a, b)]
         expected = {
             "r": stats.pearsonr(a, b)[0],
+            "r_plain": stats.pearsonr(a, b)[0],
             "r2": r2_score(a, b),
             "mae": mean_absolute_error(a, b),
             "mse_z": ((a - b) ** 2).mean() / y.var(),
@@ -127,6 +128,7 @@ def test_a_fold_s_own_mean_is_no_evidence_against_it():
     assert stats.pearsonr(y, learned_nothing)[0] < -0.1
     found = scores.measure("regression", y, learned_nothing, np.ones((1, 60)), fold=fold)
     assert found["r"][0] == 0.0
+    assert found["r_plain"][0] == pytest.approx(stats.pearsonr(y, learned_nothing)[0])
     assert found["r2"][0] < 0
 
 
@@ -205,6 +207,30 @@ def test_standardised_features_use_the_training_scans_alone():
     np.testing.assert_allclose(one[:20, :20], np.nan_to_num(z) @ np.nan_to_num(z).T, atol=1e-8)
 
 
+def test_combat_takes_out_what_sites_add_with_the_training_scans_alone():
+    pytest.importorskip("combatlearn", reason="ComBat comes with the extra `harmonise`")
+    rng = np.random.default_rng(0)
+    sites = np.array(["a", "b"] * 40)
+    clean = rng.standard_normal((80, 30)).astype(np.float32)
+    shifted = clean + 5 * (sites == "b")[:, None]
+    train, test = np.arange(60), np.arange(60, 80)
+
+    def apart(k):  # squared distance between the means of the test scans of the sites
+        w = np.where(sites[test] == "a", 0.1, -0.1)
+        return w @ k[np.ix_(test, test)] @ w
+
+    k = heads.Combat(shifted, sites=sites).products(train)
+    assert apart(heads.Features(shifted).products(train)) > 30 * 20
+    assert apart(k) < 30
+    other = shifted.copy()
+    other[test[1:]] *= 9
+    same = heads.Combat(other, sites=sites).products(train)
+    np.testing.assert_allclose(same[:61, :61], k[:61, :61], atol=1e-4)
+    elsewhere = np.where(np.arange(80) == 79, "c", sites)
+    with pytest.raises(ValueError, match="c"):
+        heads.Combat(shifted, sites=elsewhere).products(train)
+
+
 @pytest.mark.parametrize("target", ["diagnosis", "age"])
 @pytest.mark.parametrize(
     "name", ["fc", "fc_pca", "fc_mlp", "tangent", "model", "model+fc", "draft_head", "finetune_all"]
@@ -228,7 +254,8 @@ def test_no_method_reads_the_labels_of_test_people(name, target, checkpoint, mon
         y = task.y.copy()
         if flipped:
             y[test] = (1 - y[test]) if task.classes else -y[test]
-        answers.append(downstream._one_fold(method, blocks, replace(task, y=y), train, test, 2, 0, None))
+        fold = heads.Fold(blocks, y, train, test, task.kind, [])
+        answers.append(downstream._one_fold({name: method}, fold, replace(task, y=y), {}, 2)[name])
     assert answers[0][0] is not None, answers[0][1]
     np.testing.assert_array_equal(answers[0][0], answers[1][0])
 
@@ -267,12 +294,21 @@ def test_a_planted_effect_is_found_and_noise_is_not(checkpoint):
                 assert row[metric]["value"] > guess - 0.35, row
 
 
+def test_noise_of_equal_length_does_not_tell_who_was_scanned_longer():
+    scans, table = cohort(60)
+    scans = [replace(s, values=s.values[: 30 + 30 * (a > 40)]) for s, a in zip(scans, table["age"], strict=True)]
+    assert {len(s.values) for s in noise_scans(scans, 0)} == {30, 60}
+    equal = noise_scans(scans, 0, 30)
+    assert {len(s.values) for s in equal} == {30}
+    np.testing.assert_array_equal(equal[3].values, noise_scans(scans, 0)[3].values[:30])
+
+
 def test_shuffled_labels_are_at_chance_on_average():
     scans, table = cohort(60, effect=1.5)
     for target, kind, guess in (("diagnosis", "classification", 0.5), ("age", "regression", 0.0)):
         task = Task.of(table, target, kind)
         folds = repeated_folds(task.table, target, n_repeats=1)
-        found = downstream.permutations(scans, task, folds, ["fc"], 8)["fc"]
+        found = downstream.permutations(scans, task, folds, {"fc": 8})["fc"]
         assert found["n"] == 8
         assert abs(found["mean"] - guess) < 4 * found["sd"] / np.sqrt(8)
         assert found["sd"] < 0.2
@@ -304,7 +340,7 @@ def test_a_fold_that_fails_is_reported(checkpoint, monkeypatch):
     scans, table = cohort(40)
     task = Task.of(table, "diagnosis", "classification")
     folds = repeated_folds(task.table, "diagnosis", n_repeats=1)
-    real, calls = downstream.predict, []
+    real, calls = heads.Fold.predict, []
 
     def sometimes(*arguments, **settings):
         calls.append(1)
@@ -312,7 +348,7 @@ def test_a_fold_that_fails_is_reported(checkpoint, monkeypatch):
             raise RuntimeError("no memory left")
         return real(*arguments, **settings)
 
-    monkeypatch.setattr(downstream, "predict", sometimes)
+    monkeypatch.setattr(heads.Fold, "predict", sometimes)
     row = report(evaluate(scans, task, folds, ["fc"]))["rows"][0]
     assert row["failed"] == [{"repeat": 0, "fold": "1", "error": "RuntimeError: no memory left"}]
     assert row["n_folds"] == 4
@@ -324,7 +360,7 @@ def test_an_interrupted_evaluation_goes_on(tmp_path, monkeypatch):
     task = Task.of(table, "diagnosis", "classification")
     folds = repeated_folds(task.table, "diagnosis", n_repeats=1)
     first = evaluate(scans, task, folds, ["fc"], cache=tmp_path)
-    monkeypatch.setattr(downstream, "predict", lambda *_, **__: pytest.fail("computed again"))
+    monkeypatch.setattr(heads.Fold, "predict", lambda *_, **__: pytest.fail("computed again"))
     again = evaluate(scans, task, folds, ["fc"], cache=tmp_path)
     np.testing.assert_array_equal(first.predictions["fc"], again.predictions["fc"])
     monkeypatch.undo()

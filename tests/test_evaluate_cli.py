@@ -54,7 +54,7 @@ def test_planted_effects_are_found_in_every_cohort(tmp_path):
         truth = simulate_cohort(
             name, folder, n_participants=50, n_parcels=30, n_frames=n_frames, effects={"sex": 2.0}, broken=False
         )
-        scans, _ = open_scans(cohort, folder)
+        scans = open_scans(cohort, folder)
         for target in cohort.targets:
             task = Task.of(scans.table, target.name, target.kind)
             effect = planted(Rows(scans, task.rows), task, truth, n_boot=300)

@@ -33,6 +33,17 @@ def command(folder, run):
     return nodes.literal_block("", rerun(folder, run), language="bash")
 
 
+def name_title(app, doctree):
+    """Begin the title of a page whose notebook has several with its name in the table of contents."""
+    name = app.env.docname.removeprefix(f"{RUNS}/")
+    path, title = Path(app.srcdir, RUNS, f"{name}.manifest.json"), next(iter(doctree.findall(nodes.title)), None)
+    if title is None or not path.is_file() or Path(manifest(app.srcdir, name)["notebook"]).stem == name:
+        return
+    short = app.config.external_site_map[app.env.docname].title
+    if short and not title.astext().startswith(short):
+        title.insert(0, nodes.Text(f"{short}: "))
+
+
 def dress(app, doctree):
     """Put the command below the title of a run's page, and fold code but the parameters; without a script all shows."""
     name = app.env.docname.removeprefix(f"{RUNS}/")
@@ -103,5 +114,6 @@ def last_words(path):
 def setup(app):
     """Register the steps with Sphinx."""
     app.add_directive("provenance", Provenance)
+    app.connect("doctree-read", name_title, priority=100)  # before titles are collected
     app.connect("doctree-read", dress)
     return {"parallel_read_safe": True, "parallel_write_safe": True}

@@ -1,12 +1,10 @@
 """Targets predicted from scans: every method on the same folds, with intervals, controls and comparisons."""
 
-import hashlib
-import io
-import os
+import json
 import re
-import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,22 +12,22 @@ import joblib
 import numpy as np
 import pandas as pd
 from scipy import stats
+from sklearn.linear_model import LogisticRegression, Ridge
 
 from mnemodyn.checkpoint import Checkpoint
 from mnemodyn.data.cohorts import Cohort, Index, index
 from mnemodyn.data.scans import DataError, Scan
 from mnemodyn.data.store import Store
 from mnemodyn.evaluate.features import CONFOUNDS, confounds, connectivity, frames
-from mnemodyn.evaluate.heads import Features, Standardised, Tangent, predict, rotate
+from mnemodyn.evaluate.heads import Combat, Features, Fold, Standardised, Tangent, rotate
 from mnemodyn.evaluate.readout import READOUTS, MnemoDynEncoder
 from mnemodyn.evaluate.scores import SCORES, chance, corrected_t, interval, measure, resamples
 from mnemodyn.evaluate.splits import Folds, inner_splits, leave_one_site_out, repeated_folds
-from mnemodyn.files import write_bytes
+from mnemodyn.files import write_json
 
 __all__ = [
     "METHODS",
     "Evaluation",
-    "Indexed",
     "Method",
     "Rows",
     "Task",
@@ -47,37 +45,15 @@ __all__ = [
 ]
 
 
-class Indexed(Sequence):
-    """The scans of a cohort's index, read when they are asked for.
-
-    Parameters
-    ----------
-    found : Index
-    """
-
-    def __init__(self, found: Index):
-        self.index, self.table = found, found.table
-
-    def __len__(self) -> int:
-        return len(self.table)
-
-    def __getitem__(self, i: int) -> Scan:
-        return self.index.load(self.table.iloc[i])
-
-
-def open_scans(cohort: Cohort, source: str | Path, *, workers: int = 1) -> tuple["Indexed | Store", Index | Store]:
-    """Scans of a cohort's folder or of a store, with their ``table``; and the index or store they come from.
+def open_scans(cohort: Cohort, source: str | Path, *, workers: int = 1) -> Index | Store:
+    """Scans of a cohort's folder or of a store, with their ``table``, what was ``excluded`` and whether ``simulated``.
 
     Raises
     ------
     DataError
         As `index` and `Store`.
     """
-    if (Path(source) / "store.json").is_file():
-        store = Store(source)
-        return store, store
-    found = index(cohort, source, workers=workers)
-    return Indexed(found), found
+    return Store(source) if (Path(source) / "store.json").is_file() else index(cohort, source, workers=workers)
 
 
 class Rows(Sequence):
@@ -89,7 +65,7 @@ class Rows(Sequence):
     def __len__(self) -> int:
         return len(self.rows)
 
-    def __getitem__(self, i: int) -> Scan:
+    def __getitem__(self, i):
         return self.scans[self.rows[i]]
 
 
@@ -105,10 +81,10 @@ class Method:
     Attributes
     ----------
     head : str
-        See :func:`mnemodyn.evaluate.heads.predict`; or ``finetune``.
+        See :class:`mnemodyn.evaluate.heads.Fold`; or ``finetune``.
     blocks : tuple of str
-        Features: ``fc``, ``tangent``, ``confounds``, ``site``, ``model:READOUT``, ``untrained:READOUT``. For
-        ``finetune``, what is trained: ``draft``, ``last`` or ``all``.
+        Features: ``fc``, ``combat`` (FC harmonised between sites), ``tangent``, ``confounds``, ``site``,
+        ``model:READOUT``, ``untrained:READOUT``. For ``finetune``, what is trained: ``draft``, ``last`` or ``all``.
     repeats : int, optional
         Only so many repeats of the folds, for a method that costs much.
     remove : tuple of str
@@ -121,15 +97,21 @@ class Method:
     remove: tuple[str, ...] = ()
 
     @property
+    def features(self) -> tuple[str, ...]:
+        return ("scans",) if self.head == "finetune" else self.blocks
+
+    @property
     def needs_checkpoint(self) -> bool:
-        return self.head == "finetune" or any(":" in block for block in self.blocks)
+        return any(":" in block or block == "scans" for block in self.features)
 
 
 METHODS = {
     "confounds": Method("linear", ("confounds",)),
     "site": Method("linear", ("site",)),
     "fc": Method("linear", ("fc",)),
+    "fc_unmoved": Method("unmoved", ("fc",)),
     "fc_harmonised": Method("linear", ("fc",), 1, CONFOUNDS[:-1]),
+    "fc_combat": Method("linear", ("combat",), 1),
     "fc_pca": Method("pca", ("fc",), 1),
     "fc_mlp": Method("mlp", ("fc",), 1),
     "tangent": Method("linear", ("tangent",), 1),
@@ -199,9 +181,20 @@ class Task:
         return cls(part, target, kind, y, classes, np.flatnonzero(known), int((~known).sum()))
 
     @property
+    def people(self) -> pd.Series:
+        """Participant of every scan."""
+        return self.table["participant_id"]
+
+    @property
     def families(self) -> np.ndarray:
-        people = self.table["participant_id"]
-        return (self.table["family"].fillna(people) if "family" in self.table else people).to_numpy()
+        """Family of every scan, the participant where none is known."""
+        return (self.table["family"].fillna(self.people) if "family" in self.table else self.people).to_numpy()
+
+    @property
+    def sites(self) -> np.ndarray | None:
+        """Site of every scan; None where one is unknown, or there is one only."""
+        sites = self.table.get("site")
+        return None if sites is None or sites.isna().any() or sites.nunique() < 2 else sites.to_numpy(str)
 
     @property
     def metric(self) -> str:
@@ -211,24 +204,32 @@ class Task:
 
 def permuted(task: Task, seed: int) -> Task:
     """The task with its labels shuffled over participants: what a pipeline finds in nothing."""
-    people, index = np.unique(task.table["participant_id"], return_inverse=True)
-    first = np.array([task.y[np.flatnonzero(index == i)[0]] for i in range(len(people))])
-    return replace(task, y=np.random.default_rng(seed).permutation(first)[index])
+    _, first, person = np.unique(task.people, return_index=True, return_inverse=True)
+    return replace(task, y=np.random.default_rng(seed).permutation(task.y[first])[person])
 
 
 class noise_scans(Sequence):
-    """Scans of white noise in the shape of others: whatever is predicted from them, the pipeline made up."""
+    """Scans of white noise in the shape of others: whatever is predicted from them, the pipeline made up.
 
-    def __init__(self, scans: Sequence[Scan], seed: int):
-        self.scans, self.seed = scans, seed
+    Parameters
+    ----------
+    scans : sequence of Scan
+    seed : int
+    n_frames : int, optional
+        Of every scan, at most. Their lengths tell sites apart otherwise.
+    """
+
+    def __init__(self, scans: Sequence[Scan], seed: int, n_frames: int | None = None):
+        self.scans, self.seed, self.n_frames = scans, seed, n_frames
 
     def __len__(self) -> int:
         return len(self.scans)
 
-    def __getitem__(self, i: int) -> Scan:
+    def __getitem__(self, i):
         scan = self.scans[i]
         values = np.random.default_rng([self.seed, i]).standard_normal(scan.values.shape).astype(np.float32)
-        return replace(scan, values=values)
+        censored = None if scan.censored is None else scan.censored[: self.n_frames]
+        return replace(scan, values=values[: self.n_frames], censored=censored)
 
 
 @dataclass(frozen=True)
@@ -279,82 +280,55 @@ def blocks_of(
             for name, values in encoder.blocks(scans).items():
                 cls = Features if name in ONE_UNIT else Standardised
                 found[f"{kind}:{name}"] = cls(values.astype(np.float32) if cls is Features else values)
-    for name in names:
-        if name in found:
-            continue
+    for name in [name for name in names if name not in found]:
         if name == "fc":
             found[name] = Features(connectivity(scans))
+        elif name == "combat":
+            if task.sites is None:
+                raise DataError("ComBat needs sites, and the site of every participant; leave fc_combat out")
+            found[name] = Combat(found["fc"].values if "fc" in found else connectivity(scans), sites=task.sites)
         elif name == "tangent":
             found[name] = Tangent([frames(scan) for scan in scans])
         elif name in ("confounds", "site"):
-            found[name] = Standardised(
-                confounds(task.table, task.target, CONFOUNDS if name == "confounds" else (name,))
-            )
+            which = CONFOUNDS if name == "confounds" else (name,)
+            found[name] = Standardised(confounds(task.table, task.target, which))
         else:
-            raise DataError(f"unknown features {name!r}; known are fc, tangent, confounds, site, model:... of {POOLED}")
+            known = f"fc, combat, tangent, confounds, site, model:... of {POOLED}"
+            raise DataError(f"unknown features {name!r}; known are {known}")
     return found
 
 
-def _digest(*parts: object) -> str:
-    digest = hashlib.sha256()
-    for part in parts:
-        if isinstance(part, np.ndarray):
-            digest.update(repr((part.shape, part.dtype)).encode() + np.ascontiguousarray(part).tobytes())
-        elif isinstance(part, list | tuple):
-            digest.update(_digest(*part).encode())
-        else:
-            digest.update(repr(part).encode())
-    return digest.hexdigest()
-
-
-def _code() -> str:
-    return _digest(*(path.read_bytes() for path in sorted(Path(__file__).parent.glob("*.py"))))
-
-
 def _one_fold(
-    method: Method,
-    blocks: dict[str, Features],
-    task: Task,
-    train: np.ndarray,
-    test: np.ndarray,
-    n_inner: int,
-    seed: int,
-    path: Path | None,
-) -> tuple[np.ndarray | None, str]:
-    """Prediction of the test scans and what was chosen, or None and the error."""
-    if path is not None and path.is_file():
-        with np.load(path) as kept:
-            return kept["prediction"], str(kept["chosen"])
-    try:
-        if task.kind == "classification" and len(np.unique(task.y[train])) < 2:
-            raise DataError("the training scans are of one class")
-        splits = inner_splits(task.y[train], task.families[train], n_inner, seed)
-        if method.head == "finetune":
-            from mnemodyn.evaluate.finetune import finetune
+    methods: dict[str, Method], fold: Fold, task: Task, paths: dict[str, Path], n_inner: int
+) -> dict[str, tuple[np.ndarray | None, str]]:
+    """Prediction of the test scans and what was chosen, by method; or None and the error."""
+    found: dict[str, tuple[np.ndarray | None, str]] = {}
+    for name, method in methods.items():
+        if name in paths and paths[name].is_file():
+            kept = json.loads(paths[name].read_text())
+            found[name] = np.array(kept["prediction"]), kept["chosen"]
+            continue
+        try:
+            if not fold.splits:
+                if task.kind == "classification" and len(np.unique(task.y[fold.train])) < 2:
+                    raise DataError("the training scans are of one class")
+                fold.splits = inner_splits(task.y[fold.train], task.families[fold.train], n_inner, fold.seed)
+            if method.head == "finetune":
+                from mnemodyn.evaluate.finetune import finetune
 
-            prediction, chosen = finetune(
-                blocks["scans"], task.y, train, test, what=method.blocks[0], kind=task.kind, split=splits[0], seed=seed
-            )
-        else:
-            remove = confounds(task.table, task.target, method.remove) if method.remove else None
-            prediction, chosen = predict(
-                method.head,
-                {name: blocks[name] for name in method.blocks},
-                task.y,
-                train,
-                test,
-                kind=task.kind,
-                splits=splits,
-                remove=remove,
-                seed=seed,
-            )
-    except Exception as error:  # of whatever kind: it is reported with the fold, and the others go on
-        return None, f"{type(error).__name__}: {error}"
-    if path is not None:
-        stream = io.BytesIO()
-        np.savez(stream, prediction=prediction, chosen=chosen)
-        write_bytes(path, stream.getvalue())
-    return prediction, chosen
+                series, (what,) = fold.blocks["scans"], method.blocks
+                rows = task.y, fold.train, fold.test
+                found[name] = finetune(series, *rows, what=what, kind=task.kind, split=fold.splits[0], seed=fold.seed)
+            else:
+                remove = confounds(task.table, task.target, method.remove) if method.remove else None
+                found[name] = fold.predict(method.head, method.blocks, remove=remove)
+        except Exception as error:  # of whatever kind: it is reported with the fold, and the others go on
+            found[name] = None, f"{type(error).__name__}: {error}"
+            continue
+        if name in paths:
+            prediction, chosen = found[name]
+            write_json(paths[name], {"prediction": np.asarray(prediction).tolist(), "chosen": chosen})
+    return found
 
 
 def evaluate(
@@ -368,7 +342,7 @@ def evaluate(
     n_inner: int = 3,
     n_jobs: int = 1,
     seed: int = 0,
-    blocks: dict[str, Features] | None = None,
+    blocks: dict[str, Any] | None = None,
     say: Callable[[str], None] = lambda line: None,
 ) -> Evaluation:
     """Predict every participant from the others, by every method, on the same folds.
@@ -391,9 +365,10 @@ def evaluate(
         Processes; each takes a fold.
     seed : int
     blocks : dict, optional
-        Features computed before, see ``blocks_of``; those that are missing are computed and added.
+        Features computed before, see ``blocks_of``; those that are missing are computed and added. Fine-tuning keeps
+        its `Series` there, as ``scans``.
     say : callable
-        Is given a line a method.
+        Is given a line a fold.
 
     Raises
     ------
@@ -408,149 +383,143 @@ def evaluate(
     if len(scans) != len(task.table):
         raise DataError(f"scans must be those of the task's table, {len(task.table)}, got {len(scans)}")
     blocks = {} if blocks is None else blocks
-    needed = [b for m in methods.values() if m.head != "finetune" for b in m.blocks]
-    missing = [name for name in dict.fromkeys(needed) if name not in blocks]
-    blocks |= blocks_of(scans, task, missing, checkpoint, cache, seed)
-    if any(m.head == "finetune" for m in methods.values()) and "scans" not in blocks:
+    tuned = {m.blocks for m in methods.values() if m.head == "finetune"}
+    missing = dict.fromkeys(b for m in methods.values() for b in m.features if b not in blocks and b != "scans")
+    blocks |= blocks_of(scans, task, list(missing), checkpoint, cache, seed)
+    if tuned and "scans" not in blocks:
         from mnemodyn.evaluate.finetune import Series
 
         if checkpoint is None:
             raise DataError("fine-tuning needs a checkpoint; name one, or leave the method out")
         blocks["scans"] = Series.of(checkpoint, scans)
-        if any(m.blocks == ("draft",) for m in methods.values()):
-            blocks["scans"].freeze(task.kind)  # before the processes part
-    people = task.table["participant_id"]
+    if ("draft",) in tuned:
+        blocks["scans"].freeze(task.kind)  # before the processes part
+    people = task.people
     work = list(folds.split(people))
-    code = _code() if cache is not None else ""
-    predictions, chosen, failed = {}, {}, {}
-    for name, method in methods.items():
-        start = time.monotonic()
-        used = {b: blocks[b] for b in (("scans",) if method.head == "finetune" else method.blocks)}
-        jobs = [job for job in work if method.repeats is None or job[0] < method.repeats]
-        key = None
-        if cache is not None:
-            contents = [b.digest() if b is blocks.get("scans") else b.values for b in used.values()]
-            key = _digest(code, method, contents, task.y, task.target, folds.digest, list(people), n_inner, seed)
-        paths = [None if key is None else Path(cache) / "folds" / key[:24] / f"{r}-{f}.npz" for r, f, _, _ in jobs]
-        results = joblib.Parallel(n_jobs=n_jobs)(
-            joblib.delayed(_one_fold)(method, used, task, train, test, n_inner, seed, path)
-            for (_, _, train, test), path in zip(jobs, paths, strict=True)
-        )
-        found = np.full((1 + max(job[0] for job in jobs), len(people)), np.nan)
-        chosen[name], failed[name] = [], []
-        for (repeat, fold, _, test), (prediction, note) in zip(jobs, results, strict=True):
+    keys = {}
+    if cache is not None:
+        code = [path.read_bytes() for path in sorted(Path(__file__).parent.glob("*.py"))]
+        about = (code, task.y, task.target, folds.digest, list(people), n_inner, seed)
+        for name, method in methods.items():
+            read = [blocks[b].digest() if b == "scans" else blocks[b].values for b in method.features]
+            keys[name] = Path(cache) / "folds" / joblib.hash((about, method, read))
+
+    def jobs() -> Iterator:
+        for repeat, number, train, test in work:
+            these = {name: m for name, m in methods.items() if m.repeats is None or repeat < m.repeats}
+            used = {b: blocks[b] for m in these.values() for b in m.features}
+            paths = {name: keys[name] / f"{repeat}-{number}.json" for name in these if name in keys}
+            fold = Fold(used, task.y, train, test, task.kind, [], seed)
+            yield joblib.delayed(_one_fold)(these, fold, task, paths, n_inner)
+
+    repeats = {n: min(folds.n_repeats, m.repeats or folds.n_repeats) for n, m in methods.items()}
+    found = Evaluation(
+        task,
+        folds,
+        {name: np.full((repeats[name], len(people)), np.nan) for name in methods},
+        {name: [] for name in methods},
+        {name: [] for name in methods},
+    )
+    results = joblib.Parallel(n_jobs=n_jobs, return_as="generator")(jobs())
+    for done, ((repeat, number, _, test), answers) in enumerate(zip(work, results, strict=True), 1):
+        for name, (prediction, note) in answers.items():
             if prediction is None:
-                failed[name].append({"repeat": repeat, "fold": folds.names[fold], "error": note})
+                found.failed[name].append({"repeat": repeat, "fold": folds.names[number], "error": note})
             else:
-                found[repeat, test] = prediction
-                chosen[name].append(note)
-        predictions[name] = found
-        problem = f", {len(failed[name])} FAILED" if failed[name] else ""
-        say(f"{name}: {len(jobs)} folds in {time.monotonic() - start:.0f} s{problem}")
-    return Evaluation(task, folds, predictions, chosen, failed)
+                found.predictions[name][repeat, test] = prediction
+                found.chosen[name].append(note)
+        n_failed = sum(map(len, found.failed.values()))
+        say(f"fold {done} of {len(work)}" + (f", {n_failed} FAILED so far" if n_failed else ""))
+    return found
 
 
-def _scores(evaluation: Evaluation, name: str, weights: np.ndarray, rows: np.ndarray, repeats: int | None = None):
+def _scores(
+    evaluation: Evaluation, name: str, weights: np.ndarray, rows: np.ndarray | slice = slice(None), repeats: int = 99
+) -> dict[str, np.ndarray]:
     """Scores averaged over repeats, each (resample,)."""
-    task, people = evaluation.task, evaluation.task.table["participant_id"]
-    folds = evaluation.folds.of(people)
-    sites = task.table.get("site", None)
-    group = None if sites is None or sites.isna().any() or sites.nunique() < 2 else sites.to_numpy()[rows]
+    task, sites = evaluation.task, evaluation.task.sites
+    group = None if sites is None else sites[rows]
     found = [
-        measure(task.kind, task.y[rows], p[rows], weights[:, rows], fold=folds[r][rows], group=group)
-        for r, p in enumerate(evaluation.predictions[name][:repeats])
+        measure(task.kind, task.y[rows], p[rows], weights[:, rows], fold=fold[rows], group=group)
+        for fold, p in zip(evaluation.folds.of(task.people), evaluation.predictions[name][:repeats], strict=False)
     ]
     return {metric: np.mean([f[metric] for f in found], axis=0) for metric in found[0]}
 
 
-def _by_fold(evaluation: Evaluation, name: str, repeats: int | None = None) -> np.ndarray:
+def _by_fold(evaluation: Evaluation, name: str, repeats: int = 99) -> np.ndarray:
     """The first metric in every fold."""
-    task, people = evaluation.task, evaluation.task.table["participant_id"]
-    found = []
-    for folds, p in zip(evaluation.folds.of(people), evaluation.predictions[name][:repeats], strict=False):
-        one = (folds == np.unique(folds)[:, None]).astype(float)
-        found.append(measure(task.kind, task.y, p, one, fold=folds)[task.metric])
+    task, found = evaluation.task, []
+    for fold, p in zip(evaluation.folds.of(task.people), evaluation.predictions[name][:repeats], strict=False):
+        one = (fold == np.unique(fold)[:, None]).astype(float)
+        found.append(measure(task.kind, task.y, p, one, fold=fold)[task.metric])
     return np.concatenate(found)
 
 
-def _explained(prediction: np.ndarray, labels: np.ndarray) -> float:
-    """Share of the variance of predictions that lies between labels (eta squared)."""
-    frame = pd.DataFrame({"p": prediction, "label": labels})
-    between = frame.groupby("label")["p"].transform("mean")
-    return float(between.var() / frame["p"].var()) if frame["p"].var() > 0 else 0.0
-
-
-def report(evaluation: Evaluation, *, n_boot: int = 1000, seed: int = 0, baselines: Sequence[str] = ("fc",)) -> dict:
+def report(evaluation: Evaluation, *, n_boot: int = 1000, seed: int = 0, baseline: str = "fc") -> dict:
     """Scores, intervals and comparisons of an evaluation, fit for JSON.
 
     Parameters
     ----------
     evaluation : Evaluation
-    n_boot : int
-        Resamples of participants.
-    seed : int
-    baselines : sequence of str
-        Methods that every other is compared with, on the folds that both have.
+    n_boot, seed : int
+        Of the resamples of participants.
+    baseline : str
+        Method that every other is compared with, on the folds that both have.
 
     Returns
     -------
     dict
         ``target``, ``kind``, ``classes``, ``n`` (participants), ``n_scans``, ``n_missing`` (scans without the
-        target), ``folds`` (``digest``, ``n_folds``, ``n_repeats``, ``names``).
+        target), ``folds`` (``digest``, ``n_folds``, ``n_repeats``).
 
         ``rows``, one a method: ``method``, ``n``, ``n_folds``, ``failed``, each metric as ``{value, low, high}``,
-        ``fold_sd`` (SD of the first metric over folds), ``p`` (of the first metric against chance, corrected
-        resampled t-test), ``fd_r`` (correlation of predictions with mean FD), ``site_share`` (of their variance),
-        ``low_motion`` (the scores at mean FD < 0.2 mm), ``chosen`` (the most frequent choice).
+        ``fold_mean`` and ``fold_sd`` (of the first metric over folds, such as sites), ``p`` (of the first metric
+        against chance, corrected resampled t-test), ``fd_r`` (correlation of predictions with mean FD),
+        ``site_share`` (of their variance), ``low_motion`` (the scores at mean FD < 0.2 mm), ``chosen`` (the most
+        frequent choice).
 
         ``comparisons``: ``method, baseline, metric, difference`` (paired bootstrap) and ``p`` (corrected t-test).
     """
-    task = evaluation.task
-    people = task.table["participant_id"]
+    task, folds, people = evaluation.task, evaluation.folds, evaluation.task.people
     weights = resamples(people, n_boot, seed)
-    every = np.arange(len(people))
     rows, comparisons = [], []
     fd = task.table["mean_fd"].to_numpy(float) if "mean_fd" in task.table else np.full(len(people), np.nan)
-    sizes = np.array([[len(test), len(train)] for _, _, train, test in evaluation.folds.split(people)])
-    share = float((sizes[:, 0] / sizes[:, 1]).mean())
-    for name, prediction in evaluation.predictions.items():
-        row = {"method": name, "n": int(people.nunique())}
+    known, calm = np.isfinite(fd), np.flatnonzero(fd < LOW_MOTION)
+    share = float(np.mean([len(test) / len(train) for _, _, train, test in folds.split(people)]))
+    whole = {name: p for name, p in evaluation.predictions.items() if not np.isnan(p).any()}
+    for name in evaluation.predictions:
+        row: dict[str, Any] = {"method": name, "n": int(people.nunique())}
         row |= {"n_folds": len(evaluation.chosen[name]), "failed": evaluation.failed[name]}
-        if np.isnan(prediction).any():
-            empty = {"value": None, "low": None, "high": None}
-            rows.append(row | dict.fromkeys(SCORES[task.kind], empty))
+        rows.append(row)
+        if name not in whole:
+            row |= {metric: interval(np.full(2, np.nan)) for metric in SCORES[task.kind]}
             continue
-        row |= {metric: interval(v) for metric, v in _scores(evaluation, name, weights, every).items()}
-        by_fold, guess = _by_fold(evaluation, name), chance(task.metric)
+        row |= {metric: interval(v) for metric, v in _scores(evaluation, name, weights).items()}
+        by_fold = _by_fold(evaluation, name)
+        row["fold_mean"] = float(np.nanmean(by_fold)) if np.isfinite(by_fold).any() else None
         row["fold_sd"] = float(np.nanstd(by_fold, ddof=1)) if np.isfinite(by_fold).sum() > 1 else None
-        row["p"] = corrected_t(by_fold - guess, share)
-        mean = prediction.mean(0)
-        known = np.isfinite(fd)
+        row["p"] = corrected_t(by_fold - chance(task.metric), share)
+        mean = whole[name].mean(0)
         varies = known.sum() > 2 and np.ptp(fd[known]) > 0 and np.ptp(mean[known]) > 0
         row["fd_r"] = float(np.corrcoef(mean[known], fd[known])[0, 1]) if varies else None
         if "site" in task.table and task.table["site"].nunique() > 1:
-            row["site_share"] = _explained(mean, task.table["site"].fillna("").to_numpy())
-        calm = np.flatnonzero(fd < LOW_MOTION)
+            between = pd.Series(mean).groupby(task.table["site"].fillna("").to_numpy()).transform("mean")
+            row["site_share"] = float(between.var() / mean.var(ddof=1)) if np.ptp(mean) else 0.0  # eta squared
         if 10 <= len(calm) < len(fd) and len(np.unique(task.y[calm])) > 1:
-            found = _scores(evaluation, name, weights, calm)
-            row["low_motion"] = {"n": int(people.iloc[calm].nunique())} | {m: interval(v) for m, v in found.items()}
+            low_motion = {m: interval(v) for m, v in _scores(evaluation, name, weights, calm).items()}
+            row["low_motion"] = {"n": int(people.iloc[calm].nunique())} | low_motion
         names = pd.Series(evaluation.chosen[name]).value_counts()
         row["chosen"] = f"{names.index[0]} ({names.iloc[0]} of {names.sum()})"
-        rows.append(row)
-    whole = [n for n, p in evaluation.predictions.items() if not np.isnan(p).any()]
-    for baseline in baselines:
-        for name in whole:
-            if baseline not in whole or name == baseline:
-                continue
-            repeats = min(len(evaluation.predictions[name]), len(evaluation.predictions[baseline]))
-            ours, theirs = (_scores(evaluation, m, weights, every, repeats) for m in (name, baseline))
-            fold_difference = _by_fold(evaluation, name, repeats) - _by_fold(evaluation, baseline, repeats)
-            for metric in ours:
-                comparisons.append(
-                    {"method": name, "baseline": baseline, "metric": metric, "repeats": repeats}
-                    | {"difference": interval(ours[metric] - theirs[metric])}
-                    | ({"p": corrected_t(fold_difference, share)} if metric == task.metric else {})
-                )
+    for name in [name for name in whole if baseline in whole and name != baseline]:
+        repeats = min(len(whole[name]), len(whole[baseline]))
+        ours, theirs = (_scores(evaluation, m, weights, repeats=repeats) for m in (name, baseline))
+        by_fold = _by_fold(evaluation, name, repeats) - _by_fold(evaluation, baseline, repeats)
+        for metric in ours:
+            comparisons.append(
+                {"method": name, "baseline": baseline, "metric": metric, "repeats": repeats}
+                | {"difference": interval(ours[metric] - theirs[metric])}
+                | ({"p": corrected_t(by_fold, share)} if metric == task.metric else {})
+            )
     return {
         "target": task.target,
         "kind": task.kind,
@@ -558,28 +527,26 @@ def report(evaluation: Evaluation, *, n_boot: int = 1000, seed: int = 0, baselin
         "n": int(people.nunique()),
         "n_scans": len(people),
         "n_missing": task.n_missing,
-        "folds": {
-            "digest": evaluation.folds.digest,
-            "n_folds": len(evaluation.folds.names),
-            "n_repeats": evaluation.folds.n_repeats,
-        },
+        "folds": {"digest": folds.digest, "n_folds": len(folds.names), "n_repeats": folds.n_repeats},
         "rows": rows,
         "comparisons": comparisons,
     }
 
 
 def permutations(
-    scans: Sequence[Scan], task: Task, folds: Folds, methods: Sequence[str], n: int, *, seed: int = 0, **settings: Any
+    scans: Sequence[Scan], task: Task, folds: Folds, shuffles: dict[str, int], *, seed: int = 0, **settings: Any
 ) -> dict[str, dict]:
-    """The first score with labels shuffled `n` times: one shuffle may be lucky, their mean belongs at chance.
+    """The first score with labels shuffled many times: one shuffle may be lucky, their mean belongs at chance.
 
     The spread over shuffles is wider than an interval over participants, which knows one training only.
 
     Parameters
     ----------
-    scans, task, folds, methods
+    scans, task, folds
         As in :func:`evaluate`; the first repeat of the folds is used.
-    n, seed : int
+    shuffles : dict of str to int
+        How often for each method.
+    seed : int
     **settings
         Of :func:`evaluate`.
 
@@ -590,18 +557,19 @@ def permutations(
         ``sd`` (over shuffles).
     """
     once = replace(folds, test_fold=folds.test_fold[:1])
-    values: dict[str, list[float]] = {name: [] for name in methods}
-    for i in range(n):
-        found = evaluate(scans, permuted(task, seed + i), once, methods, seed=seed, **settings)
-        for name in methods:
+    values: dict[str, list[float]] = {name: [] for name in shuffles}
+    for i in range(max(shuffles.values(), default=0)):
+        these = [name for name, n in shuffles.items() if i < n]
+        found = evaluate(scans, permuted(task, seed + i), once, these, seed=seed, **settings)
+        for name in these:
             if not np.isnan(found.predictions[name]).any():
                 values[name].append(float(np.nanmean(_by_fold(found, name))))
     results = {}
     for name, v in values.items():
         if len(v) > 1:
-            half = float(stats.t.ppf(0.975, len(v) - 1) * np.std(v, ddof=1) / np.sqrt(len(v)))
-            results[name] = {"n": len(v), "mean": float(np.mean(v)), "low": float(np.mean(v)) - half}
-            results[name] |= {"high": float(np.mean(v)) + half, "sd": float(np.std(v, ddof=1))}
+            low, high = stats.t.interval(0.95, len(v) - 1, np.mean(v), stats.sem(v))
+            spread = {"low": float(low), "high": float(high), "sd": float(np.std(v, ddof=1))}
+            results[name] = {"n": len(v), "mean": float(np.mean(v))} | spread
     return results
 
 
@@ -613,7 +581,7 @@ def study(
     *,
     n_repeats: int = 5,
     control: Sequence[str] = (),
-    shuffles: tuple[Sequence[str], int] = ((), 0),
+    shuffles: dict[str, int] | None = None,
     by_site: Sequence[str] = (),
     shots: Sequence[str] = (),
     n_boot: int = 1000,
@@ -634,9 +602,10 @@ def study(
     n_repeats : int
         Of the five folds.
     control : sequence of str
-        Methods that are also run with shuffled labels and, for the first target, on scans of white noise.
-    shuffles : (sequence of str, int)
-        Methods, and how often their labels are shuffled, for :func:`permutations`.
+        Methods that are also run with shuffled labels and, for the first target, on scans of white noise, as long as
+        theirs and of equal lengths.
+    shuffles : dict of str to int, optional
+        For :func:`permutations`.
     by_site : sequence of str
         Methods that are also tested at sites left out, where there are two or more.
     shots : sequence of str
@@ -650,10 +619,11 @@ def study(
     Returns
     -------
     dict of str to dict
-        Target -> ``kfold``, ``leave_one_site_out``, ``permuted``, ``noise`` (each a :func:`report`),
-        ``permutations``, ``few_shot``.
+        Target -> ``kfold``, ``leave_one_site_out``, ``permuted``, ``noise``, ``noise_equal`` (each a
+        :func:`report`), ``permutations``, ``few_shot``.
     """
-    found, shared = {}, {}
+    found: dict[str, dict] = {}
+    shared: dict[tuple, dict[str, Any]] = {}
     for number, (target, kind) in enumerate(targets.items()):
         task = Task.of(table, target, kind)
         some = Rows(scans, task.rows)
@@ -662,28 +632,30 @@ def study(
         # Features other than the confounds do not depend on the target, where the same scans have it.
         key = tuple(task.rows)
         blocks = {k: v for k, v in shared.get(key, {}).items() if k not in ("confounds", "site")}
-        plans = {"kfold": (some, task, folds, methods)}
-        if by_site and "site" in task.table and task.table["site"].nunique() > 1 and task.table["site"].notna().all():
+        plans: dict[str, tuple] = {"kfold": (some, task, folds, methods)}
+        if by_site and task.sites is not None:
             plans["leave_one_site_out"] = (some, task, leave_one_site_out(task.table), by_site)
         if control:
             plans["permuted"] = (some, permuted(task, seed), once, control)
             if number == 0:
                 plans["noise"] = (noise_scans(some, seed), task, once, control)
+                shortest = min(len(scan.values) for scan in some)
+                cheap = [name for name in control if METHODS[name].head != "finetune"]
+                plans["noise_equal"] = (noise_scans(some, seed, shortest), task, once, cheap)
         found[target] = {}
         for plan, arguments in plans.items():
             done = evaluate(
                 *arguments,
-                blocks={} if plan == "noise" else blocks,
+                blocks={} if plan.startswith("noise") else blocks,
                 seed=seed,
-                say=lambda line, where=f"{target}, {plan}": say(f"{where}: {line}"),
+                say=partial(lambda where, line: say(f"{where}: {line}"), f"{target}, {plan}"),
                 **settings,
             )
             found[target][plan] = report(done, n_boot=n_boot, seed=seed)
-        if shuffles[1]:
-            names, n = shuffles
+        if shuffles:
             quiet = {k: v for k, v in settings.items() if k != "cache"}
-            found[target]["permutations"] = permutations(some, task, folds, names, n, blocks=blocks, seed=seed, **quiet)
-            say(f"{target}: labels shuffled {n} times")
+            found[target]["permutations"] = permutations(some, task, folds, shuffles, blocks=blocks, seed=seed, **quiet)
+            say(f"{target}: labels shuffled {shuffles} times")
         shared[key] = blocks
         if shots:
             found[target]["few_shot"] = few_shot({name: blocks[name] for name in shots}, task, once, seed=seed)
@@ -712,7 +684,7 @@ def planted(scans: Sequence[Scan], task: Task, truth: dict, *, n_boot: int = 100
     edges = np.outer(inside, inside)[np.tril_indices(len(inside), -1)]
     strength = np.tanh(connectivity(scans)[:, edges]).mean(1) / truth["edge_sd"]
     z = task.y - 0.5 if task.classes else (task.y - task.y.mean()) / float(effect["per"].split()[0])
-    weights = resamples(task.table["participant_id"], n_boot, seed)
+    weights = resamples(task.people, n_boot, seed)
     total = weights.sum(1)
     means = [weights @ v / total for v in (z, strength)]
     slopes = (weights @ (z * strength) / total - means[0] * means[1]) / (weights @ z**2 / total - means[0] ** 2)
@@ -747,53 +719,43 @@ def few_shot(
     list of dict
         ``features``, ``shots``, ``value`` (mean over folds), ``sd`` (over folds), ``n_folds``.
     """
-    from sklearn.linear_model import LogisticRegression, Ridge
-
-    people, rows = task.table["participant_id"], []
+    people, rows = task.people.to_numpy(), []
     for name, block in blocks.items():
         for k in shots:
             found = []
             for number, (_, _, train, test) in enumerate(folds.split(people)):
                 rng = np.random.default_rng([seed, k, number])
-                first = train[np.unique(people.to_numpy()[train], return_index=True)[1]]
+                first = train[np.unique(people[train], return_index=True)[1]]
                 sides = [first[task.y[first] == c] for c in (0, 1)] if task.classes else [first]
-                if min(map(len, sides)) < k:
+                if min(map(len, sides)) < k or k * len(sides) < 2:
                     continue
                 few = np.concatenate([rng.choice(side, k, replace=False) for side in sides])
-                if len(few) < 2:
-                    continue
                 a, b = rotate(block.products(few), few, test)
-                model = (LogisticRegression() if task.classes else Ridge()).fit(a, task.y[few])
-                p = model.decision_function(b) if task.classes else model.predict(b)
-                ones = np.ones((1, len(test)))
-                found.append(measure(task.kind, task.y[test], p, ones, fold=np.zeros(len(test)))[task.metric][0])
+                if task.classes:
+                    p = LogisticRegression().fit(a, task.y[few]).decision_function(b)
+                else:
+                    p = Ridge().fit(a, task.y[few]).predict(b)
+                ones, one = np.ones((1, len(test))), np.zeros(len(test))
+                found.append(measure(task.kind, task.y[test], p, ones, fold=one)[task.metric][0])
             if found:
-                rows.append(
-                    {"features": name, "shots": k, "value": float(np.nanmean(found)), "sd": float(np.nanstd(found))}
-                    | {"n_folds": len(found)}
-                )
+                score = {"value": float(np.nanmean(found)), "sd": float(np.nanstd(found)), "n_folds": len(found)}
+                rows.append({"features": name, "shots": k} | score)
     return rows
 
 
 def transfer(
-    features: tuple[np.ndarray, np.ndarray],
-    source: Task,
-    target: Task,
-    *,
-    standardise: bool = False,
-    n_boot: int = 1000,
-    seed: int = 0,
+    features: tuple[np.ndarray, np.ndarray], source: Task, target: Task, *, n_boot: int = 1000, seed: int = 0
 ) -> dict:
     """Zero-shot: a head fitted on one cohort, tested on another that it knows nothing of.
 
     Parameters
     ----------
     features : (ndarray, ndarray), each (scan, feature)
-        Of the source's and the target's scans: connectivity in one atlas, or read-outs of one checkpoint.
+        Of the source's and the target's scans, of one unit: connectivity in one atlas, or that of one network.
     source, target : Task
         Of one kind, with the same classes.
-    standardise : bool
-        With the source's means and SDs.
+    n_boot, seed : int
+        Of the resamples of the target's participants.
 
     Returns
     -------
@@ -805,29 +767,16 @@ def transfer(
     DataError
         If the tasks differ in kind or classes, or the features in number.
     """
-    if (source.kind, source.classes) != (target.kind, target.classes):
-        raise DataError(
-            f"source and target must be one task, got {source.kind} {source.classes} and {target.kind} {target.classes}"
-        )
+    tasks = [(task.kind, task.classes) for task in (source, target)]
+    if tasks[0] != tasks[1]:
+        raise DataError(f"source and target must be one task, got {tasks[0]} and {tasks[1]}")
     if features[0].shape[1] != features[1].shape[1]:
         raise DataError(f"features must be the same, got {features[0].shape[1]} and {features[1].shape[1]} of them")
-    n = len(source.y)
-    train, test = np.arange(n), np.arange(n, n + len(target.y))
-    block = (Standardised if standardise else Features)(np.vstack(features))
-    y = np.concatenate([source.y, np.zeros(len(target.y))])
+    train, test = np.split(np.arange(len(source.y) + len(target.y)), [len(source.y)])
     splits = inner_splits(source.y, source.families, 3, seed)
-    p, chosen = predict("linear", {"x": block}, y, train, test, kind=source.kind, splits=splits)
-    weights = resamples(target.table["participant_id"], n_boot, seed)
-    scores = measure(target.kind, target.y, p, weights, fold=np.zeros(len(test)))
-    return {
-        "n_source": int(source.table["participant_id"].nunique()),
-        "n": int(target.table["participant_id"].nunique()),
-        "chosen": chosen,
-        **{metric: interval(values) for metric, values in scores.items()},
-    }
-
-
-def default_jobs() -> int:
-    """Processors this process may use."""
-    allowed = getattr(os, "sched_getaffinity", None)
-    return len(allowed(0)) if allowed else os.cpu_count() or 1
+    y = np.concatenate([source.y, np.zeros(len(test))])
+    fold = Fold({"x": Features(np.vstack(features))}, y, train, test, source.kind, splits)
+    p, chosen = fold.predict("linear", ["x"])
+    scores = measure(target.kind, target.y, p, resamples(target.people, n_boot, seed), fold=np.zeros(len(test)))
+    counts = {"n_source": int(source.people.nunique()), "n": int(target.people.nunique()), "chosen": chosen}
+    return counts | {metric: interval(values) for metric, values in scores.items()}

@@ -12,13 +12,13 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from mnemodyn.checkpoint import Checkpoint
-from mnemodyn.data.scans import Scan
+from mnemodyn.data.scans import DataError, Scan
 from mnemodyn.model.network import MnemoDyn
 
 __all__ = ["Series", "draft_head", "finetune"]
 
 EPOCHS = {"draft": 20, "last": 5, "all": 5}
-BATCH = 16
+BATCH, PREDICTED = 16, 64  # windows in a step, and at once without gradients
 
 
 @dataclass
@@ -28,93 +28,112 @@ class Series:
     Attributes
     ----------
     model : MnemoDyn
-    x : list of Tensor, shape (time, parcel)
+    x : list of ndarray, shape (time, parcel)
     t_r : ndarray, shape (scan,)
     window : int
         Frames of a training window: those of pretraining, or of the shortest scan.
-    frozen : dict of str to list of Tensor
+    frozen : dict of str to list of ndarray, shape (window, feature)
         What the draft's head reads of every scan's consecutive windows, by kind; see :meth:`freeze`.
     """
 
     model: MnemoDyn
-    x: list[Tensor] = field(repr=False)
+    x: list[np.ndarray] = field(repr=False)
     t_r: np.ndarray
     window: int
-    frozen: dict[str, list[Tensor]] = field(default_factory=dict, repr=False)
+    frozen: dict[str, list[np.ndarray]] = field(default_factory=dict, repr=False)
 
     @classmethod
     def of(cls, checkpoint: Checkpoint, scans: Sequence[Scan]) -> "Series":
+        if checkpoint.scaling is None:
+            raise DataError("the checkpoint does not know its scaling; fill it in with dataclasses.replace")
         x, t_r = [], []
         for scan in scans:
             checkpoint.check(scan)
-            x.append(torch.from_numpy(checkpoint.scaling(scan)))
+            x.append(checkpoint.scaling(scan))
             t_r.append(scan.t_r)
         window = min(checkpoint.model.config.n_timepoints, *(len(values) for values in x))
         return cls(checkpoint.model, x, np.array(t_r, np.float32), window)
 
     def digest(self) -> str:
         digest = hashlib.sha256(repr(self.model.config).encode())
-        for value in (*self.model.state_dict().values(), *self.x):
-            digest.update(value.cpu().numpy().tobytes())
+        for value in (*(v.cpu().numpy() for v in self.model.state_dict().values()), *self.x):
+            digest.update(value.tobytes())
         return digest.hexdigest()
 
     @torch.no_grad()
-    def freeze(self, kind: str) -> list[Tensor]:
+    def freeze(self, kind: str) -> list[np.ndarray]:
         """The frozen network's last frame of every window (its whole output for numbers), computed once."""
         if kind not in self.frozen:
-            outputs = (self.model(*self.consecutive(i)).reconstruction for i in range(len(self.x)))
-            self.frozen[kind] = [o.flatten(1) if kind == "regression" else o[:, -1] for o in outputs]
+            outputs = (self.model(*self.windows([i] * len(s), s)).reconstruction for i, s in enumerate(self.starts()))
+            self.frozen[kind] = [(o.flatten(1) if kind == "regression" else o[:, -1]).numpy() for o in outputs]
         return self.frozen[kind]
 
-    def windows(self, rows: np.ndarray, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
-        """A random window of each of some scans, and their t_r."""
-        starts = [int(rng.integers(len(self.x[i]) - self.window + 1)) for i in rows]
-        x = torch.stack([self.x[i][s : s + self.window] for i, s in zip(rows, starts, strict=True)])
-        return x, torch.from_numpy(self.t_r[rows])
+    def starts(self) -> list[list[int]]:
+        """Where the windows begin that cover each scan, the last one aligned with its end."""
+        n = self.window
+        return [sorted({*range(0, len(x) - n + 1, n), len(x) - n}) for x in self.x]
 
-    def consecutive(self, row: int) -> tuple[Tensor, Tensor]:
-        """The windows that cover a scan, the last one aligned with its end."""
-        x, n = self.x[row], self.window
-        starts = sorted({*range(0, len(x) - n + 1, n), len(x) - n})
-        return torch.stack([x[s : s + n] for s in starts]), torch.full((len(starts),), float(self.t_r[row]))
+    def windows(self, rows: Sequence[int] | np.ndarray, starts: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """A window of each of some scans, and their t_r."""
+        x = np.stack([self.x[i][s : s + self.window] for i, s in zip(rows, starts, strict=True)])
+        return torch.from_numpy(x), torch.from_numpy(self.t_r[list(rows)])
 
 
 def draft_head(n_features: int) -> nn.Sequential:
     """The published draft's head: 512, 1024 and 256 units, and one output."""
-    sizes = (n_features, 512, 1024, 256)
-    layers = []
-    for a, b in itertools.pairwise(sizes):
+    layers: list[nn.Module] = []
+    for a, b in itertools.pairwise((n_features, 512, 1024, 256)):
         layers += [nn.Linear(a, b), nn.ReLU(), nn.Dropout(0.1)]
     return nn.Sequential(*layers, nn.Linear(256, 1))
 
 
 class _Tuned(nn.Module):
-    """A network with a head on its latents' mean, SD and maximum over time, or with the draft's."""
+    """A network with a head on its latents' mean, SD and maximum over time; or the draft's head alone."""
 
     def __init__(self, series: Series, what: str, kind: str):
         super().__init__()
+        self.series, self.starts = series, series.starts()
+        self.frozen = series.freeze(kind) if what == "draft" else None
+        if self.frozen is not None:
+            self.head: nn.Module = draft_head(self.frozen[0].shape[1])
+            return
         self.network = copy.deepcopy(series.model)
-        self.what = what
-        config = series.model.config
         self.network.requires_grad_(what == "all")
-        if what == "last":
-            self.network.blocks[-1].requires_grad_(True)
-        if what == "draft":
-            self.head = draft_head(series.freeze(kind)[0].shape[1])
+        self.network.blocks[-1].requires_grad_(True)
+        n_features = 3 * series.model.config.n_channels
+        last = nn.Linear(n_features, 1)
+        nn.init.zeros_(last.weight)
+        self.head = nn.Sequential(nn.BatchNorm1d(n_features), last)
+
+    def forward(self, rows: Sequence[int] | np.ndarray, numbers: Sequence[int]) -> Tensor:
+        """One value a window, (batch,), of windows `numbers` of scans `rows`."""
+        if self.frozen is not None:
+            read = torch.from_numpy(np.stack([self.frozen[i][n] for i, n in zip(rows, numbers, strict=True)]))
         else:
-            self.norm = nn.BatchNorm1d(3 * config.n_channels)
-            self.head = nn.Linear(3 * config.n_channels, 1)
-            nn.init.zeros_(self.head.weight)
+            z = self.network(*self.series.windows(rows, numbers)).latents
+            read = torch.cat([z.mean(1), z.std(1), z.amax(1)], dim=1)
+        return self.head(read)[:, 0]
 
-    def read(self, x: Tensor, t_r: Tensor) -> Tensor:
-        """What the head reads of windows (batch, time, parcel)."""
-        output = self.network(x, t_r)
-        z = output.latents
-        return torch.cat([z.mean(1), z.std(1), z.amax(1)], dim=1)
+    def drawn(self, rows: np.ndarray, rng: np.random.Generator) -> Tensor:
+        """Of a random window of each scan: any, or of a frozen network one of the consecutive ones."""
+        series, frozen = self.series, self.frozen
+        possible = [len(series.x[i]) - series.window + 1 if frozen is None else len(frozen[i]) for i in rows]
+        return self(rows, [int(rng.integers(n)) for n in possible])
 
-    def forward(self, read: Tensor) -> Tensor:
-        """One value a window, (batch,)."""
-        return self.head(read if self.what == "draft" else self.norm(read))[:, 0]
+    @torch.no_grad()
+    def predict(self, rows: np.ndarray) -> Tensor:
+        """Mean over the windows that cover each scan."""
+        self.eval()
+        windows = [
+            (place, row, number if self.frozen is not None else start)
+            for place, row in enumerate(rows)
+            for number, start in enumerate(self.starts[row])
+        ]
+        place, row, number = (np.array(column) for column in zip(*windows, strict=True))
+        parts = range(0, len(place), PREDICTED)
+        found = torch.cat([self(row[i : i + PREDICTED], number[i : i + PREDICTED]) for i in parts])
+        total = torch.zeros(len(rows)).index_add_(0, torch.from_numpy(place), found)
+        return total / torch.from_numpy(np.bincount(place))
 
 
 def finetune(
@@ -167,38 +186,23 @@ def finetune(
                 return functional.binary_cross_entropy_with_logits(found, goal[rows], pos_weight=odds)
             return functional.mse_loss(found, goal[rows])
 
-        frozen = series.freeze(kind) if what == "draft" else None
-
-        def covering(row: int) -> Tensor:
-            return frozen[row] if frozen else tuned.read(*series.consecutive(row))
-
-        def some(rows: np.ndarray) -> Tensor:
-            if frozen:
-                return torch.stack([frozen[i][rng.integers(len(frozen[i]))] for i in rows])
-            return tuned.read(*series.windows(rows, rng))
-
-        @torch.no_grad()
-        def predict(rows: np.ndarray) -> Tensor:
-            tuned.eval()
-            return torch.stack([tuned(covering(int(i))).mean() for i in rows])
-
-        inner = [p for p in tuned.network.parameters() if p.requires_grad]
-        outer = [p for n, p in tuned.named_parameters() if not n.startswith("network.")]
-        groups = [{"params": outer, "lr": 1e-3}, *([{"params": inner, "lr": 3e-4}] if inner else [])]
+        inner = [p for n, p in tuned.named_parameters() if n.startswith("network.") and p.requires_grad]
+        groups = [{"params": tuned.head.parameters(), "lr": 1e-3}, *([{"params": inner, "lr": 3e-4}] if inner else [])]
         optimizer = torch.optim.AdamW(groups, weight_decay=0.05)
-        best, state, epoch_of = np.inf, None, 0
+        best, epoch_of = np.inf, 0
+        state: dict[str, Tensor] = {}
         for epoch in range(EPOCHS[what]):
             tuned.train()
             order = rng.permutation(fit)
             for batch in np.array_split(order, max(1, len(order) // BATCH)):
                 optimizer.zero_grad()
-                loss(tuned(some(batch)), batch).backward()
+                loss(tuned.drawn(batch, rng), batch).backward()
                 nn.utils.clip_grad_norm_(tuned.parameters(), 1.0)
                 optimizer.step()
-            found = float(loss(predict(validation), validation))
+            found = float(loss(tuned.predict(validation), validation))
             if found < best:
                 best, epoch_of = found, epoch + 1
                 state = {k: v.clone() for k, v in tuned.state_dict().items()}
         tuned.load_state_dict(state)
-        prediction = predict(test).double().numpy() * sd + mean
+        prediction = tuned.predict(test).double().numpy() * sd + mean
     return prediction, f"epoch {epoch_of} of {EPOCHS[what]}"

@@ -8,17 +8,24 @@ estimators fit 19,900 edges at the price of as many columns as there are scans, 
 
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
+import pandas as pd
 import sklearn
+from scipy.special import logit
+from sklearn.base import clone
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression, Ridge
 from sklearn.metrics import roc_auc_score
-from sklearn.model_selection import cross_val_predict
 from sklearn.neural_network import MLPClassifier, MLPRegressor
+from sklearn.preprocessing import StandardScaler
+from sklearn.utils import compute_sample_weight
 
-__all__ = ["Features", "Standardised", "Tangent", "predict", "rotate"]
+from mnemodyn.data.scans import DataError
+
+__all__ = ["Combat", "Features", "Fold", "Standardised", "Tangent", "rotate"]
 
 INVERSE_PENALTIES = (0.1, 1.0, 10.0, 100.0, 1000.0)  # of rows with mean square norm 1
 RIDGE_PENALTIES = tuple(np.logspace(-3, 3, 13))
@@ -31,7 +38,7 @@ SHARES = (0.0, 0.2, 0.5)  # of the variance, for what is joined
 class Features:
     """Features of one unit, such as connectivity, taken as they are: their products serve every fold."""
 
-    values: np.ndarray = field(repr=False)
+    values: Any = field(repr=False)
     _products: np.ndarray | None = field(default=None, repr=False)
 
     def products(self, train: np.ndarray) -> np.ndarray:
@@ -42,7 +49,9 @@ class Features:
         return self._products
 
     def __getstate__(self) -> dict:
-        self.products(np.arange(0))
+        if type(self) is not Features:
+            return self.__dict__
+        self.products(np.arange(0))  # which is all that another process needs
         return {"values": np.empty((len(self.values), 0), np.float32), "_products": self._products}
 
 
@@ -52,16 +61,8 @@ class Standardised(Features):
 
     def products(self, train: np.ndarray) -> np.ndarray:
         values = np.asarray(self.values, float)
-        known = np.isfinite(values[train])
-        n = np.maximum(known.sum(0), 1)
-        mean = np.where(known, values[train], 0).sum(0) / n
-        values = np.where(np.isfinite(values), values - mean, 0)
-        sd = np.sqrt((values[train] ** 2).sum(0) / n)
-        values = values / np.where(sd > 1e-12, sd, np.inf)
+        values = np.nan_to_num(StandardScaler().fit(values[train]).transform(values))
         return values @ values.T
-
-    def __getstate__(self) -> dict:
-        return self.__dict__
 
 
 @dataclass
@@ -90,8 +91,30 @@ class Tangent(Features):
         steps = np.array([measure.transform([x.astype(float)])[0] for x in self.values], np.float32)
         return np.asarray(steps @ steps.T, float)
 
-    def __getstate__(self) -> dict:
-        return self.__dict__
+
+@dataclass
+class Combat(Features):
+    """Features harmonised between sites by ComBat (combatlearn), fitted on training scans and without covariates.
+
+    Attributes
+    ----------
+    sites : ndarray of str, shape (scan,)
+        A site that no training scan comes from is an error.
+    """
+
+    sites: np.ndarray | None = None
+
+    def products(self, train: np.ndarray) -> np.ndarray:
+        try:
+            from combatlearn import ComBat
+        except ImportError as error:
+            raise DataError("ComBat needs combatlearn: pip install 'mnemodyn[harmonise]'") from error
+        frame = pd.DataFrame(self.values)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # of sites with few scans
+            found = ComBat(pd.Series(self.sites)).fit(frame.iloc[train]).transform(frame).to_numpy()
+        found = found - found[:1]
+        return found @ found.T
 
 
 def rotate(
@@ -130,29 +153,29 @@ def rotate(
 
 @dataclass(frozen=True)
 class _Choice:
-    """A candidate, its score in the inner folds, its evidence there, and how to fit it."""
+    """A candidate: its score and its evidence in the inner folds, and what it says of the test scans."""
 
     name: str
     score: float
     inner: np.ndarray
-    fit: Callable
+    say: Callable[[], np.ndarray]
 
 
-def _linear(x: np.ndarray, y: np.ndarray, splits: list, kind: str, name: str = "") -> _Choice:
-    """The penalty that does best in the inner folds; all its models are linear, so their products are enough."""
+def _linear(a: np.ndarray, b: np.ndarray, y: np.ndarray, splits: list, kind: str, name: str = "") -> _Choice:
+    """The penalty that does best in the inner folds of training rows `a`; `b` are the test rows."""
     penalties = RIDGE_PENALTIES if kind == "regression" else INVERSE_PENALTIES
     inner = np.empty((len(penalties), len(y)))
+    model: Ridge | LogisticRegression
     with sklearn.config_context(skip_parameter_validation=True, assume_finite=True):  # half of the time otherwise
-        for a, b in splits:
+        for fit, rest in splits:
             if kind == "regression":
-                many = Ridge(alpha=np.array(penalties), solver="svd").fit(x[a], np.tile(y[a, None], len(penalties)))
-                inner[:, b] = (x[b] @ many.coef_.T + many.intercept_).T
+                many = Ridge(alpha=np.array(penalties), solver="svd").fit(a[fit], np.tile(y[fit, None], len(penalties)))
+                inner[:, rest] = (a[rest] @ many.coef_.T + many.intercept_).T
                 continue
             model = _logistic(penalties[0], warm_start=True)
             for i, c in enumerate(penalties):
                 model.C = c
-                model.fit(x[a], y[a])
-                inner[i, b] = x[b] @ model.coef_[0] + model.intercept_[0]
+                inner[i, rest] = model.fit(a[fit], y[fit]).decision_function(a[rest])
     if kind == "regression":
         found = -((inner - y) ** 2).mean(1)
         model, setting = Ridge(alpha=penalties[found.argmax()], solver="svd"), "alpha"
@@ -160,141 +183,138 @@ def _linear(x: np.ndarray, y: np.ndarray, splits: list, kind: str, name: str = "
         found = np.array([roc_auc_score(y, row) for row in inner])
         model, setting = _logistic(penalties[found.argmax()]), "C"
     best = int(found.argmax())
+    answer = "predict" if kind == "regression" else "decision_function"
     label = f"{name} {setting}={penalties[best]:.3g}".strip()
-    return _Choice(label, float(found[best]), inner[best], lambda: model.fit(x, y))
+    return _Choice(label, float(found[best]), inner[best], lambda: getattr(model.fit(a, y), answer)(b))
 
 
-def _logistic(c: float, **settings) -> LogisticRegression:
+def _logistic(c: float, **settings: Any) -> LogisticRegression:
     return LogisticRegression(C=c, class_weight="balanced", max_iter=2000, **settings)
 
 
-class _Evidence:
-    """A fitted perceptron with ``decision_function``."""
-
-    def __init__(self, model):
-        self.model = model
-
-    def decision_function(self, x: np.ndarray) -> np.ndarray:
-        p = self.model.predict_proba(x)[:, 1].clip(1e-9, 1 - 1e-9)
-        return np.log(p / (1 - p))
-
-
-def _perceptron(x: np.ndarray, y: np.ndarray, splits: list, kind: str, seed: int) -> _Choice:
-    x = x * np.sqrt(len(x[0]))  # a mean square of 1 a column suits the initial weights
+def _perceptron(a: np.ndarray, b: np.ndarray, y: np.ndarray, splits: list, kind: str, seed: int) -> _Choice:
+    """The weight decay that does best; a mean square of 1 a column suits the initial weights."""
+    a, b = (x * np.sqrt(a.shape[1]) for x in (a, b))
     shared = {"hidden_layer_sizes": (64,), "early_stopping": False, "max_iter": 60, "tol": 0.0, "random_state": seed}
+    numbers = kind == "regression"
+    mean, sd = (y.mean(), y.std()) if numbers else (0.0, 1.0)
+    goal = (y - mean) / sd
+    weights = None if numbers else compute_sample_weight("balanced", y)
+
+    def says(model: MLPRegressor | MLPClassifier, x: np.ndarray) -> np.ndarray:
+        return model.predict(x) * sd + mean if numbers else logit(model.predict_proba(x)[:, 1].clip(1e-9, 1 - 1e-9))
+
     found = []
     for decay in DECAYS:
-        name = f"decay={decay:g}"
-        if kind == "regression":
-            model = MLPRegressor(alpha=decay, **shared)
-            scale = (y.mean(), y.std())
-            z = (y - scale[0]) / scale[1]
-            inner = cross_val_predict(model, x, z, cv=splits) * scale[1] + scale[0]
-            found.append(_Choice(name, -((inner - y) ** 2).mean(), inner, lambda m=model, z=z: m.fit(x, z)))
-        else:
-            model = MLPClassifier(alpha=decay, **shared)
-            weights = np.where(y == 1, 0.5 / y.mean(), 0.5 / (1 - y.mean()))
-            p = cross_val_predict(model, x, y, cv=splits, method="predict_proba", params={"sample_weight": weights})[
-                :, 1
-            ].clip(1e-9, 1 - 1e-9)
-            inner = np.log(p / (1 - p))
-            found.append(
-                _Choice(name, roc_auc_score(y, inner), inner, lambda m=model, w=weights: _Evidence(m.fit(x, y, w)))
-            )
+        model = (MLPRegressor if numbers else MLPClassifier)(alpha=decay, **shared)
+        inner = np.empty(len(y))
+        for fit, rest in splits:
+            part = None if weights is None else weights[fit]
+            inner[rest] = says(clone(model).fit(a[fit], goal[fit], part), a[rest])
+        score = -((inner - y) ** 2).mean() if numbers else roc_auc_score(y, inner)
+        found.append(
+            _Choice(f"decay={decay:g}", score, inner, lambda m=model: says(m.fit(a, goal, weights), b))  # type: ignore[misc]
+        )
     return max(found, key=lambda choice: choice.score)
 
 
-def predict(
-    head: str,
-    blocks: dict[str, Features],
-    y: np.ndarray,
-    train: np.ndarray,
-    test: np.ndarray,
-    *,
-    kind: str,
-    splits: Sequence[tuple[np.ndarray, np.ndarray]],
-    shares: Sequence[dict[str, float]] = (),
-    remove: np.ndarray | None = None,
-    seed: int = 0,
-) -> tuple[np.ndarray, str]:
-    """Fit on training scans, choose by inner folds among them, predict the test scans.
+@dataclass
+class Fold:
+    """Training scans, test scans, and what is fitted to the one and said of the other; nothing is fitted twice.
 
     Parameters
     ----------
-    head : {"linear", "pca", "mlp", "pick", "join"}
-        ``linear``: penalised regression, its penalty chosen. ``pca``: the same on the first components, their number
-        chosen too. ``mlp``: a perceptron with one hidden layer, its weight decay chosen. ``pick``: linear, on the one
-        block that did best in the inner folds. ``join``: the first block together with the one picked among the
-        others, their shares chosen, none at all among them.
     blocks : dict of str to Features
-        Taken together with equal variance, but for ``pick`` and ``join``.
     y : ndarray, shape (scan,)
         0 and 1, or numbers; those of test scans are not read.
     train, test : ndarray of int
     kind : {"classification", "regression"}
     splits : sequence of (train, test)
-        Inner folds, as positions in `train`.
-    remove : ndarray, shape (scan, column), optional
-        Regressed out of the features, with coefficients of the training scans.
+        Inner folds, as positions in `train`, by which everything is chosen.
     seed : int
         Of the perceptron.
-
-    Returns
-    -------
-    prediction : ndarray, shape (len(test),)
-        Evidence for class 1, positive where it is predicted: the threshold is half-way between the classes' mean
-        evidence in the inner folds, since in many dimensions the larger class would be favoured by it. Or the number.
-    chosen : str
     """
-    target = y[train]
-    splits = list(splits)
 
-    def columns(share: dict[str, float]) -> tuple[np.ndarray, np.ndarray]:
-        total = 0
-        for name, weight in share.items():
-            k = blocks[name].products(train)
-            inner = k[np.ix_(train, train)]
-            spread = np.trace(inner) / len(train) - inner.mean()
-            total = total + weight * k / max(spread, 1e-12)
-        return rotate(total, train, test, remove)
+    blocks: dict[str, Any]
+    y: np.ndarray
+    train: np.ndarray
+    test: np.ndarray
+    kind: str
+    splits: Sequence[tuple[np.ndarray, np.ndarray]]
+    seed: int = 0
+    _kept: dict = field(default_factory=dict, repr=False)
 
-    if head in ("pick", "join"):
-        names = list(blocks)[1:] if head == "join" else list(blocks)
-        found = {}
-        for name in names:
-            a, b = columns({name: 1.0})
-            found[name] = (_linear(a, target, splits, kind, name), a, b)
-        best = max(found, key=lambda name: found[name][0].score)
-        choice, a, b = found[best]
-        if head == "join":
-            first = next(iter(blocks))
-            tried = []
-            for share in SHARES:
-                a, b = columns({first: 1 - share, best: share} if share else {first: 1.0})
-                tried.append((_linear(a, target, splits, kind, f"{share:g} {best}"), a, b))
-            choice, a, b = max(tried, key=lambda item: item[0].score)
-    else:
-        a, b = columns(dict.fromkeys(blocks, 1.0))
-        if head == "pca":
-            tried = [
-                (_linear(a[:, :n], target, splits, kind, f"{n} components"), a[:, :n], b[:, :n])
-                for n in sorted({min(n, a.shape[1]) for n in COMPONENTS})
-            ]
-            choice, a, b = max(tried, key=lambda item: item[0].score)
-        elif head == "mlp":
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore", ConvergenceWarning)  # its epochs are a setting
-                choice = _perceptron(a, target, splits, kind, seed)
-            b = b * np.sqrt(a.shape[1])
-        elif head == "linear":
-            choice = _linear(a, target, splits, kind)
-        else:
-            raise ValueError(f"head must be linear, pca, mlp, pick or join, got {head!r}")
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", ConvergenceWarning)
-        model = choice.fit()
-    if kind == "regression":
-        found = model.predict(b)
-        return (found * target.std() + target.mean() if head == "mlp" else found), choice.name
-    middle = (choice.inner[target == 1].mean() + choice.inner[target == 0].mean()) / 2
-    return model.decision_function(b) - middle, choice.name
+    def _products(self, name: str) -> np.ndarray:
+        """Products of a block's features, of variance 1 over the training scans."""
+        if name not in self._kept:
+            k = self.blocks[name].products(self.train)
+            inner = k[np.ix_(self.train, self.train)]
+            self._kept[name] = k / max(np.trace(inner) / len(self.train) - inner.mean(), 1e-12)
+        return self._kept[name]
+
+    def _columns(self, shares: dict[str, float], remove: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
+        total = np.sum([weight * self._products(name) for name, weight in shares.items()], axis=0)
+        return rotate(total, self.train, self.test, remove)
+
+    def _fit(self, shares: dict[str, float], name: str) -> _Choice:
+        key = tuple(shares.items())
+        if key not in self._kept:
+            self._kept[key] = _linear(*self._columns(shares), self.y[self.train], list(self.splits), self.kind)
+        return replace(self._kept[key], name=f"{name} {self._kept[key].name}".strip())
+
+    def predict(self, head: str, names: Sequence[str], *, remove: np.ndarray | None = None) -> tuple[np.ndarray, str]:
+        """Fit on training scans, choose by inner folds among them, predict the test scans.
+
+        Parameters
+        ----------
+        head : {"linear", "unmoved", "pca", "mlp", "pick", "join"}
+            ``linear``: penalised regression, its penalty chosen. ``unmoved``: with its threshold where balanced class
+            weights put it. ``pca``: linear on the first components, their number chosen too. ``mlp``: a perceptron
+            with one hidden layer, its weight decay chosen. ``pick``: linear, on the one block that did best in the
+            inner folds. ``join``: the first block together with the one picked among the others, their shares chosen,
+            none at all among them.
+        names : sequence of str
+            Of the blocks; taken together with equal variance, but for ``pick`` and ``join``.
+        remove : ndarray, shape (scan, column), optional
+            Regressed out of the features, with coefficients of the training scans; not for ``pick`` and ``join``.
+
+        Returns
+        -------
+        prediction : ndarray, shape (len(test),)
+            Evidence for class 1, positive where it is predicted: the threshold is half-way between the classes' mean
+            evidence in the inner folds, since in many dimensions the larger class would be favoured by it. Or the
+            number.
+        chosen : str
+        """
+        target, splits = self.y[self.train], list(self.splits)
+        equal = dict.fromkeys(names, 1.0)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", ConvergenceWarning)  # a perceptron's epochs are a setting
+            if head in ("linear", "unmoved") and remove is None:
+                choices = [self._fit(equal, "")]
+            elif head == "linear":
+                choices = [_linear(*self._columns(equal, remove), target, splits, self.kind)]
+            elif head == "pca":
+                a, b = self._columns(equal, remove)
+                choices = [
+                    _linear(a[:, :n], b[:, :n], target, splits, self.kind, f"{n} components")
+                    for n in sorted({min(n, a.shape[1]) for n in COMPONENTS})
+                ]
+            elif head == "mlp":
+                choices = [_perceptron(*self._columns(equal, remove), target, splits, self.kind, self.seed)]
+            elif head in ("pick", "join"):
+                first, rest = names[0], names[1:] if head == "join" else names
+                choices = [self._fit({name: 1.0}, name) for name in rest]
+                if head == "join":
+                    best = rest[int(np.argmax([choice.score for choice in choices]))]
+                    choices = [
+                        self._fit({first: 1 - share, best: share} if share else {first: 1.0}, f"{share:g} {best}")
+                        for share in SHARES
+                    ]
+            else:
+                raise ValueError(f"head must be linear, unmoved, pca, mlp, pick or join, got {head!r}")
+            choice = max(choices, key=lambda choice: choice.score)
+            found = choice.say()
+        if self.kind == "regression" or head == "unmoved":
+            return found, choice.name
+        return found - (choice.inner[target == 1].mean() + choice.inner[target == 0].mean()) / 2, choice.name

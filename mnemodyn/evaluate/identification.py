@@ -1,15 +1,13 @@
 """Whose scan is it? Participants identified from two halves (connectome fingerprinting).
 
-Two halves of one scan share the day, the head position and the preprocessing, which identify a
-person as well as the brain does: accuracy within a scan is an upper bound on that across days.
+Two halves of one scan share the day, the head position and the preprocessing, which identify a person as well as the
+brain does: accuracy within a scan is an upper bound on that across days.
 
 References
 ----------
 .. [1] Finn et al. (2015), Nature Neuroscience 18, 1664-1671: identification accuracy.
 .. [2] Amico and Goñi (2018), Scientific Reports 8, 8254: differential identifiability.
 """
-
-from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
@@ -27,14 +25,13 @@ def pearson_fc(x: np.ndarray) -> np.ndarray:
     Returns
     -------
     np.ndarray
-        (n_edges,), float64, ``n_edges = n_parcels (n_parcels - 1) / 2``: the upper triangle, row by
-        row.
+        (n_edges,), float64, ``n_edges = n_parcels (n_parcels - 1) / 2``: the upper triangle, row by row.
 
     Raises
     ------
     ValueError
-        If there are fewer than 4 frames or 2 parcels, an entry is not finite, a parcel is constant,
-        or two parcels are copies up to scale (their z is infinite).
+        If there are fewer than 4 frames or 2 parcels, an entry is not finite, a parcel is constant, or two parcels are
+        copies up to scale (their z is infinite).
     """
     x = np.asarray(x, dtype=np.float64)
     if x.ndim != 2 or x.shape[0] < 4 or x.shape[1] < 2:
@@ -57,16 +54,12 @@ def _similarity(queries: np.ndarray, database: np.ndarray, standardise: bool) ->
     if standardise:
         mean, sd, keep = database.mean(0), database.std(0), np.ptp(database, axis=0) > 0
         queries, database = ((a[:, keep] - mean[keep]) / sd[keep] for a in (queries, database))
-    scaled = []
-    for half in (queries, database):
-        if half.shape[1] < 2 or not np.ptp(half, axis=1).all():
-            raise ValueError("features must vary, got a participant (or half) with one value only")
-        half = half - half.mean(1, keepdims=True)
-        scaled.append(half / np.linalg.norm(half, axis=1, keepdims=True))
-    return scaled[0] @ scaled[1].T
+    if any(half.shape[1] < 2 or not np.ptp(half, axis=1).all() for half in (queries, database)):
+        raise ValueError("features must vary, got a participant (or half) with one value only")
+    return np.corrcoef(queries, database)[: len(queries), len(queries) :]
 
 
-def _both_ways(first, second, standardise: bool) -> list[np.ndarray]:
+def _both_ways(first: np.ndarray, second: np.ndarray, standardise: bool) -> list[np.ndarray]:
     """Check both halves; similarities with queries from `first`, then from `second`."""
     first, second = (np.asarray(half, dtype=np.float64) for half in (first, second))
     if first.ndim != 2 or min(first.shape) < 2 or first.shape != second.shape:
@@ -87,33 +80,30 @@ def _best_match(similarity: np.ndarray) -> np.ndarray:
 def identify(first: np.ndarray, second: np.ndarray, *, standardise: bool = False) -> dict:
     """Identify every participant of one half among those of the other, both ways round.
 
-    A hit is a participant whose own entry is the most similar of the other half, by Pearson
-    correlation over features. A tie is a miss: features shared by everybody identify nobody.
+    A hit is a participant whose own entry is the most similar of the other half, by Pearson correlation over features.
+    A tie is a miss: features shared by everybody identify nobody.
 
     Parameters
     ----------
     first, second
         (participant, feature) each; the same participants in the same order.
     standardise
-        Scale every feature by its mean and SD over the database half before correlating. False
-        follows [1]_ and suits features of one unit, such as connectivity. Features of unequal units
-        (a model's latents) need True: otherwise the few widest, alike in everybody, decide every
-        correlation. The statistics are the database's alone, so the answer to a query does not
-        depend on other queries. It raises `idiff` by itself: compare features treated alike.
+        Scale every feature by its mean and SD over the database half before correlating. False follows [1]_ and suits
+        features of one unit, such as connectivity. Features of unequal units (a model's latents) need True: otherwise
+        the few widest decide every correlation. It raises `idiff` by itself: compare features treated alike.
 
     Returns
     -------
     dict
-        ``accuracy_first`` and ``accuracy_second`` (queries from that half) and ``accuracy``, their
-        mean; ``hits_first``, ``hits_second``, (participant,) boolean; ``similarity_self`` and
-        ``similarity_other``, mean Pearson r within and between participants; ``idiff``, 100 times
-        their difference [2]_.
+        ``accuracy_first`` and ``accuracy_second`` (queries from that half) and ``accuracy``, their mean;
+        ``hits_first``, ``hits_second``, (participant,) boolean; ``similarity_self`` and ``similarity_other``, mean
+        Pearson r within and between participants; ``idiff``, 100 times their difference [2]_.
 
     Raises
     ------
     ValueError
-        If shapes disagree, there are fewer than two participants or features, an entry is not
-        finite, or the features of a participant are all equal.
+        If shapes disagree, there are fewer than two participants or features, an entry is not finite, or the features
+        of a participant are all equal.
     """
     ways = _both_ways(first, second, standardise)
     own = np.eye(len(ways[0]), dtype=bool)
@@ -139,12 +129,7 @@ def chance(n_participants: int) -> float:
 
 
 def permutation_interval(
-    first: np.ndarray,
-    second: np.ndarray,
-    *,
-    standardise: bool = False,
-    n_permutations: int = 1000,
-    seed: int,
+    first: np.ndarray, second: np.ndarray, *, standardise: bool = False, n_permutations: int = 1000, seed: int
 ) -> dict:
     """Accuracy when the labels of the second half are shuffled.
 
@@ -152,16 +137,14 @@ def permutation_interval(
     ----------
     first, second, standardise
         As in `identify`, and the same errors.
-    n_permutations
-        Number of random permutations of the participants of `second`; ValueError below 1.
-    seed
-        Seed of the permutations.
+    n_permutations, seed
+        Random permutations of the participants of `second`; ValueError below 1.
 
     Returns
     -------
     dict
-        ``accuracy`` (observed, mean of both directions), ``chance``, ``null`` (n_permutations,)
-        accuracies, ``upper`` (their 95 % quantile, one of its values) and ``p_value``,
+        ``accuracy`` (observed, mean of both directions), ``chance``, ``null`` (n_permutations,) accuracies, ``upper``
+        (their 95 % quantile, one of its values) and ``p_value``,
         ``(1 + #{null >= accuracy}) / (1 + n_permutations)``, never zero.
     """
     if n_permutations < 1:
@@ -195,9 +178,8 @@ def identify_by_length(
 ) -> list[dict]:
     """Identification accuracy as a function of window length.
 
-    Each scan is halved, and each half cut from its own first frame into non-overlapping windows.
-    The k-th windows of the first halves are identified against the k-th of the second: all pairs
-    are half a scan apart, whatever the length. Results are averaged over k.
+    Each scan is halved, and each half cut from its own first frame into non-overlapping windows. The k-th windows of
+    the first halves are identified against the k-th of the second: all pairs are half a scan apart.
 
     Parameters
     ----------
@@ -215,15 +197,13 @@ def identify_by_length(
     Returns
     -------
     list of dict
-        One a length: ``length`` (frames), ``n_windows`` (a half), ``accuracy`` and ``idiff`` (means
-        over k), ``accuracies`` (n_windows,). Windows of a scan are not independent: the spread of
-        these is no standard error.
+        One a length: ``length`` (frames), ``n_windows`` (a half), ``accuracy`` and ``idiff`` (means over k),
+        ``accuracies`` (n_windows,). Windows of a scan are not independent: the spread of these is no standard error.
 
     Raises
     ------
     ValueError
-        If a length is not in 1 to half the shortest scan, `max_windows` is below 1, or `identify`
-        or `features` raises.
+        If a length is not in 1 to half the shortest scan, `max_windows` is below 1, or `identify` or `features` raises.
     """
     scans = [np.asarray(scan) for scan in scans]
     half = min((len(scan) // 2 for scan in scans), default=0)
@@ -235,13 +215,12 @@ def identify_by_length(
             raise ValueError(f"lengths must be in 1 to {half} (half a scan), got {length}")
         found = []
         for start in [k * length for k in range(half // length)][:max_windows]:
-            begins = [(start, len(scan) // 2 + start) for scan in scans]
-            first, second = (
-                np.array([features(scan[at[side] :][:length]) for scan, at in zip(scans, begins, strict=True)])
-                for side in (0, 1)
-            )
-            found.append(identify(first, second, standardise=standardise))
-        accuracies, idiffs = (np.array([f[key] for f in found]) for key in ("accuracy", "idiff"))
+            halves = [
+                np.array([features(scan[begin + start :][:length]) for scan, begin in zip(scans, begins, strict=True)])
+                for begins in ([0] * len(scans), [len(scan) // 2 for scan in scans])
+            ]
+            found.append(identify(*halves, standardise=standardise))
+        accuracies = np.array([f["accuracy"] for f in found])
         row = {"length": int(length), "n_windows": len(found), "accuracy": float(accuracies.mean())}
-        rows.append(row | {"idiff": float(idiffs.mean()), "accuracies": accuracies})
+        rows.append(row | {"idiff": float(np.mean([f["idiff"] for f in found])), "accuracies": accuracies})
     return rows

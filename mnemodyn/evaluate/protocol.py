@@ -9,6 +9,7 @@ from sklearn.exceptions import ConvergenceWarning
 from sklearn.metrics import accuracy_score, balanced_accuracy_score
 from sklearn.model_selection import train_test_split
 from sklearn.neural_network import MLPClassifier
+from sklearn.utils import compute_sample_weight
 
 from mnemodyn.evaluate.downstream import Task
 from mnemodyn.evaluate.splits import inner_splits
@@ -111,43 +112,35 @@ def habits(
 
 
 def _once(values: np.ndarray, task: Task, habit: Habit, epochs: int, seed: int) -> tuple:
+    """Accuracy, balanced accuracy, share of test scans whose participant is known, and number of test scans."""
     rng = np.random.default_rng(seed)
-    y, people, families = task.y.astype(int), task.table["participant_id"].to_numpy(), task.families
+    y, people = task.y.astype(int), task.table["participant_id"].to_numpy()
+
+    def divide(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        if habit.by_file:
+            return train_test_split(rows, test_size=0.2, stratify=y[rows], random_state=seed)
+        train, test = inner_splits(task.y[rows], task.families[rows], 5, seed)[0]
+        return rows[train], rows[test]
+
     rows = np.arange(len(y))
     if habit.oversample:
         small = int(y.mean() < 0.5)
-        lacking = (y != small).sum() - (y == small).sum()
-        rows = np.concatenate([rows, rng.choice(rows[y == small], lacking)])
-    if habit.by_file:
-        train, test = train_test_split(rows, test_size=0.2, stratify=y[rows], random_state=seed)
-    else:
-        train, test = inner_splits(task.y, families, 5, seed)[0]
-    choose = test
-    if not habit.best_epoch:
-        inside = train_test_split(train, test_size=0.2, stratify=y[train], random_state=seed)
-        if not habit.by_file:
-            inside = [train[i] for i in inner_splits(task.y[train], families[train], 5, seed)[0]]
-        fit, choose = inside
-    else:
-        fit = train
-    share = y[fit].mean()
-    weights = np.where(y[fit] == 1, 0.5 / share, 0.5 / (1 - share))
+        rows = np.concatenate([rows, rng.choice(rows[y == small], (y != small).sum() - (y == small).sum())])
+    train, test = divide(rows)
+    fit, choose = (train, test) if habit.best_epoch else divide(train)
+    weights = compute_sample_weight("balanced", y[fit])
     model = MLPClassifier((64,), batch_size=16, learning_rate_init=2e-3, random_state=seed)
-    best, kept = -1.0, None
+    score = accuracy_score if habit.best_epoch else balanced_accuracy_score
+    best, kept = -1.0, np.zeros(len(test))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)
         for _ in range(epochs):
             model.partial_fit(values[fit], y[fit], classes=[0, 1], sample_weight=weights)
-            said = model.predict(values[choose])
-            score = accuracy_score(y[choose], said) if habit.best_epoch else balanced_accuracy_score(y[choose], said)
-            if score > best:
-                best, kept = score, model.predict(values[test])
-    return (
-        accuracy_score(y[test], kept),
-        balanced_accuracy_score(y[test], kept),
-        np.isin(people[test], people[train]).mean(),
-        len(test),
-    )
+            found = score(y[choose], model.predict(values[choose]))
+            if found > best:
+                best, kept = found, model.predict(values[test])
+    known = np.isin(people[test], people[train]).mean()
+    return accuracy_score(y[test], kept), balanced_accuracy_score(y[test], kept), known, len(test)
 
 
 def people_for_sd(accuracy: float, sd: float) -> float:

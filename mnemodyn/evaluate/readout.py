@@ -3,7 +3,9 @@
 import hashlib
 import io
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import torch
@@ -14,13 +16,16 @@ from mnemodyn.checkpoint import Checkpoint, load_checkpoint
 from mnemodyn.data.scans import Scan, fingerprint, load_scan
 from mnemodyn.files import write_bytes
 from mnemodyn.model.network import MnemoDyn, Output
+from mnemodyn.model.operator import OperatorBlock
 from mnemodyn.model.wavelet import wavedec
 
 __all__ = ["READOUTS", "MnemoDynEncoder", "readout", "readouts"]
 
 
 def _scale_energy(output: Output, model: MnemoDyn) -> torch.Tensor:
-    coefficients = wavedec(output.latents[0].T[None], model.blocks[-1].wavelet, model.config.n_levels)
+    coefficients = wavedec(
+        output.latents[0].T[None], cast(OperatorBlock, model.blocks[-1]).wavelet, model.config.n_levels
+    )
     return torch.stack([c[0].square().mean(-1).clamp_min(1e-12).log() for c in coefficients]).flatten()
 
 
@@ -167,10 +172,10 @@ class MnemoDynEncoder(TransformerMixin, BaseEstimator):
         """Each read-out apart, (scan, feature); scans are read one at a time."""
         checkpoint = self._loaded()
         model = checkpoint.model.to(self.device).eval()
-        digest = hashlib.sha256(repr(model.config).encode())
+        weights = hashlib.sha256(repr(model.config).encode())
         for name, value in sorted(model.state_dict().items()):
-            digest.update(name.encode() + value.cpu().numpy().tobytes())
-        digest = digest.hexdigest()
+            weights.update(name.encode() + value.cpu().numpy().tobytes())
+        digest = weights.hexdigest()
         rows = [self._one(checkpoint, model, scan, digest) for scan in self._scans(scans)]
         return {name: np.array([row[name] for row in rows]) for name in self.readouts}
 
@@ -188,7 +193,7 @@ class MnemoDynEncoder(TransformerMixin, BaseEstimator):
         found = {name: value.astype(np.float32) for name, value in found.items()}
         if path is not None:
             stream = io.BytesIO()
-            np.savez(stream, **found)
+            np.savez(stream, allow_pickle=False, **found)
             write_bytes(path, stream.getvalue())
         return {name: value.astype(float) for name, value in found.items()}
 
@@ -198,8 +203,6 @@ class MnemoDynEncoder(TransformerMixin, BaseEstimator):
         checkpoint = self.checkpoint if isinstance(self.checkpoint, Checkpoint) else load_checkpoint(self.checkpoint)
         if self.untrained is None:
             return checkpoint
-        from dataclasses import replace
-
         with torch.random.fork_rng():
             torch.manual_seed(self.untrained)
             return replace(checkpoint, model=MnemoDyn(checkpoint.model.config).eval())

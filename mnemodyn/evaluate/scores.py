@@ -13,7 +13,7 @@ __all__ = ["SCORES", "chance", "corrected_t", "interval", "measure", "resamples"
 
 SCORES = {
     "classification": ("balanced_accuracy", "auc", "macro_f1", "accuracy"),
-    "regression": ("r", "r2", "mae", "mse_z"),
+    "regression": ("r", "r_plain", "r2", "mae", "mse_z"),
 }
 
 
@@ -91,10 +91,10 @@ def measure(
     Returns
     -------
     dict of str to ndarray, shape (resample,)
-        ``balanced_accuracy, auc, macro_f1, accuracy``; or ``r, r2, mae`` (unit of the target) and ``mse_z`` (mean
-        squared error over the variance of the target in everybody, as the published tables have it). NaN where a
-        class is absent. For the correlations each prediction is taken relative to the mean of the other folds, which is
-        what a model says that has learned nothing.
+        ``balanced_accuracy, auc, macro_f1, accuracy``; or ``r, r_plain, r2, mae`` (unit of the target) and ``mse_z``
+        (mean squared error over the variance of the target in everybody, as the published tables have it). NaN where a
+        class is absent. For ``r`` and ``r_within_site`` each prediction is taken relative to the mean of the other
+        folds, which is what a model says that has learned nothing; ``r_plain`` takes them as they are.
 
     Raises
     ------
@@ -125,6 +125,7 @@ def measure(
     moved = prediction - np.array([outside[f] for f in fold])
     found = {
         "r": _correlation(y, moved, weights),
+        "r_plain": _correlation(y, prediction, weights),
         "r2": 1 - _ratio(mse, spread),
         "mae": weights @ np.abs(y - prediction) / total,
         "mse_z": mse / y.var(),

@@ -48,18 +48,9 @@ class Folds:
         return self.test_fold[:, [place[p] for p in participants]]
 
     def split(self, participants: Sequence[str]) -> Iterator[tuple[int, int, np.ndarray, np.ndarray]]:
-        """Rows of scans to train and to test on.
+        """Repeat, fold, and rows of scans to train and to test on, from the participant of every scan.
 
-        Parameters
-        ----------
-        participants : sequence of str
-            Participant of every scan.
-
-        Yields
-        ------
-        repeat, fold : int
-        train, test : ndarray of int
-            A family that reaches into two folds (of sites, say) is left out of the training of both.
+        A family that reaches into two folds (of sites, say) is left out of the training of both.
         """
         family_of = dict(zip(self.participants, self.families, strict=True))
         family = np.array([family_of.get(p, p) for p in participants])
