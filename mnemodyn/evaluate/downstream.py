@@ -70,7 +70,7 @@ class Rows(Sequence):
 
 
 POOLED = tuple(name for name in READOUTS if name != "last_frame")
-ONE_UNIT = ("latent_correlation", "response")  # read-outs that are correlations throughout
+ONE_UNIT = ("latent_correlation", "response", "adapted")  # read-outs of one unit throughout
 LOW_MOTION = 0.2  # mm
 
 
@@ -123,6 +123,8 @@ METHODS = {
     "finetune_last": Method("finetune", ("last",), 1),
     "finetune_all": Method("finetune", ("all",), 1),
     **{name: Method("linear", (f"model:{name}",), 1) for name in POOLED},
+    "adapted": Method("linear", ("model:adapted",)),
+    "adapted+fc": Method("join", ("fc", "model:adapted")),
 }
 
 

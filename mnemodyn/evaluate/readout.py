@@ -15,6 +15,7 @@ from sklearn.utils.validation import check_is_fitted
 from mnemodyn.checkpoint import Checkpoint, load_checkpoint
 from mnemodyn.data.scans import Scan, fingerprint, load_scan
 from mnemodyn.files import write_bytes
+from mnemodyn.model.front import Front
 from mnemodyn.model.network import MnemoDyn, Output
 from mnemodyn.model.operator import OperatorBlock
 from mnemodyn.model.wavelet import wavedec
@@ -46,6 +47,13 @@ READOUTS: dict[str, Callable[[Output, MnemoDyn], torch.Tensor]] = {
 }
 
 
+def _adapted(front: Front, x: torch.Tensor, censored: torch.Tensor | None) -> torch.Tensor:
+    hidden = torch.zeros_like(x, dtype=torch.bool) if censored is None else censored[..., None].expand_as(x)
+    found = front.connectivity(torch.where(hidden, 0, x), hidden)[0].double()
+    rows, columns = torch.triu_indices(len(found), len(found), 1)
+    return torch.cat([found[rows, columns] * 2**0.5, found.diagonal()])  # distances stay those of the matrices
+
+
 @torch.no_grad()
 def readouts(
     model: MnemoDyn,
@@ -70,6 +78,8 @@ def readouts(
         ``scale_energy``: log mean square of their wavelet coefficients, one a level and channel.
         ``latent_correlation``: Fisher-z correlations between channels.
         ``response``: Fisher-z correlations between parcels of what the operators make of the scan.
+        ``adapted``: the scan's covariance as the front end adapts it, a step from the group's, see
+        :meth:`mnemodyn.model.front.Front.connectivity`; for a network that has one.
         ``last_frame``: the last frame of that, which is all that the published draft's heads read.
     censored : ndarray of bool, shape (time,), optional
 
@@ -77,14 +87,18 @@ def readouts(
     -------
     dict of str to ndarray, shape (feature,), float64
     """
-    unknown = [name for name in names if name not in READOUTS]
+    known = (*READOUTS, *(["adapted"] if model.front is not None else []))
+    unknown = [name for name in names if name not in known]
     if unknown:
-        raise ValueError(f"read-out must be one of {tuple(READOUTS)}, got {unknown[0]!r}")
+        raise ValueError(f"read-out must be one of {known} for this network, got {unknown[0]!r}")
     parameter = next(model.parameters())
     missing = None if censored is None else torch.as_tensor(censored[None], device=parameter.device)
     output = model(torch.as_tensor(x[None]).to(parameter), t_r, censored=missing)
     output = Output(output.reconstruction.double(), output.latents.double(), None)
-    return {name: READOUTS[name](output, model).cpu().numpy() for name in names}
+    found = {name: READOUTS[name](output, model) for name in names if name in READOUTS}
+    if "adapted" in names and model.front is not None:
+        found["adapted"] = _adapted(model.front, torch.as_tensor(x[None]).to(parameter), missing)
+    return {name: found[name].cpu().numpy() for name in names}
 
 
 def readout(model: MnemoDyn, x: np.ndarray, t_r: float, name: str) -> np.ndarray:

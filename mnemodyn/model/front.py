@@ -263,8 +263,12 @@ def adapted_covariance(
         directions, signal, noise = modes
         root, whiten = power(covariance, 0.5), power(covariance, -0.5)
         more = (signal / (signal + noise / time) - kept).clamp_min(0)
-    for _ in range(steps):
-        products = torch.stack([_expected_products(*item) for item in zip(x, hidden, adapted, strict=True)])
+    whole = not bool(hidden.any())  # then nothing is expected, and the first step is the last
+    for _ in range(min(steps, 1) if whole else steps):
+        if whole:
+            products = x.mT @ x
+        else:
+            products = torch.stack([_expected_products(*item) for item in zip(x, hidden, adapted, strict=True)])
         deviation = (products + products.mT) / (2 * time) - covariance
         adapted = covariance + kept * deviation
         if modes is not None:
@@ -340,6 +344,20 @@ class Front(nn.Module):
         modes = (self.modes, self.signal, self.noise) if len(self.modes) else None
         adapted = adapted_covariance(centred, hidden, self.lags[0], weight=self.weight, steps=self.steps, modes=modes)
         return power(adapted, 0.5) @ power(self.lags[0], -0.5)
+
+    @torch.no_grad()
+    def connectivity(self, x: Tensor, hidden: Tensor) -> Tensor:
+        """How the covariance of each scan departs from the group's: its logarithm where the group's is the identity.
+
+        x, hidden (batch, time, parcel), scaled, to (batch, parcel, parcel). In these coordinates, the tangent space
+        of covariances at the group's, differences are straight (Varoquaux et al. 2010, MICCAI).
+        """
+        modes = (self.modes, self.signal, self.noise) if len(self.modes) else None
+        centred, group = x.float() - self.mean, self.lags[0]
+        adapted = adapted_covariance(centred, hidden, group, weight=self.weight, steps=max(1, self.steps), modes=modes)
+        whiten = power(group, -0.5)
+        values, vectors = torch.linalg.eigh(whiten @ adapted @ whiten)
+        return (vectors * values.clamp_min(1e-6).log()[..., None, :]) @ vectors.mT
 
     @torch.no_grad()
     def forward(self, x: Tensor, hidden: Tensor) -> Tensor:
