@@ -10,6 +10,7 @@ The files hold scores and digests of folds, no data. What is finished stays in -
 """
 
 import argparse
+import dataclasses
 import datetime
 import resource
 import shutil
@@ -23,21 +24,22 @@ import torch
 from joblib import cpu_count
 from joblib.externals.loky import get_reusable_executor
 
-from mnemodyn.checkpoint import load_checkpoint
+from mnemodyn.checkpoint import Checkpoint, load_checkpoint
 from mnemodyn.data.cohorts import load_cohort
 from mnemodyn.data.scans import Scan
 from mnemodyn.evaluate import downstream, protocol
 from mnemodyn.evaluate.features import connectivity
 from mnemodyn.files import sha256, write_json
 from mnemodyn.model.config import ModelConfig
+from mnemodyn.model.network import MnemoDyn
 from mnemodyn.pretrain.config import Machine, TrainingConfig
 from mnemodyn.pretrain.objective import Masked
 from mnemodyn.provenance import surroundings
 
 TARGETS = {"diagnosis": "classification", "sex": "classification", "age": "regression"}
 METHODS = ("site", "confounds", "fc", "fc_harmonised", "fc_combat", "fc_pca", "fc_mlp", "tangent")
-METHODS += ("model", "model+fc", "untrained", "latent_correlation", "response", "last_frame")
-CONTROL = ("fc", "model", "model+fc")
+METHODS += ("model", "model+fc", "untrained", "latent_correlation", "response", "last_frame", "adapted", "adapted+fc")
+CONTROL = ("fc", "model", "model+fc", "adapted+fc")
 SHUFFLES = {"fc": 20, "model": 8, "model+fc": 8}
 TUNED = ("fc", "finetune_last", "finetune_all")
 OUT = "book/data/abide.json"
@@ -61,6 +63,21 @@ def train(scans: Sequence[Scan], folder: Path, epochs: int) -> None:
         training=TrainingConfig(epochs=epochs, windows_per_epoch=1600, batch_size=16),
         machine=Machine(accelerator="cpu"),
     )
+
+
+def with_front(checkpoint: Checkpoint, scans: Sequence[Scan]) -> Checkpoint:
+    """The network behind a front end, fitted to scans without labels, in closed form; settings as `make reconstruct`.
+
+    Where nothing is hidden a front end does nothing, so that what is read out of the blocks stays as it is.
+    """
+    config = dataclasses.replace(
+        checkpoint.model.config, front="gaussian", front_shrinkage=0.03, front_weight=100.0, front_modes=200
+    )
+    model = MnemoDyn(config)
+    model.load_state_dict(checkpoint.model.state_dict(), strict=False)
+    assert checkpoint.scaling is not None
+    model.fit_front([checkpoint.scaling(scan) for scan in scans])
+    return dataclasses.replace(checkpoint, model=model.eval())
 
 
 def main() -> int:
@@ -91,7 +108,7 @@ def main() -> int:
     if not options.checkpoint and not (folder / "config.json").is_file():  # which is written when training ends
         train(scans, work / "pretrain", options.epochs)
         say("pretrained")
-    checkpoint = load_checkpoint(folder)
+    checkpoint = with_front(load_checkpoint(folder), scans)
     used = {"--checkpoint C": options.checkpoint, "--finetune": options.finetune}
     content = {
         "cohort": "abide",
@@ -120,7 +137,7 @@ def main() -> int:
                 "methods": METHODS + unmoved + draft,
                 "control": CONTROL + draft,
                 "shuffles": SHUFFLES,
-                "by_site": ("confounds", "fc", *unmoved, "model", "model+fc"),
+                "by_site": ("confounds", "fc", *unmoved, "model", "model+fc", "adapted+fc"),
                 "shots": ("fc", "model:latent_correlation"),
             }
         content["targets"] |= downstream.study(

@@ -4,11 +4,13 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import scipy.linalg
 import torch
 
 from mnemodyn.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from mnemodyn.data.scaling import Scaling
 from mnemodyn.evaluate.baselines import LowRank, SpatialGaussian, SpatiotemporalGaussian
+from mnemodyn.evaluate.readout import readout
 from mnemodyn.model.config import PRESETS, ModelConfig
 from mnemodyn.model.front import Front, adapted_covariance, conditional_mean, covariance_modes, lag_covariances
 from mnemodyn.model.network import MnemoDyn
@@ -316,3 +318,30 @@ def test_presets_have_the_sizes_they_state():
     assert ModelConfig.preset("mnemodyn-base", n_parcels=9, n_timepoints=32, n_channels=8).n_channels == 8
     with pytest.raises(ValueError, match="preset must be one of mnemodyn-small"):
         ModelConfig.preset("small", n_parcels=9, n_timepoints=32)
+
+
+@pytest.mark.parametrize("n_modes", [0, 2])
+def test_connectivity_is_the_logarithm_at_the_group(scans, n_modes):
+    front = Front(P, n_lags=2, shrinkage=0.1, weight=50.0, steps=3, n_modes=n_modes).fit(scans)
+    x = torch.from_numpy(scans[0]).float()[None]
+    found = front.connectivity(x, torch.zeros_like(x, dtype=torch.bool))[0].double().numpy()
+    group, centred = front.lags[0].double().numpy(), scans[0] - front.mean.double().numpy()
+    whiten = np.linalg.inv(np.real(scipy.linalg.sqrtm(group)))
+    deviation = whiten @ (centred.T @ centred / len(centred) - group) @ whiten
+    kept = len(centred) / (50 + len(centred))
+    adapted = np.eye(P) + kept * deviation
+    for direction, signal, noise in zip(front.modes.numpy(), front.signal.numpy(), front.noise.numpy(), strict=True):
+        more = max(0, signal / (signal + noise / len(centred)) - kept)
+        adapted += more * (deviation * direction).sum() * direction
+    np.testing.assert_allclose(found, scipy.linalg.logm(adapted), atol=2e-4)
+
+
+def test_adapted_readout_is_one_of_a_front_end_only():
+    x = np.random.default_rng(0).standard_normal((CONFIG.n_timepoints, CONFIG.n_parcels)).astype(np.float32)
+    model = MnemoDyn(CONFIG).eval()
+    vector = readout(model, x, 2.0, "adapted")
+    matrix = model.front.connectivity(torch.from_numpy(x)[None], torch.zeros(1, *x.shape, dtype=torch.bool))
+    assert vector.shape == (CONFIG.n_parcels * (CONFIG.n_parcels + 1) // 2,)
+    assert np.linalg.norm(vector) == pytest.approx(float(matrix.norm()), rel=1e-5)
+    with pytest.raises(ValueError, match="read-out must be one of .* for this network, got 'adapted'"):
+        readout(MnemoDyn(replace(CONFIG, front="none")).eval(), x, 2.0, "adapted")

@@ -26,6 +26,8 @@ LABELS = {
     "last_frame": "MnemoDyn, last frame",
     "latent_correlation": "MnemoDyn, latent correlation",
     "response": "MnemoDyn, response",
+    "adapted": "front end's covariance",
+    "adapted+fc": "front end's covariance and FC",
     "draft_head": "draft's head, last frame",
     "finetune_last": "last block fine-tuned",
     "finetune_all": "all fine-tuned",
