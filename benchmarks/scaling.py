@@ -1,6 +1,6 @@
 """How R2 on hidden entries of held-out people grows with training people, steps and parameters; and what transfers.
 
-``make scaling ABIDE=FOLDER`` runs this in about three quarters of an hour of one CPU core. People, masks and windows
+``make scaling ABIDE=FOLDER`` runs this in about half an hour of one CPU core. People, masks and windows
 are those of `benchmarks.reconstruct` on ABIDE; finished stages are kept in ``runs/scaling``. What is trained are the
 operator blocks without a front end: behind one they change nothing, see ``book/data/reconstruction_abide.json``.
 """
@@ -40,7 +40,7 @@ from mnemodyn.files import resolve, write_json
 from mnemodyn.model.network import MnemoDyn
 from mnemodyn.provenance import surroundings
 
-PEOPLE, STEPS, CHANNELS, SEEDS = (8, 40, 200, None), (100, 300, 1000, 3000), (8, 32, 128), (0, 1, 2)
+PEOPLE, STEPS, CHANNELS, SEEDS = (8, 40, 200, None), (100, 300, 1000), (8, 32, 64), (0, 1, 2)
 BUDGET, RATE, ADAPTING = 1000, 3e-3, 300
 # Those maps that know the parcels: a network of another atlas has its own.
 MAPS = ("field.input", "field.expansion", "lift", "output")
