@@ -38,7 +38,7 @@ TRAINED = f"{RUNS}/checkpoints/{PROFILE}"
 OBJECTIVES = ["masked", "denoise", "autoencode", "latent"]
 PRETRAINED = [f"pretrain_{name}" for name in OBJECTIVES]
 NOTEBOOKS = ["data", *PRETRAINED, "reconstruction", "objectives", "identification", "ablations", "operator", "speed"]
-NOTEBOOKS += ["downstream", "protocol"]
+NOTEBOOKS += ["scaling", "downstream", "protocol"]
 # One notebook, a page a cohort.
 TASKS = yaml.safe_load(Path("notebooks/tasks.yaml").read_text())
 PAGES = [name for name in NOTEBOOKS if name != "downstream"] + [f"downstream_{cohort}" for cohort in TASKS]
@@ -156,6 +156,7 @@ BOOK = {
     ),
     "ablations": ([GRID, *files("book/data/ablations*.json"), PUBLISHED, *sources("evaluate")], {"quick": GRID}),
     "speed": (["book/data/speed_cpu.json", "book/data/store_cpu.json", *sources()], {}),
+    "scaling": (["book/data/scaling.json", *sources()], {}),
     "protocol": ([PUBLISHED, "book/data/abide.json", *EVALUATED], {}),
 }
 for cohort, task in TASKS.items():

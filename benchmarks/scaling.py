@@ -1,6 +1,6 @@
 """How R2 on hidden entries of held-out people grows with training people, steps and parameters; and what transfers.
 
-``make scaling ABIDE=FOLDER`` runs this in about half an hour of one CPU core. People, masks and windows
+``make scaling ABIDE=FOLDER`` runs this in about forty minutes of one CPU core. People, masks and windows
 are those of `benchmarks.reconstruct` on ABIDE; finished stages are kept in ``runs/scaling``. What is trained are the
 operator blocks without a front end: behind one they change nothing, see ``book/data/reconstruction_abide.json``.
 """
