@@ -688,8 +688,9 @@ def scaling(panels: dict[str, pd.DataFrame], bar: float) -> Figure:
     figure, axes = plt.subplots(1, len(panels), figsize=(7, 3.2), sharey=True, squeeze=False)
     for ax, (label, rows) in zip(axes[0], panels.items(), strict=True):
         x = rows.columns[0]
-        _lines(ax, rows.sort_values(x, kind="stable"), x, "value")
-        for line, (_, mine) in zip(ax.get_lines(), rows.sort_values(x).groupby("method", sort=False), strict=True):
+        rows = rows.sort_values([x, "method"])  # one colour a method in every panel: the blocks come first
+        _lines(ax, rows, x, "value")
+        for line, (_, mine) in zip(ax.get_lines(), rows.groupby("method", sort=False), strict=True):
             ax.fill_between(mine[x], mine["low"], mine["high"], color=line.get_color(), alpha=0.15, lw=0)
         ax.axhline(bar, color="black", ls=":", lw=0.8)
         ax.set(xlabel=label, xscale="log")
