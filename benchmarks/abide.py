@@ -68,7 +68,7 @@ def train(scans: Sequence[Scan], folder: Path, epochs: int) -> None:
 def with_front(checkpoint: Checkpoint, scans: Sequence[Scan]) -> Checkpoint:
     """The network behind a front end, fitted to scans without labels, in closed form.
 
-    Its shrinkage and modes are those that `make reconstruct` chooses on ABIDE, its weight the second best of those tried
+    Shrinkage and modes are those that `make reconstruct` chooses on ABIDE, the weight is the second best of those tried
     there; nothing was chosen by a label.
 
     Where nothing is hidden a front end does nothing, so that what is read out of the blocks stays as it is.
