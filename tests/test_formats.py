@@ -290,6 +290,20 @@ def test_t_r_that_is_stated_twice(tmp_path):
     assert (scan.t_r, scan.t_r_source) == (0.8, "setting")
 
 
+def test_time_from_the_series_it_was_made_of(tmp_path):
+    """XCP-D's tables say ``SamplingFrequency: TR`` and name the dense series, whose sidecar has the time."""
+    path = table(tmp_path / f"{XCPD}_space-fsLR_seg-Tian_stat-mean_timeseries.tsv")
+    dense = f"{XCPD}_space-fsLR_den-91k_desc-denoised_bold"
+    sources = ["bids:atlas:atlas-Tian/atlas-Tian_dseg.dlabel.nii", f"bids::sub-01/ses-2/func/{dense}.dtseries.nii"]
+    path.with_suffix(".json").write_text(json.dumps({"SamplingFrequency": "TR", "Sources": sources}))
+    assert problem(path, t_r=None) == "no-t-r"
+    (tmp_path / f"{dense}.json").write_text(json.dumps({"RepetitionTime": 0.8, "Sources": [path.name]}))  # a circle
+    assert (load_scan(path).t_r, load_scan(path).t_r_source) == (0.8, "sidecar")
+    path.with_suffix(".json").write_text(json.dumps({"Sources": [*sources, "other_bold.nii.gz"]}))
+    (tmp_path / "other_bold.json").write_text(json.dumps({"RepetitionTime": 2}))
+    assert problem(path, t_r=None) == "t-r-conflict"
+
+
 def test_sidecars_are_inherited(tmp_path):
     folder = tmp_path / "sub-01" / "ses-2" / "func"
     folder.mkdir(parents=True)

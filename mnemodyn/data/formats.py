@@ -12,7 +12,7 @@ import zipfile
 import zlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import NamedTuple, NoReturn
+from typing import Any, NamedTuple, NoReturn
 from xml.etree import ElementTree
 
 import nibabel
@@ -396,7 +396,8 @@ def sidecar_t_r(path: Path, *, inherited: bool = True) -> float | None:
     """``RepetitionTime`` in seconds from the JSON that BIDS's inheritance gives to `path`; None where there is none.
 
     The file of the same name comes first. Else, from the file's own folder up to the data set's root, the one with
-    the most of the name's entities and no other, of the same suffix or ``bold``; not where `inherited` is False.
+    the most of the name's entities and no other, of the same suffix or ``bold``; not where `inherited` is False. Else
+    what the sidecar names as ``Sources`` in its folder: XCP-D states the time for the dense series only.
 
     Raises
     ------
@@ -404,7 +405,8 @@ def sidecar_t_r(path: Path, *, inherited: bool = True) -> float | None:
         Where the sidecar is no JSON object, the time is no number, or two that stand equally near differ.
     """
     stem = path.name.split(".")[0]
-    if (t_r := _stated(path.with_name(f"{stem}.json"))) is not None or not inherited:
+    own = path.with_name(f"{stem}.json")
+    if (t_r := _stated(own)) is not None or not inherited:
         return t_r
     parts = [f"{k}-{v}" for k, v in entities(path.name).items()]
     if len(parts) > 8:  # every subset is looked for
@@ -420,20 +422,33 @@ def sidecar_t_r(path: Path, *, inherited: bool = True) -> float | None:
             refuse(f"{path.name}: its sidecars disagree on RepetitionTime, {found}", "t-r-conflict")
         if found:
             return next(iter(found.values()))
-    return None
+    chain = [own]
+    for file in chain:  # grows by the sources of each
+        sources = _json(file).get("Sources", [])
+        names = (str(s).rsplit("/", 1)[-1].split(".")[0] for s in (sources if isinstance(sources, list) else [sources]))
+        chain += dict.fromkeys(f for name in names if (f := path.with_name(f"{name}.json")) not in chain)
+    found = {file.name: t_r for file in chain if (t_r := _stated(file)) is not None}
+    if len(set(found.values())) > 1:
+        refuse(f"{path.name}: the sidecars of its Sources disagree on RepetitionTime, {found}", "t-r-conflict")
+    return next(iter(found.values()), None)
 
 
-def _stated(file: Path) -> float | None:
-    """``RepetitionTime`` of a JSON file, if there is one."""
+def _json(file: Path) -> dict[str, Any]:
+    """A JSON object's content; empty where there is no file."""
     if not file.is_file():
-        return None
+        return {}
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
         refuse(f"{file.name}: not a JSON object ({error})", "sidecar")
     if not isinstance(content, dict):
         refuse(f"{file.name}: not a JSON object, got {type(content).__name__}", "sidecar")
-    if (stated := content.get("RepetitionTime")) is None:
+    return content
+
+
+def _stated(file: Path) -> float | None:
+    """``RepetitionTime`` of a JSON file, if there is one."""
+    if (stated := _json(file).get("RepetitionTime")) is None:
         return None
     if isinstance(stated, bool) or not isinstance(stated, int | float):
         refuse(f"{file.name}: RepetitionTime must be a number of seconds, got {stated!r}", "sidecar")
