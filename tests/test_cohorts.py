@@ -235,6 +235,18 @@ def test_a_series_under_two_participants_is_left_out_and_a_copy_of_ones_own_goes
     assert (summary["n_scans"], summary["n_participants"], summary["n_usable"]) == (10, 9, 4)
 
 
+def test_a_folder_of_several_atlases_is_said_so(tmp_path, data):
+    """XCP-D writes each atlas's series beside the others."""
+    for k in range(1, 6):
+        (data / f"sub-0{k}" / f"sub-0{k}_ses-a_x_timeseries.tsv").unlink()
+        scan(data / f"sub-0{k}" / f"sub-0{k}_ses-a_seg-Big_timeseries.tsv", k)
+    scan(data / "sub-01" / "sub-01_ses-a_seg-Small_timeseries.tsv", 7, parcels=("a", "b"))
+    (row,) = excluded(found := index(describe(tmp_path), data))
+    assert row[1:] == ("parcel-count", "all")
+    (message,) = found.excluded.message
+    assert "2 parcels, and most scans have 3; name one of the atlases ['Big', 'Small'] in the cohort's" in message
+
+
 def test_families_join_through_each_other(tmp_path, data):
     (data / "people.csv").write_text("id,sex,dx,fam\n1,1,0,x\n2,1,0,x\n3,2,1,y\n4,1,1,\n5,1,1,\n")
     found = index(describe(tmp_path, family="fam", families=[["sub-02", "sub-03"], ["sub-04", "sub-99"]]), data)

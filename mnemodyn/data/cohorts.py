@@ -712,9 +712,13 @@ def _compare(read: pd.DataFrame, found: pd.DataFrame) -> None:
     usual = usable[usable.parcels == usable.parcels.value_counts().index[0]].iloc[0]
     for i, row in usable[usable.parcels != usual.parcels].iterrows():
         n, n_usual = int(row.n_parcels), int(usual.n_parcels)
-        what = f"{n} parcels" if n != n_usual else f"other parcels, or the same {n} in another order,"
-        kind = "parcel-count" if n != n_usual else "parcel-order"
-        read.loc[i, ["problem", "message"]] = kind, f": {what} than the {n_usual} of most scans"
+        kind, what = "parcel-order", f"other parcels, or the same {n} in another order, than most scans"
+        if n != n_usual:
+            kind, what = "parcel-count", f"{n} parcels, and most scans have {n_usual}"
+        atlases = [entities(Path(found.path[j]).name) for j in (i, usual.name)]
+        if len(names := {e.get("seg", e.get("atlas", "")) for e in atlases}) > 1:
+            what += f"; name one of the atlases {sorted(names)} in the cohort's pattern of scans, as in *_seg-NAME_*"
+        read.loc[i, ["problem", "message"]] = kind, f": {what}"
     for _, group in usable[usable.series.duplicated(keep=False)].groupby("series", sort=False):
         people = found.participant_id[group.index].unique()
         # one participant's copy can go; whose series it is that stands under two names nobody knows

@@ -315,7 +315,8 @@ def load_scan(
         values = whole
     usable = values if censored is None else values[~censored]
     if len(usable) < max(min_frames, 2):
-        refuse(f"a scan needs at least {max(min_frames, 2)} frames, got {len(usable)}", "too-short")
+        lost = f", and {len(values) - len(usable)} censored ones" if len(usable) < len(values) else ""
+        refuse(f"a scan needs at least {max(min_frames, 2)} frames, got {len(usable)}{lost}", "too-short")
     empty = np.isnan(usable).all(axis=0)
     if empty.sum() > max_constant_parcels:
         names = [p for p, e in zip(found, empty, strict=True) if e]
