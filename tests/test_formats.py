@@ -400,6 +400,10 @@ def test_one_series_under_two_names(tmp_path):
     table(tmp_path / "sub-1_timeseries.tsv")
     cifti(tmp_path / "sub-1_timeseries.ptseries.nii", VALUES)
     assert [s.source for s in load_scans(tmp_path)] == ["sub-1_timeseries.ptseries.nii"]
+    cifti(tmp_path / "sub-1_den-91k_timeseries.ptseries.nii", VALUES)  # as XCP-D names it beside sub-1_timeseries.tsv
+    (tmp_path / "sub-1_timeseries.ptseries.nii").unlink()
+    assert [s.source for s in load_scans(tmp_path)] == ["sub-1_den-91k_timeseries.ptseries.nii"]
+    (tmp_path / "sub-1_den-91k_timeseries.ptseries.nii").rename(tmp_path / "sub-1_timeseries.ptseries.nii")
     cifti(tmp_path / "sub-2_timeseries.ptseries.nii", VALUES)
     with pytest.raises(DataError, match=r"sub-1_time.*sub-2_time") as caught:
         load_scans(tmp_path)

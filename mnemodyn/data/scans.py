@@ -380,7 +380,9 @@ def scan_files(folder: str | Path, pattern: str = "*") -> list[Path]:
         raise DataError(f"data must be 'hcp7' or a folder of scans, got {str(folder)!r}, which is no folder", "no-file")
     named: dict[Path, Path] = {}
     for path in sorted(p for p in folder.rglob(pattern) if _is_scan(p.name)):
-        named.setdefault(path.with_name(path.name.split(".")[0]), path)  # .ptseries.nii sorts before .tsv
+        key = path.with_name(re.sub("_den-[A-Za-z0-9]+", "", path.name.split(".")[0]))  # of XCP-D's only CIFTI has one
+        if key not in named or (path.suffix, named[key].suffix) == (".nii", ".tsv"):
+            named[key] = path
     if not named:
         raise DataError(
             f"{folder}: no file ending in _timeseries.tsv, .ptseries.nii, parcellated.dtseries.nii or .1D, and no "
@@ -397,9 +399,9 @@ def load_scans(source: str | Path, *, pattern: str = "*", **settings: Any) -> "l
     ----------
     source : str or Path
         ``"hcp7"`` for the embedded scans, a store, or a folder that is searched for the formats of :func:`load_scan`.
-        Where a scan is there as ``.ptseries.nii`` and as ``.tsv``, the former is read.
+        Where a scan is there as ``.ptseries.nii`` and as ``.tsv``, as XCP-D leaves them, the former is read.
     pattern : str
-        Which names, for example ``"*atlas-4S456Parcels*"`` where a folder holds several atlases.
+        Which names, for example ``"*seg-4S456Parcels*"`` where a folder holds several atlases.
     **settings
         As in :func:`load_scan`.
 
