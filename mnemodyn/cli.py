@@ -443,7 +443,7 @@ def _evaluate(options: argparse.Namespace) -> Done:
         cache=options.cache,
         n_jobs=options.jobs,
         seed=options.seed,
-        say=lambda line: print(line, file=sys.stderr, flush=True),
+        say=lambda line: print(line, file=sys.stderr, flush=True) if sys.stderr.isatty() else None,
     )
     content = {"cohort": cohort.name, "simulated": opened.simulated, "control": options.control}
     content |= {"excluded": len(opened.excluded)} | downstream.report(found, seed=options.seed)

@@ -29,7 +29,9 @@ def test_a_command_from_scans_to_scores(folder, tmp_path, capsys):
     assert rows["fc"]["n"] == rows["confounds"]["n"] == found["n"]
     table = out.with_suffix(".folds.csv").read_text().splitlines()
     assert len(table) == 1 + found["n"]
-    assert capsys.readouterr().out.startswith("fc: balanced_accuracy 0.")
+    printed = capsys.readouterr()
+    assert printed.out.startswith("fc: balanced_accuracy 0.")
+    assert "fold 1" not in printed.err, "progress is for a terminal"
 
 
 @pytest.mark.parametrize(
