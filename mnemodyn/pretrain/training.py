@@ -336,14 +336,15 @@ def _prepare(folder: Path, identity: dict, facts: dict, restart: bool) -> Path |
         try:
             there = json.loads(record.read_text(encoding="utf-8"))
         except ValueError as error:
-            raise ResumeError(f"{record}: damaged ({error}); delete {folder} or pass restart=True") from error
+            mend = f"delete {folder}, or give --restart (restart=True)"
+            raise ResumeError(f"{record}: damaged ({error}); {mend}") from error
         different = _differences(there["identity"], identity)
         if not different and last.is_file():
             found = last
         elif different and last.is_file() and not there["finished"]:
             raise ResumeError(
                 f"{folder} holds an unfinished run of another configuration: {'; '.join(different[:6])}. "
-                "Go on with that one, name another folder, or pass restart=True to give it up."
+                "Go on with that one, name another folder, or give it up with --restart (restart=True)."
             )
     if getattr(rank_zero_only, "rank", 0) == 0:
         if folder.is_dir():
