@@ -19,7 +19,7 @@ from sklearn.metrics import (
     roc_auc_score,
 )
 
-from mnemodyn.checkpoint import Checkpoint, CheckpointError
+from mnemodyn.checkpoint import Checkpoint, CheckpointError, save_checkpoint
 from mnemodyn.data.scaling import Scaling
 from mnemodyn.data.scans import DataError, Scan
 from mnemodyn.evaluate import downstream, heads, scores
@@ -456,6 +456,9 @@ def test_the_encoder_is_a_transformer_of_scikit_learn(checkpoint, tmp_path):
     again = pickle.loads(pickle.dumps(encoder))
     np.testing.assert_array_equal(again.transform(scans[::-1]), found[::-1])  # now from the cache
     assert len(list(tmp_path.rglob("*.npz"))) == 6
+    save_checkpoint(tmp_path / "run" / "best", checkpoint)  # what from_pretrained takes, the encoder takes
+    of_a_run = MnemoDynEncoder(str(tmp_path / "run"), ("latent_sd", "response"))
+    np.testing.assert_array_equal(of_a_run.fit_transform(scans), found)
     fresh = MnemoDynEncoder(checkpoint, ("latent_sd",), untrained=5, cache=tmp_path).fit(scans).transform(scans)
     assert not np.allclose(fresh, found[:, :6])
 

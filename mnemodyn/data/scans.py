@@ -174,7 +174,8 @@ def agree_on_t_r(
     stated = {source: t_r for source, t_r in named.items() if t_r is not None}
     usable = {source: t_r for source, t_r in stated.items() if np.isfinite(t_r) and t_r > 0}
     if not stated:
-        raise DataError(f"{name}: no repetition time in the file or its sidecar; give t_r in seconds", "no-t-r")
+        mend = "give t_r in seconds (--t-r; reader: {t_r: 2.0} in a cohort's YAML)"
+        raise DataError(f"{name}: no repetition time in the file or its sidecar; {mend}", "no-t-r")
     if not usable or (setting is not None and "setting" not in usable):
         raise DataError(f"{name}: t_r must be > 0 seconds, got {stated}; give t_r, or mend the sidecar", "no-t-r")
     source = next(iter(usable))

@@ -12,9 +12,10 @@ import torch
 from sklearn.base import BaseEstimator, TransformerMixin
 from sklearn.utils.validation import check_is_fitted
 
-from mnemodyn.checkpoint import Checkpoint, load_checkpoint
+from mnemodyn.checkpoint import Checkpoint
 from mnemodyn.data.scans import Scan, fingerprint, load_scan
 from mnemodyn.files import write_bytes
+from mnemodyn.hub import from_pretrained
 from mnemodyn.model.front import Front
 from mnemodyn.model.network import MnemoDyn, Output
 from mnemodyn.model.operator import OperatorBlock
@@ -114,6 +115,7 @@ class MnemoDynEncoder(TransformerMixin, BaseEstimator):
     Parameters
     ----------
     checkpoint : str, Path or Checkpoint
+        See :func:`mnemodyn.from_pretrained`: ``NAME/MODEL`` of the hub, a folder or a file.
     readouts : tuple of str
         Concatenated in this order; see :func:`readouts`.
     untrained : int, optional
@@ -214,7 +216,7 @@ class MnemoDynEncoder(TransformerMixin, BaseEstimator):
     def _loaded(self) -> Checkpoint:
         if self.checkpoint is None:
             raise ValueError("checkpoint must be a checkpoint or its folder, got None")
-        checkpoint = self.checkpoint if isinstance(self.checkpoint, Checkpoint) else load_checkpoint(self.checkpoint)
+        checkpoint = self.checkpoint if isinstance(self.checkpoint, Checkpoint) else from_pretrained(self.checkpoint)
         if self.untrained is None:
             return checkpoint
         with torch.random.fork_rng():
