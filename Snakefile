@@ -7,7 +7,7 @@
 # On a cluster, from a login node, with this folder on a file system that the nodes share:
 #
 #   pip install snakemake-executor-plugin-slurm
-#   snakemake --configfile profiles/paper.yaml --executor slurm --jobs 4 \
+#   snakemake --configfile profiles/paper.yaml --config data=FOLDER --executor slurm --jobs 4 \
 #       --default-resources slurm_account=ACCOUNT slurm_partition=PARTITION
 #
 # Every notebook is then a job of its own that asks for the threads, mem_mb, runtime (minutes) and
@@ -56,7 +56,7 @@ strangers = set(config.get("cohorts") or {}) - set(TASKS)
 if strangers:
     raise WorkflowError(f"cohorts can be {sorted(TASKS)}, unknown: {sorted(strangers)}")
 if not config["data"]:
-    raise WorkflowError(f"profile {PROFILE} needs scans: make book PROFILE={PROFILE} DATA=FOLDER")
+    raise WorkflowError(f"profile {PROFILE} needs scans: make book PROFILE={PROFILE} DATA=FOLDER (--config data=FOLDER)")
 
 
 def files(*patterns):
