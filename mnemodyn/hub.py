@@ -130,7 +130,7 @@ def from_pretrained(
             raise CheckpointError(f"there is no file or folder {name_or_path}, and it is no NAME/MODEL of the hub")
         wanted = CHECKPOINT_FILES if compat == "none" else ("*.ckpt", "hparams.yaml")
         inside = f"{subfolder}/" if subfolder else ""
-        with _explained(str(name_or_path), revision):
+        with _explained(f"{name_or_path} (no file or folder here)", revision):
             patterns = [inside + name for name in wanted]  # * matches / too
             path = Path(snapshot_download(str(name_or_path), revision=revision, allow_patterns=patterns, **download))
         if not (path / subfolder).is_dir():

@@ -248,7 +248,9 @@ def test_refusals_name_the_mend(run, hub, monkeypatch):
     with pytest.raises(CheckpointError, match="there is no file absent.json"):
         publish(run, "lab/tiny", results=["absent.json"])
     monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:9")
-    with pytest.raises(HubError, match=r"http://127.0.0.1:9 was not reached.*HF_HUB_OFFLINE"):
+    with pytest.raises(
+        HubError, match=r"lab/other \(no file or folder here\): http://127.0.0.1:9 was not reached.*HF_HUB_OFFLINE"
+    ):
         from_pretrained("lab/other")
     with pytest.raises(HubError, match="was not reached"):
         publish(run, "lab/tiny")
