@@ -417,7 +417,10 @@ def _evaluate(options: argparse.Namespace) -> Done:
         cohort = load_cohort(options.cohort)
         kinds = {target.name: target.kind for target in cohort.targets}
         if options.target not in kinds:
-            raise ValueError(f"--target must be one of {', '.join(kinds)} for {cohort.name}, got {options.target!r}")
+            mend = "a cohort's YAML can describe others"
+            raise ValueError(
+                f"--target must be one of {', '.join(kinds)} for {cohort.name}, got {options.target!r}; {mend}"
+            )
         if unknown := [m for m in methods if m not in downstream.METHODS]:
             raise ValueError(f"--method must be among {', '.join(downstream.METHODS)}, got {unknown[0]!r}")
     checkpoint = from_pretrained(options.checkpoint) if options.checkpoint else None
