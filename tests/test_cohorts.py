@@ -295,6 +295,7 @@ def test_scans_alone_are_a_cohort(tmp_path, data):
     assert found.cohort.name == "c"
     assert len(found.table) == 5
     assert found.summary()["problems"] == {"no-phenotype": 5}
+    assert "in the folder; put it there, or give its place" in found.excluded.message[0]
 
 
 def test_the_pages_example_runs(tmp_path):

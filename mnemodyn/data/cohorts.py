@@ -605,7 +605,9 @@ def _phenotypes(
     tables = [(t, content) for t in cohort.phenotype if (content := _read_table(cohort, folder, t)) is not None]
     needed = list(dict.fromkeys(v.column for v in cohort.variables.values()))
     raw = [dict.fromkeys(needed, "") for _ in named]
-    status = [("", "") if tables else ("no-phenotype", "there is no phenotype table")] * len(named)
+    absent = f"there is no {' or '.join(t.file for t in cohort.phenotype) or 'phenotype table'} in the folder"
+    mend = "put it there, or give its place in a cohort's YAML: phenotype: {file: ...}"
+    status = [("", "") if tables else ("no-phenotype", f"{absent}; {mend}")] * len(named)
     counts = {"rows": 0, "identical": 0, "contradictory": 0, "without_scan": 0}
     taken: set[str] = set()
     for number, (table, content) in enumerate(tables):
