@@ -175,7 +175,7 @@ class Task:
         values = part[target]
         classes = tuple(sorted(map(str, values.unique()))) if kind == "classification" else ()
         if values.nunique() < 2:
-            got = f"only {values.iloc[0]!r}" if len(values) else "no value at all"
+            got = f"only {values.iloc[0]!r}" if len(values) else "no value at all (`mnemodyn index` says why)"
             raise DataError(f"{target}: two classes (or different numbers) are needed, got {got}")
         if len(classes) > 2:
             raise DataError(f"{target}: two classes are expected, got {classes}; map or exclude some in the cohort")
