@@ -145,7 +145,7 @@ def test_what_a_program_reads_is_json(notebook, capsys):
 
 
 def test_an_interruption_is_no_traceback(monkeypatch, capsys):
-    def stop(_):
+    def stop(**_):
         raise KeyboardInterrupt
 
     monkeypatch.setitem(cli.COMMANDS, "info", cli.COMMANDS["info"]._replace(run=stop))
