@@ -12,6 +12,7 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
+from string import Template
 from typing import Any, Literal, NamedTuple
 
 import httpx2
@@ -27,7 +28,6 @@ PEOPLE = ("train_participants", "validation_participants")
 BEST = re.compile(r"(val\w*)=(-?\d+(?:\.\d+)?(?:e-?\d+)?)")
 LARGER_IS_BETTER = re.compile(r"acc|auc|r2|corr|f1")
 CHECKPOINT_FILES = ("config.json", "model.safetensors")
-PAPER = "https://openreview.net/forum?id=zexMILcQOV"
 LOGIN = "log in with `hf auth login`, or set HF_TOKEN to a token that may write to it"
 
 
@@ -44,19 +44,11 @@ class Source(NamedTuple):
 
 
 def find_checkpoint(source: str | Path) -> Source:
-    """The checkpoint that a path stands for.
+    """The checkpoint that a path stands for; a CheckpointError where there is none, or the best is not clear.
 
-    Parameters
-    ----------
-    source : str or Path
-        A checkpoint's folder or one of its two files; a run's folder, whose best checkpoint by validation is taken; a
-        ``.ckpt`` of the published draft; or a version folder of its trainer, where the file with the best validation
-        metric in its name is taken: the lowest, or the highest of an accuracy, correlation, AUC, F1 or R2.
-
-    Raises
-    ------
-    CheckpointError
-        If there is nothing there that can be loaded, or the best is not clear from the names.
+    `source` is a checkpoint's folder or one of its two files; a run's folder, whose best checkpoint by validation is
+    taken; a ``.ckpt`` of the published draft; or a version folder of its trainer, where the file with the best
+    validation metric in its name is taken: the lowest, or the highest of an accuracy, correlation, AUC, F1 or R2.
     """
     path = Path(source)
     if not path.exists():
@@ -100,8 +92,8 @@ def from_pretrained(
     Parameters
     ----------
     name_or_path : str or Path
-        ``NAME/MODEL`` on the hub, or whatever :func:`find_checkpoint` takes. What is there as a path is not looked
-        for on the hub.
+        ``NAME/MODEL`` on the hub, or what :func:`find_checkpoint` takes; what is there as a path is not looked for on
+        the hub.
     compat : str
         ``reference`` for a Lightning ``.ckpt`` of the published draft, here or on the hub.
     revision : str, optional
@@ -109,13 +101,8 @@ def from_pretrained(
     subfolder : str
         Folder of the repository or path that holds the checkpoint.
     **download
-        ``token``, ``cache_dir``, ``force_download`` and so on, as in ``huggingface_hub.snapshot_download``. By default
-        the token is ``HF_TOKEN`` or that of ``hf auth login``.
-
-    Returns
-    -------
-    Checkpoint
-        Its model on the CPU, in evaluation mode.
+        As in ``huggingface_hub.snapshot_download``: ``token`` (by default ``HF_TOKEN`` or that of ``hf auth login``),
+        ``cache_dir``, ``force_download`` and so on.
 
     Raises
     ------
@@ -156,35 +143,27 @@ def publish(
     token: str | None = None,
     **contents: Any,
 ) -> str:
-    """Push a checkpoint, its training metrics and a model card to the hub, in one commit.
+    """Push what :func:`write_folder` writes to the hub, in one commit; returns the commit's address.
 
     Parameters
     ----------
     source : str or Path
         As in :func:`find_checkpoint`.
     repo_id : str
-        ``NAME/MODEL``; made where it is missing.
-    private : bool, optional
-        Only for a repository that is made; otherwise it stays what it is.
+        ``NAME/MODEL``; made where it is missing, and then `private` or not.
     revision : str, optional
         Branch to push to, made where it is missing.
     subfolder : str
         Folder of the repository for everything that is pushed.
-    commit_message : str
     token : str, optional
         By default ``HF_TOKEN`` or that of ``hf auth login``.
     **contents
         As in :func:`write_folder`.
 
-    Returns
-    -------
-    str
-        Address of the commit.
-
     Raises
     ------
     CheckpointError
-        As :func:`find_checkpoint`; nothing was sent.
+        As :func:`write_folder`; nothing was sent.
     HubError
         If the hub refuses or is not reached. The commit is whole or was not made.
     """
@@ -222,7 +201,6 @@ def write_folder(
     ----------
     source : str or Path
         As in :func:`find_checkpoint`.
-    folder : str or Path
     repo_id, subfolder : str
         How the card says to load it.
     licence : str
@@ -235,11 +213,6 @@ def write_folder(
         YAML of settings, for a ``.ckpt`` that has none inside or beside it.
     keep_participants : bool
         Publish the identifiers of training participants too; by default only their numbers.
-
-    Returns
-    -------
-    Path
-        `folder`.
 
     Raises
     ------
@@ -275,10 +248,7 @@ def write_folder(
 def save_network(model: Any, folder: Path) -> None:
     """What ``MnemoDyn.save_pretrained`` and ``push_to_hub`` write: its weights, and what came with them.
 
-    Raises
-    ------
-    CheckpointError
-        For a network that did not come from ``from_pretrained``: weights alone do not say what they are for.
+    A CheckpointError for one that did not come from ``from_pretrained``: weights alone do not say what they are for.
     """
     if model.checkpoint is None:
         raise CheckpointError(
@@ -299,26 +269,29 @@ def _write(checkpoint: Checkpoint, folder: Path, names: tuple[str, str, str], ro
     if checkpoint.parcels is not None:
         lines = [f"{i}\t{name}" for i, name in enumerate(checkpoint.parcels)]
         write_text(folder / "parcels.tsv", "\n".join(["index\tname", *lines]) + "\n")
-    write_text(folder / "README.md", str(card(checkpoint, *names, rows)))
+    write_text(folder / "README.md", str(_card(checkpoint, *names, rows)))
 
 
 def _results(name: str, content: Any) -> list[dict]:
     """Rows for the card: every number of a results' JSON under `r2_hidden`, with its interval, else its top level."""
     if not isinstance(content, dict):
         raise ValueError(f"expected a mapping, got {type(content).__name__}")
-    if "r2_hidden" in content:
-        intervals, n = content.get("r2_hidden_interval", {}), content.get("n_participants")
+    values, label, intervals = content, "", {k: content.get(f"{k}_interval") for k in content}
+    if isinstance(content.get("r2_hidden"), dict):
+        values, label, intervals = content["r2_hidden"], "R² of hidden entries, ", content.get("r2_hidden_interval", {})
+        n = content.get("n_participants")
         name = f"{n} held-out participants" if n else "held-out participants"
-        found = [
-            (f"R² of hidden entries, {k}", v, intervals.get(k), k == "model") for k, v in content["r2_hidden"].items()
-        ]
-    else:
-        numbers = {k: v for k, v in content.items() if isinstance(v, (int, float)) and not isinstance(v, bool)}
-        found = [(k, v, content.get(f"{k}_interval"), True) for k, v in numbers.items()]
-    return [dict(zip(("name", "value", "interval", "ours"), row, strict=True)) | {"on": name} for row in found]
+    rows = []
+    for k, v in values.items():
+        v, ends = (v.get("value"), [v.get("low"), v.get("high")]) if isinstance(v, dict) else (v, intervals.get(k))
+        if isinstance(v, (int, float)) and not isinstance(v, bool):
+            ends = ends if isinstance(ends, list) and len(ends) == 2 and None not in ends else None
+            ours = not label or k == "model"
+            rows.append({"name": f"{label}{k}", "value": v, "interval": ends, "ours": ours, "on": name})
+    return rows
 
 
-def card(checkpoint: Checkpoint, repo_id: str, subfolder: str, licence: str, rows: list[dict]) -> ModelCard:
+def _card(checkpoint: Checkpoint, repo_id: str, subfolder: str, licence: str, rows: list[dict]) -> ModelCard:
     """The model card: metadata that the hub reads, and what a person should know before use."""
     config, training = checkpoint.model.config, checkpoint.training
     scores = [
@@ -343,17 +316,17 @@ def card(checkpoint: Checkpoint, repo_id: str, subfolder: str, licence: str, row
     )
     unknown = "not recorded in the checkpoint"
     people = [len(training[k]) if k in training else training.get(f"n_{k}") for k in PEOPLE]
+    order = " in the order of parcels.tsv" if checkpoint.parcels else f" (names and order {unknown})"
+    trained = (
+        f"{people[0]} participants, {people[1]} to choose it; fingerprint of the data {checkpoint.data_fingerprint}"
+    )
     facts = {
         "network": f"{sum(p.numel() for p in checkpoint.model.parameters()):,} parameters, {config.n_blocks} operator "
         f"blocks, {config.n_channels} channels, wavelet {config.wavelet}, {config.n_levels} levels",
-        "reads": f"{config.n_parcels} parcels"
-        + (" in the order of parcels.tsv" if checkpoint.parcels else f" (names and order {unknown})"),
+        "reads": f"{config.n_parcels} parcels{order}",
         "repetition time": f"{checkpoint.t_r:g} s" if checkpoint.t_r else unknown,
         "scaling": checkpoint.scaling.method if checkpoint.scaling else unknown,
-        "trained on": f"{people[0]} participants, {people[1]} to choose it; "
-        f"fingerprint of the data {checkpoint.data_fingerprint}"
-        if people[0] is not None
-        else unknown,
+        "trained on": unknown if people[0] is None else trained,
         "objective": _words(training.get("objective")) or unknown,
         "optimisation": _words(training.get("settings")) or unknown,
     }
@@ -367,47 +340,18 @@ def card(checkpoint: Checkpoint, repo_id: str, subfolder: str, licence: str, row
         results.append(
             f"\nOn the validation participants, which chose this checkpoint: {_words(chosen)}. Expect less elsewhere."
         )
-    place = (f', subfolder="{subfolder}"', f" --subfolder {subfolder}") if subfolder else ("", "")
-    return ModelCard(f"""---
-{data.to_yaml()}
----
-
-# {data.model_name}
-
-A network that reads a parcellated resting-state fMRI scan: operators on a wavelet pyramid, driven by the scan's own path.
-
-| | |
-| --- | --- |
-{chr(10).join(f"| {name} | {value} |" for name, value in facts.items())}
-
-## Use
-
-```python
-from mnemodyn import from_pretrained, load_scan
-from mnemodyn.evaluate.readout import readout
-
-checkpoint = from_pretrained("{repo_id}"{place[0]})
-scan = load_scan("sub-01_task-rest.ptseries.nii")
-checkpoint.check(scan)
-vector = readout(checkpoint.model, checkpoint.scaling(scan), scan.t_r, "latent_sd")
-```
-
-From a shell: `mnemodyn embed scans/ -o embeddings.csv --checkpoint {repo_id}{place[1]}`.
-The weights are safetensors; loading executes nothing.
-
-## Results
-
-{chr(10).join(results)}
-
-## Limits
-
-The network knows one parcellation, its order and one preprocessing; other parcels are refused, other preprocessing is not noticed. It describes scans of groups and makes no diagnosis of a person. Who is not like the participants it was trained on may be described worse.
-
-## Licence and citation
-
-Weights: {licence}. The data it was trained on have their own terms.
-The method: Pal et al., *MnemoDyn: Learning Resting State Dynamics from 40K fMRI Sequences*, ICLR 2026, {PAPER}.
-""")  # noqa: E501
+    template = Template(Path(__file__).with_name("model_card.md").read_text(encoding="utf-8"))
+    text = template.substitute(
+        metadata=data.to_yaml(),
+        name=data.model_name,
+        facts="\n".join(f"| {name} | {value} |" for name, value in facts.items()),
+        repo_id=repo_id,
+        subfolder=f', subfolder="{subfolder}"' if subfolder else "",
+        option=f" --subfolder {subfolder}" if subfolder else "",
+        results="\n".join(results),
+        licence=licence,
+    )
+    return ModelCard(text)
 
 
 def _words(settings: Any) -> str:
