@@ -37,20 +37,11 @@ def surroundings() -> dict:
 def provenance(**facts: object) -> str:
     """The last cell of a notebook: what the run used, nothing that changes between two runs of it.
 
-    Parameters
-    ----------
-    **facts
-        Fingerprints, seeds, device and the like, printed as they are.
-
-    Returns
-    -------
-    str
-        A line each for the facts, the commit, and the versions.
+    A line each for the facts (fingerprints, seeds, device and the like, as they are), the commit, and the versions.
     """
     found = surroundings()
-    lines = [f"{name}: {value}" for name, value in facts.items()]
-    lines.append(f"commit: {found['commit'] or 'unknown'}{' with changes' if found['dirty'] else ''}")
-    lines.append(f"python: {found['python']}")
+    commit = f"{found['commit'] or 'unknown'}{' with changes' if found['dirty'] else ''}"
+    lines = [f"{name}: {value}" for name, value in {**facts, "commit": commit, "python": found["python"]}.items()]
     lines.append(", ".join(f"{name} {version}" for name, version in found["versions"].items() if version))
     return "\n".join(lines)
 

@@ -207,7 +207,6 @@ def test_a_run_keeps_results_and_equal_runs_are_equal_bytes(write, monkeypatch):
     }
     assert first["seconds"] > 0
     assert first["versions"]["numpy"] == np.__version__
-    assert [cell["cell"] for cell in first["cells"]] == [1, 2, 3, 4, 5]
 
 
 def test_runs_side_by_side_do_not_meet(write):
