@@ -143,22 +143,10 @@ def publish(
     token: str | None = None,
     **contents: Any,
 ) -> str:
-    """Push what :func:`write_folder` writes to the hub, in one commit; returns the commit's address.
+    """Push what :func:`write_folder` writes (which takes `source` and `contents`) in one commit; returns its address.
 
-    Parameters
-    ----------
-    source : str or Path
-        As in :func:`find_checkpoint`.
-    repo_id : str
-        ``NAME/MODEL``; made where it is missing, and then `private` or not.
-    revision : str, optional
-        Branch to push to, made where it is missing.
-    subfolder : str
-        Folder of the repository for everything that is pushed.
-    token : str, optional
-        By default ``HF_TOKEN`` or that of ``hf auth login``.
-    **contents
-        As in :func:`write_folder`.
+    The repository is made where it is missing, and then `private` or not; so is `revision`, a branch. Everything goes
+    into the folder `subfolder` of it. The token is by default ``HF_TOKEN`` or that of ``hf auth login``.
 
     Raises
     ------
@@ -174,13 +162,8 @@ def publish(
             api.create_repo(repo_id, private=private, exist_ok=True)
             if revision:
                 api.create_branch(repo_id, branch=revision, exist_ok=True)
-            return api.upload_folder(
-                repo_id=repo_id,
-                folder_path=folder,
-                path_in_repo=subfolder or None,
-                revision=revision,
-                commit_message=commit_message,
-            ).commit_url
+            place: dict = {"repo_id": repo_id, "path_in_repo": subfolder or None, "revision": revision}
+            return api.upload_folder(**place, folder_path=folder, commit_message=commit_message).commit_url
 
 
 def write_folder(
@@ -316,20 +299,8 @@ def _card(checkpoint: Checkpoint, repo_id: str, subfolder: str, licence: str, ro
     )
     unknown = "not recorded in the checkpoint"
     people = [len(training[k]) if k in training else training.get(f"n_{k}") for k in PEOPLE]
-    order = " in the order of parcels.tsv" if checkpoint.parcels else f" (names and order {unknown})"
-    trained = (
-        f"{people[0]} participants, {people[1]} to choose it; fingerprint of the data {checkpoint.data_fingerprint}"
-    )
-    facts = {
-        "network": f"{sum(p.numel() for p in checkpoint.model.parameters()):,} parameters, {config.n_blocks} operator "
-        f"blocks, {config.n_channels} channels, wavelet {config.wavelet}, {config.n_levels} levels",
-        "reads": f"{config.n_parcels} parcels{order}",
-        "repetition time": f"{checkpoint.t_r:g} s" if checkpoint.t_r else unknown,
-        "scaling": checkpoint.scaling.method if checkpoint.scaling else unknown,
-        "trained on": unknown if people[0] is None else trained,
-        "objective": _words(training.get("objective")) or unknown,
-        "optimisation": _words(training.get("settings")) or unknown,
-    }
+    fingerprint = checkpoint.data_fingerprint
+    trained = f"{people[0]} participants, {people[1]} to choose it; fingerprint of the data {fingerprint}"
     results = ["No results on held-out participants were published with these weights."]
     if rows:
         results = ["| measure | value | 95 % interval | on |", "| --- | --- | --- | --- |"]
@@ -342,9 +313,16 @@ def _card(checkpoint: Checkpoint, repo_id: str, subfolder: str, licence: str, ro
         )
     template = Template(Path(__file__).with_name("model_card.md").read_text(encoding="utf-8"))
     text = template.substitute(
+        config.to_dict(),
         metadata=data.to_yaml(),
         name=data.model_name,
-        facts="\n".join(f"| {name} | {value} |" for name, value in facts.items()),
+        n_parameters=f"{sum(p.numel() for p in checkpoint.model.parameters()):,}",
+        order="in the order of parcels.tsv" if checkpoint.parcels else f"(names and order {unknown})",
+        t_r=f"{checkpoint.t_r:g} s" if checkpoint.t_r else unknown,
+        scaling=checkpoint.scaling.method if checkpoint.scaling else unknown,
+        trained=unknown if people[0] is None else trained,
+        objective=_words(training.get("objective")) or unknown,
+        settings=_words(training.get("settings")) or unknown,
         repo_id=repo_id,
         subfolder=f', subfolder="{subfolder}"' if subfolder else "",
         option=f" --subfolder {subfolder}" if subfolder else "",
