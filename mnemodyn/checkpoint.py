@@ -42,13 +42,13 @@ class Checkpoint:
     model : MnemoDyn
         In evaluation mode.
     parcels : tuple of str or None
-        Parcel names in the order of the columns the network reads.
+        Names in the order of the columns the network reads.
     t_r : float or None
         Repetition time of the training scans, seconds.
     scaling : Scaling or None
         Applied to a scan before the network.
     data_fingerprint : str or None
-        Fingerprint of the training scans.
+        Of the training scans.
     training : dict
         Objective, optimiser settings, participants, validation result.
     """
@@ -61,17 +61,9 @@ class Checkpoint:
     training: dict
 
     def check(self, scan: Scan) -> None:
-        """Refuse a scan whose parcels or their order the network was not trained on.
+        """Refuse a scan whose parcels or their order the network was not trained on, naming the first that differs.
 
-        Raises
-        ------
-        CheckpointError
-            Naming the first parcel that differs.
-
-        Warns
-        -----
-        UserWarning
-            If the checkpoint does not know its parcels, so that no more than their number was checked.
+        Warns if the checkpoint does not know its parcels, so that no more than their number was checked.
         """
         expected = self.model.config.n_parcels
         if len(scan.parcels) != expected:
@@ -93,18 +85,9 @@ class Checkpoint:
 
 
 def save_checkpoint(folder: str | Path, checkpoint: Checkpoint) -> Path:
-    """Write a checkpoint; the JSON, which holds the weights' SHA-256, is written last.
+    """Write a checkpoint into a folder, which is made or whose checkpoint is replaced, and return the folder.
 
-    Parameters
-    ----------
-    folder : str or Path
-        Created where it is missing; a checkpoint already there is replaced.
-    checkpoint : Checkpoint
-
-    Returns
-    -------
-    Path
-        The folder.
+    The JSON, which holds the weights' SHA-256, is written last.
     """
     folder = Path(folder)
     weights = {k: v.detach().cpu().contiguous() for k, v in checkpoint.model.state_dict().items()}
@@ -117,13 +100,7 @@ def save_checkpoint(folder: str | Path, checkpoint: Checkpoint) -> Path:
 
 
 def describe(folder: str | Path) -> dict:
-    """The JSON of a checkpoint, checked to be one.
-
-    Raises
-    ------
-    CheckpointError
-        If the folder or a file of it is missing, a file is damaged, or the format is another.
-    """
+    """The JSON of a checkpoint; a CheckpointError if a file is missing or damaged, or the format is another."""
     folder = Path(folder)
     path, weights = folder / "config.json", folder / "model.safetensors"
     if folder.is_file():
@@ -154,20 +131,11 @@ def describe(folder: str | Path) -> dict:
 
 
 def load_checkpoint(folder: str | Path, *, compat: Literal["none", "reference"] = "none") -> Checkpoint:
-    """Load a checkpoint; nothing in its files is executed.
+    """Load a checkpoint, its model on the CPU, in evaluation mode; nothing in its files is executed.
 
-    Parameters
-    ----------
-    folder : str or Path
-        Folder with ``config.json`` and ``model.safetensors``; with ``compat="reference"``, a Lightning ``.ckpt`` of
-        the published draft. Where that holds no settings, they are read from ``hparams.yaml`` beside it.
-    compat : str
-        ``none`` or ``reference``. A reference network saved in this format is loaded like any other.
-
-    Returns
-    -------
-    Checkpoint
-        Its model on the CPU, in evaluation mode.
+    `folder` has ``config.json`` and ``model.safetensors``; with ``compat="reference"`` it is a Lightning ``.ckpt`` of
+    the published draft, its settings inside or in ``hparams.yaml`` beside it. A reference network saved in this
+    package's format is loaded like any other.
 
     Raises
     ------

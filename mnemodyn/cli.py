@@ -45,7 +45,7 @@ Done = tuple[Any, str] | tuple[Any, str, int]
 
 
 class Command(NamedTuple):
-    """A sub-command: its heading in the list of all, its line there, what it does, and what it takes."""
+    """A sub-command: its heading and line in the list of all, what it does, and what it takes."""
 
     group: str
     line: str
@@ -118,12 +118,8 @@ def _parser() -> argparse.ArgumentParser:
         groups.setdefault(command.group, []).append(f"    {name:<12} {command.line}")
     listed = "\n".join(line for group, lines in groups.items() for line in (f"  {group}:", *lines))
     installed = installed_version("mnemodyn") or "(not installed)"
-    parser = argparse.ArgumentParser(
-        prog="mnemodyn",
-        description=f"Operator learning for resting-state fMRI: a reproducible research book.\n\ncommands:\n{listed}",
-        epilog=_START,
-        formatter_class=_Help,
-    )
+    said = f"Operator learning for resting-state fMRI: a reproducible research book.\n\ncommands:\n{listed}"
+    parser = argparse.ArgumentParser(prog="mnemodyn", description=said, epilog=_START, formatter_class=_Help)
     parser.add_argument("--version", action="version", version=f"mnemodyn {installed}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, command in COMMANDS.items():
@@ -339,16 +335,10 @@ def _pretrain(data: str, output: str, objective: str, config: str | None, set: S
     scans = mnemodyn.load_scans(data, t_r=read.t_r or None)
     held_out = {"n_test": read.n_test, "n_validation": read.n_validation}
     train, validation, _ = _part("data.scans").split_participants(scans, **held_out)
+    network = mnemodyn.ModelConfig(n_parcels=len(scans[0].parcels), **model)
+    how = {"objective": asked, "training": training, "scaling": mnemodyn.Scaling(read.scaling), "machine": machine}
     checkpoint, history = _part("pretrain.training").pretrain(
-        train,
-        validation,
-        output,
-        model=mnemodyn.ModelConfig(n_parcels=len(scans[0].parcels), **model),
-        objective=asked,
-        training=training,
-        scaling=mnemodyn.Scaling(read.scaling),
-        machine=machine,
-        restart=restart,
+        train, validation, output, model=network, restart=restart, **how
     )
     best, score = Path(output) / "best", checkpoint.training[asked.monitor]
     content = {"checkpoint": str(best), "epochs": len(history), asked.monitor: score}
@@ -372,14 +362,7 @@ def _pretrain(data: str, output: str, objective: str, config: str | None, set: S
     _arg("--seed S", type=int, default=0),
 )
 def _evaluate(
-    cohort: str,
-    source: str,
-    target: str,
-    out: str,
-    methods: Sequence[str],
-    control: str,
-    by_site: bool,
-    **settings: Any,
+    cohort: str, source: str, target: str, out: str, methods: Sequence, control: str, by_site: bool, **settings: Any
 ) -> Done:
     """Predict a target from a cohort's scans by several methods on the same folds over participants, and write scores
     with 95 % intervals. Without --method: confounds and fc, and with --checkpoint model and model+fc too.
@@ -390,7 +373,7 @@ def _evaluate(
     """
     downstream, splits = _part("evaluate.downstream"), _part("evaluate.splits")
     checkpoint, seed = settings["checkpoint"], settings["seed"]
-    repeated = {name: settings.pop(name) for name in ("n_folds", "n_repeats")}
+    n_folds, n_repeats = settings.pop("n_folds"), settings.pop("n_repeats")
     methods = methods or ("confounds", "fc", *(("model", "model+fc") if checkpoint else ()))
     with _asked():
         described = _part("data.cohorts").load_cohort(cohort)
@@ -403,10 +386,8 @@ def _evaluate(
     opened = downstream.open_scans(described, source, workers=settings["n_jobs"])
     task = downstream.Task.of(opened.table, target, kinds[target])
     scans: Sequence = downstream.Rows(opened, task.rows)
-    if by_site:
-        folds = splits.leave_one_site_out(task.table)
-    else:
-        folds = splits.repeated_folds(task.table, target, **repeated, seed=seed)
+    repeated = partial(splits.repeated_folds, target=target, n_folds=n_folds, n_repeats=n_repeats, seed=seed)
+    folds = (splits.leave_one_site_out if by_site else repeated)(task.table)
     if control == "permuted":
         task = downstream.permuted(task, seed)
     elif control == "noise":
@@ -660,10 +641,10 @@ def _completion(shell: str) -> Done:
 
     mnemodyn completion bash > ~/.local/share/bash-completion/completions/mnemodyn
     """
-    try:
-        import shtab
-    except ImportError:
-        raise ImportError("completion needs shtab: pip install 'mnemodyn[completion]'") from None
+    if find_spec("shtab") is None:
+        raise ImportError("completion needs shtab: pip install 'mnemodyn[completion]'")
+    import shtab
+
     if shell not in shtab.SUPPORTED_SHELLS:
         raise ParameterError(f"shell must be one of {', '.join(shtab.SUPPORTED_SHELLS)}, got {shell!r}")
     return None, shtab.complete(_parser(), shell=shell)

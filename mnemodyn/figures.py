@@ -33,20 +33,13 @@ MARKERS = "os^vDPX*"
 
 def use_style() -> None:
     """Set fonts and colours for the figures of the book."""
-    matplotlib.rcParams.update(
-        {
-            "figure.figsize": (7, 3),
-            "figure.dpi": 100,
-            "figure.constrained_layout.use": True,
-            "axes.prop_cycle": plt.cycler(color=COLOURS),
-            "axes.spines.top": False,
-            "axes.spines.right": False,
-            "font.size": 9,
-            "legend.frameon": False,
-            "svg.hashsalt": "mnemodyn",  # the same drawing gives the same bytes
-            "svg.fonttype": "path",
-        }
-    )
+    plt.rc("figure", figsize=(7, 3), dpi=100)
+    plt.rc("figure.constrained_layout", use=True)
+    plt.rc("axes", prop_cycle=plt.cycler(color=COLOURS))
+    plt.rc("axes.spines", top=False, right=False)
+    plt.rc("font", size=9)
+    plt.rc("legend", frameon=False)
+    plt.rc("svg", hashsalt="mnemodyn", fonttype="path")  # the same drawing gives the same bytes
     # Matplotlib's own font, not another version of it that a machine may have: letters are drawn as paths.
     fonts = font_manager.fontManager
     fonts.ttflist = [entry for entry in fonts.ttflist if not entry.name.startswith("DejaVu Sans")]
@@ -144,9 +137,8 @@ def carpet(scan: Scan) -> Figure:
     z = (scan.values - scan.values.mean(0)) / np.where(scan.constant, 1, scan.values.std(0))
     figure, (top, bottom) = plt.subplots(2, 1, figsize=(7, 4), sharex=True, height_ratios=[2, 1])
     t, end = _seconds(len(z), scan.t_r), scan.n_frames * scan.t_r
-    image = top.imshow(
-        z.T, aspect="auto", cmap="gray", vmin=-3, vmax=3, extent=(0, end, z.shape[1], 0), interpolation="none"
-    )
+    style: dict = {"aspect": "auto", "cmap": "gray", "interpolation": "none"}
+    image = top.imshow(z.T, vmin=-3, vmax=3, extent=(0, end, z.shape[1], 0), **style)
     top.set_ylabel("parcel")
     figure.colorbar(image, ax=top, label="SD")
     for i in range(2):
@@ -299,8 +291,7 @@ def atlas(drawn: Atlas) -> Figure:
         _hemisphere(ax, surfaces[side], light[labels - 1], side, view)
     ax = figure.add_subplot(grid[:, 2])
     counts = pd.Series(drawn.networks).value_counts().reindex([n for n in colours if n in drawn.networks])[::-1]
-    names = [n or "other" for n in counts.index]
-    bars = ax.barh(names, counts, color=[colours[n] for n in counts.index])
+    bars = ax.barh([n or "other" for n in counts.index], counts, color=[colours[n] for n in counts.index])
     ax.bar_label(bars, padding=2)
     ax.set(xlabel="parcels")
     ax.margins(x=0.15)
@@ -349,7 +340,7 @@ def objective_curves(histories: dict[str, pd.DataFrame], metrics: dict[str, str]
 
 def r2_lines(rows: pd.DataFrame, by: str, label: str) -> Figure:
     """R2 against a number, a line a method."""
-    figure, ax = plt.subplots(figsize=(7, 3))
+    figure, ax = plt.subplots()
     _lines(ax, rows, by)
     _zero(ax)
     ax.set(xlabel=label, ylabel="R², hidden entries")
@@ -406,10 +397,7 @@ def reconstruction(rows: pd.DataFrame) -> Figure:
 
 
 def differences(rows: pd.DataFrame) -> Figure:
-    """R2 of the network minus that of each method, with its interval, one panel a data set.
-
-    `rows` has ``data, method, value, low, high``.
-    """
+    """R2 of the network minus that of each method (``data, method, value, low, high``), one panel a data set."""
     sets = list(rows["data"].unique())
     figure, axes = _row(len(sets), 0.9 + 0.3 * max(rows.groupby("data").size()), sharey=True)
     order = rows.groupby("method")["value"].mean().sort_values(ascending=False).index
@@ -530,10 +518,7 @@ def matrices(drawn: dict[str, np.ndarray], label: str, *, names: Sequence[str] =
 
 
 def field(responses: Sequence[dict], t_r: float) -> Figure:
-    """Singular values of each block's mean field, and what the field is a function of, along a window.
-
-    `responses` are of `mnemodyn.evaluate.inside.field_response`, one a block.
-    """
+    """Singular values of each block's mean field (of `mnemodyn.evaluate.inside.field_response`), and z in a window."""
     figure, (left, right) = plt.subplots(1, 2, figsize=(7, 2.6), width_ratios=[1, 1.6])
     for i, (found, marker) in enumerate(zip(responses, "os^vDP", strict=False), 1):
         left.plot(np.arange(1, len(found["values"]) + 1), found["values"], marker, ls="-", ms=3, label=f"block {i}")
@@ -558,10 +543,7 @@ def scales(shares: dict[str, np.ndarray], bands: Sequence[str]) -> Figure:
 
 
 def generated(found: dict[str, list[dict]]) -> Figure:
-    """Spectra, similarity of connectivity and metastability of series, a group a colour, a point a series.
-
-    The dicts are of `mnemodyn.evaluate.inside.summarise`.
-    """
+    """Spectra, similarity of FC and metastability of `mnemodyn.evaluate.inside.summarise`, a group a colour."""
     figure, (left, middle, right) = plt.subplots(1, 3, figsize=(7, 2.9), width_ratios=[1.6, 1, 1])
     for i, ((name, series), marker) in enumerate(zip(found.items(), "os^vDP", strict=False)):
         colour = COLOURS[i]
@@ -571,10 +553,8 @@ def generated(found: dict[str, list[dict]]) -> Figure:
     left.set(xlabel="frequency (Hz)", ylabel="power (per Hz)", yscale="log")
     left.yaxis.set_major_formatter("{x:g}")
     left.minorticks_off()
-    middle.set_ylabel("similarity of FC (r)")
-    right.set_ylabel("metastability")
-    for ax in (middle, right):
-        ax.set(xticks=[], xlim=(-0.6, len(found) - 0.4))
+    for ax, label in ((middle, "similarity of FC (r)"), (right, "metastability")):
+        ax.set(xticks=[], xlim=(-0.6, len(found) - 0.4), ylabel=label)
     handles = dict(zip(*middle.get_legend_handles_labels()[::-1], strict=True))
     figure.legend(handles.values(), handles, ncols=len(found), loc="outside upper center")
     return figure

@@ -61,9 +61,8 @@ def find_checkpoint(source: str | Path) -> Source:
     if (path / "run.json").is_file():
         raise CheckpointError(f"{path} is a run without best/: let its training come to its end, then try again")
     if path.is_file() and path.suffix != ".ckpt":
-        raise CheckpointError(
-            f"{path} is no checkpoint: expected its folder, its config.json or model.safetensors, or a .ckpt"
-        )
+        files = " or ".join(CHECKPOINT_FILES)
+        raise CheckpointError(f"{path} is no checkpoint: expected its folder, its {files}, or a .ckpt")
     found = [path] if path.is_file() else [p for p in sorted(path.rglob("*.ckpt")) if p.stem != "last"]
     if len(found) != 1:
         scored = [(match[-1], p) for p in found if (match := BEST.findall(p.stem))]
@@ -89,20 +88,11 @@ def from_pretrained(
 ) -> Checkpoint:
     """Load a checkpoint from the hub, a folder or a file; nothing in it is executed.
 
-    Parameters
-    ----------
-    name_or_path : str or Path
-        ``NAME/MODEL`` on the hub, or what :func:`find_checkpoint` takes; what is there as a path is not looked for on
-        the hub.
-    compat : str
-        ``reference`` for a Lightning ``.ckpt`` of the published draft, here or on the hub.
-    revision : str, optional
-        Branch, tag or commit.
-    subfolder : str
-        Folder of the repository or path that holds the checkpoint.
-    **download
-        As in ``huggingface_hub.snapshot_download``: ``token`` (by default ``HF_TOKEN`` or that of ``hf auth login``),
-        ``cache_dir``, ``force_download`` and so on.
+    `name_or_path` is ``NAME/MODEL`` on the hub, or what :func:`find_checkpoint` takes; what is there as a path is not
+    looked for on the hub. `compat` is ``reference`` for a Lightning ``.ckpt`` of the published draft, here or on the
+    hub; `revision` a branch, tag or commit; `subfolder` the folder of the repository or path that holds the checkpoint;
+    `download` as in ``huggingface_hub.snapshot_download``: ``token`` (by default ``HF_TOKEN`` or that of ``hf auth
+    login``), ``cache_dir``, ``force_download`` and so on.
 
     Raises
     ------
@@ -180,27 +170,12 @@ def write_folder(
 ) -> Path:
     """Write what :func:`publish` pushes: weights, ``config.json``, ``parcels.tsv``, ``history.csv``, ``README.md``.
 
-    Parameters
-    ----------
-    source : str or Path
-        As in :func:`find_checkpoint`.
-    repo_id, subfolder : str
-        How the card says to load it.
-    licence : str
-        An identifier of the hub, such as ``mit`` or ``cc-by-4.0``.
-    results : sequence of str or Path
-        Results' JSON, as the notebooks write them, for the card.
-    metrics : str or Path, optional
-        CSV of training metrics, where it is not beside the checkpoint.
-    hyper_parameters : str or Path, optional
-        YAML of settings, for a ``.ckpt`` that has none inside or beside it.
-    keep_participants : bool
-        Publish the identifiers of training participants too; by default only their numbers.
-
-    Raises
-    ------
-    CheckpointError
-        As :func:`find_checkpoint`, or where a named file is missing or cannot be read.
+    `source` is as in :func:`find_checkpoint`; `repo_id` and `subfolder` are how the card says to load it; `licence` is
+    an identifier of the hub, such as ``mit`` or ``cc-by-4.0``; `results` are JSON files for the card, as the notebooks
+    write them; `metrics` is a CSV of training metrics, where it is not beside the checkpoint; `hyper_parameters` a YAML
+    of settings, for a ``.ckpt`` that has none inside or beside it. `keep_participants` publishes the identifiers of
+    training participants too, and not their numbers only. A CheckpointError is as of :func:`find_checkpoint`, or where
+    a named file is missing or cannot be read.
     """
     found, folder = find_checkpoint(source), Path(folder)
     metrics = found.metrics if metrics is None else Path(metrics)
@@ -244,10 +219,10 @@ def save_network(model: Any, folder: Path) -> None:
 def _write(checkpoint: Checkpoint, folder: Path, names: tuple[str, str, str], rows: list[dict], people: bool) -> None:
     """A checkpoint, its parcels and its card; names are the repository, the folder in it, and the licence."""
     if not people:
-        training = {
-            f"n_{k}" if k in PEOPLE else k: len(v) if k in PEOPLE else v for k, v in checkpoint.training.items()
-        }
-        checkpoint = replace(checkpoint, training=training)
+        counts = {k: (f"n_{k}", len(v)) for k, v in checkpoint.training.items() if k in PEOPLE}
+        checkpoint = replace(
+            checkpoint, training=dict(counts.get(item[0], item) for item in checkpoint.training.items())
+        )
     save_checkpoint(folder, checkpoint)
     if checkpoint.parcels is not None:
         lines = [f"{i}\t{name}" for i, name in enumerate(checkpoint.parcels)]
