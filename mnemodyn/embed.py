@@ -269,11 +269,9 @@ def reconstruct(
     scaling = _scaling(checkpoint)
     censored = np.zeros(scan.n_frames, bool) if scan.censored is None else scan.censored
     if not whole and not censored.any():
-        raise DataError(
-            f"{path.name}: no frame is censored, so there is nothing to fill; a table *_outliers.tsv beside the scan "
-            "names such frames, and whole=True (--whole) writes the reconstruction of every frame",
-            problem="censoring",
-        )
+        mend = "a table *_outliers.tsv beside the scan names such frames"
+        mend += ", and whole=True (--whole) writes the reconstruction of every frame"
+        raise DataError(f"{path.name}: no frame is censored, so there is nothing to fill; {mend}", "censoring")
     from nibabel.cifti2 import ParcelsAxis
 
     parameter = next(checkpoint.model.parameters())

@@ -111,10 +111,9 @@ def from_pretrained(
             patterns = [inside + name for name in wanted]  # * matches / too
             path = Path(snapshot_download(str(name_or_path), revision=revision, allow_patterns=patterns, **download))
         if not (path / subfolder).is_dir():
-            raise CheckpointError(
-                f"{name_or_path} on the hub has no {' and '.join(wanted)} in its folder {subfolder or '/'}"
-                f"{f' at revision {revision}' if revision else ''}; give subfolder, or another revision"
-            )
+            place = f"in its folder {subfolder or '/'}{f' at revision {revision}' if revision else ''}"
+            mend = "give subfolder, or another revision"
+            raise CheckpointError(f"{name_or_path} on the hub has no {' and '.join(wanted)} {place}; {mend}")
     found = find_checkpoint(path / subfolder if subfolder else path)
     if found.compat != compat:
         mend = "without compat" if found.compat == "none" else "with compat='reference' (--compat reference)"
@@ -283,9 +282,8 @@ def _card(checkpoint: Checkpoint, repo_id: str, subfolder: str, licence: str, ro
         ends = "{:.3f} to {:.3f}".format(*row["interval"]) if row["interval"] else "not given"
         results.append(f"| {row['name']} | {row['value']:.3f} | {ends} | {row['on']} |")
     if chosen := {k: v for k, v in training.items() if k.startswith("val_") and isinstance(v, float)}:
-        results.append(
-            f"\nOn the validation participants, which chose this checkpoint: {_words(chosen)}. Expect less elsewhere."
-        )
+        said = f"On the validation participants, which chose this checkpoint: {_words(chosen)}. Expect less elsewhere."
+        results.append(f"\n{said}")
     template = Template(Path(__file__).with_name("model_card.md").read_text(encoding="utf-8"))
     text = template.substitute(
         config.to_dict(),
@@ -335,10 +333,8 @@ def _mend(error: Exception, revision: str | None) -> str:
     if status in (401, 403):
         return f"the hub refused the token (status {status}); {LOGIN}"
     if isinstance(error, (hub_errors.OfflineModeIsEnabled, hub_errors.LocalEntryNotFoundError, httpx2.TransportError)):
-        return (
-            f"{constants.ENDPOINT} was not reached and no copy is here ({said}); check the connection, HF_ENDPOINT and "
-            "HF_HUB_OFFLINE, and try again"
-        )
+        mend = "check the connection, HF_ENDPOINT and HF_HUB_OFFLINE, and try again"
+        return f"{constants.ENDPOINT} was not reached and no copy is here ({said}); {mend}"
     if isinstance(error, hub_errors.HfHubHTTPError):
         return f"the hub answered with an error (status {status}): {said}"
     if isinstance(error, ValueError):

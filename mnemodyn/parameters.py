@@ -119,10 +119,8 @@ def read_parameters(notebook: Any) -> dict[str, Any]:
                 raise ValueError
             found.update({target.id: value for target in targets})
     except (AttributeError, ValueError, SyntaxError):
-        raise ParameterError(
-            "its cell tagged 'parameters' must only give names to literal values (text, numbers, "
-            "true/false, None, lists, dicts)"
-        ) from None
+        kinds = "text, numbers, true/false, None, lists, dicts"
+        raise ParameterError(f"its cell tagged 'parameters' must only give names to literal values ({kinds})") from None
     return found
 
 
@@ -155,9 +153,8 @@ def _convert(name: str, default: Any, value: Any) -> Any:
         fits = False
     if not fits:
         expected = _EXPECTED.get(kind, "a value that JSON can hold")
-        raise ParameterError(
-            f"parameter {name} must be {expected}, got {given!r} ({type(given).__name__}); its default is {default!r}"
-        )
+        got = f"got {given!r} ({type(given).__name__}); its default is {default!r}"
+        raise ParameterError(f"parameter {name} must be {expected}, {got}")
     if kind is list and default and len({type(item) for item in default}) == 1:
         return [_convert(f"{name}[{i}]", default[0], item) for i, item in enumerate(value)]
     return value

@@ -24,11 +24,9 @@ __all__ = ["NotebookFailed", "run_notebook"]
 
 _ANSI = re.compile(r"\x1b\[[0-9;?]*[ -/]*[@-~]")
 _CELL_FILE = re.compile(r"\S*ipykernel_\d+/\d+\.py")  # a warning in a cell names its process
-_DIED = (
-    "the kernel died in this cell. Most often the system had no memory left and ended it: take "
-    "a smaller batch or shorter windows, or give the job more memory. If memory was free, "
-    "compiled code crashed."
-)
+_DIED = """\
+the kernel died in this cell. Most often the system had no memory left and ended it: take a smaller batch or shorter \
+windows, or give the job more memory. If memory was free, compiled code crashed."""
 
 
 class NotebookFailed(RuntimeError):
@@ -220,11 +218,12 @@ def _describe(error: Exception) -> dict:
     from nbclient.exceptions import DeadKernelError
     from papermill.exceptions import PapermillExecutionError
 
+    kind, message, cell = type(error).__name__, str(error), None
     if isinstance(error, PapermillExecutionError):
-        return {"type": error.ename, "message": _clean(error.evalue), "cell": error.cell_index}
-    if isinstance(error, DeadKernelError):
-        return {"type": "KernelDied", "message": _DIED, "cell": None}
-    return {"type": type(error).__name__, "message": _clean(str(error)), "cell": None}
+        kind, message, cell = error.ename, error.evalue, error.cell_index
+    elif isinstance(error, DeadKernelError):
+        kind, message = "KernelDied", _DIED
+    return {"type": kind, "message": _clean(message), "cell": cell}
 
 
 def _clean(text: str) -> str:
