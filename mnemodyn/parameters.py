@@ -118,7 +118,7 @@ def read_parameters(notebook: Any) -> dict[str, Any]:
             if value is not None and type(value) not in _EXPECTED:
                 raise ValueError
             found.update({target.id: value for target in targets})
-    except (AttributeError, ValueError, SyntaxError):
+    except (AttributeError, TypeError, ValueError, SyntaxError):
         kinds = "text, numbers, true/false, None, lists, dicts"
         raise ParameterError(f"its cell tagged 'parameters' must only give names to literal values ({kinds})") from None
     return found

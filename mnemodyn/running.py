@@ -77,6 +77,8 @@ def run_notebook(
     notebook, output = Path(notebook), Path(output)
     if notebook.resolve() == output.resolve():
         raise ParameterError(f"output must not be the notebook itself, got {output}")
+    if output.is_dir():
+        raise ParameterError(f"output must be the file of the executed notebook, and {output} is a folder")
     source = _read(notebook)
     try:
         known = read_parameters(source)
