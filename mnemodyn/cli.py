@@ -70,6 +70,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     run, as_json = COMMANDS[options.pop("command")].run, options.pop("json", False)
     try:
+        if os.path.isdir(options.get("out") or ""):
+            raise ParameterError(f"{options['out']} is a folder; name the file to write")
         content, text, *status = run(**{k: tuple(v) if isinstance(v, list) else v for k, v in options.items()})
     except KeyboardInterrupt:
         if arguments is not None:
