@@ -99,12 +99,12 @@ def _fail(error: object, status: int) -> int:
 
 
 @contextmanager
-def _asked(refused: Any = (OSError, ValueError)) -> Iterator[None]:
+def _asked(refused: Any = (OSError, ValueError), of: str = "") -> Iterator[None]:
     """What is refused in here is wrong usage."""
     try:
         yield
     except refused as error:
-        raise ParameterError(str(error)) from error
+        raise ParameterError(f"{of}{error}") from error
 
 
 class _Help(argparse.RawDescriptionHelpFormatter):
@@ -182,13 +182,19 @@ def _file(name: str | None) -> dict:
         return {}
     if name != "-" and not Path(name).is_file():
         raise ParameterError(f"there is no parameters file {name}")
-    try:
+    with _asked(ValueError, f"{name}: "):
         content = read_yaml(sys.stdin.read() if name == "-" else Path(name).read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ParameterError(f"{name}: {error}") from None
     if not isinstance(content, dict):
         raise ParameterError(f"{name} must hold a mapping 'name: value', got {content!r}")
     return content
+
+
+def _values(given: Sequence, read: Callable[[str], Any]) -> dict:
+    found = {}
+    for name, value in given:
+        with _asked(ValueError, f"{name}: "):
+            found[name] = read(value)
+    return found
 
 
 _COHORT = _arg("COHORT", "a shipped cohort's name, or a YAML file that describes one")
@@ -301,8 +307,7 @@ def _simulate(cohort: str, folder: str, effect: Sequence, **settings: Any) -> Do
     and effects of known size on connectivity. FOLDER/simulated.json says what was planted.
     """
     with _asked(ValueError):
-        effects = {name: float(d) for name, d in effect}
-        truth = _part("data.simulate").simulate_cohort(cohort, folder, effects=effects, **settings)
+        truth = _part("data.simulate").simulate_cohort(cohort, folder, effects=_values(effect, float), **settings)
     planted = ", ".join(f"{name} {e['d']:g}" for name, e in truth["effects"].items())
     return truth, f"SIMULATED {truth['cohort']} -> {folder}; effects in SD: {planted}"
 
@@ -332,8 +337,8 @@ def _pretrain(data: str, output: str, objective: str, config: str | None, set: S
     exit status: 0 done; 1 the training failed; 2 wrong usage or a refused setting.
     """
     with _asked():
-        settings = {name: read_yaml(value) for name, value in set}
-        asked, model, training, machine, read = _part("pretrain.config").configure(objective, _file(config), settings)
+        settings, configure = _values(set, read_yaml), _part("pretrain.config").configure
+        asked, model, training, machine, read = configure(objective, _file(config), settings)
     scans = mnemodyn.load_scans(data, t_r=read.t_r or None)
     held_out = {"n_test": read.n_test, "n_validation": read.n_validation}
     train, validation, _ = _part("data.scans").split_participants(scans, **held_out)

@@ -179,6 +179,7 @@ def test_an_interruption_is_no_traceback(monkeypatch, capsys):
         (["-s", "epoch", "3"], "unknown setting epoch; did you mean epochs?"),
         (["--config", "c.yaml"], "unknown training setting learning_rat; did you mean learning_rate?"),
         (["-s", "epochs", "many"], "epochs must be int, got 'many'"),
+        (["-s", "epochs", "["], "epochs: not valid YAML"),
     ],
 )
 def test_refused_settings_of_pretrain_are_status_2(tmp_path, monkeypatch, capsys, arguments, message):
