@@ -113,7 +113,7 @@ def _errors(rows: pd.DataFrame, value: str) -> np.ndarray:
     return np.abs(rows[["low", "high"]].to_numpy().T - rows[value].to_numpy())
 
 
-def _zero(ax: Axes, along: str = "x", at: float = 0, **style) -> None:
+def _across(ax: Axes, along: str = "x", at: float = 0, **style) -> None:
     """A black line across the panel."""
     style = {"color": "black", "lw": 0.8, **style}
     (ax.axvline if along == "y" else ax.axhline)(at, **style)
@@ -342,7 +342,7 @@ def r2_lines(rows: pd.DataFrame, by: str, label: str) -> Figure:
     """R2 against a number, a line a method."""
     figure, ax = plt.subplots()
     _lines(ax, rows, by)
-    _zero(ax)
+    _across(ax)
     ax.set(xlabel=label, ylabel="R², hidden entries")
     _legend(figure, ax)
     return figure
@@ -356,7 +356,7 @@ def r2_parcels(rows: pd.DataFrame) -> Figure:
         ax.plot(group["r2"], np.full(len(group), y), "o", ms=3, alpha=0.4, color=COLOURS[0], mew=0)
         ax.vlines(group["r2"].median(), y - 0.3, y + 0.3, color=COLOURS[1], lw=2)
     ax.set_yticks(range(len(groups)), _named(name for name, _ in groups))
-    _zero(ax, "y")
+    _across(ax, "y")
     ax.set_xlabel("R² of a parcel, hidden entries")
     return figure
 
@@ -388,7 +388,7 @@ def reconstruction(rows: pd.DataFrame) -> Figure:
     colours = [COLOURS[0] if m == "model" else "0.6" for m in rows["method"]]
     ax.barh(place, rows["r2"], color=colours, xerr=_errors(rows, "r2"), error_kw={"lw": 1, "capsize": 2})
     ax.set_yticks(place, _named(rows["method"]))
-    _zero(ax, "y")
+    _across(ax, "y")
     for y, value, high in zip(place, rows["r2"], rows["high"], strict=True):
         ax.text(max(high, 0) + 0.01, float(y), f"{value:.3f}", va="center")
     ax.set_xlabel("R² on hidden entries of held-out people")
@@ -405,7 +405,7 @@ def differences(rows: pd.DataFrame) -> Figure:
         part = rows[rows["data"] == name].set_index("method").reindex(order)
         bars: dict = {"xerr": _errors(part, "value"), "fmt": "o", "ms": 4, "capsize": 2, "color": COLOURS[0]}
         ax.errorbar(part["value"], np.arange(len(part)), **bars)
-        _zero(ax, "y")
+        _across(ax, "y")
         ax.set(title=name, xlabel="R² of MnemoDyn minus the method's")
     axes[0].set_yticks(np.arange(len(order)), _named(order))
     return figure
@@ -419,7 +419,7 @@ def reconstruction_grid(rows: pd.DataFrame) -> Figure:
         _lines(ax, rows[rows["hidden_share"] == share], "seconds")
         ax.set(title=f"{share:.0%} hidden", xlabel="hidden stretch (s)")
         _ticks(ax, rows["seconds"], "{:.3g}")
-        _zero(ax)
+        _across(ax)
     axes[0].set_ylabel("R², hidden entries")
     _legend(figure, axes[0])
     return figure
@@ -476,7 +476,7 @@ def ablations(rows: pd.DataFrame, label: str = "change of R² on hidden entries"
         clear = (group["low"] > 0) | (group["high"] < 0)
         for kept, fill in ((clear, colour), (~clear, "white")):
             ax.plot(group.loc[kept, "value"], group.index[kept], marker, ms=5, mec=colour, mfc=fill, ls="none")
-    _zero(ax, "y")
+    _across(ax, "y")
     ax.set_yticks(rows.index, rows["label"])
     ax.set(xlabel=label, ylim=(len(rows) - 0.4, -0.6))
     # Most changes are small beside a few: linear near zero, logarithmic beyond.
@@ -587,7 +587,7 @@ def downstream(reports: dict[str, dict], metric: str, chance: float | None, titl
         error = np.abs([[row[metric][side] - row[metric]["value"] for row in rows] for side in ("low", "high")])
         ax.errorbar(value, place, xerr=error, fmt="os^v"[number % 4], ms=4, lw=1.2, capsize=2, label=label)
     if chance is not None:
-        _zero(ax, "y", chance, ls=":")
+        _across(ax, "y", chance, ls=":")
     ax.set_yticks(range(len(names)), _named(names))
     ax.set(xlabel=METRICS[metric], title=title)
     if len(reports) > 1:
@@ -627,7 +627,7 @@ def scaling(panels: dict[str, pd.DataFrame], bar: float) -> Figure:
         _lines(ax, rows, x, "value")
         for line, (_, mine) in zip(ax.get_lines(), rows.groupby("method", sort=False), strict=True):
             ax.fill_between(mine[x], mine["low"], mine["high"], color=line.get_color(), alpha=0.15, lw=0)
-        _zero(ax, at=bar, ls=":")
+        _across(ax, at=bar, ls=":")
         ax.set(xlabel=label, xscale="log")
     axes[0].set_ylabel("R², hidden entries")
     _legend(figure, axes[0], ncols=2)
