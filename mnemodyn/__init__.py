@@ -7,23 +7,18 @@ lightning.
 from importlib import import_module
 from typing import Any
 
-_HOME = {
-    "Checkpoint": "mnemodyn.checkpoint",
-    "load_checkpoint": "mnemodyn.checkpoint",
-    "save_checkpoint": "mnemodyn.checkpoint",
-    "Scan": "mnemodyn.data.scans",
-    "load_scan": "mnemodyn.data.scans",
-    "load_scans": "mnemodyn.data.scans",
-    "save_scan": "mnemodyn.data.scans",
-    "Scaling": "mnemodyn.data.scaling",
-    "Store": "mnemodyn.data.store",
-    "ModelConfig": "mnemodyn.model.config",
-    "MnemoDyn": "mnemodyn.model.network",
-    "MnemoDynEncoder": "mnemodyn.evaluate.readout",
-    "from_pretrained": "mnemodyn.hub",
-    "publish": "mnemodyn.hub",
-    "run_notebook": "mnemodyn.running",
+_OFFERED = {
+    "mnemodyn.checkpoint": ("Checkpoint", "load_checkpoint", "save_checkpoint"),
+    "mnemodyn.data.scaling": ("Scaling",),
+    "mnemodyn.data.scans": ("Scan", "load_scan", "load_scans", "save_scan"),
+    "mnemodyn.data.store": ("Store",),
+    "mnemodyn.evaluate.readout": ("MnemoDynEncoder",),
+    "mnemodyn.hub": ("from_pretrained", "publish"),
+    "mnemodyn.model.config": ("ModelConfig",),
+    "mnemodyn.model.network": ("MnemoDyn",),
+    "mnemodyn.running": ("run_notebook",),
 }
+_HOME = {name: module for module, names in _OFFERED.items() for name in names}
 
 __all__ = sorted(_HOME)
 

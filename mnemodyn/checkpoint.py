@@ -8,7 +8,7 @@ import warnings
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from safetensors import SafetensorError
 from safetensors.torch import load as load_tensors
@@ -32,25 +32,12 @@ class CheckpointError(ValueError):
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A network and what it was trained on.
+    """A network in evaluation mode, and what it was trained on.
 
-    A checkpoint of the published draft says nothing of its parcels, repetition time, scaling or data: they are None.
-    ``dataclasses.replace`` fills in what is known of them from elsewhere.
-
-    Attributes
-    ----------
-    model : MnemoDyn
-        In evaluation mode.
-    parcels : tuple of str or None
-        Parcel names in the order of the columns the network reads.
-    t_r : float or None
-        Repetition time of the training scans, seconds.
-    scaling : Scaling or None
-        Applied to a scan before the network.
-    data_fingerprint : str or None
-        Fingerprint of the training scans.
-    training : dict
-        Objective, optimiser settings, participants, validation result.
+    That is its parcels in the order of the columns it reads; the repetition time of the training scans (s) and their
+    fingerprint; the scaling that is applied to a scan before the network; and of the training the objective, optimiser
+    settings, participants and validation result. A checkpoint of the published draft knows neither parcels, repetition
+    time, scaling nor data: they are None, and ``dataclasses.replace`` fills in what is known from elsewhere.
     """
 
     model: MnemoDyn
@@ -61,50 +48,28 @@ class Checkpoint:
     training: dict
 
     def check(self, scan: Scan) -> None:
-        """Refuse a scan whose parcels or their order the network was not trained on.
+        """Refuse a scan whose parcels or their order the network was not trained on, naming the first that differs.
 
-        Raises
-        ------
-        CheckpointError
-            Naming the first parcel that differs.
-
-        Warns
-        -----
-        UserWarning
-            If the checkpoint does not know its parcels, so that no more than their number was checked.
+        Warns if the checkpoint does not know its parcels, so that no more than their number was checked.
         """
         expected = self.model.config.n_parcels
         if len(scan.parcels) != expected:
             raise CheckpointError(f"{scan.source}: the checkpoint expects {expected} parcels, got {len(scan.parcels)}")
         if self.parcels is None:
-            warnings.warn(
-                f"{scan.source}: the checkpoint does not know its parcels; their number, {expected}, fits, but not "
-                "their names or order were checked",
-                stacklevel=2,
-            )
+            said = f"their number, {expected}, fits, but not their names or order were checked"
+            warnings.warn(f"{scan.source}: the checkpoint does not know its parcels; {said}", stacklevel=2)
             return
         for i, (name, got) in enumerate(zip(self.parcels, scan.parcels, strict=True)):
             if name != got:
                 kind = "in another order" if set(self.parcels) == set(scan.parcels) else "others"
-                raise CheckpointError(
-                    f"{scan.source}: parcels are {kind} than the checkpoint's: column {i} should be {name!r}, "
-                    f"got {got!r}"
-                )
+                said = f"parcels are {kind} than the checkpoint's: column {i} should be {name!r}, got {got!r}"
+                raise CheckpointError(f"{scan.source}: {said}")
 
 
 def save_checkpoint(folder: str | Path, checkpoint: Checkpoint) -> Path:
-    """Write a checkpoint; the JSON, which holds the weights' SHA-256, is written last.
+    """Write a checkpoint into a folder, which is made or whose checkpoint is replaced, and return the folder.
 
-    Parameters
-    ----------
-    folder : str or Path
-        Created where it is missing; a checkpoint already there is replaced.
-    checkpoint : Checkpoint
-
-    Returns
-    -------
-    Path
-        The folder.
+    The JSON, which holds the weights' SHA-256, is written last.
     """
     folder = Path(folder)
     weights = {k: v.detach().cpu().contiguous() for k, v in checkpoint.model.state_dict().items()}
@@ -117,26 +82,16 @@ def save_checkpoint(folder: str | Path, checkpoint: Checkpoint) -> Path:
 
 
 def describe(folder: str | Path) -> dict:
-    """The JSON of a checkpoint, checked to be one.
-
-    Raises
-    ------
-    CheckpointError
-        If the folder or a file of it is missing, a file is damaged, or the format is another.
-    """
+    """The JSON of a checkpoint; a CheckpointError if a file is missing or damaged, or the format is another."""
     folder = Path(folder)
     path, weights = folder / "config.json", folder / "model.safetensors"
     if folder.is_file():
-        raise CheckpointError(
-            f"{folder} is a file, not a checkpoint's folder; a .ckpt of the published draft is loaded with "
-            "load_checkpoint(path, compat='reference')"
-        )
+        mend = "a .ckpt of the published draft is loaded with load_checkpoint(path, compat='reference')"
+        raise CheckpointError(f"{folder} is a file, not a checkpoint's folder; {mend}")
     for file in (path, weights):
         if not file.is_file():
-            raise CheckpointError(
-                f"{folder} is no checkpoint: {file.name} is missing (expected a folder with "
-                "config.json and model.safetensors)"
-            )
+            expected = "expected a folder with config.json and model.safetensors"
+            raise CheckpointError(f"{folder} is no checkpoint: {file.name} is missing ({expected})")
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
         found = config["format"]
@@ -146,28 +101,17 @@ def describe(folder: str | Path) -> dict:
         raise CheckpointError(f"{path}: format must be {FORMAT}, got {found}; another version of mnemodyn wrote it")
     found, expected = sha256(weights), str(config.get("weights_sha256"))
     if found != expected:
-        raise CheckpointError(
-            f"{weights}: damaged: its SHA-256 is {found[:12]}..., config.json expects {expected[:12]}...; "
-            "copy or train it again"
-        )
+        said = f"its SHA-256 is {found[:12]}..., config.json expects {expected[:12]}...; copy or train it again"
+        raise CheckpointError(f"{weights}: damaged: {said}")
     return config
 
 
 def load_checkpoint(folder: str | Path, *, compat: Literal["none", "reference"] = "none") -> Checkpoint:
-    """Load a checkpoint; nothing in its files is executed.
+    """Load a checkpoint, its model on the CPU, in evaluation mode; nothing in its files is executed.
 
-    Parameters
-    ----------
-    folder : str or Path
-        Folder with ``config.json`` and ``model.safetensors``; with ``compat="reference"``, a Lightning ``.ckpt`` of
-        the published draft. Where that holds no settings, they are read from ``hparams.yaml`` beside it.
-    compat : str
-        ``none`` or ``reference``. A reference network saved in this format is loaded like any other.
-
-    Returns
-    -------
-    Checkpoint
-        Its model on the CPU, in evaluation mode.
+    `folder` has ``config.json`` and ``model.safetensors``; with ``compat="reference"`` it is a Lightning ``.ckpt`` of
+    the published draft, its settings inside or in ``hparams.yaml`` beside it. A reference network saved in this
+    package's format is loaded like any other.
 
     Raises
     ------
@@ -185,15 +129,9 @@ def load_checkpoint(folder: str | Path, *, compat: Literal["none", "reference"] 
     try:
         model = MnemoDyn(ModelConfig.from_dict(config["model"])).eval()
         weights = load_tensors(path.read_bytes())
-        parcels, t_r, scaling = (config[name] for name in ("parcels", "t_r", "scaling"))
-        checkpoint = Checkpoint(
-            model,
-            None if parcels is None else tuple(parcels),
-            None if t_r is None else float(t_r),
-            None if scaling is None else Scaling(**scaling),
-            config["data_fingerprint"],
-            config["training"],
-        )
+        made: dict[str, Any] = {"parcels": tuple, "t_r": float, "scaling": lambda found: Scaling(**found)}
+        known: dict = {k: None if config[k] is None else make(config[k]) for k, make in made.items()}
+        checkpoint = Checkpoint(model, **known, **{k: config[k] for k in ("data_fingerprint", "training")})
     except (KeyError, TypeError, ValueError, SafetensorError) as error:
         raise CheckpointError(f"{folder}: config.json and weights do not make a checkpoint: {error}") from error
     if wrong := misfits(model.state_dict(), weights):

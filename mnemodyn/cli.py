@@ -4,17 +4,25 @@ import argparse
 import errno
 import json
 import os
+import subprocess
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from importlib.metadata import PackageNotFoundError, version
+from dataclasses import replace
+from datetime import UTC, datetime
+from functools import partial
+from importlib import import_module
 from importlib.util import find_spec
 from inspect import cleandoc
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
 
+import mnemodyn
+from mnemodyn.files import find_root, write_json, write_text
 from mnemodyn.parameters import ParameterError, read_yaml
+from mnemodyn.provenance import installed_version
 
 _START = """\
 start here:
@@ -37,11 +45,11 @@ Done = tuple[Any, str] | tuple[Any, str, int]
 
 
 class Command(NamedTuple):
-    """A sub-command: its heading in the list of all, its line there, what it does, and what it takes."""
+    """A sub-command: its heading and line in the list of all, what it does, and what it takes."""
 
     group: str
     line: str
-    run: Callable[[argparse.Namespace], Done]
+    run: Callable[..., Done]
     arguments: tuple
 
 
@@ -49,31 +57,22 @@ COMMANDS: dict[str, Command] = {}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line and return its exit status.
+    """Run the command line (`arguments`, by default those of the process) and return its exit status.
 
-    Parameters
-    ----------
-    arguments : sequence of str, optional
-        Words after the program's name; those of the process by default.
-
-    Returns
-    -------
-    int
-        0 done, 1 the work failed, 2 wrong usage or a refused parameter, 130 interrupted.
-
-    Raises
-    ------
-    SystemExit
-        From argparse: 0 after ``--help`` or ``--version``, 2 on wrong usage.
+    That is 0 done, 1 the work failed, 2 a refused parameter, 130 interrupted. From argparse comes SystemExit: 0 after
+    ``--help`` or ``--version``, 2 on wrong usage.
     """
-    options = _parser().parse_args(arguments)
+    options = vars(_parser().parse_args(arguments))
     if arguments is None:
         warnings.showwarning = lambda message, *_: print(f"mnemodyn: {message}", file=sys.stderr)
         warnings.filterwarnings("ignore", "Detected pickle protocol|IProgress not found|.* is deprecated")
     if not sys.stderr.isatty():
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    run, as_json = COMMANDS[options.pop("command")].run, options.pop("json", False)
     try:
-        content, text, *status = COMMANDS[options.command].run(options)
+        if os.path.isdir(options.get("out") or ""):
+            raise ParameterError(f"{options['out']} is a folder; name the file to write")
+        content, text, *status = run(**{k: tuple(v) if isinstance(v, list) else v for k, v in options.items()})
     except KeyboardInterrupt:
         if arguments is not None:
             raise
@@ -82,12 +81,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _fail(error, 2)
     except OSError as error:
         said = "; ".join(filter(None, (error.strerror, _MENDS.get(error.errno or 0))))
-        return _fail(f"{error.filename or getattr(options, 'output', None)}: {said}" if said else error, 1)
+        return _fail(f"{error.filename or options.get('output')}: {said}" if said else error, 1)
     except (ImportError, RuntimeError, ValueError) as error:
         return _fail(error, 1)
     if text:
-        print(json.dumps(content, indent=2, ensure_ascii=False) if getattr(options, "json", None) is True else text)
+        print(_json(content) if as_json else text)
     return status[0] if status else 0
+
+
+def _json(content: Any) -> str:
+    return json.dumps(content, indent=2, ensure_ascii=False)
 
 
 def _fail(error: object, status: int) -> int:
@@ -96,12 +99,12 @@ def _fail(error: object, status: int) -> int:
 
 
 @contextmanager
-def _asked() -> Iterator[None]:
+def _asked(refused: Any = (OSError, ValueError), of: str = "") -> Iterator[None]:
     """What is refused in here is wrong usage."""
     try:
         yield
-    except (OSError, ValueError) as error:
-        raise ParameterError(str(error)) from error
+    except refused as error:
+        raise ParameterError(f"{of}{error}") from error
 
 
 class _Help(argparse.RawDescriptionHelpFormatter):
@@ -116,22 +119,15 @@ def _parser() -> argparse.ArgumentParser:
     for name, command in COMMANDS.items():
         groups.setdefault(command.group, []).append(f"    {name:<12} {command.line}")
     listed = "\n".join(line for group, lines in groups.items() for line in (f"  {group}:", *lines))
-    try:
-        installed = version("mnemodyn")
-    except PackageNotFoundError:  # run from its folder
-        installed = "(not installed)"
-    parser = argparse.ArgumentParser(
-        prog="mnemodyn",
-        description=f"Operator learning for resting-state fMRI: a reproducible research book.\n\ncommands:\n{listed}",
-        epilog=_START,
-        formatter_class=_Help,
-    )
+    installed = installed_version("mnemodyn") or "(not installed)"
+    said = f"Operator learning for resting-state fMRI: a reproducible research book.\n\ncommands:\n{listed}"
+    parser = argparse.ArgumentParser(prog="mnemodyn", description=said, epilog=_START, formatter_class=_Help)
     parser.add_argument("--version", action="version", version=f"mnemodyn {installed}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, command in COMMANDS.items():
-        described, start, examples = cleandoc(command.run.__doc__ or "").partition("examples:\n")
-        epilog = start + examples
-        sub = commands.add_parser(name, help=command.line, description=described, epilog=epilog, formatter_class=_Help)
+        described, *examples = cleandoc(command.run.__doc__ or "").partition("examples:\n")
+        texts: Any = {"help": command.line, "description": described, "epilog": "".join(examples)}
+        sub = commands.add_parser(name, **texts, formatter_class=_Help)
         for names, settings in command.arguments:
             sub.add_argument(*names, **settings)
     return parser
@@ -163,16 +159,16 @@ def _command(listed: str, *arguments: tuple) -> Callable:
     """Make the function below the sub-command of its name, listed as ``heading: what it does``."""
     group, line = listed.split(": ")
 
-    def register(run: Callable[[argparse.Namespace], Done]) -> Callable:
+    def register(run: Callable[..., Done]) -> Callable:
         COMMANDS[run.__name__.strip("_")] = Command(group, line, run, arguments)
         return run
 
     return register
 
 
-def _given(options: argparse.Namespace, *names: str) -> dict[str, Any]:
-    given = {name: getattr(options, name) for name in names}
-    return {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
+def _part(name: str) -> Any:
+    """A module of the package, imported where it is needed: help and refusals are quick."""
+    return import_module(f"mnemodyn.{name}")
 
 
 def _progress(done: int, total: int) -> None:
@@ -186,13 +182,19 @@ def _file(name: str | None) -> dict:
         return {}
     if name != "-" and not Path(name).is_file():
         raise ParameterError(f"there is no parameters file {name}")
-    try:
+    with _asked(ValueError, f"{name}: "):
         content = read_yaml(sys.stdin.read() if name == "-" else Path(name).read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ParameterError(f"{name}: {error}") from None
     if not isinstance(content, dict):
         raise ParameterError(f"{name} must hold a mapping 'name: value', got {content!r}")
     return content
+
+
+def _values(given: Sequence, read: Callable[[str], Any]) -> dict:
+    found = {}
+    for name, value in given:
+        with _asked(ValueError, f"{name}: "):
+            found[name] = read(value)
+    return found
 
 
 _COHORT = _arg("COHORT", "a shipped cohort's name, or a YAML file that describes one")
@@ -207,22 +209,22 @@ _WORKERS = _arg("--workers N", "processes that read", default=1)
     _arg("--table FILE", "write a row a usable scan: .csv, or .tsv"),
     _WORKERS,
 )
-def _index(options: argparse.Namespace) -> Done:
+def _index(cohort: str, folder: str, table: str, workers: int) -> Done:
     """Find a cohort's scans in FOLDER, match them with their phenotypes, read each once, and print what is there:
     scans, participants, sites, frames, repetition times, every target's distribution, and what was left out and why.
 
     Cohorts of the package: abide, adhd200, adni, bids, hbn, hcp_aging, nkir, ukb.
     """
-    from mnemodyn.data.cohorts import index, load_cohort
-    from mnemodyn.files import write_text
-
-    with _asked():
-        cohort = load_cohort(options.cohort)
-    found = index(cohort, options.folder, progress=_progress, workers=options.workers)
-    if options.table:
-        separator = "," if options.table.endswith(".csv") else "\t"
-        write_text(options.table, found.table.to_csv(index=False, sep=separator))
+    found = _found(cohort, folder, workers)
+    if table:
+        write_text(table, found.table.to_csv(index=False, sep="," if table.endswith(".csv") else "\t"))
     return found.summary(), str(found)
+
+
+def _found(cohort: str, folder: str, workers: int) -> Any:
+    with _asked():
+        described = _part("data.cohorts").load_cohort(cohort)
+    return _part("data.cohorts").index(described, folder, progress=_progress, workers=workers)
 
 
 @_command(
@@ -239,7 +241,7 @@ def _index(options: argparse.Namespace) -> Done:
     _arg("--jobs N", "scans at a time; a dense one of 1,200 frames needs 1 GB", default=1),
     _JSON,
 )
-def _preprocess(options: argparse.Namespace) -> Done:
+def _preprocess(sources: Sequence[str], output: str, jobs: int, **settings: Any) -> Done:
     """Turn dense series (.dtseries.nii), or volumes, into parcels, with a JSON sidecar each:
     sub-*/func/*_seg-ATLAS_stat-mean_timeseries.ptseries.nii. What is complete already is skipped, so that an ended run
     goes on.
@@ -255,18 +257,15 @@ def _preprocess(options: argparse.Namespace) -> Done:
 
     exit status: 0 done; 1 some scans failed, which are listed with the reason; 2 wrong usage.
     """
-    from mnemodyn.data.preprocess import Preprocessing, preprocess
-
-    given = _given(options, "atlas", "low_pass", "high_pass", "confounds", "surfaces", "t_r", "table")
-    with _asked():
-        settings = Preprocessing(**given)
-        rows = preprocess(options.sources, options.output, settings, jobs=options.jobs)
+    part = _part("data.preprocess")
+    with _asked(ValueError):
+        rows = part.preprocess(sources, output, part.Preprocessing(**settings), jobs=jobs)
     failed = rows.loc[rows["status"] == "failed", ["problem", "message"]].to_dict("records")
     for row in failed:
         print(f"{row['problem']}: {row['message']}", file=sys.stderr)
     counts = {status: int((rows["status"] == status).sum()) for status in ("done", "skipped", "failed")}
     text = ", ".join(f"{n} {status}" for status, n in counts.items())
-    return {**counts, "output": options.output, "problems": failed}, text, int(bool(failed))
+    return {**counts, "output": output, "problems": failed}, text, int(bool(failed))
 
 
 @_command(
@@ -280,56 +279,37 @@ def _preprocess(options: argparse.Namespace) -> Done:
     _WORKERS,
     _JSON,
 )
-def _convert(options: argparse.Namespace) -> Done:
+def _convert(cohort: str, folder: str, store: str, dtype: str, workers: int) -> Done:
     """Write every usable scan of a cohort into a store, a directory that training reads at the speed of the disk.
 
     May be killed at any moment and started again. With more scans in FOLDER it adds those to STORE.
     What could not be used is listed in the store with the reason (mnemodyn.data.store.Store(STORE).excluded).
     """
-    from mnemodyn.data.cohorts import index, load_cohort
-    from mnemodyn.data.store import convert
-
-    with _asked():
-        cohort = load_cohort(options.cohort)
-    found = index(cohort, options.folder, progress=_progress, workers=options.workers)
-    store = convert(found, options.store, dtype=options.dtype, progress=_progress)
-    content = {"store": options.store, "n_scans": len(store), "n_excluded": len(store.excluded)}
-    return content, f"{options.store}: {store.summary()}"
+    made = _part("data.store").convert(_found(cohort, folder, workers), store, dtype=dtype, progress=_progress)
+    content = {"store": store, "n_scans": len(made), "n_excluded": len(made.excluded)}
+    return content, f"{store}: {made.summary()}"
 
 
 @_command(
     "scans: write a SIMULATED cohort",
     _arg("COHORT", "abide, adhd200, adni, hbn, hcp_aging, nkir or ukb"),
     _arg("FOLDER", "where it goes; must be empty or absent"),
-    _arg("--participants N", "people", default=40),
+    _arg("--participants N", "people", default=40, dest="n_participants"),
     _arg("--seed S", type=int, default=0),
-    _arg("--parcels N", "even", default=40),
-    _arg("--frames N", "as in the real cohort by default", type=int),
+    _arg("--parcels N", "even", default=40, dest="n_parcels"),
+    _arg("--frames N", "as in the real cohort by default", type=int, dest="n_frames"),
     _arg("--effect NAME D", "of a target, site or mean_fd, in SD (default: 1); may be repeated", action="append"),
     _arg("--generator", choices=("ou", "hcp7"), default="ou"),
     _JSON,
 )
-def _simulate(options: argparse.Namespace) -> Done:
+def _simulate(cohort: str, folder: str, effect: Sequence, **settings: Any) -> Done:
     """Write a SIMULATED cohort: scans in the real one's formats and folders, its phenotype table, a few broken files,
     and effects of known size on connectivity. FOLDER/simulated.json says what was planted.
     """
-    from mnemodyn.data.simulate import simulate_cohort
-
-    try:
-        truth = simulate_cohort(
-            options.cohort,
-            options.folder,
-            n_participants=options.participants,
-            seed=options.seed,
-            n_parcels=options.parcels,
-            n_frames=options.frames,
-            effects={name: float(d) for name, d in options.effect},
-            generator=options.generator,
-        )
-    except ValueError as error:
-        raise ParameterError(str(error)) from error
-    effects = ", ".join(f"{name} {e['d']:g}" for name, e in truth["effects"].items())
-    return truth, f"SIMULATED {truth['cohort']} -> {options.folder}; effects in SD: {effects}"
+    with _asked(ValueError):
+        truth = _part("data.simulate").simulate_cohort(cohort, folder, effects=_values(effect, float), **settings)
+    planted = ", ".join(f"{name} {e['d']:g}" for name, e in truth["effects"].items())
+    return truth, f"SIMULATED {truth['cohort']} -> {folder}; effects in SD: {planted}"
 
 
 @_command(
@@ -342,7 +322,7 @@ def _simulate(options: argparse.Namespace) -> Done:
     _arg("--restart", "give up an unfinished run of other settings in OUTPUT"),
     _JSON,
 )
-def _pretrain(options: argparse.Namespace) -> Done:
+def _pretrain(data: str, output: str, objective: str, config: str | None, set: Sequence, restart: bool) -> Done:
     """Pretrain a network on scans without labels.
 
     OUTPUT gets the two best checkpoints (best, second), history.csv, and run.json with the settings, the commit and
@@ -356,31 +336,20 @@ def _pretrain(options: argparse.Namespace) -> Done:
     objectives: masked, denoise, autoencode, latent, forecast, groups, mixed.
     exit status: 0 done; 1 the training failed; 2 wrong usage or a refused setting.
     """
-    from mnemodyn.pretrain.config import configure
-
     with _asked():
-        settings = {name: read_yaml(value) for name, value in options.set}
-        objective, model, training, machine, data = configure(options.objective, _file(options.config), settings)
-    from mnemodyn import ModelConfig, Scaling, load_scans
-    from mnemodyn.data.scans import split_participants
-    from mnemodyn.pretrain.training import pretrain
-
-    scans = load_scans(options.data, t_r=data.t_r or None)
-    train, validation, _ = split_participants(scans, n_test=data.n_test, n_validation=data.n_validation)
-    checkpoint, history = pretrain(
-        train,
-        validation,
-        options.output,
-        model=ModelConfig(n_parcels=len(scans[0].parcels), **model),
-        objective=objective,
-        training=training,
-        scaling=Scaling(data.scaling),
-        machine=machine,
-        restart=options.restart,
+        settings, configure = _values(set, read_yaml), _part("pretrain.config").configure
+        asked, model, training, machine, read = configure(objective, _file(config), settings)
+    scans = mnemodyn.load_scans(data, t_r=read.t_r or None)
+    held_out = {"n_test": read.n_test, "n_validation": read.n_validation}
+    train, validation, _ = _part("data.scans").split_participants(scans, **held_out)
+    network = mnemodyn.ModelConfig(n_parcels=len(scans[0].parcels), **model)
+    how = {"objective": asked, "training": training, "scaling": mnemodyn.Scaling(read.scaling), "machine": machine}
+    checkpoint, history = _part("pretrain.training").pretrain(
+        train, validation, output, model=network, restart=restart, **how
     )
-    best, score = Path(options.output) / "best", checkpoint.training[objective.monitor]
-    content = {"checkpoint": str(best), "epochs": len(history), objective.monitor: score}
-    return content, f"{best}: {objective.monitor} {score:.4f}, {len(history)} epochs"
+    best, score = Path(output) / "best", checkpoint.training[asked.monitor]
+    content = {"checkpoint": str(best), "epochs": len(history), asked.monitor: score}
+    return content, f"{best}: {asked.monitor} {score:.4f}, {len(history)} epochs"
 
 
 @_command(
@@ -388,18 +357,20 @@ def _pretrain(options: argparse.Namespace) -> Done:
     _COHORT,
     _arg("SOURCE", "folder of the scans, or a store"),
     _arg("--target T", "one of the cohort's targets", required=True),
-    _arg("--json OUT", "where the scores go", required=True),
+    _arg("--json OUT", "where the scores go", required=True, dest="out"),
     _arg("--checkpoint CHECKPOINT", "folder or file, or NAME/MODEL on the hub"),
-    _arg("--method M...", "such as fc, tangent, model+fc, finetune_all"),
-    _arg("--folds N", default=5),
-    _arg("--repeats N", default=5),
-    _arg("--leave-one-site-out", "in place of folds"),
+    _arg("--method M...", "such as fc, tangent, model+fc, finetune_all", dest="methods"),
+    _arg("--folds N", default=5, dest="n_folds"),
+    _arg("--repeats N", default=5, dest="n_repeats"),
+    _arg("--leave-one-site-out", "in place of folds", dest="by_site"),
     _arg("--control", "shuffled labels, or scans of white noise", choices=("permuted", "noise")),
     _arg("--cache DIR", "keep read-outs and folds here, so that a second run goes on"),
-    _arg("--jobs N", "processes", default=1),
+    _arg("--jobs N", "processes", default=1, dest="n_jobs"),
     _arg("--seed S", type=int, default=0),
 )
-def _evaluate(options: argparse.Namespace) -> Done:
+def _evaluate(
+    cohort: str, source: str, target: str, out: str, methods: Sequence, control: str, by_site: bool, **settings: Any
+) -> Done:
     """Predict a target from a cohort's scans by several methods on the same folds over participants, and write scores
     with 95 % intervals. Without --method: confounds and fc, and with --checkpoint model and model+fc too.
 
@@ -407,51 +378,34 @@ def _evaluate(options: argparse.Namespace) -> Done:
       mnemodyn evaluate hbn FOLDER --target sex --json sex.json
       mnemodyn evaluate abide STORE --target diagnosis --checkpoint NAME/MODEL --json diagnosis.json --jobs 4
     """
-    from mnemodyn.data.cohorts import load_cohort
-    from mnemodyn.evaluate import downstream, splits
-    from mnemodyn.files import write_json
-    from mnemodyn.hub import from_pretrained
-
-    methods = options.method or ["confounds", "fc", *(["model", "model+fc"] if options.checkpoint else [])]
+    downstream, splits = _part("evaluate.downstream"), _part("evaluate.splits")
+    checkpoint, seed = settings["checkpoint"], settings["seed"]
+    n_folds, n_repeats = settings.pop("n_folds"), settings.pop("n_repeats")
+    methods = methods or ("confounds", "fc", *(("model", "model+fc") if checkpoint else ()))
     with _asked():
-        cohort = load_cohort(options.cohort)
-        kinds = {target.name: target.kind for target in cohort.targets}
-        if options.target not in kinds:
-            mend = "a cohort's YAML can describe others"
-            raise ValueError(
-                f"--target must be one of {', '.join(kinds)} for {cohort.name}, got {options.target!r}; {mend}"
-            )
-        if unknown := [m for m in methods if m not in downstream.METHODS]:
-            raise ValueError(f"--method must be among {', '.join(downstream.METHODS)}, got {unknown[0]!r}")
-    checkpoint = from_pretrained(options.checkpoint) if options.checkpoint else None
-    opened = downstream.open_scans(cohort, options.source, workers=options.jobs)
-    task = downstream.Task.of(opened.table, options.target, kinds[options.target])
+        described = _part("data.cohorts").load_cohort(cohort)
+        kinds = {known.name: known.kind for known in described.targets}
+        if target not in kinds:
+            known = f"{', '.join(kinds)} for {described.name}"
+            raise ValueError(f"--target must be one of {known}, got {target!r}; a cohort's YAML can describe others")
+        if wrong := [m for m in methods if m not in downstream.METHODS]:
+            raise ValueError(f"--method must be among {', '.join(downstream.METHODS)}, got {wrong[0]!r}")
+    settings["checkpoint"] = mnemodyn.from_pretrained(checkpoint) if checkpoint else None
+    opened = downstream.open_scans(described, source, workers=settings["n_jobs"])
+    task = downstream.Task.of(opened.table, target, kinds[target])
     scans: Sequence = downstream.Rows(opened, task.rows)
-    if options.leave_one_site_out:
-        folds = splits.leave_one_site_out(task.table)
-    else:
-        folds = splits.repeated_folds(
-            task.table, task.target, n_folds=options.folds, n_repeats=options.repeats, seed=options.seed
-        )
-    if options.control == "permuted":
-        task = downstream.permuted(task, options.seed)
-    elif options.control == "noise":
-        scans = downstream.noise_scans(scans, options.seed)
-    found = downstream.evaluate(
-        scans,
-        task,
-        folds,
-        methods,
-        checkpoint=checkpoint,
-        cache=options.cache,
-        n_jobs=options.jobs,
-        seed=options.seed,
-        say=lambda line: print(line, file=sys.stderr, flush=True) if sys.stderr.isatty() else None,
-    )
-    content = {"cohort": cohort.name, "simulated": opened.simulated, "control": options.control}
-    content |= {"excluded": len(opened.excluded)} | downstream.report(found, seed=options.seed)
-    write_json(options.json, content)
-    folds.write(Path(options.json).with_suffix(".folds.csv"))
+    repeated = partial(splits.repeated_folds, target=target, n_folds=n_folds, n_repeats=n_repeats, seed=seed)
+    folds = (splits.leave_one_site_out if by_site else repeated)(task.table)
+    if control == "permuted":
+        task = downstream.permuted(task, seed)
+    elif control == "noise":
+        scans = downstream.noise_scans(scans, seed)
+    say = partial(print, file=sys.stderr, flush=True) if sys.stderr.isatty() else lambda line: None
+    found = downstream.evaluate(scans, task, folds, methods, say=say, **settings)
+    content = {"cohort": described.name, "simulated": opened.simulated, "control": control}
+    content |= {"excluded": len(opened.excluded)} | downstream.report(found, seed=seed)
+    write_json(out, content)
+    folds.write(Path(out).with_suffix(".folds.csv"))
     lines = []
     for row in content["rows"]:
         value = row[task.metric]
@@ -463,13 +417,10 @@ def _evaluate(options: argparse.Namespace) -> Done:
 @_command(
     "a model: describe a checkpoint", _arg("CHECKPOINT", "folder of a run or a checkpoint, or a file of the latter")
 )
-def _info(options: argparse.Namespace) -> Done:
+def _info(checkpoint: str) -> Done:
     """Print what a checkpoint holds (architecture, data, training) as JSON."""
-    from mnemodyn.checkpoint import describe
-    from mnemodyn.hub import find_checkpoint
-
-    content = describe(find_checkpoint(options.checkpoint).checkpoint)
-    return content, json.dumps(content, indent=2, ensure_ascii=False)
+    content = _part("checkpoint").describe(_part("hub").find_checkpoint(checkpoint).checkpoint)
+    return content, _json(content)
 
 
 # What names a checkpoint, and how scans are read.
@@ -487,43 +438,32 @@ _CHECKPOINT = (
 )
 
 
-def _checkpoint(options: argparse.Namespace) -> Any:
-    from dataclasses import replace
-
-    from mnemodyn.data.scaling import Scaling
-    from mnemodyn.hub import from_pretrained
-
-    checkpoint = from_pretrained(
-        options.checkpoint, compat=options.compat, revision=options.revision, subfolder=options.subfolder
-    )
-    if options.scaling:
-        if checkpoint.scaling is not None:
-            raise ValueError(
-                f"{options.checkpoint} was trained with scaling {checkpoint.scaling.method!r}; leave --scaling out"
-            )
-        checkpoint = replace(checkpoint, scaling=Scaling(options.scaling))
+def _checkpoint(
+    checkpoint: str, revision: str | None, subfolder: str, compat: Any, scaling: str | None, device: str, **others: Any
+) -> tuple[Any, dict]:
+    """The checkpoint that those options name, and the other options."""
+    found = mnemodyn.from_pretrained(checkpoint, compat=compat, revision=revision, subfolder=subfolder)
+    if scaling:
+        if found.scaling is not None:
+            raise ValueError(f"{checkpoint} was trained with scaling {found.scaling.method!r}; leave --scaling out")
+        found = replace(found, scaling=mnemodyn.Scaling(scaling))
     try:
-        checkpoint.model.to(options.device)
+        found.model.to(device)
     except (AssertionError, RuntimeError) as error:  # PyTorch's own, of a build without GPUs, is an assertion
         reason = str(error).partition("\n")[0]
-        raise ValueError(
-            f"--device must be cpu, or cuda where PyTorch finds one, got {options.device!r} ({reason})"
-        ) from error
-    return checkpoint
-
-
-_READING = ("t_r", "frames_first", "max_constant_parcels")
+        raise ValueError(f"--device must be cpu, or cuda where PyTorch finds one, got {device!r} ({reason})") from error
+    return found, others
 
 
 @_command(
     "a model: write a vector for every scan",
     _arg("SCANS...", "files, folders or stores"),
     _arg("-o --output FILE", "table to write: .csv or .parquet", required=True),
-    _arg("--readout NAME...", "(default: latent_mean latent_sd)", default=["latent_mean", "latent_sd"]),
+    _arg("--readout NAME...", "(default: latent_mean latent_sd)", default=["latent_mean", "latent_sd"], dest="names"),
     _arg("--pattern GLOB", "which names of a folder, such as '*4S456*'", default="*"),
     *_CHECKPOINT,
 )
-def _embed(options: argparse.Namespace) -> Done:
+def _embed(scans: Sequence[str], output: str, **given: Any) -> Done:
     """Write a vector for every scan into a table: what a frozen network reads out of it.
 
     SCANS are files (.ptseries.nii, .tsv, .csv, .1D, .npy, .npz, .mat), folders that are searched for them, or stores.
@@ -534,22 +474,14 @@ def _embed(options: argparse.Namespace) -> Done:
       mnemodyn embed derivatives/xcp_d -o embeddings.csv -c lab/mnemodyn-450
       mnemodyn embed *.1D -o embeddings.parquet -c runs/pretrain --t-r 2 --readout latent_mean latent_correlation
     """
-    from mnemodyn.embed import embed, refused_listing
-
-    done = embed(
-        options.scans,
-        _checkpoint(options),
-        options.output,
-        names=options.readout,
-        progress=_progress,
-        **_given(options, "pattern", *_READING),
-    )
+    checkpoint, how = _checkpoint(**given)
+    done = _part("embed").embed(scans, checkpoint, output, progress=_progress, **how)
     if done.refused:
-        listing = refused_listing(options.output)
+        listing = _part("embed").refused_listing(output)
         print(f"mnemodyn: {len(done.refused)} scans refused, see {listing}", file=sys.stderr)
     resumed = f" ({done.n_resumed} of them from before)" if done.n_resumed else ""
-    text = f"{options.output}: {done.n_scans} scans{resumed}, {done.n_features} features"
-    return {"output": options.output, **done._asdict()}, text
+    text = f"{output}: {done.n_scans} scans{resumed}, {done.n_features} features"
+    return {"output": output, **done._asdict()}, text
 
 
 @_command(
@@ -559,18 +491,13 @@ def _embed(options: argparse.Namespace) -> Done:
     _arg("--whole", "write the reconstruction of every frame"),
     *_CHECKPOINT,
 )
-def _reconstruct(options: argparse.Namespace) -> Done:
+def _reconstruct(scan: str, output: str, **given: Any) -> Done:
     """Fill the censored frames of a scan (those that *_outliers.tsv beside it marks) with what the network makes of
     the frames around them. All other frames stay as they were measured.
     """
-    from mnemodyn.embed import reconstruct
-
-    reading = _given(options, "whole", *_READING)
-    done = reconstruct(options.scan, _checkpoint(options), options.output, **reading)
-    return {
-        "output": options.output,
-        **done,
-    }, f"{options.output}: {done['n_filled']} of {done['n_frames']} frames filled"
+    checkpoint, how = _checkpoint(**given)
+    done = _part("embed").reconstruct(scan, checkpoint, output, **how)
+    return {"output": output, **done}, f"{output}: {done['n_filled']} of {done['n_frames']} frames filled"
 
 
 @_command(
@@ -580,14 +507,11 @@ def _reconstruct(options: argparse.Namespace) -> Done:
     _arg("--frames N", "of the scans it will read (default: those of a training window)", type=int),
     _JSON,
 )
-def _export(options: argparse.Namespace) -> Done:
+def _export(checkpoint: str, file: str, frames: int | None) -> Done:
     """Write a network as a program that runs without this package: FILE.pt2 for torch.export.load, FILE.onnx for an
     ONNX runtime. FILE.json beside it says what goes in: parcels in their order, repetition time, scaling.
     """
-    from mnemodyn.export import export
-    from mnemodyn.hub import from_pretrained
-
-    written = str(export(from_pretrained(options.checkpoint), options.file, n_timepoints=options.frames))
+    written = str(_part("export").export(mnemodyn.from_pretrained(checkpoint), file, n_timepoints=frames))
     return {"output": written, "described": f"{written}.json"}, written
 
 
@@ -607,7 +531,9 @@ def _export(options: argparse.Namespace) -> Done:
     _arg("--dry-run", "send nothing, show the folder that would be pushed"),
     _JSON,
 )
-def _publish(options: argparse.Namespace) -> Done:
+def _publish(
+    source: str, dry_run: bool, private: bool | None, revision: str | None, commit_message: str, **contents: Any
+) -> Done:
     """Push a checkpoint to the Hugging Face Hub: weights (safetensors), configuration, scaling, parcels in their order,
     training metrics, and a model card written from the run.
 
@@ -619,19 +545,14 @@ def _publish(options: argparse.Namespace) -> Done:
       mnemodyn publish runs/pretrain --repo-id lab/mnemodyn-450 --results book/runs/reconstruction.json --dry-run
       mnemodyn publish lightning_logs/version_3 --repo-id lab/draft --private --revision v1
     """
-    from tempfile import TemporaryDirectory
-
-    from mnemodyn.hub import publish, write_folder
-
-    names = ("repo_id", "subfolder", "licence", "results", "metrics", "hyper_parameters", "keep_participants")
-    contents = _given(options, *names)
-    if not options.dry_run:
-        address = publish(options.source, **contents, **_given(options, "private", "revision", "commit_message"))
+    if not dry_run:
+        place = {"private": private, "revision": revision, "commit_message": commit_message}
+        address = _part("hub").publish(source, **contents, **place)
         return {"commit": address}, address
     with TemporaryDirectory() as folder:
-        write_folder(options.source, folder, **contents)
-        place = "/".join(filter(None, (options.repo_id, options.subfolder)))
-        files = {f"{place}/{path.name}": path.stat().st_size for path in sorted(Path(folder).iterdir())}
+        _part("hub").write_folder(source, folder, **contents)
+        home = "/".join(filter(None, (contents["repo_id"], contents["subfolder"])))
+        files = {f"{home}/{path.name}": path.stat().st_size for path in sorted(Path(folder).iterdir())}
         card = Path(folder, "README.md").read_text(encoding="utf-8")
     listed = "\n".join(f"{name}\t{size} bytes" for name, size in files.items())
     return {"files": files, "card": card}, f"{listed}\n\n{card}"
@@ -645,7 +566,7 @@ def _publish(options: argparse.Namespace) -> Done:
     _arg("-f --parameters-file FILE", "YAML or JSON, one 'name: value' a line; - is standard input"),
     _JSON,
 )
-def _run(options: argparse.Namespace) -> Done:
+def _run(notebook: str, output: str, parameter: Sequence, parameters_file: str | None) -> Done:
     """Run a notebook from start to end with the parameters you give, without opening it.
 
     OUTPUT is the executed notebook; OUTPUT's stem + .manifest.json, beside it, says with which parameters, versions and
@@ -659,30 +580,14 @@ def _run(options: argparse.Namespace) -> Done:
 
     exit status: 0 done; 1 the notebook failed; 2 wrong usage or a refused parameter.
     """
-    from mnemodyn.running import run_notebook
-
-    if not Path(options.notebook).is_file():
-        raise ParameterError(f"there is no notebook {options.notebook}")
-    done = run_notebook(options.notebook, options.output, _file(options.parameters_file) | dict(options.parameter))
+    if not Path(notebook).is_file():
+        raise ParameterError(f"there is no notebook {notebook}")
+    done = mnemodyn.run_notebook(notebook, output, _file(parameters_file) | dict(parameter))
     return done, f"{done['notebook']} -> {done['output']} in {done['seconds']:.1f} s"
 
 
-def _module(module: str, extra: str, *words: str) -> Done:
-    """Run a Python program in the repository's root; its output is the command's."""
-    import subprocess
-
-    from mnemodyn.files import find_root
-
-    if find_spec(module) is None:
-        raise ImportError(f"this needs {module}: pip install 'mnemodyn[{extra}]'")
-    done = subprocess.run([sys.executable, "-m", module, *words], cwd=find_root(), check=False)
-    return None, "", int(done.returncode != 0)
-
-
-def _in_clone(folder: str, name: str, ending: str) -> Path:
-    """A file of the repository, or what there is in its place."""
-    from mnemodyn.files import find_root
-
+def _in_clone(folder: str, name: str, ending: str) -> tuple[Path, Path]:
+    """The repository's root and a file of it, or what there is in its place."""
     root = find_root()
     if not (root / "Snakefile").is_file():
         raise ParameterError(f"{root} holds no Snakefile; go to a clone of the repository")
@@ -690,7 +595,15 @@ def _in_clone(folder: str, name: str, ending: str) -> Path:
     if not path.is_file():
         known = ", ".join(sorted(found.stem for found in path.parent.glob(f"*{ending}")))
         raise ParameterError(f"there is no {path.relative_to(root)}; {folder}/ has {known}")
-    return path
+    return root, path
+
+
+def _module(root: Path, module: str, extra: str, *words: str) -> Done:
+    """Run a Python program in the repository's root; its output is the command's."""
+    if find_spec(module) is None:
+        raise ImportError(f"this needs {module}: pip install 'mnemodyn[{extra}]'")
+    done = subprocess.run([sys.executable, "-m", module, *words], cwd=root, check=False)
+    return None, "", int(done.returncode != 0)
 
 
 @_command(
@@ -698,7 +611,7 @@ def _in_clone(folder: str, name: str, ending: str) -> Path:
     _arg("[NAME]", "notebooks/NAME.ipynb, such as pretrain; all of them by default"),
     _arg("--no-browser", "print the address only, as on a server"),
 )
-def _notebook(options: argparse.Namespace) -> Done:
+def _notebook(name: str | None, no_browser: bool) -> Done:
     """Open one of the book's notebooks in JupyterLab, in a clone of the repository. Choose Run all; the parameters are
     in the first cell of code.
 
@@ -707,11 +620,11 @@ def _notebook(options: argparse.Namespace) -> Done:
       mnemodyn notebook pretrain --no-browser       prints an address with a token
       ssh -L 8888:localhost:8888 SERVER             brings it to your browser
     """
-    path = _in_clone("notebooks", options.name or "data", ".ipynb")
-    words = [f"--notebook-dir={path.parents[1]}", *["--no-browser"] * options.no_browser]
-    words += [f"--LabApp.default_url=/lab/tree/notebooks/{path.name}"] * bool(options.name)
+    root, path = _in_clone("notebooks", name or "data", ".ipynb")
+    words = [f"--notebook-dir={root}", *["--no-browser"] * no_browser]
+    words += [f"--LabApp.default_url=/lab/tree/notebooks/{path.name}"] * bool(name)
     words += ["--allow-root"] * (hasattr(os, "geteuid") and os.geteuid() == 0)  # in a container; the token guards it
-    return _module("jupyterlab", "lab", *words)
+    return _module(root, "jupyterlab", "lab", *words)
 
 
 @_command(
@@ -721,29 +634,28 @@ def _notebook(options: argparse.Namespace) -> Done:
     _arg("--data FOLDER", "scans of your own in place of the profile's"),
     _arg("-n --dry-run", "say what would run"),
 )
-def _book(options: argparse.Namespace) -> Done:
+def _book(profile: str, cores: int, data: str | None, dry_run: bool) -> Done:
     """Run every notebook of a profile and build the pages, in a clone of the repository: `make book` for an environment
     that is already there.
     """
-    profile = _in_clone("profiles", options.profile, ".yaml")
-    words = ["--configfile", str(profile), "--cores", str(options.cores)]
-    words += ["-n"] * options.dry_run + (["--config", f"data={options.data}"] if options.data else [])
-    return _module("snakemake", "book", *words)
+    root, path = _in_clone("profiles", profile, ".yaml")
+    words = ["--configfile", str(path), "--cores", str(cores), *["-n"] * dry_run]
+    return _module(root, "snakemake", "book", *words, *(["--config", f"data={data}"] if data else []))
 
 
 @_command("more: print a script for the shell's completion", _arg("SHELL", "bash, zsh or tcsh"))
-def _completion(options: argparse.Namespace) -> Done:
+def _completion(shell: str) -> Done:
     """Print a script that completes commands and options. For bash:
 
     mnemodyn completion bash > ~/.local/share/bash-completion/completions/mnemodyn
     """
-    try:
-        import shtab
-    except ImportError:
-        raise ImportError("completion needs shtab: pip install 'mnemodyn[completion]'") from None
-    if options.shell not in shtab.SUPPORTED_SHELLS:
-        raise ParameterError(f"shell must be one of {', '.join(shtab.SUPPORTED_SHELLS)}, got {options.shell!r}")
-    return None, shtab.complete(_parser(), shell=options.shell)
+    if find_spec("shtab") is None:
+        raise ImportError("completion needs shtab: pip install 'mnemodyn[completion]'")
+    import shtab
+
+    if shell not in shtab.SUPPORTED_SHELLS:
+        raise ParameterError(f"shell must be one of {', '.join(shtab.SUPPORTED_SHELLS)}, got {shell!r}")
+    return None, shtab.complete(_parser(), shell=shell)
 
 
 @_command(
@@ -754,44 +666,30 @@ def _completion(options: argparse.Namespace) -> Done:
     _arg("FOLDER", "where finished cells are kept"),
     _arg("--out FILE", "JSON of the result", required=True),
     _arg("--cohort NAME", "whose folder DATA is, for a size with a target"),
-    _arg("--folds N", "in place of the size's", type=int),
     _arg("--threads N", "CPU threads", default=1),
 )
-def _ablate(options: argparse.Namespace) -> Done:
+def _ablate(data: str, grid: str, size: str, folder: str, out: str, cohort: str | None, threads: int) -> Done:
     """Train and score every cell of a grid of ablations, fold by fold, and write what each changes.
 
     FOLDER keeps every finished cell: the same command goes on where it was stopped. GRID is a YAML file such as
     notebooks/ablations.yaml, SIZE one of its sizes.
     """
-    from dataclasses import replace
-    from datetime import UTC, datetime
-
-    from mnemodyn.evaluate.ablations import collect, read_grid, run_grid
-    from mnemodyn.files import write_json
-
+    part = _part("evaluate.ablations")
     with _asked():
-        grid = read_grid(options.grid, options.size)
-        grid = replace(grid, folds=options.folds) if options.folds else grid
+        asked = part.read_grid(grid, size)
     import torch
 
-    from mnemodyn.data.quality import open_scans
-
-    torch.set_num_threads(options.threads)
-    found = open_scans(options.data, cohort=options.cohort)
-    scans = [scan for scan in found.scans if not (options.cohort and scan.constant.any())]
-    records = run_grid(grid, scans, options.folder, table=found.table)
+    torch.set_num_threads(threads)
+    found = _part("data.quality").open_scans(data, cohort=cohort)
+    scans = [scan for scan in found.scans if not (cohort and scan.constant.any())]
+    records = part.run_grid(asked, scans, folder, table=found.table)
     minutes = sum(record["cpu_seconds"] for mine in records.values() for record in mine) / 60
-    facts = {
-        "data": options.cohort or options.data,
-        "size": options.size,
-        "command": f"mnemodyn ablate {'DATA' if options.cohort else options.data} {options.grid} {options.size} FOLDER "
-        f"--out FILE{f' --cohort {options.cohort}' if options.cohort else ''}",
-        "cpu_minutes": round(minutes, 1),
-        "date": datetime.now(UTC).date().isoformat(),
-    }
-    content = collect(grid, records, **facts)
-    write_json(options.out, content)
-    return content, f"{options.out}: {len(grid.cells)} cells, {grid.folds} folds"
+    words = f"{'DATA' if cohort else data} {grid} {size} FOLDER --out FILE{f' --cohort {cohort}' if cohort else ''}"
+    facts = {"data": cohort or data, "size": size, "command": f"mnemodyn ablate {words}"}
+    facts |= {"cpu_minutes": round(minutes, 1), "date": datetime.now(UTC).date().isoformat()}
+    content = part.collect(asked, records, **facts)
+    write_json(out, content)
+    return content, f"{out}: {len(asked.cells)} cells, {asked.folds} folds"
 
 
 if __name__ == "__main__":

@@ -37,12 +37,8 @@ class Embedded(NamedTuple):
     refused: list[dict]
 
 
-class Job(NamedTuple):
-    """A scan to come: its name in the table, what changes when it changes, and how it is loaded."""
-
-    name: str
-    stamp: list
-    load: Callable[[], Scan]
+# A scan to come: its name in the table, what changes when it changes, and how it is loaded.
+Job = tuple[str, list, Callable[[], Scan]]
 
 
 def embed(
@@ -64,15 +60,12 @@ def embed(
     Parameters
     ----------
     sources : sequence of str or Path
-        Files, folders that are searched for scans, and stores.
-    checkpoint : Checkpoint
+        Files, folders that are searched for scans whose names fit `pattern`, and stores.
     output : str or Path
         ``.csv`` or ``.parquet`` (which needs pyarrow). Columns: file, participant_id, session, run, t_r (s),
         n_frames, n_usable, and ``READOUT_NUMBER`` for each feature (float32).
     names : sequence of str
         Read-outs, see :func:`~mnemodyn.evaluate.readout.readouts`.
-    pattern : str
-        Which names of a folder.
     progress : callable, optional
         Called with the number done and their total.
     **reading
@@ -84,8 +77,6 @@ def embed(
         If there is no scan, or none of them can be used.
     CheckpointError
         If the checkpoint does not know its scaling.
-    OSError
-        If `output` cannot be written.
     """
     output = Path(output)
     if output.suffix not in (".csv", ".parquet"):
@@ -96,27 +87,29 @@ def embed(
         _parquet()
     if unknown := sorted(set(names) - set(READOUTS)):
         raise ValueError(f"read-out must be one of {tuple(READOUTS)}, got {unknown[0]!r}")
+    _keep(sources, output)
     _scaling(checkpoint)
     jobs = list(_jobs(sources, pattern, {"parcels": checkpoint.parcels, **reading}))
     output.parent.mkdir(parents=True, exist_ok=True)
-    identity = {"network": _digest(checkpoint), "readouts": list(names), "reading": repr(sorted(reading.items()))}
+    identity = {"network": _digest(checkpoint), "readouts": list(names), "columns": list(ABOUT)}
+    identity["reading"] = repr(sorted(reading.items()))
     kept = output.with_name(f".{output.name}.part")
     places, refused = _resume(kept, identity), []
-    n_resumed = sum(places.get(job.name, (None, 0))[0] == job.stamp for job in jobs)
+    known = [name in places and places[name][0] == stamp for name, stamp, _ in jobs]
     with open(kept, "ab") as stream:
         if not stream.tell():
             stream.write(json.dumps(identity).encode() + b"\n")
-        for i, job in enumerate(jobs):
-            if places.get(job.name, (None, 0))[0] != job.stamp:
+        for i, (name, stamp, load) in enumerate(jobs):
+            if not known[i]:
+                places.pop(name, None)
                 try:
-                    row = _row(job, checkpoint, names)
-                except (DataError, CheckpointError, OSError, RuntimeError, ValueError) as error:
+                    row = _row(name, load(), checkpoint, names)
+                except (OSError, RuntimeError, ValueError) as error:
                     problem = getattr(error, "problem", type(error).__name__)
-                    refused.append({"file": job.name, "problem": problem, "message": str(error)})
-                    places.pop(job.name, None)
+                    refused.append({"file": name, "problem": problem, "message": str(error)})
                 else:
-                    places[job.name] = (job.stamp, stream.tell())
-                    stream.write(json.dumps({"stamp": job.stamp, **row}).encode() + b"\n")
+                    places[name] = (stamp, stream.tell())
+                    stream.write(json.dumps({"stamp": stamp, **row}).encode() + b"\n")
                     stream.flush()
             if progress:
                 progress(i + 1, len(jobs))
@@ -126,14 +119,19 @@ def embed(
         write_text(listing, "\n".join(["file\tproblem\tmessage", *lines]) + "\n")
     else:
         listing.unlink(missing_ok=True)
-    done = [places[job.name][1] for job in jobs if job.name in places]
+    done = [places[name][1] for name, _, _ in jobs if name in places]
     if not done:
         mend = "; `mnemodyn info CHECKPOINT` lists what the network reads" if "parcel" in refused[0]["problem"] else ""
         raise DataError(f"none of {len(jobs)} scans could be used, the first: {refused[0]['message']}{mend}", "none")
     with open(kept, "rb") as stream:
         width = _write_table(output, stream, done)
     kept.unlink()
-    return Embedded(len(done), n_resumed, width, refused)
+    return Embedded(len(done), sum(known), width, refused)
+
+
+def _keep(sources: Sequence[str | Path], output: str | Path) -> None:
+    if Path(output).resolve() in {Path(source).resolve() for source in sources}:
+        raise DataError(f"{output} is a scan that is read, and would be replaced; name another output", "output")
 
 
 def refused_listing(output: str | Path) -> Path:
@@ -149,14 +147,14 @@ def _jobs(sources: Sequence[str | Path], pattern: str, reading: dict) -> Iterato
             from mnemodyn.data.store import Store
 
             store = Store(path)
-            yield from (Job(f"{path}[{i}]", [len(store)], partial(store.__getitem__, i)) for i in range(len(store)))
+            yield from ((f"{path}[{i}]", [len(store)], partial(store.__getitem__, i)) for i in range(len(store)))
             continue
         if not path.exists():
             raise DataError(f"there is no file or folder {path}", problem="no-file")
         for file in scan_files(path, pattern) if path.is_dir() else [path]:
             if str(file) not in seen:
                 seen.add(str(file))
-                yield Job(str(file), [file.stat().st_size, file.stat().st_mtime_ns], partial(_load, file, reading))
+                yield str(file), [file.stat().st_size, file.stat().st_mtime_ns], partial(_load, file, reading)
     if not sources:
         raise DataError("no scan was named; give files or folders", problem="no-file")
 
@@ -167,20 +165,18 @@ def _load(path: Path, reading: dict) -> Scan:
     return load_scan(path, participant_id=None if named else path.name.split(".")[0], **reading)
 
 
-def _row(job: Job, checkpoint: Checkpoint, names: Sequence[str]) -> dict:
-    scan = job.load()
+def _row(name: str, scan: Scan, checkpoint: Checkpoint, names: Sequence[str]) -> dict:
     checkpoint.check(scan)
     x, model = _scaling(checkpoint)(scan), checkpoint.model
     parts = [(x, scan.censored)]
     if model.reference:  # the draft's weights belong to one length
         n = model.config.n_timepoints
         if len(x) < n:
-            raise DataError(f"{job.name}: the checkpoint reads {n} frames, got {len(x)}", problem="too-short")
+            raise DataError(f"{name}: the checkpoint reads {n} frames, got {len(x)}", problem="too-short")
         parts = [(x[i : i + n], None) for i in range(0, len(x) - n + 1, n)]
     found = [readouts(model, part, scan.t_r, names, censored=censored) for part, censored in parts]
-    features = {name: np.mean([f[name] for f in found], axis=0).astype(np.float32) for name in names}
-    about = (job.name, scan.participant_id, scan.session, scan.run, scan.t_r, scan.n_frames, scan.n_usable)
-    return {"about": about, "features": {name: value.tolist() for name, value in features.items()}}
+    features = {k: np.mean([f[k] for f in found], axis=0).astype(np.float32).tolist() for k in names}
+    return {"about": {"file": name} | {k: getattr(scan, k) for k in list(ABOUT)[1:]}, "features": features}
 
 
 def _scaling(checkpoint: Checkpoint) -> Scaling:
@@ -209,7 +205,7 @@ def _resume(path: Path, identity: dict) -> dict[str, tuple[list, int]]:
         end = stream.tell() if fits else 0
         while fits and (line := stream.readline()).endswith(b"\n"):
             row = json.loads(line)
-            places[row["about"][0]] = (row["stamp"], end)
+            places[row["about"]["file"]] = (row["stamp"], end)
             end = stream.tell()
         stream.truncate(end)
     return places
@@ -217,7 +213,6 @@ def _resume(path: Path, identity: dict) -> dict[str, tuple[list, int]]:
 
 def _write_table(output: Path, stream: BinaryIO, places: list[int]) -> int:
     """Write the rows at these places, a few at a time, and return the number of features; the file appears whole."""
-    width = 0
     writer: Any = None
     with writing(output) as target:
         for start in range(0, len(places), ROWS):
@@ -226,19 +221,17 @@ def _write_table(output: Path, stream: BinaryIO, places: list[int]) -> int:
                 stream.seek(place)
                 row = json.loads(stream.readline())
                 features = {f"{k}_{i}": v for k, values in row["features"].items() for i, v in enumerate(values)}
-                rows.append(dict(zip(ABOUT, row["about"], strict=True)) | features)
-            width = len(features)
+                rows.append(row["about"] | features)
             table = pd.DataFrame(rows).astype(dict.fromkeys(features, np.float32) | ABOUT)
             if output.suffix == ".csv":
                 table.to_csv(target, header=start == 0, index=False, lineterminator="\n")
                 continue
-            pa = _parquet()
-            content = pa.Table.from_pandas(table, preserve_index=False)
-            writer = writer or pa.parquet.ParquetWriter(target, content.schema)
+            content = _parquet().Table.from_pandas(table, preserve_index=False)
+            writer = writer or _parquet().parquet.ParquetWriter(target, content.schema)
             writer.write_table(content)
         if writer is not None:
             writer.close()
-    return width
+    return len(features)
 
 
 def _parquet() -> Any:
@@ -255,45 +248,30 @@ def reconstruct(
 ) -> dict:
     """Fill the censored frames of a scan with what the network makes of the others.
 
-    Parameters
-    ----------
-    path : str or Path
-        A scan with censored frames, see :func:`~mnemodyn.data.scans.load_scan`.
-    checkpoint : Checkpoint
-    output : str or Path
-        ``.ptseries.nii`` or ``.tsv``; a ``.ptseries.nii`` keeps the places of its parcels where `path` states them.
-        Beside it go the censored frames in XCP-D's form and a JSON sidecar; what holds a folder ``sub-...`` is made
-        a BIDS derivative where it is none.
-    whole : bool
-        Write the network's reconstruction of every frame, not of the censored ones only.
-    **reading
-        As in :func:`~mnemodyn.data.scans.load_scan`.
-
-    Returns
-    -------
-    dict
-        ``n_frames`` and ``n_filled``.
+    `output` is a ``.ptseries.nii``, which keeps the places of its parcels where `path` states them, or a ``.tsv``.
+    Beside it go the censored frames in XCP-D's form and a JSON sidecar; what holds a folder ``sub-...`` becomes a BIDS
+    derivative. `whole` writes the network's reconstruction of every frame, not of the censored ones only; `reading` is
+    as in :func:`~mnemodyn.data.scans.load_scan`. Returns ``n_frames`` and ``n_filled``.
 
     Raises
     ------
     DataError
-        If no frame is censored and `whole` is not set.
+        If no frame is censored and `whole` is not set, or `output` is the scan itself.
     CheckpointError
         If the parcels are not the checkpoint's, or its scaling is not known.
     """
     path = Path(path)
     if path.is_dir():
         raise IsADirectoryError(f"{path} is a folder; name the file of one scan")
+    _keep([path], output)
     scan = _load(path, {"parcels": checkpoint.parcels, **reading})
     checkpoint.check(scan)
     scaling = _scaling(checkpoint)
     censored = np.zeros(scan.n_frames, bool) if scan.censored is None else scan.censored
     if not whole and not censored.any():
-        raise DataError(
-            f"{path.name}: no frame is censored, so there is nothing to fill; a table *_outliers.tsv beside the scan "
-            "names such frames, and whole=True (--whole) writes the reconstruction of every frame",
-            problem="censoring",
-        )
+        mend = "a table *_outliers.tsv beside the scan names such frames"
+        mend += ", and whole=True (--whole) writes the reconstruction of every frame"
+        raise DataError(f"{path.name}: no frame is censored, so there is nothing to fill; {mend}", "censoring")
     from nibabel.cifti2 import ParcelsAxis
 
     parameter = next(checkpoint.model.parameters())
@@ -304,10 +282,8 @@ def reconstruct(
     y = np.where(np.isfinite(scale), y, 0) * np.where(np.isfinite(scale), scale, 0) + offset
     filled = np.ones_like(censored) if whole else censored
     values = np.where(filled[:, None], y, scan.values).astype(np.float32)
-    axis = None
-    if path.name.endswith(".nii") and str(output).endswith(".nii"):
-        columns = read_cifti(path)[1][1]
-        axis = columns if isinstance(columns, ParcelsAxis) else None
+    axis = read_cifti(path)[1][1] if path.name.endswith(".nii") and str(output).endswith(".nii") else None
+    axis = axis if isinstance(axis, ParcelsAxis) else None
     output = save_scan(replace(scan, values=values), output, axis=axis)
     facts = {"RepetitionTime": scan.t_r, "Sources": [path.name], "NetworkSHA256": _digest(checkpoint)}
     facts |= {"FilledFrames": np.flatnonzero(filled), "GeneratedBy": generated_by()}

@@ -35,23 +35,8 @@ def export(checkpoint: Checkpoint, path: str | Path, *, n_timepoints: int | None
     returns the reconstruction and the latents (batch, `n_timepoints`, channel). It holds the field's drive in full,
     batch * time * parcel * channel numbers.
 
-    Parameters
-    ----------
-    checkpoint : Checkpoint
-    path : str or Path
-        ``.pt2`` for ``torch.export.load``, ``.onnx`` for an ONNX runtime (which needs onnx and onnxscript to write).
-    n_timepoints : int, optional
-        Frames of a scan; by default those of a training window.
-
-    Returns
-    -------
-    Path
-        `path`.
-
-    Raises
-    ------
-    ValueError
-        For another ending, or an ``.onnx`` without the packages that write it.
+    `path` ends in ``.pt2``, for ``torch.export.load``, or in ``.onnx``, for an ONNX runtime, which needs onnx and
+    onnxscript to write: else a ValueError. `n_timepoints` is by default that of a training window.
     """
     path, config = Path(path), checkpoint.model.config
     if path.suffix not in (".pt2", ".onnx"):
@@ -74,9 +59,8 @@ def export(checkpoint: Checkpoint, path: str | Path, *, n_timepoints: int | None
             except ImportError as error:
                 raise ValueError("an .onnx needs onnx and onnxscript: pip install 'mnemodyn[export]'") from error
             logging.getLogger("torch.onnx").setLevel(logging.ERROR)
-            made: Any = torch.onnx.export(
-                program, dynamo=True, verbose=False, output_names=["reconstruction", "latents"]
-            )
+            names = ["reconstruction", "latents"]
+            made: Any = torch.onnx.export(program, dynamo=True, verbose=False, output_names=names)
             content.write(made.model_proto.SerializeToString())
     write_bytes(path, content.getvalue())
     shapes = {"reconstruction": ["batch", n, config.n_parcels], "latents": ["batch", n, latents.shape[-1]]}

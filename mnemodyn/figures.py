@@ -3,7 +3,7 @@
 import base64
 import html
 import io
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from itertools import cycle
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -33,20 +33,13 @@ MARKERS = "os^vDPX*"
 
 def use_style() -> None:
     """Set fonts and colours for the figures of the book."""
-    matplotlib.rcParams.update(
-        {
-            "figure.figsize": (7, 3),
-            "figure.dpi": 100,
-            "figure.constrained_layout.use": True,
-            "axes.prop_cycle": plt.cycler(color=COLOURS),
-            "axes.spines.top": False,
-            "axes.spines.right": False,
-            "font.size": 9,
-            "legend.frameon": False,
-            "svg.hashsalt": "mnemodyn",  # the same drawing gives the same bytes
-            "svg.fonttype": "path",
-        }
-    )
+    plt.rc("figure", figsize=(7, 3), dpi=100)
+    plt.rc("figure.constrained_layout", use=True)
+    plt.rc("axes", prop_cycle=plt.cycler(color=COLOURS))
+    plt.rc("axes.spines", top=False, right=False)
+    plt.rc("font", size=9)
+    plt.rc("legend", frameon=False)
+    plt.rc("svg", hashsalt="mnemodyn", fonttype="path")  # the same drawing gives the same bytes
     # Matplotlib's own font, not another version of it that a machine may have: letters are drawn as paths.
     fonts = font_manager.fontManager
     fonts.ttflist = [entry for entry in fonts.ttflist if not entry.name.startswith("DejaVu Sans")]
@@ -62,20 +55,13 @@ def svg(figure: Figure) -> bytes:
     return stream.getvalue()
 
 
-class Picture:
-    """A figure with its caption, as a notebook and the book show it.
+class show:
+    """A figure (or what `svg` made of one), its caption (what is seen, n, what an interval is), and alternative text.
 
-    Parameters
-    ----------
-    figure : Figure or bytes
-        Closed once it is drawn; or what `svg` made of one.
-    caption : str
-        What is seen, n, and what an interval is.
-    alt : str
-        The same for someone who cannot see it.
+    A notebook's cell ends with it. The figure is closed.
     """
 
-    def __init__(self, figure: Figure | bytes, caption: str, alt: str):
+    def __init__(self, figure: Figure | bytes, *, caption: str, alt: str):
         self.caption, self.alt = caption, alt
         self.source = base64.b64encode(figure if isinstance(figure, bytes) else svg(figure)).decode()
 
@@ -88,11 +74,6 @@ class Picture:
 
     def __repr__(self) -> str:
         return f"[figure] {self.caption}"
-
-
-def show(figure: Figure | bytes, *, caption: str, alt: str) -> Picture:
-    """Return the picture that a notebook's cell ends with."""
-    return Picture(figure, caption, alt)
 
 
 def table(frame: pd.DataFrame, *, precision: int = 3) -> "HTML":
@@ -111,10 +92,31 @@ def _seconds(n: int, t_r: float) -> np.ndarray:
     return np.arange(n) * t_r
 
 
+def _row(n: int, height: float, **settings: Any) -> tuple[Figure, Any]:
+    """A figure of `n` panels side by side."""
+    figure, axes = plt.subplots(1, n, figsize=(7, height), squeeze=False, **settings)
+    return figure, axes[0]
+
+
+def _named(methods: Iterable) -> list[str]:
+    return [LABELS.get(method, method) for method in methods]
+
+
 def _lines(ax: Axes, rows: pd.DataFrame, x: str, y: str = "r2", by: str = "method", **style) -> None:
     """A line and a marker a group, by the names of the book."""
     for (name, group), marker in zip(rows.groupby(by, sort=False), cycle(MARKERS), strict=False):
         ax.plot(group[x], group[y], **{"marker": marker, "ms": 4, "lw": 1.2, "label": LABELS.get(name, name)} | style)
+
+
+def _errors(rows: pd.DataFrame, value: str) -> np.ndarray:
+    """From the value to either end of its interval, (2, row)."""
+    return np.abs(rows[["low", "high"]].to_numpy().T - rows[value].to_numpy())
+
+
+def _across(ax: Axes, along: str = "x", at: float = 0, **style) -> None:
+    """A black line across the panel."""
+    style = {"color": "black", "lw": 0.8, **style}
+    (ax.axvline if along == "y" else ax.axhline)(at, **style)
 
 
 def _legend(figure: Figure, ax: Axes, ncols: int = 3, loc: Any = "outside upper center") -> None:
@@ -130,24 +132,22 @@ def _ticks(ax: Axes, values: Sequence[float] | pd.Series, text: str) -> None:
     ax.minorticks_off()
 
 
-def carpet(scan: Scan, *, traces: Sequence[int] = (0, 1)) -> Figure:
-    """All parcels of a scan as an image, and a few as lines; both in SD of the parcel, censored frames marked."""
-    spread = scan.values.std(0)
-    z = (scan.values - scan.values.mean(0)) / np.where(scan.constant, 1, spread)
+def carpet(scan: Scan) -> Figure:
+    """All parcels of a scan as an image, and two as lines; both in SD of the parcel, censored frames marked."""
+    z = (scan.values - scan.values.mean(0)) / np.where(scan.constant, 1, scan.values.std(0))
     figure, (top, bottom) = plt.subplots(2, 1, figsize=(7, 4), sharex=True, height_ratios=[2, 1])
-    end = scan.n_frames * scan.t_r
-    image = top.imshow(
-        z.T, aspect="auto", cmap="gray", vmin=-3, vmax=3, extent=(0, end, z.shape[1], 0), interpolation="none"
-    )
+    t, end = _seconds(len(z), scan.t_r), scan.n_frames * scan.t_r
+    style: dict = {"aspect": "auto", "cmap": "gray", "interpolation": "none"}
+    image = top.imshow(z.T, vmin=-3, vmax=3, extent=(0, end, z.shape[1], 0), **style)
     top.set_ylabel("parcel")
     figure.colorbar(image, ax=top, label="SD")
-    for i in traces:
-        bottom.plot(_seconds(len(z), scan.t_r), z[:, i], lw=0.7, label=scan.parcels[i])
+    for i in range(2):
+        bottom.plot(t, z[:, i], lw=0.7, label=scan.parcels[i])
     if scan.censored is not None and scan.censored.any():
-        at = _seconds(len(z), scan.t_r)[scan.censored]
+        at = t[scan.censored]
         bottom.plot(at, np.full(len(at), bottom.get_ylim()[0]), "|", color=COLOURS[1], label="censored")
     bottom.set(xlabel="time (s)", ylabel="SD", xlim=(0, end))
-    bottom.legend(ncols=len(traces) + 1, loc="upper right")
+    bottom.legend(ncols=3, loc="upper right")
     return figure
 
 
@@ -184,29 +184,22 @@ MEASURES = {
 def outlying(measured: pd.DataFrame, found: pd.DataFrame) -> Figure:
     """Every scan by the measures that are known, a point each; those that stand out in one are crosses in it.
 
-    Parameters
-    ----------
-    measured : DataFrame
-        Table of `mnemodyn.data.quality.survey`.
-    found : DataFrame
-        Of `mnemodyn.data.quality.outlying`, for the same scans.
+    `measured` is the table of `mnemodyn.data.quality.survey`, `found` is of `mnemodyn.data.quality.outlying`.
     """
     known = {name: label for name, label in MEASURES.items() if measured[name].notna().any()}
-    figure, axes = plt.subplots(1, len(known), figsize=(7, 2.4), squeeze=False)
+    figure, axes = _row(len(known), 2.4)
     height = np.random.default_rng(0).uniform(-1, 1, len(measured))  # so that equal values do not hide one another
-    for ax, (name, label) in zip(axes[0], known.items(), strict=True):
-        far = found["reasons"].str.contains(name)
-        values = measured[name]
+    for ax, (name, measure) in zip(axes, known.items(), strict=True):
+        far, values = found["reasons"].str.contains(name), measured[name]
         ax.scatter(values[~far], height[~far], s=12, color=COLOURS[0], alpha=0.6, lw=0, label="scans")
-        ax.scatter(
-            values[far], height[far], s=24, marker="x", lw=1, color=COLOURS[1], label=f"robust z beyond {OUTLYING}"
-        )
+        label = f"robust z beyond {OUTLYING}"
+        ax.scatter(values[far], height[far], s=24, marker="x", lw=1, color=COLOURS[1], label=label)
         ax.axvline(values.median(), color="black", lw=0.8, label="median")
-        ax.set(xlabel=label, yticks=[], ylim=(-2, 2), xscale="log" if name == "mean_fd" else "linear")
+        ax.set(xlabel=measure, yticks=[], ylim=(-2, 2), xscale="log" if name == "mean_fd" else "linear")
         ax.spines["left"].set_visible(False)
         if name == "mean_fd":
             ax.xaxis.set_major_formatter("{x:g}")
-    _legend(figure, axes[0, 0])
+    _legend(figure, axes[0])
     return figure
 
 
@@ -234,35 +227,20 @@ def _hemisphere(ax: Axes, surface: tuple[np.ndarray, np.ndarray], colours: np.nd
     towards = (-1 if side == "LEFT" else 1) * (1 if view == "lateral" else -1)
     seen = np.flatnonzero(normal[:, 0] * towards > 0)
     seen = seen[np.argsort(corners[seen, :, 0].mean(1) * towards)]
-    shade = 0.55 + 0.45 * normal[seen, 0] * towards
-    ax.add_collection(
-        matplotlib.collections.PolyCollection(
-            corners[seen][:, :, 1:] * [towards, 1],
-            facecolors=colours[faces[seen, 0]] * shade[:, None],
-            edgecolors="face",
-            linewidths=0.2,
-            rasterized=True,
-        )
-    )
+    shaded = colours[faces[seen, 0]] * (0.55 + 0.45 * normal[seen, 0] * towards)[:, None]
+    style: dict = {"edgecolors": "face", "linewidths": 0.2, "rasterized": True}
+    drawn = matplotlib.collections.PolyCollection(corners[seen][:, :, 1:] * [towards, 1], facecolors=shaded, **style)
+    ax.add_collection(drawn)
     ax.autoscale()
     ax.set(aspect="equal", title=f"{side.lower()}, {view}")
     ax.set_axis_off()
 
 
 def vertex_parcels(volume: str | Path, reach: float = 6.0) -> dict[str, np.ndarray]:
-    """Parcel of every vertex of the drawn cortex: that of the nearest labelled voxel of a volume in MNI space.
+    """Parcel of every vertex of the drawn cortex: that of the nearest labelled point of a volume in MNI space.
 
-    Parameters
-    ----------
-    volume : str or Path
-        NIfTI of labels, 0 for none.
-    reach : float
-        A vertex farther than this from any parcel has none, mm.
-
-    Returns
-    -------
-    dict
-        ``LEFT`` and ``RIGHT``: ndarray of int, shape (vertex,), 0 for none, as on the medial wall.
+    `volume` is a NIfTI of labels, 0 for none. A vertex farther than `reach` (mm) from any parcel has none. Gives an
+    ndarray of int, shape (vertex,), for ``LEFT`` and ``RIGHT``: 0 for none, as on the medial wall.
     """
     from nibabel.affines import apply_affine
 
@@ -279,12 +257,7 @@ def vertex_parcels(volume: str | Path, reach: float = 6.0) -> dict[str, np.ndarr
 def cortex(maps: dict[str, np.ndarray], vertices: dict[str, np.ndarray]) -> Figure:
     """Values of parcels on the cortex, a row a map: those with negative entries around zero, others from least to most.
 
-    Parameters
-    ----------
-    maps : dict of str to ndarray, shape (parcel,)
-        NaN is drawn in grey, as is what has no parcel.
-    vertices : dict
-        Of `vertex_parcels`.
+    A map has shape (parcel,); NaN is drawn in grey, as is what has no parcel. `vertices` are of `vertex_parcels`.
     """
     surfaces = _surfaces()
     figure = plt.figure(figsize=(7, 2.1 * len(maps)))
@@ -318,8 +291,7 @@ def atlas(drawn: Atlas) -> Figure:
         _hemisphere(ax, surfaces[side], light[labels - 1], side, view)
     ax = figure.add_subplot(grid[:, 2])
     counts = pd.Series(drawn.networks).value_counts().reindex([n for n in colours if n in drawn.networks])[::-1]
-    names = [n or "other" for n in counts.index]
-    bars = ax.barh(names, counts, color=[colours[n] for n in counts.index])
+    bars = ax.barh([n or "other" for n in counts.index], counts, color=[colours[n] for n in counts.index])
     ax.bar_label(bars, padding=2)
     ax.set(xlabel="parcels")
     ax.margins(x=0.15)
@@ -359,8 +331,8 @@ def learning_curve(history: pd.DataFrame, metric: str = "val_r2_hidden") -> Figu
 
 def objective_curves(histories: dict[str, pd.DataFrame], metrics: dict[str, str]) -> Figure:
     """Validation score over epochs, a panel an objective: each has a score of its own, so the axes differ."""
-    figure, axes = plt.subplots(1, len(histories), figsize=(7, 2.3), squeeze=False)
-    for ax, (name, history) in zip(axes[0], histories.items(), strict=True):
+    figure, axes = _row(len(histories), 2.3)
+    for ax, (name, history) in zip(axes, histories.items(), strict=True):
         _curve(ax, history, metrics[name], SCORES.get(metrics[name], metrics[name]))
         ax.set_title(name)
     return figure
@@ -368,9 +340,9 @@ def objective_curves(histories: dict[str, pd.DataFrame], metrics: dict[str, str]
 
 def r2_lines(rows: pd.DataFrame, by: str, label: str) -> Figure:
     """R2 against a number, a line a method."""
-    figure, ax = plt.subplots(figsize=(7, 3))
+    figure, ax = plt.subplots()
     _lines(ax, rows, by)
-    ax.axhline(0, color="black", lw=0.8)
+    _across(ax)
     ax.set(xlabel=label, ylabel="R², hidden entries")
     _legend(figure, ax)
     return figure
@@ -383,8 +355,8 @@ def r2_parcels(rows: pd.DataFrame) -> Figure:
     for y, (_, group) in enumerate(groups):
         ax.plot(group["r2"], np.full(len(group), y), "o", ms=3, alpha=0.4, color=COLOURS[0], mew=0)
         ax.vlines(group["r2"].median(), y - 0.3, y + 0.3, color=COLOURS[1], lw=2)
-    ax.set_yticks(range(len(groups)), [LABELS.get(name, name) for name, _ in groups])
-    ax.axvline(0, color="black", lw=0.8)
+    ax.set_yticks(range(len(groups)), _named(name for name, _ in groups))
+    _across(ax, "y")
     ax.set_xlabel("R² of a parcel, hidden entries")
     return figure
 
@@ -399,9 +371,8 @@ def filled_stretches(
         ax.fill_between(t, 0, 1, where=hidden[:, i], transform=ax.get_xaxis_transform(), color="0.92", lw=0)
         ax.plot(t, x[:, i], color="black", lw=0.9, label="scan")
         for (method, fill), colour in zip(fills.items(), COLOURS, strict=False):
-            ax.plot(
-                t, np.where(hidden[:, i], fill[:, i], np.nan), color=colour, lw=1.4, label=LABELS.get(method, method)
-            )
+            shown = np.where(hidden[:, i], fill[:, i], np.nan)
+            ax.plot(t, shown, color=colour, lw=1.4, label=LABELS.get(method, method))
         ax.set_ylabel("SD")
         ax.set_title(name, loc="left", fontsize=9)
     axes[-1, 0].set_xlabel("time (s)")
@@ -414,11 +385,10 @@ def reconstruction(rows: pd.DataFrame) -> Figure:
     rows = rows.sort_values("r2")
     figure, ax = plt.subplots(figsize=(7, 0.5 + 0.4 * len(rows)))
     place = np.arange(len(rows))
-    error = np.abs(rows[["low", "high"]].to_numpy().T - rows["r2"].to_numpy())
     colours = [COLOURS[0] if m == "model" else "0.6" for m in rows["method"]]
-    ax.barh(place, rows["r2"], color=colours, xerr=error, error_kw={"lw": 1, "capsize": 2})
-    ax.set_yticks(place, [LABELS.get(m, m) for m in rows["method"]])
-    ax.axvline(0, color="black", lw=0.8)
+    ax.barh(place, rows["r2"], color=colours, xerr=_errors(rows, "r2"), error_kw={"lw": 1, "capsize": 2})
+    ax.set_yticks(place, _named(rows["method"]))
+    _across(ax, "y")
     for y, value, high in zip(place, rows["r2"], rows["high"], strict=True):
         ax.text(max(high, 0) + 0.01, float(y), f"{value:.3f}", va="center")
     ax.set_xlabel("R² on hidden entries of held-out people")
@@ -427,35 +397,31 @@ def reconstruction(rows: pd.DataFrame) -> Figure:
 
 
 def differences(rows: pd.DataFrame) -> Figure:
-    """R2 of the network minus that of each method, with its interval, one panel a data set.
-
-    `rows` has ``data, method, value, low, high``.
-    """
+    """R2 of the network minus that of each method (``data, method, value, low, high``), one panel a data set."""
     sets = list(rows["data"].unique())
-    height = 0.9 + 0.3 * max(rows.groupby("data").size())
-    figure, axes = plt.subplots(1, len(sets), figsize=(7, height), sharey=True, squeeze=False)
+    figure, axes = _row(len(sets), 0.9 + 0.3 * max(rows.groupby("data").size()), sharey=True)
     order = rows.groupby("method")["value"].mean().sort_values(ascending=False).index
-    for ax, name in zip(axes[0], sets, strict=True):
+    for ax, name in zip(axes, sets, strict=True):
         part = rows[rows["data"] == name].set_index("method").reindex(order)
-        error = np.abs(part[["low", "high"]].to_numpy().T - part["value"].to_numpy())
-        ax.errorbar(part["value"], np.arange(len(part)), xerr=error, fmt="o", ms=4, capsize=2, color=COLOURS[0])
-        ax.axvline(0, color="black", lw=0.8)
+        bars: dict = {"xerr": _errors(part, "value"), "fmt": "o", "ms": 4, "capsize": 2, "color": COLOURS[0]}
+        ax.errorbar(part["value"], np.arange(len(part)), **bars)
+        _across(ax, "y")
         ax.set(title=name, xlabel="R² of MnemoDyn minus the method's")
-    axes[0, 0].set_yticks(np.arange(len(order)), [LABELS.get(m, m) for m in order])
+    axes[0].set_yticks(np.arange(len(order)), _named(order))
     return figure
 
 
 def reconstruction_grid(rows: pd.DataFrame) -> Figure:
     """R2 against the length of the hidden stretches, one panel a hidden share."""
     shares = sorted(rows["hidden_share"].unique())
-    figure, axes = plt.subplots(1, len(shares), figsize=(7, 2.9), sharey=True, squeeze=False)
-    for ax, share in zip(axes[0], shares, strict=True):
+    figure, axes = _row(len(shares), 2.9, sharey=True)
+    for ax, share in zip(axes, shares, strict=True):
         _lines(ax, rows[rows["hidden_share"] == share], "seconds")
         ax.set(title=f"{share:.0%} hidden", xlabel="hidden stretch (s)")
         _ticks(ax, rows["seconds"], "{:.3g}")
-        ax.axhline(0, color="black", lw=0.8)
-    axes[0, 0].set_ylabel("R², hidden entries")
-    _legend(figure, axes[0, 0])
+        _across(ax)
+    axes[0].set_ylabel("R², hidden entries")
+    _legend(figure, axes[0])
     return figure
 
 
@@ -482,16 +448,9 @@ SPEED = {  # method of a benchmark: how the book calls it
 def speed(rows: pd.DataFrame, by: str, label: str) -> Figure:
     """Seconds a step and memory against one size, a line a method; both axes logarithmic.
 
-    Parameters
-    ----------
-    rows : DataFrame
-        Rows of one sweep of ``benchmarks.speed``.
-    by : str
-        Column of the size.
-    label : str
-        What stands at the horizontal axis.
+    `rows` are one sweep of ``benchmarks.speed``, `by` is the column of the size, `label` that of its axis.
     """
-    figure, axes = plt.subplots(1, 2, figsize=(7, 2.9))
+    figure, axes = _row(2, 2.9)
     mebibytes = rows["peak_bytes"] / 2**20  # a peak under one is below what the memory of a process can tell
     rows = rows.assign(method=rows["method"].map(SPEED), mebibytes=mebibytes.where(mebibytes >= 1))
     for ax, y, title in zip(axes, ("seconds", "mebibytes"), ("seconds a step", "MiB a step needs"), strict=True):
@@ -507,12 +466,7 @@ def speed(rows: pd.DataFrame, by: str, label: str) -> Figure:
 def ablations(rows: pd.DataFrame, label: str = "change of R² on hidden entries") -> Figure:
     """Forest plot: what each cell changes, with its interval; filled where the interval leaves zero out.
 
-    Parameters
-    ----------
-    rows : DataFrame
-        ``label``, ``group``, ``value``, ``low``, ``high`` (the last two may be missing).
-    label : str
-        Of the axis.
+    `rows` has ``label, group, value, low, high`` (the last two may be missing); `label` is that of the axis.
     """
     rows = rows.sort_values("value", ascending=False).reset_index(drop=True)
     figure, ax = plt.subplots(figsize=(7, 0.9 + 0.21 * len(rows)))
@@ -522,7 +476,7 @@ def ablations(rows: pd.DataFrame, label: str = "change of R² on hidden entries"
         clear = (group["low"] > 0) | (group["high"] < 0)
         for kept, fill in ((clear, colour), (~clear, "white")):
             ax.plot(group.loc[kept, "value"], group.index[kept], marker, ms=5, mec=colour, mfc=fill, ls="none")
-    ax.axvline(0, color="black", lw=0.8)
+    _across(ax, "y")
     ax.set_yticks(rows.index, rows["label"])
     ax.set(xlabel=label, ylim=(len(rows) - 0.4, -0.6))
     # Most changes are small beside a few: linear near zero, logarithmic beyond.
@@ -545,8 +499,8 @@ def matrices(drawn: dict[str, np.ndarray], label: str, *, names: Sequence[str] =
     `names` are those of rows and columns, of which about twelve are written at the first matrix. Colours end at the
     99th percentile.
     """
-    figure, axes = plt.subplots(1, len(drawn), figsize=(7, 1.4 + 5.2 / len(drawn)), squeeze=False)
-    for ax, (title, matrix) in zip(axes[0], drawn.items(), strict=True):
+    figure, axes = _row(len(drawn), 1.4 + 5.2 / len(drawn))
+    for ax, (title, matrix) in zip(axes, drawn.items(), strict=True):
         signed, top = matrix.min() < 0, np.quantile(np.abs(matrix), 0.99)
         limits = {"cmap": "RdBu_r", "vmin": -top} if signed else {"cmap": "cividis", "vmin": 0}
         image = ax.imshow(matrix, interpolation="none", vmax=top, **limits)
@@ -558,16 +512,13 @@ def matrices(drawn: dict[str, np.ndarray], label: str, *, names: Sequence[str] =
             ax.set(xticks=[], yticks=[])
     if names:
         every = max(1, len(names) // 12)
-        axes[0, 0].set_yticks(range(0, len(names), every), names[::every], fontsize=6)
+        axes[0].set_yticks(range(0, len(names), every), names[::every], fontsize=6)
     figure.supxlabel(label, fontsize=9)
     return figure
 
 
 def field(responses: Sequence[dict], t_r: float) -> Figure:
-    """Singular values of each block's mean field, and what the field is a function of, along a window.
-
-    `responses` are of `mnemodyn.evaluate.inside.field_response`, one a block.
-    """
+    """Singular values of each block's mean field (of `mnemodyn.evaluate.inside.field_response`), and z in a window."""
     figure, (left, right) = plt.subplots(1, 2, figsize=(7, 2.6), width_ratios=[1, 1.6])
     for i, (found, marker) in enumerate(zip(responses, "os^vDP", strict=False), 1):
         left.plot(np.arange(1, len(found["values"]) + 1), found["values"], marker, ls="-", ms=3, label=f"block {i}")
@@ -592,10 +543,7 @@ def scales(shares: dict[str, np.ndarray], bands: Sequence[str]) -> Figure:
 
 
 def generated(found: dict[str, list[dict]]) -> Figure:
-    """Spectra, similarity of connectivity and metastability of series, a group a colour, a point a series.
-
-    The dicts are of `mnemodyn.evaluate.inside.summarise`.
-    """
+    """Spectra, similarity of FC and metastability of `mnemodyn.evaluate.inside.summarise`, a group a colour."""
     figure, (left, middle, right) = plt.subplots(1, 3, figsize=(7, 2.9), width_ratios=[1.6, 1, 1])
     for i, ((name, series), marker) in enumerate(zip(found.items(), "os^vDP", strict=False)):
         colour = COLOURS[i]
@@ -605,10 +553,8 @@ def generated(found: dict[str, list[dict]]) -> Figure:
     left.set(xlabel="frequency (Hz)", ylabel="power (per Hz)", yscale="log")
     left.yaxis.set_major_formatter("{x:g}")
     left.minorticks_off()
-    middle.set_ylabel("similarity of FC (r)")
-    right.set_ylabel("metastability")
-    for ax in (middle, right):
-        ax.set(xticks=[], xlim=(-0.6, len(found) - 0.4))
+    for ax, label in ((middle, "similarity of FC (r)"), (right, "metastability")):
+        ax.set(xticks=[], xlim=(-0.6, len(found) - 0.4), ylabel=label)
     handles = dict(zip(*middle.get_legend_handles_labels()[::-1], strict=True))
     figure.legend(handles.values(), handles, ncols=len(found), loc="outside upper center")
     return figure
@@ -628,16 +574,9 @@ METRICS = {
 
 
 def downstream(reports: dict[str, dict], metric: str, chance: float | None, title: str = "") -> Figure:
-    """A score a method with its interval, a colour a report.
+    """A score a method with its interval, a colour a report of `mnemodyn.evaluate.downstream.report`.
 
-    Parameters
-    ----------
-    reports : dict of str to dict
-        Name in the legend -> report of :func:`mnemodyn.evaluate.downstream.report`.
-    metric : str
-    chance : float, optional
-        Drawn as a dotted line.
-    title : str
+    `reports` has them by their name in the legend. Chance is a dotted line.
     """
     names = list(dict.fromkeys(row["method"] for report in reports.values() for row in report["rows"]))[::-1]
     figure, ax = plt.subplots(figsize=(7, 1.2 + 0.27 * len(names)))
@@ -648,8 +587,8 @@ def downstream(reports: dict[str, dict], metric: str, chance: float | None, titl
         error = np.abs([[row[metric][side] - row[metric]["value"] for row in rows] for side in ("low", "high")])
         ax.errorbar(value, place, xerr=error, fmt="os^v"[number % 4], ms=4, lw=1.2, capsize=2, label=label)
     if chance is not None:
-        ax.axvline(chance, color="black", ls=":", lw=0.8)
-    ax.set_yticks(range(len(names)), [LABELS.get(name, name) for name in names])
+        _across(ax, "y", chance, ls=":")
+    ax.set_yticks(range(len(names)), _named(names))
     ax.set(xlabel=METRICS[metric], title=title)
     if len(reports) > 1:
         _legend(figure, ax, ncols=len(reports))
@@ -678,22 +617,18 @@ def scores(report: dict, metrics: Sequence[str]) -> pd.DataFrame:
 def scaling(panels: dict[str, pd.DataFrame], bar: float) -> Figure:
     """R2 with its interval against the size of something, a panel each, logarithmic; a line a method.
 
-    Parameters
-    ----------
-    panels : dict of str to DataFrame
-        Label of the axis: rows with the size in the first column, and ``method``, ``value``, ``low`` and ``high``.
-    bar : float
-        R2 that is drawn across all panels.
+    `panels` has, by the label of the axis, rows with the size in the first column, and ``method, value, low, high``.
+    The R2 `bar` is drawn across all of them.
     """
-    figure, axes = plt.subplots(1, len(panels), figsize=(7, 3.2), sharey=True, squeeze=False)
-    for ax, (label, rows) in zip(axes[0], panels.items(), strict=True):
+    figure, axes = _row(len(panels), 3.2, sharey=True)
+    for ax, (label, rows) in zip(axes, panels.items(), strict=True):
         x = rows.columns[0]
         rows = rows.sort_values([x, "method"])  # one colour a method in every panel: the blocks come first
         _lines(ax, rows, x, "value")
         for line, (_, mine) in zip(ax.get_lines(), rows.groupby("method", sort=False), strict=True):
             ax.fill_between(mine[x], mine["low"], mine["high"], color=line.get_color(), alpha=0.15, lw=0)
-        ax.axhline(bar, color="black", ls=":", lw=0.8)
+        _across(ax, at=bar, ls=":")
         ax.set(xlabel=label, xscale="log")
-    axes[0, 0].set_ylabel("R², hidden entries")
-    _legend(figure, axes[0, 0], ncols=2)
+    axes[0].set_ylabel("R², hidden entries")
+    _legend(figure, axes[0], ncols=2)
     return figure

@@ -13,12 +13,8 @@ from typing import Any, BinaryIO
 def writing(path: str | os.PathLike) -> Iterator[BinaryIO]:
     """Give a stream whose bytes become ``path`` at the end of the block, or nothing at all if the block fails.
 
-    A reader sees the old file or the new one, never a part. Missing parent folders are made.
-
-    Raises
-    ------
-    OSError
-        Where the folder cannot be made or written; the old file is then untouched.
+    A reader sees the old file or the new one, never a part. Missing parent folders are made. An OSError where the
+    folder cannot be made or written leaves the old file untouched.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -54,15 +50,8 @@ def write_text(path: str | os.PathLike, text: str) -> Path:
 def write_json(path: str | os.PathLike, content: Any) -> Path:
     """Write ``content`` as indented JSON in its own order of keys, whole (see `write_text`).
 
-    NumPy scalars and arrays become numbers and lists, paths become text.
-
-    Raises
-    ------
-    ValueError
-        Where ``content`` holds a NaN or an infinity (JSON has neither: write None, and say why),
-        or something that has no form in JSON.
-    OSError
-        As `write_text`.
+    NumPy scalars and arrays become numbers and lists, paths become text. A ValueError where ``content`` holds a NaN or
+    an infinity (JSON has neither: write None, and say why), or something that has no form in JSON.
     """
     try:
         text = json.dumps(content, indent=2, allow_nan=False, ensure_ascii=False, default=_plain)
@@ -85,22 +74,17 @@ def sha256(path: str | os.PathLike) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
-def find_root(start: str | os.PathLike | None = None) -> Path:
+def find_root(start: str | os.PathLike = ".") -> Path:
     """Return the nearest folder at or above ``start`` (by default the current) with ``_toc.yml``, or else ``start``."""
-    start = Path(start or ".").resolve()
+    start = Path(start).resolve()
     return next((at for at in (start, *start.parents) if (at / "_toc.yml").is_file()), start)
 
 
 def resolve(path: str | os.PathLike) -> Path:
     """Return ``path`` itself where it is absolute, else the path seen from `find_root`.
 
-    A notebook opened by hand runs in ``notebooks/`` and one run headless in the repository's
-    root; paths that go through here mean the same in both.
-
-    Raises
-    ------
-    ValueError
-        Where ``path`` is empty, which would quietly mean the root.
+    A notebook opened by hand runs in ``notebooks/`` and one run headless in the repository's root; paths that go
+    through here mean the same in both. A ValueError where ``path`` is empty, which would quietly mean the root.
     """
     if not os.fspath(path):
         raise ValueError("path must not be empty")

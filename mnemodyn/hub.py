@@ -12,6 +12,7 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
+from string import Template
 from typing import Any, Literal, NamedTuple
 
 import httpx2
@@ -27,7 +28,6 @@ PEOPLE = ("train_participants", "validation_participants")
 BEST = re.compile(r"(val\w*)=(-?\d+(?:\.\d+)?(?:e-?\d+)?)")
 LARGER_IS_BETTER = re.compile(r"acc|auc|r2|corr|f1")
 CHECKPOINT_FILES = ("config.json", "model.safetensors")
-PAPER = "https://openreview.net/forum?id=zexMILcQOV"
 LOGIN = "log in with `hf auth login`, or set HF_TOKEN to a token that may write to it"
 
 
@@ -44,19 +44,11 @@ class Source(NamedTuple):
 
 
 def find_checkpoint(source: str | Path) -> Source:
-    """The checkpoint that a path stands for.
+    """The checkpoint that a path stands for; a CheckpointError where there is none, or the best is not clear.
 
-    Parameters
-    ----------
-    source : str or Path
-        A checkpoint's folder or one of its two files; a run's folder, whose best checkpoint by validation is taken; a
-        ``.ckpt`` of the published draft; or a version folder of its trainer, where the file with the best validation
-        metric in its name is taken: the lowest, or the highest of an accuracy, correlation, AUC, F1 or R2.
-
-    Raises
-    ------
-    CheckpointError
-        If there is nothing there that can be loaded, or the best is not clear from the names.
+    `source` is a checkpoint's folder or one of its two files; a run's folder, whose best checkpoint by validation is
+    taken; a ``.ckpt`` of the published draft; or a version folder of its trainer, where the file with the best
+    validation metric in its name is taken: the lowest, or the highest of an accuracy, correlation, AUC, F1 or R2.
     """
     path = Path(source)
     if not path.exists():
@@ -69,9 +61,8 @@ def find_checkpoint(source: str | Path) -> Source:
     if (path / "run.json").is_file():
         raise CheckpointError(f"{path} is a run without best/: let its training come to its end, then try again")
     if path.is_file() and path.suffix != ".ckpt":
-        raise CheckpointError(
-            f"{path} is no checkpoint: expected its folder, its config.json or model.safetensors, or a .ckpt"
-        )
+        files = " or ".join(CHECKPOINT_FILES)
+        raise CheckpointError(f"{path} is no checkpoint: expected its folder, its {files}, or a .ckpt")
     found = [path] if path.is_file() else [p for p in sorted(path.rglob("*.ckpt")) if p.stem != "last"]
     if len(found) != 1:
         scored = [(match[-1], p) for p in found if (match := BEST.findall(p.stem))]
@@ -97,25 +88,11 @@ def from_pretrained(
 ) -> Checkpoint:
     """Load a checkpoint from the hub, a folder or a file; nothing in it is executed.
 
-    Parameters
-    ----------
-    name_or_path : str or Path
-        ``NAME/MODEL`` on the hub, or whatever :func:`find_checkpoint` takes. What is there as a path is not looked
-        for on the hub.
-    compat : str
-        ``reference`` for a Lightning ``.ckpt`` of the published draft, here or on the hub.
-    revision : str, optional
-        Branch, tag or commit.
-    subfolder : str
-        Folder of the repository or path that holds the checkpoint.
-    **download
-        ``token``, ``cache_dir``, ``force_download`` and so on, as in ``huggingface_hub.snapshot_download``. By default
-        the token is ``HF_TOKEN`` or that of ``hf auth login``.
-
-    Returns
-    -------
-    Checkpoint
-        Its model on the CPU, in evaluation mode.
+    `name_or_path` is ``NAME/MODEL`` on the hub, or what :func:`find_checkpoint` takes; what is there as a path is not
+    looked for on the hub. `compat` is ``reference`` for a Lightning ``.ckpt`` of the published draft, here or on the
+    hub; `revision` a branch, tag or commit; `subfolder` the folder of the repository or path that holds the checkpoint;
+    `download` as in ``huggingface_hub.snapshot_download``: ``token`` (by default ``HF_TOKEN`` or that of ``hf auth
+    login``), ``cache_dir``, ``force_download`` and so on.
 
     Raises
     ------
@@ -134,10 +111,9 @@ def from_pretrained(
             patterns = [inside + name for name in wanted]  # * matches / too
             path = Path(snapshot_download(str(name_or_path), revision=revision, allow_patterns=patterns, **download))
         if not (path / subfolder).is_dir():
-            raise CheckpointError(
-                f"{name_or_path} on the hub has no {' and '.join(wanted)} in its folder {subfolder or '/'}"
-                f"{f' at revision {revision}' if revision else ''}; give subfolder, or another revision"
-            )
+            place = f"in its folder {subfolder or '/'}{f' at revision {revision}' if revision else ''}"
+            mend = "give subfolder, or another revision"
+            raise CheckpointError(f"{name_or_path} on the hub has no {' and '.join(wanted)} {place}; {mend}")
     found = find_checkpoint(path / subfolder if subfolder else path)
     if found.compat != compat:
         mend = "without compat" if found.compat == "none" else "with compat='reference' (--compat reference)"
@@ -156,35 +132,15 @@ def publish(
     token: str | None = None,
     **contents: Any,
 ) -> str:
-    """Push a checkpoint, its training metrics and a model card to the hub, in one commit.
+    """Push what :func:`write_folder` writes (which takes `source` and `contents`) in one commit; returns its address.
 
-    Parameters
-    ----------
-    source : str or Path
-        As in :func:`find_checkpoint`.
-    repo_id : str
-        ``NAME/MODEL``; made where it is missing.
-    private : bool, optional
-        Only for a repository that is made; otherwise it stays what it is.
-    revision : str, optional
-        Branch to push to, made where it is missing.
-    subfolder : str
-        Folder of the repository for everything that is pushed.
-    commit_message : str
-    token : str, optional
-        By default ``HF_TOKEN`` or that of ``hf auth login``.
-    **contents
-        As in :func:`write_folder`.
-
-    Returns
-    -------
-    str
-        Address of the commit.
+    The repository is made where it is missing, and then `private` or not; so is `revision`, a branch. Everything goes
+    into the folder `subfolder` of it. The token is by default ``HF_TOKEN`` or that of ``hf auth login``.
 
     Raises
     ------
     CheckpointError
-        As :func:`find_checkpoint`; nothing was sent.
+        As :func:`write_folder`; nothing was sent.
     HubError
         If the hub refuses or is not reached. The commit is whole or was not made.
     """
@@ -195,13 +151,8 @@ def publish(
             api.create_repo(repo_id, private=private, exist_ok=True)
             if revision:
                 api.create_branch(repo_id, branch=revision, exist_ok=True)
-            return api.upload_folder(
-                repo_id=repo_id,
-                folder_path=folder,
-                path_in_repo=subfolder or None,
-                revision=revision,
-                commit_message=commit_message,
-            ).commit_url
+            place: dict = {"repo_id": repo_id, "path_in_repo": subfolder or None, "revision": revision}
+            return api.upload_folder(**place, folder_path=folder, commit_message=commit_message).commit_url
 
 
 def write_folder(
@@ -218,33 +169,12 @@ def write_folder(
 ) -> Path:
     """Write what :func:`publish` pushes: weights, ``config.json``, ``parcels.tsv``, ``history.csv``, ``README.md``.
 
-    Parameters
-    ----------
-    source : str or Path
-        As in :func:`find_checkpoint`.
-    folder : str or Path
-    repo_id, subfolder : str
-        How the card says to load it.
-    licence : str
-        An identifier of the hub, such as ``mit`` or ``cc-by-4.0``.
-    results : sequence of str or Path
-        Results' JSON, as the notebooks write them, for the card.
-    metrics : str or Path, optional
-        CSV of training metrics, where it is not beside the checkpoint.
-    hyper_parameters : str or Path, optional
-        YAML of settings, for a ``.ckpt`` that has none inside or beside it.
-    keep_participants : bool
-        Publish the identifiers of training participants too; by default only their numbers.
-
-    Returns
-    -------
-    Path
-        `folder`.
-
-    Raises
-    ------
-    CheckpointError
-        As :func:`find_checkpoint`, or where a named file is missing or cannot be read.
+    `source` is as in :func:`find_checkpoint`; `repo_id` and `subfolder` are how the card says to load it; `licence` is
+    an identifier of the hub, such as ``mit`` or ``cc-by-4.0``; `results` are JSON files for the card, as the notebooks
+    write them; `metrics` is a CSV of training metrics, where it is not beside the checkpoint; `hyper_parameters` a YAML
+    of settings, for a ``.ckpt`` that has none inside or beside it. `keep_participants` publishes the identifiers of
+    training participants too, and not their numbers only. A CheckpointError is as of :func:`find_checkpoint`, or where
+    a named file is missing or cannot be read.
     """
     found, folder = find_checkpoint(source), Path(folder)
     metrics = found.metrics if metrics is None else Path(metrics)
@@ -275,10 +205,7 @@ def write_folder(
 def save_network(model: Any, folder: Path) -> None:
     """What ``MnemoDyn.save_pretrained`` and ``push_to_hub`` write: its weights, and what came with them.
 
-    Raises
-    ------
-    CheckpointError
-        For a network that did not come from ``from_pretrained``: weights alone do not say what they are for.
+    A CheckpointError for one that did not come from ``from_pretrained``: weights alone do not say what they are for.
     """
     if model.checkpoint is None:
         raise CheckpointError(
@@ -291,34 +218,37 @@ def save_network(model: Any, folder: Path) -> None:
 def _write(checkpoint: Checkpoint, folder: Path, names: tuple[str, str, str], rows: list[dict], people: bool) -> None:
     """A checkpoint, its parcels and its card; names are the repository, the folder in it, and the licence."""
     if not people:
-        training = {
-            f"n_{k}" if k in PEOPLE else k: len(v) if k in PEOPLE else v for k, v in checkpoint.training.items()
-        }
-        checkpoint = replace(checkpoint, training=training)
+        counts = {k: (f"n_{k}", len(v)) for k, v in checkpoint.training.items() if k in PEOPLE}
+        checkpoint = replace(
+            checkpoint, training=dict(counts.get(item[0], item) for item in checkpoint.training.items())
+        )
     save_checkpoint(folder, checkpoint)
     if checkpoint.parcels is not None:
         lines = [f"{i}\t{name}" for i, name in enumerate(checkpoint.parcels)]
         write_text(folder / "parcels.tsv", "\n".join(["index\tname", *lines]) + "\n")
-    write_text(folder / "README.md", str(card(checkpoint, *names, rows)))
+    write_text(folder / "README.md", str(_card(checkpoint, *names, rows)))
 
 
 def _results(name: str, content: Any) -> list[dict]:
     """Rows for the card: every number of a results' JSON under `r2_hidden`, with its interval, else its top level."""
     if not isinstance(content, dict):
         raise ValueError(f"expected a mapping, got {type(content).__name__}")
-    if "r2_hidden" in content:
-        intervals, n = content.get("r2_hidden_interval", {}), content.get("n_participants")
+    values, label, intervals = content, "", {k: content.get(f"{k}_interval") for k in content}
+    if isinstance(content.get("r2_hidden"), dict):
+        values, label, intervals = content["r2_hidden"], "R² of hidden entries, ", content.get("r2_hidden_interval", {})
+        n = content.get("n_participants")
         name = f"{n} held-out participants" if n else "held-out participants"
-        found = [
-            (f"R² of hidden entries, {k}", v, intervals.get(k), k == "model") for k, v in content["r2_hidden"].items()
-        ]
-    else:
-        numbers = {k: v for k, v in content.items() if isinstance(v, (int, float)) and not isinstance(v, bool)}
-        found = [(k, v, content.get(f"{k}_interval"), True) for k, v in numbers.items()]
-    return [dict(zip(("name", "value", "interval", "ours"), row, strict=True)) | {"on": name} for row in found]
+    rows = []
+    for k, v in values.items():
+        v, ends = (v.get("value"), [v.get("low"), v.get("high")]) if isinstance(v, dict) else (v, intervals.get(k))
+        if isinstance(v, (int, float)) and not isinstance(v, bool):
+            ends = ends if isinstance(ends, list) and len(ends) == 2 and None not in ends else None
+            ours = not label or k == "model"
+            rows.append({"name": f"{label}{k}", "value": v, "interval": ends, "ours": ours, "on": name})
+    return rows
 
 
-def card(checkpoint: Checkpoint, repo_id: str, subfolder: str, licence: str, rows: list[dict]) -> ModelCard:
+def _card(checkpoint: Checkpoint, repo_id: str, subfolder: str, licence: str, rows: list[dict]) -> ModelCard:
     """The model card: metadata that the hub reads, and what a person should know before use."""
     config, training = checkpoint.model.config, checkpoint.training
     scores = [
@@ -343,20 +273,8 @@ def card(checkpoint: Checkpoint, repo_id: str, subfolder: str, licence: str, row
     )
     unknown = "not recorded in the checkpoint"
     people = [len(training[k]) if k in training else training.get(f"n_{k}") for k in PEOPLE]
-    facts = {
-        "network": f"{sum(p.numel() for p in checkpoint.model.parameters()):,} parameters, {config.n_blocks} operator "
-        f"blocks, {config.n_channels} channels, wavelet {config.wavelet}, {config.n_levels} levels",
-        "reads": f"{config.n_parcels} parcels"
-        + (" in the order of parcels.tsv" if checkpoint.parcels else f" (names and order {unknown})"),
-        "repetition time": f"{checkpoint.t_r:g} s" if checkpoint.t_r else unknown,
-        "scaling": checkpoint.scaling.method if checkpoint.scaling else unknown,
-        "trained on": f"{people[0]} participants, {people[1]} to choose it; "
-        f"fingerprint of the data {checkpoint.data_fingerprint}"
-        if people[0] is not None
-        else unknown,
-        "objective": _words(training.get("objective")) or unknown,
-        "optimisation": _words(training.get("settings")) or unknown,
-    }
+    fingerprint = checkpoint.data_fingerprint
+    trained = f"{people[0]} participants, {people[1]} to choose it; fingerprint of the data {fingerprint}"
     results = ["No results on held-out participants were published with these weights."]
     if rows:
         results = ["| measure | value | 95 % interval | on |", "| --- | --- | --- | --- |"]
@@ -364,50 +282,27 @@ def card(checkpoint: Checkpoint, repo_id: str, subfolder: str, licence: str, row
         ends = "{:.3f} to {:.3f}".format(*row["interval"]) if row["interval"] else "not given"
         results.append(f"| {row['name']} | {row['value']:.3f} | {ends} | {row['on']} |")
     if chosen := {k: v for k, v in training.items() if k.startswith("val_") and isinstance(v, float)}:
-        results.append(
-            f"\nOn the validation participants, which chose this checkpoint: {_words(chosen)}. Expect less elsewhere."
-        )
-    place = (f', subfolder="{subfolder}"', f" --subfolder {subfolder}") if subfolder else ("", "")
-    return ModelCard(f"""---
-{data.to_yaml()}
----
-
-# {data.model_name}
-
-A network that reads a parcellated resting-state fMRI scan: operators on a wavelet pyramid, driven by the scan's own path.
-
-| | |
-| --- | --- |
-{chr(10).join(f"| {name} | {value} |" for name, value in facts.items())}
-
-## Use
-
-```python
-from mnemodyn import from_pretrained, load_scan
-from mnemodyn.evaluate.readout import readout
-
-checkpoint = from_pretrained("{repo_id}"{place[0]})
-scan = load_scan("sub-01_task-rest.ptseries.nii")
-checkpoint.check(scan)
-vector = readout(checkpoint.model, checkpoint.scaling(scan), scan.t_r, "latent_sd")
-```
-
-From a shell: `mnemodyn embed scans/ -o embeddings.csv --checkpoint {repo_id}{place[1]}`.
-The weights are safetensors; loading executes nothing.
-
-## Results
-
-{chr(10).join(results)}
-
-## Limits
-
-The network knows one parcellation, its order and one preprocessing; other parcels are refused, other preprocessing is not noticed. It describes scans of groups and makes no diagnosis of a person. Who is not like the participants it was trained on may be described worse.
-
-## Licence and citation
-
-Weights: {licence}. The data it was trained on have their own terms.
-The method: Pal et al., *MnemoDyn: Learning Resting State Dynamics from 40K fMRI Sequences*, ICLR 2026, {PAPER}.
-""")  # noqa: E501
+        said = f"On the validation participants, which chose this checkpoint: {_words(chosen)}. Expect less elsewhere."
+        results.append(f"\n{said}")
+    template = Template(Path(__file__).with_name("model_card.md").read_text(encoding="utf-8"))
+    text = template.substitute(
+        config.to_dict(),
+        metadata=data.to_yaml(),
+        name=data.model_name,
+        n_parameters=f"{sum(p.numel() for p in checkpoint.model.parameters()):,}",
+        order="in the order of parcels.tsv" if checkpoint.parcels else f"(names and order {unknown})",
+        t_r=f"{checkpoint.t_r:g} s" if checkpoint.t_r else unknown,
+        scaling=checkpoint.scaling.method if checkpoint.scaling else unknown,
+        trained=unknown if people[0] is None else trained,
+        objective=_words(training.get("objective")) or unknown,
+        settings=_words(training.get("settings")) or unknown,
+        repo_id=repo_id,
+        subfolder=f', subfolder="{subfolder}"' if subfolder else "",
+        option=f" --subfolder {subfolder}" if subfolder else "",
+        results="\n".join(results),
+        licence=licence,
+    )
+    return ModelCard(text)
 
 
 def _words(settings: Any) -> str:
@@ -438,10 +333,8 @@ def _mend(error: Exception, revision: str | None) -> str:
     if status in (401, 403):
         return f"the hub refused the token (status {status}); {LOGIN}"
     if isinstance(error, (hub_errors.OfflineModeIsEnabled, hub_errors.LocalEntryNotFoundError, httpx2.TransportError)):
-        return (
-            f"{constants.ENDPOINT} was not reached and no copy is here ({said}); check the connection, HF_ENDPOINT and "
-            "HF_HUB_OFFLINE, and try again"
-        )
+        mend = "check the connection, HF_ENDPOINT and HF_HUB_OFFLINE, and try again"
+        return f"{constants.ENDPOINT} was not reached and no copy is here ({said}); {mend}"
     if isinstance(error, hub_errors.HfHubHTTPError):
         return f"the hub answered with an error (status {status}): {said}"
     if isinstance(error, ValueError):

@@ -9,7 +9,16 @@ from collections.abc import Iterable, Mapping
 from dataclasses import fields
 from typing import Any, Literal, get_args, get_origin
 
-__all__ = ["ParameterError", "build", "check_parameters", "check_settings", "read_parameters", "read_yaml", "unknown"]
+__all__ = [
+    "ParameterError",
+    "build",
+    "check_parameters",
+    "check_settings",
+    "read_parameters",
+    "read_yaml",
+    "refuse_unknown",
+    "unknown",
+]
 
 _EXPECTED = {
     bool: "true or false",
@@ -33,18 +42,16 @@ def unknown(kind: str, name: object, known: Iterable[str]) -> ParameterError:
     return ParameterError(f"unknown {kind} {name}{hint} (known: {', '.join(known) or 'none'})")
 
 
-def build(cls: type, settings: Mapping[str, Any], kind: str) -> Any:
-    """A dataclass from a mapping.
-
-    Raises
-    ------
-    ParameterError
-        If a setting is unknown (named by `kind`) or missing, or the class refuses a value.
-    """
-    known = [f.name for f in fields(cls) if f.init]
-    for name in settings:
+def refuse_unknown(kind: str, names: Iterable[str], known: Iterable[str]) -> None:
+    """Raise the error for the first of the names that is not among the known ones."""
+    for name in names:
         if name not in known:
             raise unknown(kind, name, known)
+
+
+def build(cls: type, settings: Mapping[str, Any], kind: str) -> Any:
+    """A dataclass from a mapping; a ParameterError if a setting is unknown or missing, or the class refuses a value."""
+    refuse_unknown(kind, settings, [f.name for f in fields(cls) if f.init])
     try:
         return cls(**settings)
     except (TypeError, ValueError) as error:
@@ -54,10 +61,7 @@ def build(cls: type, settings: Mapping[str, Any], kind: str) -> Any:
 def check_settings(config: Any) -> None:
     """Check the values of a dataclass of settings against its annotations: int, float, bool, str, Literal.
 
-    Raises
-    ------
-    ValueError
-        If a value is of another type, or not among a Literal's; or a number is negative.
+    A ValueError for a value of another type or not among a Literal's, or a number that is negative or not finite.
     """
     for f in fields(config):
         value, kind = getattr(config, f.name), f.type
@@ -75,28 +79,21 @@ def check_settings(config: Any) -> None:
 def read_yaml(text: str) -> Any:
     """Read YAML with the scalars of YAML 1.2: ``off`` is text and ``1e-3`` is a number.
 
-    PyYAML follows YAML 1.1, where ``off``, ``no`` and ``on`` are booleans, ``1e-3`` is text,
-    ``010`` is 8 and ``12:30`` is 750.
-
-    Raises
-    ------
-    ValueError
-        Where ``text`` is not YAML; the message says at which line.
+    PyYAML follows YAML 1.1, where ``off``, ``no`` and ``on`` are booleans, ``1e-3`` is text, ``010`` is 8 and ``12:30``
+    is 750. A ValueError where ``text`` is not YAML says at which line.
     """
     import yaml
 
     class Loader(yaml.SafeLoader):
         yaml_implicit_resolvers: dict = {}  # noqa: RUF012 (PyYAML's own name and form)
 
-    number = list("-+.0123456789")
-    for tag, pattern, first in (
-        ("null", r"null|Null|NULL|~|", ["n", "N", "~", ""]),
-        ("bool", r"true|True|TRUE|false|False|FALSE", list("tTfF")),
-        ("int", r"[-+]?(0|[1-9][0-9]*)", number),
-        ("float", r"[-+]?(\.[0-9]+|(0|[1-9][0-9]*)(\.[0-9]*)?)([eE][-+]?[0-9]+)?", number),
+    for tag, pattern in (
+        ("null", r"null|Null|NULL|~|"),
+        ("bool", r"true|True|TRUE|false|False|FALSE"),
+        ("int", r"[-+]?(0|[1-9][0-9]*)"),
+        ("float", r"[-+]?(\.[0-9]+|(0|[1-9][0-9]*)(\.[0-9]*)?)([eE][-+]?[0-9]+)?"),
     ):
-        whole = re.compile(f"(?:{pattern})$")
-        Loader.add_implicit_resolver(f"tag:yaml.org,2002:{tag}", whole, first)
+        Loader.add_implicit_resolver(f"tag:yaml.org,2002:{tag}", re.compile(f"(?:{pattern})$"), None)
     try:
         return yaml.load(text, Loader)
     except yaml.YAMLError as error:
@@ -104,24 +101,13 @@ def read_yaml(text: str) -> Any:
 
 
 def read_parameters(notebook: Any) -> dict[str, Any]:
-    """Return the names and default values of a notebook's cell tagged ``parameters``.
+    """Return the names and default values of a notebook's (a NotebookNode's) cell tagged ``parameters``.
 
-    `papermill.inspect_notebook` works line by line and misses a list written over several.
-
-    Parameters
-    ----------
-    notebook : nbformat.NotebookNode
-
-    Raises
-    ------
-    ParameterError
-        Where not exactly one code cell is tagged, or it does more than give names to literals.
+    `papermill.inspect_notebook` works line by line and misses a list written over several. A ParameterError where not
+    exactly one code cell is tagged, or it does more than give names to literals.
     """
-    tagged = [
-        cell.source
-        for cell in notebook.cells
-        if cell.cell_type == "code" and "parameters" in cell.metadata.get("tags", [])
-    ]
+    code = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    tagged = [cell.source for cell in code if "parameters" in cell.metadata.get("tags", [])]
     if len(tagged) != 1:
         raise ParameterError(f"needs exactly one code cell tagged 'parameters', has {len(tagged)}")
     found = {}
@@ -132,34 +118,20 @@ def read_parameters(notebook: Any) -> dict[str, Any]:
             if value is not None and type(value) not in _EXPECTED:
                 raise ValueError
             found.update({target.id: value for target in targets})
-    except (AttributeError, ValueError, SyntaxError):
-        raise ParameterError(
-            "its cell tagged 'parameters' must only give names to literal values (text, numbers, "
-            "true/false, None, lists, dicts)"
-        ) from None
+    except (AttributeError, TypeError, ValueError, SyntaxError):
+        kinds = "text, numbers, true/false, None, lists, dicts"
+        raise ParameterError(f"its cell tagged 'parameters' must only give names to literal values ({kinds})") from None
     return found
 
 
 def check_parameters(known: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
-    """Check ``given`` against the defaults ``known`` and convert it to their types.
+    """Check ``given`` against the defaults ``known``, and return it converted to their types.
 
-    Text is kept as it is for a text default and read as YAML for every other; a default of None
-    takes anything. A whole number will do for a float. Elements of a list are checked against
-    those of the default where these are of one type.
-
-    Returns
-    -------
-    dict
-        ``given``, converted.
-
-    Raises
-    ------
-    ParameterError
-        An unknown name, a value of another type or one that JSON cannot hold (NaN, infinities).
+    Text is kept as it is for a text default and read as YAML for every other; a default of None takes anything. A whole
+    number will do for a float. Elements of a list are checked against those of the default where these are of one type.
+    A ParameterError for an unknown name, a value of another type or one that JSON cannot hold (NaN, infinities).
     """
-    for name in given:
-        if name not in known:
-            raise unknown("parameter", name, known)
+    refuse_unknown("parameter", given, known)
     return {name: _convert(name, known[name], value) for name, value in given.items()}
 
 
@@ -181,9 +153,8 @@ def _convert(name: str, default: Any, value: Any) -> Any:
         fits = False
     if not fits:
         expected = _EXPECTED.get(kind, "a value that JSON can hold")
-        raise ParameterError(
-            f"parameter {name} must be {expected}, got {given!r} ({type(given).__name__}); its default is {default!r}"
-        )
+        got = f"got {given!r} ({type(given).__name__}); its default is {default!r}"
+        raise ParameterError(f"parameter {name} must be {expected}, {got}")
     if kind is list and default and len({type(item) for item in default}) == 1:
         return [_convert(f"{name}[{i}]", default[0], item) for i, item in enumerate(value)]
     return value

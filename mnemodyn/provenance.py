@@ -8,7 +8,7 @@ from pathlib import Path
 
 from mnemodyn.files import find_root, write_json, write_text
 
-__all__ = ["describe_derivative", "generated_by", "provenance", "surroundings"]
+__all__ = ["describe_derivative", "generated_by", "installed_version", "provenance", "surroundings"]
 
 PACKAGES = (
     *("mnemodyn", "torch", "lightning", "numpy", "scipy", "pandas", "pywavelets", "scikit-learn", "nilearn", "nibabel"),
@@ -25,7 +25,7 @@ def surroundings() -> dict:
     changes = _git("status", "--porcelain", "--untracked-files=no") if commit else None
     allowed = getattr(os, "sched_getaffinity", None)  # not on macOS
     return {
-        "versions": {package: _version(package) for package in PACKAGES},
+        "versions": {package: installed_version(package) for package in PACKAGES},
         "commit": commit,
         "dirty": None if changes is None else bool(changes),
         "python": platform.python_version(),
@@ -37,27 +37,18 @@ def surroundings() -> dict:
 def provenance(**facts: object) -> str:
     """The last cell of a notebook: what the run used, nothing that changes between two runs of it.
 
-    Parameters
-    ----------
-    **facts
-        Fingerprints, seeds, device and the like, printed as they are.
-
-    Returns
-    -------
-    str
-        A line each for the facts, the commit, and the versions.
+    A line each for the facts (fingerprints, seeds, device and the like, as they are), the commit, and the versions.
     """
     found = surroundings()
-    lines = [f"{name}: {value}" for name, value in facts.items()]
-    lines.append(f"commit: {found['commit'] or 'unknown'}{' with changes' if found['dirty'] else ''}")
-    lines.append(f"python: {found['python']}")
+    commit = f"{found['commit'] or 'unknown'}{' with changes' if found['dirty'] else ''}"
+    lines = [f"{name}: {value}" for name, value in {**facts, "commit": commit, "python": found["python"]}.items()]
     lines.append(", ".join(f"{name} {version}" for name, version in found["versions"].items() if version))
     return "\n".join(lines)
 
 
 def generated_by() -> list[dict]:
     """What BIDS calls ``GeneratedBy``."""
-    return [{"Name": "mnemodyn", "Version": _version("mnemodyn") or "unknown"}]
+    return [{"Name": "mnemodyn", "Version": installed_version("mnemodyn") or "unknown"}]
 
 
 def describe_derivative(folder: str | os.PathLike, name: str) -> None:
@@ -69,7 +60,8 @@ def describe_derivative(folder: str | os.PathLike, name: str) -> None:
         write_json(folder / "dataset_description.json", facts)
 
 
-def _version(package: str) -> str | None:
+def installed_version(package: str) -> str | None:
+    """That of a package, None where it is missing."""
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:

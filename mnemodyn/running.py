@@ -14,6 +14,7 @@ from datetime import UTC, datetime
 from itertools import groupby
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 from mnemodyn.files import write_json, write_text
 from mnemodyn.parameters import ParameterError, check_parameters, read_parameters
@@ -23,11 +24,9 @@ __all__ = ["NotebookFailed", "run_notebook"]
 
 _ANSI = re.compile(r"\x1b\[[0-9;?]*[ -/]*[@-~]")
 _CELL_FILE = re.compile(r"\S*ipykernel_\d+/\d+\.py")  # a warning in a cell names its process
-_DIED = (
-    "the kernel died in this cell. Most often the system had no memory left and ended it: take "
-    "a smaller batch or shorter windows, or give the job more memory. If memory was free, "
-    "compiled code crashed."
-)
+_DIED = """\
+the kernel died in this cell. Most often the system had no memory left and ended it: take a smaller batch or shorter \
+windows, or give the job more memory. If memory was free, compiled code crashed."""
 
 
 class NotebookFailed(RuntimeError):
@@ -39,34 +38,29 @@ class NotebookFailed(RuntimeError):
 
 
 def run_notebook(
-    notebook: str | os.PathLike,
-    output: str | os.PathLike,
-    parameters: Mapping[str, Any] | None = None,
+    notebook: str | os.PathLike, output: str | os.PathLike, parameters: Mapping[str, Any] | None = None
 ) -> dict:
     """Run ``notebook`` from start to end, by the caller's interpreter, and keep it, executed, as ``output``.
 
-    The executed notebook holds nothing of the clock, the process or the machine: two runs with
-    equal results are equal byte for byte. Those facts go to ``<output stem>.manifest.json``
-    beside it. ``output`` is replaced only at the end, by a notebook that is complete or that ends
-    in the error it met.
+    The executed notebook holds nothing of the clock, the process or the machine: two runs with equal results are equal
+    byte for byte. Those facts go to ``<output stem>.manifest.json`` beside it. ``output`` is replaced only at the end,
+    by a notebook that is complete or that ends in the error it met.
 
     Parameters
     ----------
     notebook : path-like
         Notebook (nbformat 4) with one code cell tagged ``parameters``.
     output : path-like
-        Where the executed notebook goes.
     parameters : mapping, optional
         Values that replace defaults, see `check_parameters`.
 
     Returns
     -------
     dict
-        The manifest: ``notebook``, ``output``, ``parameters`` (all, with defaults), ``status``
-        (``"running"``, ``"done"`` or ``"failed"``), ``error`` (None or ``type``, ``message`` and
-        ``cell``, an index into ``output``), ``seconds``, ``cells`` (seconds of each),
-        ``started``, ``ended`` (UTC), ``versions``, ``commit``, ``dirty``, ``python``,
-        ``platform``, ``cpus``, ``peak_memory_mb``.
+        The manifest: ``notebook``, ``output``, ``parameters`` (all, with defaults), ``status`` (``"running"``,
+        ``"done"`` or ``"failed"``), ``error`` (None or ``type``, ``message`` and ``cell``, an index into ``output``),
+        ``seconds``, ``started``, ``ended`` (UTC), ``peak_memory_mb``, and what
+        :func:`~mnemodyn.provenance.surroundings` finds.
 
     Raises
     ------
@@ -75,21 +69,22 @@ def run_notebook(
     ParameterError
         Where it is not a notebook, or its parameters are refused; nothing is written then.
     NotebookFailed
-        Where a cell raised, the kernel died, or the run was interrupted (Ctrl-C, SIGTERM). The
-        notebook up to there is kept as ``output``.
+        Where a cell raised, the kernel died, or the run was interrupted (Ctrl-C, SIGTERM). The notebook up to there is
+        kept as ``output``.
     """
     import nbformat
 
     notebook, output = Path(notebook), Path(output)
     if notebook.resolve() == output.resolve():
         raise ParameterError(f"output must not be the notebook itself, got {output}")
+    if output.is_dir():
+        raise ParameterError(f"output must be the file of the executed notebook, and {output} is a folder")
     source = _read(notebook)
     try:
         known = read_parameters(source)
         given = check_parameters(known, parameters or {})
     except ParameterError as error:
         raise ParameterError(f"{notebook}: {error}") from None
-
     record = output.with_suffix(".manifest.json")
     partial = output.with_name(f".{output.stem}.running.ipynb")
     clock = time.monotonic()
@@ -100,11 +95,10 @@ def run_notebook(
         "status": "running",
         "error": None,
         "seconds": None,
-        "started": datetime.now(UTC).isoformat(timespec="seconds"),
+        "started": _now(),
         **surroundings(),
     }
     write_json(record, manifest)
-
     failure: dict | None = None
     try:
         _execute(source, partial, given)
@@ -112,14 +106,11 @@ def run_notebook(
         failure = {"type": "Interrupted", "message": "interrupted before its end", "cell": None}
     except Exception as error:
         failure = _describe(error)
-    executed, running, seconds = _tidy(partial)
-    if failure and executed and failure["cell"] is None:
-        failure["cell"] = running
-        if running is not None:  # the cell itself does not say why it stopped
-            name, message = failure["type"], failure["message"]
-            executed.cells[running].outputs.append(
-                nbformat.v4.new_output("error", ename=name, evalue=message, traceback=[f"{name}: {message}"])
-            )
+    executed, running = _tidy(partial)
+    if failure and executed and failure["cell"] is None and running is not None:
+        failure["cell"], name, message = running, failure["type"], failure["message"]
+        said = nbformat.v4.new_output("error", ename=name, evalue=message, traceback=[f"{name}: {message}"])
+        executed.cells[running].outputs.append(said)  # the cell itself does not say why it stopped
     if executed:
         write_text(output, nbformat.writes(executed) + "\n")
     partial.unlink(missing_ok=True)
@@ -127,14 +118,17 @@ def run_notebook(
         "status": "failed" if failure else "done",
         "error": failure,
         "seconds": round(time.monotonic() - clock, 3),
-        "ended": datetime.now(UTC).isoformat(timespec="seconds"),
-        "cells": seconds,
+        "ended": _now(),
         "peak_memory_mb": _peak_memory(),
     }
     write_json(record, manifest)
     if failure:
         raise NotebookFailed(_message(manifest, executed), manifest)
     return manifest
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")
 
 
 def _read(path: Path) -> Any:
@@ -159,7 +153,7 @@ def _read(path: Path) -> Any:
 def _execute(source: Any, partial: Path, parameters: dict) -> None:
     import logging
 
-    with warnings.catch_warnings(), _terminating():
+    with warnings.catch_warnings(), _terminating(), tempfile.TemporaryDirectory(prefix="mnemodyn-") as folder:
         warnings.simplefilter("ignore")  # of papermill and its dependencies; not the notebook's
         import papermill
         from jupyter_client.kernelspec import KernelSpecManager
@@ -181,9 +175,19 @@ def _execute(source: Any, partial: Path, parameters: dict) -> None:
                 # With no folder to look in, "python3" is the kernel of sys.executable.
                 return KernelSpecManager(parent=self, kernel_dirs=[])
 
-        logging.getLogger("papermill").setLevel(logging.CRITICAL)
-        logging.getLogger("asyncio").setLevel(logging.CRITICAL)
-        with _kernel_environment() as folder:
+        for library in ("papermill", "asyncio"):
+            logging.getLogger(library).setLevel(logging.CRITICAL)
+        inherited = {  # so that a kernel does the same on every machine
+            "SOURCE_DATE_EPOCH": os.environ.get("SOURCE_DATE_EPOCH", "0"),  # no dates in figures
+            "MNEMODYN_HEADLESS": "1",
+            "PYTHONHASHSEED": "0",
+            # MPLBACKEND=agg, common on clusters, would leave the notebook without its figures.
+            "MPLBACKEND": "module://matplotlib_inline.backend_inline",
+            # Neither a person's start-up files nor a history database in their home folder.
+            "IPYTHONDIR": folder,
+            "JUPYTER_RUNTIME_DIR": folder,
+        }
+        with patch.dict(os.environ, inherited):
             papermill.execute_notebook(
                 source,
                 # papermill formats its paths, so that a brace in a folder's name would fail.
@@ -200,38 +204,11 @@ def _execute(source: Any, partial: Path, parameters: dict) -> None:
 
 
 @contextmanager
-def _kernel_environment() -> Iterator[str]:
-    """Set what a kernel inherits so that it does the same on every machine, and give it a temporary folder."""
-    before = dict(os.environ)
-    with tempfile.TemporaryDirectory(prefix="mnemodyn-") as folder:
-        os.environ.setdefault("SOURCE_DATE_EPOCH", "0")  # no dates in figures
-        os.environ |= {
-            "MNEMODYN_HEADLESS": "1",
-            "PYTHONHASHSEED": "0",
-            # MPLBACKEND=agg, common on clusters, would leave the notebook without its figures.
-            "MPLBACKEND": "module://matplotlib_inline.backend_inline",
-            # Neither a person's start-up files nor a history database in their home folder.
-            "IPYTHONDIR": folder,
-            "JUPYTER_RUNTIME_DIR": folder,
-        }
-        try:
-            yield folder
-        finally:
-            os.environ.clear()
-            os.environ |= before
-
-
-@contextmanager
 def _terminating() -> Iterator[None]:
     """Treat SIGTERM, which schedulers send, as Ctrl-C: the kernel is shut down in order."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-
-    def interrupt(*_: Any) -> None:
-        raise KeyboardInterrupt
-
-    before = {number: signal.signal(number, interrupt) for number in (signal.SIGINT, signal.SIGTERM)}
+    main = threading.current_thread() is threading.main_thread()  # no other takes signals
+    numbers = (signal.SIGINT, signal.SIGTERM) if main else ()
+    before = {number: signal.signal(number, signal.default_int_handler) for number in numbers}
     try:
         yield
     finally:
@@ -243,11 +220,12 @@ def _describe(error: Exception) -> dict:
     from nbclient.exceptions import DeadKernelError
     from papermill.exceptions import PapermillExecutionError
 
+    kind, message, cell = type(error).__name__, str(error), None
     if isinstance(error, PapermillExecutionError):
-        return {"type": error.ename, "message": _clean(error.evalue), "cell": error.cell_index}
-    if isinstance(error, DeadKernelError):
-        return {"type": "KernelDied", "message": _DIED, "cell": None}
-    return {"type": type(error).__name__, "message": _clean(str(error)), "cell": None}
+        kind, message, cell = error.ename, error.evalue, error.cell_index
+    elif isinstance(error, DeadKernelError):
+        kind, message = "KernelDied", _DIED
+    return {"type": kind, "message": _clean(message), "cell": cell}
 
 
 def _clean(text: str) -> str:
@@ -255,18 +233,18 @@ def _clean(text: str) -> str:
     return _CELL_FILE.sub("<cell>", _ANSI.sub("", text)).replace(f"{os.getcwd()}{os.sep}", "")
 
 
-def _tidy(path: Path) -> tuple[Any, int | None, list[dict]]:
-    """Papermill's notebook, if it wrote one, without what differs from run to run; the cell begun last; seconds."""
+def _tidy(path: Path) -> tuple[Any, int | None]:
+    """Papermill's notebook, if it wrote one, without what differs from run to run, and the cell begun last."""
     import nbformat
     from papermill.execute import remove_error_markers
 
     try:
         notebook = remove_error_markers(nbformat.read(path, as_version=4))
     except (OSError, ValueError, nbformat.reader.NotJSONError):
-        return None, None, []
+        return None, None
     notebook.metadata.pop("papermill", None)
     notebook.metadata.get("language_info", {}).pop("version", None)
-    running, seconds = None, []
+    running = None
     for index, cell in enumerate(notebook.cells):
         timing = cell.metadata.pop("papermill", {})
         cell.metadata.pop("execution", None)
@@ -276,10 +254,8 @@ def _tidy(path: Path) -> tuple[Any, int | None, list[dict]]:
             del cell.metadata["tags"]  # papermill adds empty ones
         if cell.cell_type == "code":
             cell.outputs = _merge(cell.outputs)
-            if timing.get("start_time"):
-                running = index
-                seconds.append({"cell": index, "seconds": timing.get("duration")})
-    return notebook, running, seconds
+            running = index if timing.get("start_time") else running
+    return notebook, running
 
 
 def _merge(outputs: list) -> list:

@@ -144,8 +144,25 @@ def test_what_a_program_reads_is_json(notebook, capsys):
     assert printed.err == "", "no bar where nobody looks"
 
 
+def test_what_cannot_be_written_is_no_wrong_usage(tmp_path, capsys):
+    for name in ("sub-1_bold.nii.gz", "labels.nii.gz", "taken"):
+        (tmp_path / name).touch()
+    words = [
+        "preprocess",
+        tmp_path / "sub-1_bold.nii.gz",
+        "-o",
+        tmp_path / "taken",
+        "--atlas",
+        tmp_path / "labels.nii.gz",
+    ]
+    assert main(list(map(str, words))) == 1
+    message = capsys.readouterr().err
+    assert str(tmp_path / "taken") in message
+    assert "name a folder in its place" in message
+
+
 def test_an_interruption_is_no_traceback(monkeypatch, capsys):
-    def stop(_):
+    def stop(**_):
         raise KeyboardInterrupt
 
     monkeypatch.setitem(cli.COMMANDS, "info", cli.COMMANDS["info"]._replace(run=stop))
@@ -162,6 +179,7 @@ def test_an_interruption_is_no_traceback(monkeypatch, capsys):
         (["-s", "epoch", "3"], "unknown setting epoch; did you mean epochs?"),
         (["--config", "c.yaml"], "unknown training setting learning_rat; did you mean learning_rate?"),
         (["-s", "epochs", "many"], "epochs must be int, got 'many'"),
+        (["-s", "epochs", "["], "epochs: not valid YAML"),
     ],
 )
 def test_refused_settings_of_pretrain_are_status_2(tmp_path, monkeypatch, capsys, arguments, message):

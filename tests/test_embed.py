@@ -225,6 +225,7 @@ WRONG = {
     "a scan that is not there": "there is no file or folder",
     "a folder for a scan": "is a folder; name the file of one scan",
     "a file for a folder": "File exists; name a folder in its place",
+    "a scan as output": "sub-1_timeseries.tsv is a scan that is read, and would be replaced; name another output",
     "no such device": "--device must be cpu, or cuda where PyTorch finds one, got 'gpu'",
 }
 
@@ -286,6 +287,8 @@ def test_holding_it_wrong_names_the_mend(how, checkpoint, tmp_path, monkeypatch,
         words = ["reconstruct", str(tmp_path), "-o", str(tmp_path / "sub-1_timeseries.tsv"), "-c", str(model)]
     elif how == "a file for a folder":
         output = scan / "e.csv"
+    elif how == "a scan as output":
+        words = ["reconstruct", str(scan), "-o", str(scan), "-c", str(model), "--whole"]
     elif how == "no such device":
         more = ["--device", "gpu"]
     words = words or ["embed", str(scan), "-o", str(output), "-c", str(model), *more]

@@ -34,6 +34,11 @@ def test_a_command_from_scans_to_scores(folder, tmp_path, capsys):
     assert "fold 1" not in printed.err, "progress is for a terminal"
 
 
+def test_a_folder_in_place_of_the_scores_is_refused_before_the_work(folder, tmp_path, capsys):
+    assert main(["evaluate", "abide", str(folder), "--target", "sex", "--json", str(tmp_path)]) == 2
+    assert f"{tmp_path} is a folder; name the file to write" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("more", "message", "status"),
     [

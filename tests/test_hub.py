@@ -110,6 +110,19 @@ def test_the_card_states_what_the_run_states(run, tmp_path):
     assert "No results on held-out" in (kept / "README.md").read_text()
 
 
+def test_results_of_any_shape_that_the_book_writes(run, tmp_path):
+    beside = {"value": 0.31, "low": 0.2, "high": 0.4}
+    for name, content, row in (
+        ("beside", {"r2_hidden": {"model": beside}}, "| R² of hidden entries, model | 0.310 | 0.200 to 0.400 |"),
+        ("top", {"acc_interval": [0.4, 0.6], "acc": 0.5, "rows": [], "done": True}, "| acc | 0.500 | 0.400 to 0.600 |"),
+        ("none", {"acc": 0.5, "acc_interval": [None, None], "auc": None}, "| acc | 0.500 | not given | none |"),
+    ):
+        (tmp_path / f"{name}.json").write_text(json.dumps(content))
+        text = (write_folder(run, tmp_path / "o", results=[tmp_path / f"{name}.json"]) / "README.md").read_text()
+        (found,) = text.split("| --- | --- | --- | --- |\n")[1].split("\n\n")[0].splitlines()
+        assert found.startswith(row), "that row, and no other"
+
+
 def test_private_branch_and_subfolder(run, hub, monkeypatch):
     publish(run, "lab/p", private=True, revision="v1", subfolder="small")
     assert hub.repositories["lab/p"]["private"]
