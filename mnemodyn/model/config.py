@@ -170,13 +170,11 @@ class ModelConfig:
         return asdict(self)
 
 
-_GAUSSIAN = {"front": "gaussian"}
-_LARGE = {"n_blocks": 4, "n_channels": 256, "input_width": 128, "field_rank": 8, "banded": "depthwise"}
-_PUBLISHED = {"n_blocks": 4, "n_channels": 300, "input_width": 100, "field_rank": 3, "n_levels": 5, "n_segments": 4}
-_DRAFT = {"compat": "reference", "interpolation": "spline", "lift": False, "activation": "tanh", "n_dense_layers": 4}
-PRESETS = {
-    "mnemodyn-small": _GAUSSIAN | {"n_channels": 32, "input_width": 32},
-    "mnemodyn-base": _GAUSSIAN | {"n_channels": 96, "input_width": 96},
-    "mnemodyn-large": _GAUSSIAN | _LARGE,
-    "reference": _PUBLISHED | _DRAFT,
+PRESETS: dict[str, dict] = {
+    "mnemodyn-small": {"front": "gaussian", "n_channels": 32, "input_width": 32},
+    "mnemodyn-base": {"front": "gaussian", "n_channels": 96, "input_width": 96},
+    "mnemodyn-large": {"front": "gaussian", "n_blocks": 4, "n_channels": 256, "input_width": 128, "field_rank": 8}
+    | {"banded": "depthwise"},
+    "reference": {"n_blocks": 4, "n_channels": 300, "input_width": 100, "field_rank": 3, "n_levels": 5, "n_segments": 4}
+    | {"n_dense_layers": 4, "activation": "tanh", "lift": False, "compat": "reference", "interpolation": "spline"},
 }

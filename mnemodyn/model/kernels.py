@@ -18,7 +18,7 @@ from torch.nn import functional
 
 __all__ = ["field_drive", "field_drive_eager"]
 
-NAMES = {torch.tanh: "tanh", functional.gelu: "gelu", functional.silu: "silu"}
+NAMES: dict[Callable[[Tensor], Tensor], str] = {torch.tanh: "tanh", functional.gelu: "gelu", functional.silu: "silu"}
 
 # Bytes and rows of a tile. Measured on one thread at 450 parcels, 300 channels, rank 3: 0.5 to 4 MiB are alike, 16 MiB
 # slower. On a GPU without Triton each operation on a tile is a launch, so that there it is larger.
@@ -163,7 +163,7 @@ def _shared(work: Callable[[slice], object], core, z: Tensor, w: Tensor) -> list
         return [work(slice(None))]
     rows = [slice(n * i // shares, n * (i + 1) // shares) for i in range(shares)]
 
-    run = torch.no_grad()(work)  # a thread begins with gradients on
+    run: Callable[[slice], object] = torch.no_grad()(work)  # a thread begins with gradients on
     # New threads take over this setting, which for the matrix products is one of the whole process.
     with LOCK:
         try:

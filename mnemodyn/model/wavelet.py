@@ -11,7 +11,7 @@ such as :func:`lattice` makes from angles that are learned.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 
 import numpy as np
@@ -123,7 +123,8 @@ class _Transform(torch.autograd.Function):
 
     @staticmethod
     def forward(wavelet: str, *given: Tensor):
-        return (_analyse if len(given) == 1 else _synthesise)(*given, *_named(wavelet))
+        transform: Callable = _analyse if len(given) == 1 else _synthesise
+        return transform(*given, *_named(wavelet))
 
     @staticmethod
     def setup_context(ctx, inputs, output):
