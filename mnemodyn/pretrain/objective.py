@@ -7,7 +7,7 @@ in every run. Views depend on their seed alone; losses and scores are sums, so t
 import copy
 import inspect
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import lru_cache
 from typing import ClassVar
@@ -21,20 +21,8 @@ from mnemodyn.model.network import MnemoDyn, Output
 from mnemodyn.parameters import build, check_settings, unknown
 from mnemodyn.pretrain.masking import hide_stretches
 
-__all__ = [
-    "OBJECTIVES",
-    "Autoencode",
-    "Denoise",
-    "Forecast",
-    "Groups",
-    "Latent",
-    "Masked",
-    "Mixed",
-    "Objective",
-    "describe_objective",
-    "effective_rank",
-    "make_objective",
-]
+__all__ = ["OBJECTIVES", "Autoencode", "Denoise", "Forecast", "Groups", "Latent", "Masked", "Mixed", "Objective"]
+__all__ += ["describe_objective", "effective_rank", "make_objective"]
 
 Sums = dict[str, tuple[Tensor, Tensor]]
 
@@ -63,25 +51,10 @@ class Objective:
         return f"val_{self.metric}"
 
     def view(self, x: Tensor, *, t_r: float, parcels: Sequence[str], seed: int, training: bool = False) -> dict:
-        """What is done to one window.
+        """What is done to one window x (time, parcel), scaled, `t_r` in seconds; in training a view may vary more.
 
-        Parameters
-        ----------
-        x : Tensor, shape (time, parcel)
-            Scaled values.
-        t_r : float
-            Seconds.
-        parcels : sequence of str
-            Names of the columns.
-        seed : int
-        training : bool
-            In training a view may vary more than in validation.
-
-        Returns
-        -------
-        dict of str to Tensor, shape (time, parcel)
-            ``hidden`` (bool; not seen), ``input`` (seen in place of x), ``scored`` (bool; what the loss counts), and
-            what else an objective reads. All are optional.
+        Tensors of the shape of x, all optional: ``hidden`` (bool; not seen, and what the loss counts), ``input`` (seen
+        in place of x), and what else an objective reads.
         """
         raise NotImplementedError
 
@@ -94,12 +67,11 @@ class Objective:
 
     def loss(self, network: MnemoDyn, batch: Mapping[str, Tensor], parts: nn.ModuleDict) -> Sums:
         """The loss in terms, each a (sum, count); it is the sum of the terms' means over the joined batch."""
-        output = _run(network, batch, batch.get("input", batch["x"]), batch.get("hidden"))
-        scored = _scored(batch)
+        output, scored = _run(network, batch, batch.get("input", batch["x"]), batch.get("hidden")), _scored(batch)
         terms = {"error": ((output.reconstruction.float() - batch["x"])[scored].square().sum(), scored.sum())}
-        return terms | self.levels(output)
+        return terms | self._levels(output)
 
-    def levels(self, output: Output) -> Sums:
+    def _levels(self, output: Output) -> Sums:
         """The multi-resolution loss as a term, where there is one."""
         if output.multiresolution_loss is None:
             return {}
@@ -109,18 +81,13 @@ class Objective:
 
     def sums(self, network: MnemoDyn, batch: Mapping[str, Tensor], parts: nn.ModuleDict) -> dict[str, Tensor]:
         """Sums from which `scores` are formed: float64, added up over batches and processes."""
-        x, scored, valid = batch["x"], _scored(batch), _valid(batch)
-        given = batch.get("input", x)
+        x, scored = batch["x"], _scored(batch)
+        given, other = batch.get("input", x), _valid(batch) & ~scored
         error = (_run(network, batch, given, batch.get("hidden")).reconstruction - x).square().double()
         power, before = x.square().double(), (given - x).square().double()
-        other = valid & ~scored
-        return {
-            "error": error[scored].sum(),
-            "power": power[scored].sum(),
-            "before": before[scored].sum(),
-            "visible_error": error[other].sum(),
-            "visible_power": power[other].sum(),
-        }
+        found = {"error": error[scored], "power": power[scored], "before": before[scored]}
+        found |= {"visible_error": error[other], "visible_power": power[other]}
+        return {name: values.sum() for name, values in found.items()}
 
     def scores(self, sums: Mapping[str, Tensor]) -> dict[str, float]:
         """Scores by name; that of `metric` chooses the checkpoint."""
@@ -151,11 +118,7 @@ def _valid(batch: Mapping[str, Tensor]) -> Tensor:
 
 
 def _scored(batch: Mapping[str, Tensor]) -> Tensor:
-    valid = _valid(batch)
-    for key in ("scored", "hidden"):
-        if key in batch:
-            return batch[key] & valid
-    return valid
+    return _valid(batch) & batch["hidden"] if "hidden" in batch else _valid(batch)
 
 
 def _r2(error: Tensor, power: Tensor) -> float:
@@ -249,8 +212,7 @@ class Masked(_Hiding):
 
     def hide(self, shape: tuple[int, int, int], seed: int, *, training: bool = False, t_r: float = 1.0) -> Tensor:
         """The mask of one seed: bool, shape (batch, time, parcel), True where hidden. `t_r` in seconds."""
-        generator = torch.Generator().manual_seed(seed)
-        share = self.hidden_share
+        share, generator = self.hidden_share, torch.Generator().manual_seed(seed)
         if training:
             share += self.share_spread * (2 * torch.rand((), generator=generator).item() - 1)
         window = max(1, round(self.mask_seconds / t_r)) if self.mask_seconds else self.mask_window
@@ -287,7 +249,7 @@ class Forecast(_Hiding):
 
 
 @lru_cache
-def _members(pattern: str, parcels: tuple[str, ...]) -> tuple[tuple[int, ...], ...]:
+def _members(pattern: str, parcels: tuple[str, ...]) -> list[list[int]]:
     groups: dict[str, list[int]] = {}
     for i, parcel in enumerate(parcels):
         if found := re.search(pattern, parcel):
@@ -297,7 +259,7 @@ def _members(pattern: str, parcels: tuple[str, ...]) -> tuple[tuple[int, ...], .
             f"pattern {pattern!r} must tell at least two groups of parcels apart by its first bracket, found "
             f"{sorted(groups) or 'none'} in names such as {list(parcels[:3])}"
         )
-    return tuple(tuple(groups[name]) for name in sorted(groups))
+    return [groups[name] for name in sorted(groups)]
 
 
 @dataclass(frozen=True)
@@ -316,10 +278,8 @@ class Groups(_Hiding):
     name: ClassVar[str] = "groups"
 
     def view(self, x, *, t_r, parcels, seed, training=False):
-        members = _members(self.pattern, tuple(parcels))
-        generator = torch.Generator().manual_seed(seed)
-        hidden = torch.zeros(x.shape, dtype=torch.bool)
-        hidden[:, list(members[torch.randint(len(members), (), generator=generator)])] = True
+        members, hidden = _members(self.pattern, tuple(parcels)), torch.zeros(x.shape, dtype=torch.bool)
+        hidden[:, members[torch.randint(len(members), (), generator=torch.Generator().manual_seed(seed))]] = True
         return {"hidden": hidden}
 
 
@@ -381,18 +341,12 @@ class Latent(Objective):
                 f"a window must have 2 frames and 2 parcels or more to be cut in blocks, got {(time, parcel)}"
             )
         generator = torch.Generator().manual_seed(seed)
-
-        def draw(n: int) -> int:
-            return int(torch.randint(n, (), generator=generator))
-
         observed = min(time - 1, max(1, round(self.observed_share * time)))
         target = min(time - observed, max(1, round(self.target_share * time)))
-        start = target + draw(time - observed - target + 1)
-        before = draw(start - target + 1)
-        some = torch.zeros(parcel, dtype=torch.bool)
-        some[
-            torch.randperm(parcel, generator=generator)[: min(parcel - 1, max(1, round(self.parcel_share * parcel)))]
-        ] = True
+        start = target + int(torch.randint(time - observed - target + 1, (), generator=generator))
+        before = int(torch.randint(start - target + 1, (), generator=generator))
+        chosen, some = min(parcel - 1, max(1, round(self.parcel_share * parcel))), torch.zeros(parcel, dtype=torch.bool)
+        some[torch.randperm(parcel, generator=generator)[:chosen]] = True
         frames, earlier = torch.zeros(2, time, 1, dtype=torch.bool)
         frames[start : start + observed], earlier[before : before + target] = True, True
         blocks = {"observed": frames & some}
@@ -417,9 +371,7 @@ class Latent(Objective):
         """The student's output, what the predictor makes of it and what the teacher says, (target, frame, channel)."""
         output = _run(network, batch, batch["x"], ~batch["observed"])
         blocks = torch.cat([batch[name] for name in TARGETS])
-        many = {
-            k: batch[k].repeat(3, *[1] * (batch[k].ndim - 1)) for k in ("x", "t_r", "censored", "lengths") if k in batch
-        }
+        many = {k: torch.cat([batch[k]] * 3) for k in ("x", "t_r", "censored", "lengths") if k in batch}
         with torch.no_grad():
             targets = _run(parts["teacher"], many, many["x"], ~blocks).latents.float()
             targets = functional.layer_norm(targets, targets.shape[-1:])
@@ -432,7 +384,7 @@ class Latent(Objective):
         # Layers that only the read-out uses take part with a gradient of zero: data-parallel training wants all.
         idle = 0 * output.reconstruction.float().sum()
         error = functional.mse_loss(guesses.float()[frames], targets[frames], reduction="sum") + idle
-        terms = {"error": (error, frames.sum() * targets.shape[-1])} | self.levels(output)
+        terms = {"error": (error, frames.sum() * targets.shape[-1])} | self._levels(output)
         seen = _run(network, batch, batch["x"], None).latents.float()[_valid(batch)[..., 0]]
         moments = _moments(seen)
         if torch.distributed.is_initialized():  # of the joined batch, whatever part of it this process has
@@ -440,7 +392,7 @@ class Latent(Objective):
             torch.distributed.all_reduce(joined)
             # Each process sends back its own part; their gradients are averaged later, which the factor makes a sum.
             moments = joined + torch.distributed.get_world_size() * (moments - moments.detach())
-        _, covariance = _covariance(moments, seen.shape[-1])
+        _, covariance = _covariance(moments)
         sd = (covariance.diagonal() + 1e-6).sqrt()
         spread = (sd - 1).square().mean()
         correlation = covariance / torch.outer(sd, sd)
@@ -450,29 +402,23 @@ class Latent(Objective):
 
     def sums(self, network, batch, parts):
         _, guesses, targets, frames = self._guesses(network, batch, parts)
-        found = {}
+        whole = _run(network, batch, batch["x"], None).latents
+        found = {"moments": _moments(whole[_valid(batch)[..., 0]].double())}
         for name, guess, target, where in zip(TARGETS, *(a.chunk(3) for a in (guesses, targets, frames)), strict=True):
             guess, target = guess[where].double(), target[where].double()
             found |= {f"{name}_error": (guess - target).square().sum(), f"{name}_moments": _moments(target)}
-        whole = _run(network, batch, batch["x"], None).latents
-        return found | {"moments": _moments(whole[_valid(batch)[..., 0]].double())}
+        return found
 
     def scores(self, sums):
-        error, power, by_target = 0.0, 0.0, {}
-        width = round((len(sums["moments"]) - 0.75) ** 0.5 - 0.5)  # n, sums and products: 1 + k + k**2
+        parts = {}
         for name in TARGETS:
-            n, covariance = _covariance(sums[f"{name}_moments"], width)
-            one = sums[f"{name}_error"], n * covariance.trace()
-            by_target[f"r2_{name}"] = _r2(*one)
-            error, power = error + one[0], power + one[1]
-        _, covariance = _covariance(sums["moments"], width)
-        spread = covariance.diagonal().clamp_min(0).sqrt().mean()
-        return {
-            self.metric: _r2(error, power),
-            **by_target,
-            "embedding_sd": float(spread),
-            "rank_share": effective_rank(covariance) / width,
-        }
+            n, covariance = _covariance(sums[f"{name}_moments"])
+            parts[f"r2_{name}"] = sums[f"{name}_error"], n * covariance.trace()
+        error, power = (sum(column) for column in zip(*parts.values(), strict=True))
+        found = {self.metric: _r2(error, power)} | {name: _r2(*part) for name, part in parts.items()}
+        _, covariance = _covariance(sums["moments"])
+        found["embedding_sd"] = float(covariance.diagonal().clamp_min(0).sqrt().mean())
+        return found | {"rank_share": effective_rank(covariance) / len(covariance)}
 
     def warning(self, scores):
         if scores["rank_share"] > 0.5 and scores["embedding_sd"] > 0.05:
@@ -485,8 +431,9 @@ def _moments(z: Tensor) -> Tensor:
     return torch.cat([z.new_full((1,), len(z)), z.sum(0), (z.T @ z).flatten()])
 
 
-def _covariance(moments: Tensor, width: int) -> tuple[Tensor, Tensor]:
-    n = moments[0].clamp_min(1)
+def _covariance(moments: Tensor) -> tuple[Tensor, Tensor]:
+    """Number and covariance of the embeddings that `_moments` was made from."""
+    n, width = moments[0].clamp_min(1), round((len(moments) - 0.75) ** 0.5 - 0.5)  # 1 + width + width**2 entries
     mean = moments[1 : 1 + width] / n
     return n, moments[1 + width :].view(width, width) / n - torch.outer(mean, mean)
 
@@ -535,6 +482,12 @@ class Mixed(Objective):
         first = next(iter(self.members.values()))
         return f"{first.name}_{first.metric}"
 
+    def _each(self, values: Mapping, mark: str = ".") -> Iterator[tuple]:
+        """Name, objective and weight of each member, and those of `values` that are its own or everybody's."""
+        for (name, member), one in zip(self.members.items(), self.mix, strict=True):
+            own = {key.removeprefix(name + mark): v for key, v in values.items() if key.startswith(name + mark)}
+            yield name, member, one["weight"], {k: v for k, v in values.items() if mark not in k} | own
+
     def view(self, x, **known):
         views = {name: member.view(x, **known) for name, member in self.members.items()}
         return {f"{name}.{key}": value for name, view in views.items() for key, value in view.items()}
@@ -547,18 +500,7 @@ class Mixed(Objective):
             member.after_step(network, parts[name])
 
     def warning(self, scores):
-        found = []
-        for name, member in self.members.items():
-            found.append(
-                member.warning({k.removeprefix(f"{name}_"): v for k, v in scores.items() if k.startswith(name)})
-            )
-        return "; ".join(filter(None, found))
-
-    def _each(self, batch):
-        shared = {key: value for key, value in batch.items() if "." not in key}
-        for one, (name, member) in zip(self.mix, self.members.items(), strict=True):
-            own = {key.removeprefix(f"{name}."): v for key, v in batch.items() if key.startswith(f"{name}.")}
-            yield name, member, one["weight"], shared | own
+        return "; ".join(filter(None, (member.warning(own) for _, member, _, own in self._each(scores, "_"))))
 
     def loss(self, network, batch, parts):
         found = {}
@@ -572,11 +514,8 @@ class Mixed(Objective):
         return {f"{name}.{key}": value for name, found in each for key, value in found.items()}
 
     def scores(self, sums):
-        found = {}
-        for name, member in self.members.items():
-            own = {key.removeprefix(f"{name}."): v for key, v in sums.items() if key.startswith(f"{name}.")}
-            found |= {f"{name}_{key}": value for key, value in member.scores(own).items()}
-        return found
+        each = ((name, member.scores(own)) for name, member, _, own in self._each(sums))
+        return {f"{name}_{key}": value for name, found in each for key, value in found.items()}
 
 
 OBJECTIVES: dict[str, type[Objective]] = {
@@ -585,13 +524,7 @@ OBJECTIVES: dict[str, type[Objective]] = {
 
 
 def make_objective(name: str, settings: Mapping | None = None) -> Objective:
-    """An objective by name.
-
-    Raises
-    ------
-    ParameterError
-        If the name or a setting is unknown; the message has the known ones and the nearest.
-    """
+    """An objective by name; ParameterError, with the nearest known one, if that or a setting is unknown."""
     if name not in OBJECTIVES:
         raise unknown("objective", name, OBJECTIVES)
     return build(OBJECTIVES[name], settings or {}, f"{name} setting")
