@@ -52,12 +52,10 @@ class MnemoDyn(nn.Module, Pretrained):
 
     Notes
     -----
-    **Other lengths.** A network takes any number of frames >= 2, though some of its weights belong to the
-    ``n_timepoints`` it was trained on. The field, the lift, the wavelets and the output act frame by frame or by
-    convolution and do not know T. The coarse operator joins ``ceil(n_timepoints / 2**n_levels)`` coarse samples: a
-    longer scan is treated in consecutive stretches of that many, a shorter one by the leading part of the matrix.
-    Segments keep their length in frames, and their kernels repeat in turn. So the work grows linearly with T, and
-    a long scan is treated as its windows are, but for what the transform carries across their edges.
+    **Other lengths.** A network takes any number of frames >= 2. Of its weights only the coarse operator's and the
+    segments' belong to ``n_timepoints``: see :class:`~mnemodyn.model.operator.CoarseOperator` and
+    :class:`~mnemodyn.model.operator.BandedOperator`. So the work grows linearly with T, and a long scan is treated as
+    its windows are, but for what the transform carries across their edges.
 
     **Time.** The control is per second, so at shared instants the drive of one signal sampled at two repetition times
     differs only as their backward differences do, by at most half the difference of the steps times the signal's
@@ -120,13 +118,12 @@ class MnemoDyn(nn.Module, Pretrained):
             True where the value must not be read; whatever stands there (NaN too) has no influence.
         censored : Tensor of bool, shape (batch, time), optional
             True where a frame is missing (motion scrubbing, dropped volumes); it has no influence. The path goes
-            through the other frames at their true times, see :func:`~mnemodyn.model.control.bridge`, and the first
-            block reads it at all of them. A frame whose visible entries are all NaN is censored too.
+            through the other frames at their true times: see :func:`~mnemodyn.model.control.bridge`. A frame whose
+            visible entries are all NaN is censored too.
         lengths : sequence of int or Tensor, shape (batch,), optional
             Frames of each scan, where scans were padded to one length. What follows them has no influence, and is
-            zero in the result. Scans of one length are computed together, so that the cost is one pass for each
-            distinct length: sort a large set by length before it is cut into batches. The multi-resolution loss is
-            then the mean over scans.
+            zero in the result. Scans of one length are computed together, one pass for each distinct length. The
+            multi-resolution loss is then the mean over scans.
         filled : Tensor, shape (batch, time, parcel), optional
             What the front end makes of `x`, where that is known already: training keeps it, for it does not change.
 

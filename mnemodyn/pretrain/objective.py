@@ -38,9 +38,9 @@ class Objective:
     """
 
     multiresolution_weight: float = field(default=1.0, kw_only=True)
-
     name: ClassVar[str]
-    metric: ClassVar[str]
+    metric: ClassVar[str] = "r2_hidden"
+    beside: ClassVar[Mapping[str, tuple[str, str]]] = {"r2_visible": ("visible_error", "visible_power")}
 
     def __post_init__(self):
         check_settings(self)
@@ -63,7 +63,7 @@ class Objective:
         return nn.ModuleDict()
 
     def after_step(self, network: MnemoDyn, parts: nn.ModuleDict) -> None:
-        """Called after each step of the optimiser."""
+        """What follows each step of the optimiser."""
 
     def loss(self, network: MnemoDyn, batch: Mapping[str, Tensor], parts: nn.ModuleDict) -> Sums:
         """The loss in terms, each a (sum, count); it is the sum of the terms' means over the joined batch."""
@@ -91,7 +91,8 @@ class Objective:
 
     def scores(self, sums: Mapping[str, Tensor]) -> dict[str, float]:
         """Scores by name; that of `metric` chooses the checkpoint."""
-        return {self.metric: _r2(sums["error"], sums["power"])}
+        ratios = {self.metric: ("error", "power"), **self.beside}
+        return {name: _r2(sums[error], sums[power]) for name, (error, power) in ratios.items()}
 
     def warning(self, scores: Mapping[str, float]) -> str:
         """What is wrong with a run whose scores are these; empty where nothing is."""
@@ -102,14 +103,12 @@ class Objective:
 
 
 def _run(network, batch: Mapping[str, Tensor], x: Tensor, hidden: Tensor | None) -> Output:
-    known = {k: batch[k] for k in ("censored", "lengths") if k in batch}
-    return network(x, batch["t_r"], hidden=hidden, **known)
+    return network(x, batch["t_r"], hidden=hidden, **{k: batch[k] for k in ("censored", "lengths") if k in batch})
 
 
 def _valid(batch: Mapping[str, Tensor]) -> Tensor:
     """True at the entries of a batch that were recorded: not padding, not censored."""
-    x = batch["x"]
-    valid = torch.ones_like(x, dtype=torch.bool)
+    x, valid = batch["x"], torch.ones_like(batch["x"], dtype=torch.bool)
     if "lengths" in batch:
         valid &= (torch.arange(x.shape[1], device=x.device) < batch["lengths"][:, None])[..., None]
     if "censored" in batch:
@@ -131,6 +130,7 @@ class Autoencode(Objective):
 
     name: ClassVar[str] = "autoencode"
     metric: ClassVar[str] = "r2"
+    beside: ClassVar[Mapping[str, tuple[str, str]]] = {}
 
     def view(self, x, *, t_r, parcels, seed, training=False):
         return {}
@@ -150,9 +150,9 @@ class Denoise(Objective):
     """
 
     sigma: float = 0.1
-
     name: ClassVar[str] = "denoise"
     metric: ClassVar[str] = "r2_clean"
+    beside: ClassVar[Mapping[str, tuple[str, str]]] = {"noise_removed": ("error", "before")}
 
     def __post_init__(self):
         super().__post_init__()
@@ -163,23 +163,12 @@ class Denoise(Objective):
         noise = torch.randn(x.shape, generator=torch.Generator().manual_seed(seed))
         return {"input": x + self.sigma * noise}
 
-    def scores(self, sums):
-        return super().scores(sums) | {"noise_removed": _r2(sums["error"], sums["before"])}
-
 
 @dataclass(frozen=True)
-class _Hiding(Objective):
-    """Fill what is hidden. Scores: R2 of hidden entries, and apart that of visible ones, which nothing asks for."""
-
-    metric: ClassVar[str] = "r2_hidden"
-
-    def scores(self, sums):
-        return super().scores(sums) | {"r2_visible": _r2(sums["visible_error"], sums["visible_power"])}
-
-
-@dataclass(frozen=True)
-class Masked(_Hiding):
+class Masked(Objective):
     """Hide stretches of each parcel; the loss is the mean squared error over hidden entries only.
+
+    Scores: R2 of hidden entries, and apart that of visible ones, which nothing asks for.
 
     Attributes
     ----------
@@ -199,7 +188,6 @@ class Masked(_Hiding):
     mask_window: int = 15
     share_spread: float = 0.0
     mask_seconds: float = 0.0
-
     name: ClassVar[str] = "masked"
 
     def __post_init__(self):
@@ -223,7 +211,7 @@ class Masked(_Hiding):
 
 
 @dataclass(frozen=True)
-class Forecast(_Hiding):
+class Forecast(Objective):
     """Hide the last seconds of a window in all parcels.
 
     Attributes
@@ -233,7 +221,6 @@ class Forecast(_Hiding):
     """
 
     horizon: float = 10.0
-
     name: ClassVar[str] = "forecast"
 
     def view(self, x, *, t_r, parcels, seed, training=False):
@@ -263,7 +250,7 @@ def _members(pattern: str, parcels: tuple[str, ...]) -> list[list[int]]:
 
 
 @dataclass(frozen=True)
-class Groups(_Hiding):
+class Groups(Objective):
     """Hide one whole group of parcels, for the whole window: neither neighbours in time nor homotopic ones help.
 
     Attributes
@@ -274,7 +261,6 @@ class Groups(_Hiding):
     """
 
     pattern: str = r"(?:^|_)([LR])H?(?:_|$)"
-
     name: ClassVar[str] = "groups"
 
     def view(self, x, *, t_r, parcels, seed, training=False):
@@ -319,7 +305,6 @@ class Latent(Objective):
     teacher_decay: float = 0.99
     variance_weight: float = 0.2
     covariance_weight: float = 0.04
-
     name: ClassVar[str] = "latent"
     metric: ClassVar[str] = "r2_latent"
 
@@ -441,10 +426,7 @@ def _covariance(moments: Tensor) -> tuple[Tensor, Tensor]:
 def effective_rank(covariance: Tensor) -> float:
     """Exponential of the entropy of the eigenvalues' shares: k for k equal ones. Source: Roy and Vetterli, 2007."""
     values = torch.linalg.eigvalsh(covariance.double()).clamp_min(0)
-    if values.sum() == 0:
-        return 0.0
-    shares = values / values.sum()
-    return float(torch.special.entr(shares).sum().exp())
+    return float(torch.special.entr(values / values.sum()).sum().exp()) if values.any() else 0.0
 
 
 @dataclass(frozen=True)
@@ -460,9 +442,7 @@ class Mixed(Objective):
     """
 
     mix: Sequence[Mapping] = ({"name": "masked"}, {"name": "denoise"})
-
     members: ClassVar[Mapping[str, Objective]] = {}  # set on each instance, from `mix`
-
     name: ClassVar[str] = "mixed"
 
     def __post_init__(self):

@@ -266,13 +266,10 @@ def _code_digest() -> str:
     return hashlib.sha256(b"".join(path.read_bytes() for path in paths)).hexdigest()
 
 
-def _ema(decay: float):
-    def average(averaged, current, n_averaged):
-        # The average of a short run must not remember the initial weights: the decay rises to its value.
-        weight = torch.clamp((1 + n_averaged) / (10 + n_averaged), max=decay)
-        return averaged * weight.to(averaged) + current * (1 - weight).to(averaged)
-
-    return average
+def _average(averaged, current, n_averaged, decay: float):
+    # The average of a short run must not remember the initial weights: the decay rises to its value.
+    weight = torch.clamp((1 + n_averaged) / (10 + n_averaged), max=decay)
+    return averaged * weight.to(averaged) + current * (1 - weight).to(averaged)
 
 
 def _differences(there: dict, here: dict, prefix: str = "") -> Iterator[str]:
@@ -328,6 +325,9 @@ def pretrain(
 ) -> tuple[Checkpoint, list[dict]]:
     """Pretrain a network on scans without labels.
 
+    Returns the best checkpoint by the objective's validation metric, and the history: a row an epoch, with ``epoch``,
+    ``train_loss``, and the objective's scores, their names beginning with ``val_``.
+
     Parameters
     ----------
     train, validation : sequence of Scan
@@ -336,23 +336,11 @@ def pretrain(
     folder : str or Path
         Gets ``history.csv``, ``run.json`` (configuration, data, commit), the Lightning checkpoints, and the two best
         as ``best/`` and ``second/``. An interrupted run of the same configuration, data and code goes on from its last
-        checkpoint, to the same weights.
-    model : ModelConfig
-    objective : Objective
-    training : TrainingConfig
+        checkpoint, to the same weights; with `restart` an unfinished one is given up.
+    model, objective, training, machine
+        What is trained for what, how, and where.
     scaling : Scaling, optional
         Fitted here, on the training scans.
-    restart : bool
-        Give up an unfinished run in `folder`.
-    machine : Machine, optional
-        Devices, processes and the like.
-
-    Returns
-    -------
-    checkpoint : Checkpoint
-        The best by the objective's validation metric.
-    history : list of dict
-        A row an epoch: ``epoch``, ``train_loss``, and the objective's scores, their names beginning with ``val_``.
 
     Raises
     ------
@@ -364,8 +352,9 @@ def pretrain(
         If the loss is NaN or infinite, or a checkpoint cannot be written; earlier checkpoints stay as they are.
     """
     folder, machine = Path(folder), machine or Machine()
-    both = {s.participant_id for s in train} & {s.participant_id for s in validation}
-    if both:
+    sides = {"train": train, "validation": validation}
+    people = {name: {s.participant_id for s in scans} for name, scans in sides.items()}
+    if both := people["train"] & people["validation"]:
         raise DataError(f"participants in both training and validation: {sorted(both)}")
     for scan in itertools.chain(train, validation):
         if scan.parcels != train[0].parcels:
@@ -377,19 +366,10 @@ def pretrain(
     windows = RandomWindows(train, *settings, training.seed, seconds=training.window_seconds)
     # The views of validation must not follow the seed of a run, or runs could not be compared.
     fixed = FixedWindows(validation, *settings, 0, seconds=training.window_seconds)
-    identity = {
-        "model": model.to_dict(),
-        "objective": objective.to_dict(),
-        "training": training.to_dict(),
-        "scaling": scaling.to_dict(),
-        "data": {
-            name: getattr(scans, "fingerprint", None) or fingerprint(scans)
-            for name, scans in (("train", train), ("validation", validation))
-        },
-        "code": _code_digest(),
-        "torch": torch.__version__,
-    }
-    identity = json.loads(json.dumps(identity))
+    parts: dict[str, Any] = {"model": model, "objective": objective, "training": training, "scaling": scaling}
+    identity: dict[str, Any] = {name: part.to_dict() for name, part in parts.items()}
+    identity["data"] = {name: getattr(s, "fingerprint", None) or fingerprint(s) for name, s in sides.items()}
+    identity = json.loads(json.dumps(identity | {"code": _code_digest(), "torch": torch.__version__}))
     facts = {"machine": asdict(machine), "ran_on": surroundings()}
     last = _prepare(folder, identity, facts, restart)
 
@@ -402,21 +382,12 @@ def pretrain(
             block.forward = partial(torch.utils.checkpoint.checkpoint, block.forward, use_reentrant=False)
     module = Pretraining(network, objective, training)
     history = History(folder / "history.csv", objective, training.epochs)
-    best = ModelCheckpoint(
-        folder,
-        "{epoch:03d}-{" + objective.monitor + ":.4f}",
-        monitor=objective.monitor,
-        mode="max",
-        save_top_k=2,
-        enable_version_counter=False,
-    )
-    callbacks = [
-        *([WeightAveraging(avg_fn=_ema(training.ema_decay))] if training.ema_decay else []),
-        history,
-        EarlyStopping(objective.monitor, mode="max", patience=training.patience),
-        best,
-        Last(folder, machine.checkpoint_every),
-    ]
+    chosen: dict[str, Any] = {"monitor": objective.monitor, "mode": "max"}
+    name = "{epoch:03d}-{" + objective.monitor + ":.4f}"
+    best = ModelCheckpoint(folder, name, save_top_k=2, enable_version_counter=False, **chosen)
+    average = [WeightAveraging(avg_fn=partial(_average, decay=training.ema_decay))] if training.ema_decay else []
+    stop = EarlyStopping(patience=training.patience, **chosen)
+    callbacks: list[Callback] = [*average, history, stop, best, Last(folder, machine.checkpoint_every)]
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", module="lightning")
@@ -447,17 +418,11 @@ def pretrain(
             weights = torch.load(path, map_location="cpu", weights_only=True)["state_dict"]
             network = MnemoDyn(model)
             network.load_state_dict({k.removeprefix("model."): v for k, v in weights.items() if k.startswith("model.")})
-            record = {
-                "objective": objective.to_dict(),
-                "settings": training.to_dict(),
-                "train_participants": sorted({s.participant_id for s in train}),
-                "validation_participants": sorted({s.participant_id for s in validation}),
-                objective.monitor: float(score),
-            }
-            save_checkpoint(
-                folder / name,
-                Checkpoint(network, train[0].parcels, train[0].t_r, scaling, identity["data"]["train"], record),
-            )
+            record: dict[str, Any] = {"objective": objective.to_dict(), "settings": training.to_dict()}
+            record |= {f"{side}_participants": sorted(ids) for side, ids in people.items()}
+            record |= {objective.monitor: float(score)}
+            known = (train[0].parcels, train[0].t_r, scaling, identity["data"]["train"], record)
+            save_checkpoint(folder / name, Checkpoint(network, *known))
         write_json(folder / "run.json", {"identity": identity, "finished": True, **facts})
     trainer.strategy.barrier()
     return load_checkpoint(folder / "best"), state[history.state_key]["rows"]
