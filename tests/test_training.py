@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -137,6 +138,18 @@ def test_killed_run_resumes_to_the_same_weights(finished, tmp_path, after):
     assert resumed == history
     for a, b in zip(again.model.parameters(), checkpoint.model.parameters(), strict=True):
         assert torch.equal(a, b)
+
+
+def test_the_front_end_is_fitted_without_censored_frames(tmp_path):
+    """What stands in a censored frame (a movement, here) has no influence on the network that comes out."""
+    scans, lost = simulated(2, n_frames=64), np.isin(np.arange(64), [5, 6, 30])
+    moved = [np.where(lost[:, None], 50 * (i + s.values), s.values) for i, s in enumerate(scans)]
+    model, short = replace(MODEL, front="gaussian", front_lags=2), replace(TRAINING, epochs=1, windows_per_epoch=8)
+    weights = []
+    for name, values in (("still", [s.values for s in scans]), ("moved", moved)):
+        train = [replace(s, values=v, censored=lost) for s, v in zip(scans, values, strict=True)]
+        weights.append(run(tmp_path / name, train=train, model=model, training=short)[0].model.state_dict())
+    assert all(torch.equal(value, weights[1][name]) for name, value in weights[0].items())
 
 
 def test_refuses_to_resume_under_another_configuration(tmp_path):

@@ -42,6 +42,7 @@ def moments(scans: Sequence[np.ndarray], n_lags: int, shrinkage: float) -> tuple
     """Mean (parcel,) and raw lag covariances (L + 1, parcel, parcel), divided by the number of all frames.
 
     Only with that divisor, one a scan and lag more than there are products, are they positive definite together.
+    Frames that are all NaN are censored: they count for nothing, and those beside them keep their distance in time.
     `shrinkage` is checked for those who use it. Errors are those of `lag_covariances`.
     """
     scans = [np.asarray(scan, dtype=np.float64) for scan in scans]
@@ -49,16 +50,19 @@ def moments(scans: Sequence[np.ndarray], n_lags: int, shrinkage: float) -> tuple
         raise ValueError(f"fit needs a scan and a shrinkage in (0, 1], got {len(scans)} scans and {shrinkage}")
     n_parcels = scans[0].shape[-1]
     for index, scan in enumerate(scans):
-        if scan.ndim != 2 or len(scan) <= n_lags or scan.shape[1] != n_parcels or not np.isfinite(scan).all():
+        finite = np.isfinite(scan) | np.isnan(scan).all(-1, keepdims=True)
+        if scan.ndim != 2 or len(scan) <= n_lags or scan.shape[1] != n_parcels or not finite.all():
             raise ValueError(
                 f"scans[{index}] must be finite and (time > {n_lags}, parcel = {n_parcels}), got shape {scan.shape} "
-                f"with {np.size(scan) - np.isfinite(scan).sum()} entries that are not finite"
+                f"with {np.sum(~finite)} entries that are not finite"
             )
-    n_frames = sum(map(len, scans))
-    mean = sum(scan.sum(0) for scan in scans) / n_frames
+    kept = [~np.isnan(scan).all(1) for scan in scans]
+    n_frames = sum(frames.sum() for frames in kept)
+    mean = sum(np.nan_to_num(scan).sum(0) for scan in scans) / max(1, n_frames)
     lags = np.zeros((n_lags + 1, n_parcels, n_parcels))
-    for scan in scans:
+    for scan, frames in zip(scans, kept, strict=True):
         centred = scan - mean
+        centred[~frames] = 0
         for lag in range(n_lags + 1):
             lags[lag] += centred[lag:].T @ centred[: len(scan) - lag] / n_frames
     if not lags[0].trace() > 0:
@@ -71,7 +75,7 @@ def lag_covariances(scans: Sequence[np.ndarray], n_lags: int, shrinkage: float) 
 
     Of frame t + lag (rows) with frame t (columns), in float64, for lags up to `n_lags` frames, L; `shrinkage` is the
     weight a, in (0, 1]. ValueError if there is no scan, parcels disagree, an entry is not finite, a scan has fewer than
-    ``n_lags + 1`` frames, nothing varies, or `shrinkage` is not in (0, 1].
+    ``n_lags + 1`` frames, nothing varies, or `shrinkage` is not in (0, 1]. Frames that are all NaN are left out.
     """
     mean, lags = moments(scans, n_lags, shrinkage)
     own = lags.trace(axis1=1, axis2=2)[:, None, None] / len(mean)
@@ -163,7 +167,7 @@ def covariance_modes(
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Directions in which covariances of scans (time, parcel) depart from the group's `mean` and `covariance`.
 
-    ValueError if there are fewer than ``2 n_modes`` scans.
+    Frames that are all NaN are left out. ValueError if there are fewer than ``2 n_modes`` scans.
 
     Returns
     -------
@@ -181,6 +185,7 @@ def covariance_modes(
         centred = (part - mean) @ whiten
         return (centred.T @ centred / len(part) - np.eye(len(mean))).astype(np.float32).ravel()
 
+    scans = [scan[~np.isnan(scan).all(1)] for scan in scans]
     halves = np.stack([[deviation(half) for half in np.array_split(scan, 2)] for scan in scans], 1)
     frames = np.mean([len(scan) / 2 for scan in scans])
 

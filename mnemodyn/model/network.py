@@ -79,7 +79,7 @@ class MnemoDyn(nn.Module, Pretrained):
         self.head = prediction_head(config) if config.n_classes else None
 
     def fit_front(self, scans: Sequence[np.ndarray]) -> "MnemoDyn":
-        """Fit the front end, where there is one, to scaled training scans (time, parcel); nothing else changes."""
+        """Fit the front end, where there is one, to scaled training scans (time, parcel), NaN in censored frames."""
         if self.front is not None:
             self.front.fit(scans)
         return self

@@ -37,7 +37,7 @@ from mnemodyn.model.config import ModelConfig
 from mnemodyn.model.network import MnemoDyn
 from mnemodyn.pretrain.config import Machine, TrainingConfig
 from mnemodyn.pretrain.objective import Objective
-from mnemodyn.pretrain.windows import Draws, FixedWindows, RandomWindows, Windows, collate
+from mnemodyn.pretrain.windows import Draws, FixedWindows, RandomWindows, Windows, censored_frames, collate
 from mnemodyn.provenance import surroundings
 
 __all__ = ["Machine", "Pretraining", "ResumeError", "TrainingConfig", "TrainingError", "pretrain"]
@@ -376,7 +376,7 @@ def pretrain(
     torch.manual_seed(training.seed)
     network = MnemoDyn(model)
     if network.front is not None:
-        network.fit_front([scaling(scan) for scan in train])
+        network.fit_front([np.where(censored_frames(scan)[:, None], np.nan, scaling(scan)) for scan in train])
     if machine.recompute:
         for block in network.blocks:
             block.forward = partial(torch.utils.checkpoint.checkpoint, block.forward, use_reentrant=False)

@@ -66,10 +66,12 @@ class Windows(Dataset):
         seconds: float = 0.0,
     ):
         self.scans, self.scaling, self.objective, self.seed = scans, scaling, objective, seed
-        sizes = [(scan.n_frames, window_frames(scan, n_timepoints, seconds), _censored(scan).any()) for scan in scans]
+        sizes = [
+            (scan.n_frames, window_frames(scan, n_timepoints, seconds), censored_frames(scan).any()) for scan in scans
+        ]
         self.n_frames, self.frames, censored = (np.array(column) for column in zip(*sizes, strict=True))
         self.any_censored = bool(censored.any())
-        self._scaled = lru_cache(256)(lambda which: (scaling(self.scans[which]), _censored(self.scans[which])))
+        self._scaled = lru_cache(256)(lambda which: (scaling(self.scans[which]), censored_frames(self.scans[which])))
 
     def cut(self, which: int, start: int, seed: int, *, training: bool) -> dict:
         """The window of scan `which` that begins at frame `start`, and its view.
@@ -97,7 +99,7 @@ class Windows(Dataset):
         return item | ({"censored": torch.from_numpy(censored.copy())} if self.any_censored else {})
 
 
-def _censored(scan: Scan) -> np.ndarray:
+def censored_frames(scan: Scan) -> np.ndarray:
     censored = getattr(scan, "censored", None)
     return np.zeros(scan.n_frames, dtype=bool) if censored is None else censored
 
