@@ -36,30 +36,19 @@ def field_drive(
 
     Parameters
     ----------
-    z : Tensor, shape (batch, time, rank)
-        Latent of the field.
-    derivative : Tensor, shape (batch, time, parcel)
-        Of the path.
-    weight : Tensor, shape (parcel * channel, rank)
-        The parcel index slow and the channel index fast.
-    bias : Tensor of shape (parcel * channel,), or None
+    z, derivative : Tensor, shape (batch, time, rank) and (batch, time, parcel)
+        Latent of the field, and derivative of the path.
+    weight, bias : Tensor, shape (parcel * channel, rank) and (parcel * channel,)
+        The parcel index slow and the channel index fast. The bias may be None.
     activation : callable
-        ``torch.tanh``, ``functional.gelu`` or ``functional.silu``.
+        ``torch.tanh``, ``functional.gelu`` or ``functional.silu``; ValueError for others, and on shapes that disagree.
 
     Returns
     -------
     Tensor, shape (batch, time, channel)
         In the dtype that those of z, derivative and weight promote to. It can be differentiated once: a backward pass
-        with ``create_graph=True`` raises RuntimeError.
-
-    Raises
-    ------
-    ValueError
-        If shapes disagree, a dtype is not floating or the activation is another.
-
-    References
-    ----------
-    The recomputation of tiles is that of Dao et al., *FlashAttention*, NeurIPS 2022, section 3.1.
+        with ``create_graph=True`` raises RuntimeError. The recomputation of tiles is that of Dao et al.,
+        *FlashAttention*, NeurIPS 2022, section 3.1.
     """
     if activation not in NAMES:
         raise ValueError(f"activation must be one of {sorted(NAMES.values())} of PyTorch, got {activation!r}")
@@ -220,10 +209,10 @@ class Tiles:
 
 def _tiles(z: Tensor, parcels: int, columns: int, buffers: int) -> Iterator[tuple[slice, slice, slice, list[Tensor]]]:
     """Rows, parcels and columns of each tile, and buffers (row, column) of its size that hold anything."""
-    channels, n = columns // parcels, len(z)
-    entries = TILE_BYTES.get(z.device.type, OTHER_TILE_BYTES) // z.element_size()
+    channels, n, most = columns // parcels, len(z), TILE_BYTES.get(z.device.type, OTHER_TILE_BYTES)
     if not n or not channels:
         return
+    entries = most // z.element_size()
     wide = max(1, min(parcels, entries // (TILE_ROWS * channels)))
     tall = max(1, min(n, entries // (wide * channels)))
     store = [z.new_empty(tall * wide * channels) for _ in range(buffers)]

@@ -187,7 +187,7 @@ class OperatorBlock(nn.Module):
         return derivative if kind == "derivative" else torch.cat([derivative, x], dim=-1)
 
     def analysis(self, a: Tensor) -> tuple[Tensor, Tensor]:
-        """One level down: approximation and detail of `a`."""
+        """One level down: approximation and detail."""
         return dwt(a, self.wavelet)
 
     def synthesis(self, approximation: Tensor, detail: Tensor, length: int) -> Tensor:
@@ -199,8 +199,8 @@ class OperatorBlock(nn.Module):
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         """Output (batch, time, parcel), latents (batch, time, channel), and the multi-resolution loss.
 
-        `x` (batch, time, parcel) is the block's input, `visible` (batch, time, parcel) is 1.0 where the scan was
-        seen, and `t_r` is in seconds. `derivative` is given where the path was fitted around censored frames.
+        `x` is the block's input and `visible` 1.0 where the scan was seen, both (batch, time, parcel); `t_r` is in
+        seconds, and `derivative` given where the path was fitted around censored frames.
         """
         v = self.field(x, self.control(x, t_r, derivative))
         if self.lift is not None:
@@ -208,24 +208,18 @@ class OperatorBlock(nn.Module):
         c, loss = self.pyramid(v.transpose(1, 2))
         latents = c.transpose(1, 2)
         y = self.output(latents)
-        if self.parcel_scale is not None:
-            y = y * self.parcel_scale
-        return y, latents, loss
+        return y if self.parcel_scale is None else y * self.parcel_scale, latents, loss
 
     def pyramid(self, v: Tensor) -> tuple[Tensor, Tensor | None]:
         """The operators between the transform of v (batch, channel, time) and its inverse."""
-        config = self.config
-        approximations, details = [v], []
-        for _ in range(config.n_levels):
-            a, d = self.analysis(approximations[-1])
-            approximations.append(a)
-            details.append(d)
-        c = self.coarse(approximations[-1])
-        loss = v.new_zeros(()) if config.multiresolution else None
-        for level in reversed(range(config.n_levels)):
-            d, a = details[level], approximations[level + 1]
+        a, levels, loss = v, [], v.new_zeros(()) if self.config.multiresolution else None
+        for banded in self.banded:
+            n, (a, d) = a.shape[-1], self.analysis(a)
+            levels.append((banded, n, a, d))
+        c = self.coarse(a)
+        for banded, n, a, d in reversed(levels):
             if loss is not None:
                 loss = loss + functional.mse_loss(c, a)
-            detail, approximation = self.banded[level](torch.cat([d, a], dim=1)).chunk(2, dim=1)
-            c = self.synthesis(approximation + c, detail, approximations[level].shape[-1])
+            detail, approximation = banded(torch.cat([d, a], dim=1)).chunk(2, dim=1)
+            c = self.synthesis(approximation + c, detail, n)
         return c, loss

@@ -65,9 +65,7 @@ def _named(wavelet: str) -> tuple[list[float], list[float]]:
 
 def _alternating(h: Tensor) -> tuple[Tensor, Tensor]:
     """h and g, its alternating flip."""
-    sign = torch.ones_like(h)
-    sign[::2] = -1
-    return h, h.flip(0) * sign
+    return h, h.flip(0) * h.new_tensor([-1.0, 1.0]).repeat(len(h) // 2)
 
 
 def _wrap(x: Tensor, left: int, right: int) -> Tensor:
@@ -75,8 +73,7 @@ def _wrap(x: Tensor, left: int, right: int) -> Tensor:
     n = x.shape[-1]
     if 0 <= left <= n and 0 <= right <= n:
         return torch.cat([x[..., n - left :], x, x[..., :right]], dim=-1)
-    index = torch.arange(-left, n + right, device=x.device) % n
-    return x[..., index]
+    return x[..., torch.arange(-left, n + right, device=x.device) % n]
 
 
 def _combine(parts: Sequence[Tensor], weights: Filter) -> Tensor:

@@ -81,9 +81,8 @@ class TrainingConfig:
         for name in positive:
             if not getattr(self, name):
                 raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
-        for name in ("ema_decay", "warmup_share"):
-            if getattr(self, name) >= 1:
-                raise ValueError(f"{name} must be below 1, got {getattr(self, name)}")
+        if max(self.ema_decay, self.warmup_share) >= 1:
+            raise ValueError(f"ema_decay {self.ema_decay} and warmup_share {self.warmup_share} must be below 1")
 
     def to_dict(self) -> dict:
         return asdict(self)
@@ -164,13 +163,8 @@ def configure(
     """
     if name not in OBJECTIVES:
         raise unknown("objective", name, OBJECTIVES)
-    classes: dict[str, Any] = {
-        "model": ModelConfig,
-        "objective": OBJECTIVES[name],
-        "training": TrainingConfig,
-        "machine": Machine,
-        "data": DataConfig,
-    }
+    classes: dict[str, Any] = {"model": ModelConfig, "objective": OBJECTIVES[name], "training": TrainingConfig}
+    classes |= {"machine": Machine, "data": DataConfig}
     known = {part: [f.name for f in fields(cls) if f.init] for part, cls in classes.items()}
     known["model"].remove("n_parcels")
     given: dict[str, dict] = {part: {} for part in classes}

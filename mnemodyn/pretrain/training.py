@@ -108,9 +108,8 @@ class Pretraining(lightning.LightningModule):
         joined = torch.cat([value.reshape(-1) for value in self._sums.values()])
         if self.trainer.world_size > 1:
             torch.distributed.all_reduce(joined)
-        sizes = [value.numel() for value in self._sums.values()]
-        parts = zip(self._sums, joined.split(sizes), strict=True)
-        sums = {name: part[0] if len(part) == 1 else part for name, part in parts}
+        parts = joined.split([value.numel() for value in self._sums.values()])
+        sums = {k: part[0] if len(part) == 1 else part for k, part in zip(self._sums, parts, strict=True)}
         self._sums.clear()
         self.scores = {f"val_{name}": value for name, value in self.objective.scores(sums).items()}
         if self._losses:

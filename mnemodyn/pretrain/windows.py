@@ -106,13 +106,10 @@ def censored_frames(scan: Scan) -> np.ndarray:
 
 def collate(items: Sequence[dict]) -> dict:
     """A batch of windows: padded with zeros at their ends where they differ in length, which ``lengths`` then tells."""
-    batch: dict[str, Any] = {}
-    for key, first in items[0].items():
-        values = [item[key] for item in items]
-        if not isinstance(first, Tensor):
-            batch[key] = values
-        else:
-            batch[key] = pad_sequence(values, batch_first=True) if first.ndim else torch.stack(values)
+    batch: dict[str, Any] = {key: [item[key] for item in items] for key in items[0]}
+    for key, values in batch.items():
+        if isinstance(values[0], Tensor):
+            batch[key] = pad_sequence(values, batch_first=True) if values[0].ndim else torch.stack(values)
     lengths = torch.tensor([len(item["x"]) for item in items])
     return batch if bool((lengths == lengths[0]).all()) else batch | {"lengths": lengths}
 
