@@ -138,9 +138,8 @@ class MnemoDyn(nn.Module, Pretrained):
             raise ValueError(f"x must have shape (batch, time, {self.config.n_parcels} parcels), got {tuple(x.shape)}")
         for name, mask, shape in (("hidden", hidden, x.shape), ("censored", censored, x.shape[:2])):
             if mask is not None and (mask.shape != shape or mask.dtype != torch.bool):
-                raise ValueError(
-                    f"{name} must be bool with shape {tuple(shape)} as x has, got {mask.dtype} {tuple(mask.shape)}"
-                )
+                found = f"{mask.dtype} {tuple(mask.shape)}"
+                raise ValueError(f"{name} must be bool with shape {tuple(shape)} as x has, got {found}")
         if filled is not None and (self.front is None or filled.shape != x.shape or lengths is not None):
             raise ValueError("filled is for a network with a front end, of the shape of x and without lengths")
         if lengths is not None:
@@ -195,11 +194,10 @@ class MnemoDyn(nn.Module, Pretrained):
             return torch.cat([functional.pad(p, (0, 0, 0, longest - p.shape[1])) for p in parts])[order]
 
         reconstructions, latents, losses, predictions = zip(*outputs, strict=True)
-        loss = prediction = None
+        loss = None
         if self.config.multiresolution:
             loss = sum(one * len(rows) for one, (_, rows) in zip(losses, groups, strict=True)) / batch
-        if self.head is not None:
-            prediction = torch.cat(predictions)[order]
+        prediction = None if self.head is None else torch.cat(predictions)[order]
         return Output(padded(reconstructions), padded(latents), loss, prediction)
 
 

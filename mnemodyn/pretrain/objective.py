@@ -75,9 +75,8 @@ class Objective:
         """The multi-resolution loss as a term, where there is one."""
         if output.multiresolution_loss is None:
             return {}
-        n = len(output.latents)
-        weighted = self.multiresolution_weight * output.multiresolution_loss * n
-        return {"multiresolution": (weighted, torch.tensor(n, device=weighted.device))}
+        n = torch.tensor(len(output.latents), device=output.latents.device)
+        return {"multiresolution": (self.multiresolution_weight * output.multiresolution_loss * n, n)}
 
     def sums(self, network: MnemoDyn, batch: Mapping[str, Tensor], parts: nn.ModuleDict) -> dict[str, Tensor]:
         """Sums from which `scores` are formed: float64, added up over batches and processes."""
@@ -321,10 +320,8 @@ class Latent(Objective):
 
     def view(self, x, *, t_r, parcels, seed, training=False):
         time, parcel = x.shape
-        if time < 2 or parcel < 2:
-            raise ValueError(
-                f"a window must have 2 frames and 2 parcels or more to be cut in blocks, got {(time, parcel)}"
-            )
+        if min(time, parcel) < 2:
+            raise ValueError(f"a window must have 2 frames and 2 parcels or more for blocks, got {(time, parcel)}")
         generator = torch.Generator().manual_seed(seed)
         observed = min(time - 1, max(1, round(self.observed_share * time)))
         target = min(time - observed, max(1, round(self.target_share * time)))
@@ -382,8 +379,8 @@ class Latent(Objective):
         spread = (sd - 1).square().mean()
         correlation = covariance / torch.outer(sd, sd)
         joint = (correlation.square().sum() - correlation.diagonal().square().sum()) / len(sd)
-        one = torch.ones((), device=seen.device)
-        return terms | {"guard": (self.variance_weight * spread + self.covariance_weight * joint, one)}
+        guard = self.variance_weight * spread + self.covariance_weight * joint
+        return terms | {"guard": (guard, torch.ones_like(guard))}
 
     def sums(self, network, batch, parts):
         _, guesses, targets, frames = self._guesses(network, batch, parts)

@@ -1,6 +1,5 @@
 """Training with Lightning: resumable at any step, on one device or many, the two best checkpoints kept."""
 
-import csv
 import hashlib
 import io
 import itertools
@@ -19,6 +18,7 @@ from typing import Any, cast
 
 import lightning
 import numpy as np
+import pandas as pd
 import torch
 import torch.distributed
 import torch.utils.checkpoint
@@ -232,11 +232,7 @@ class History(Callback):
         row = {"epoch": trainer.current_epoch + 1, **pl_module.scores}
         self.rows = [r for r in self.rows if r["epoch"] < row["epoch"]] + [row]
         if trainer.is_global_zero:
-            text = io.StringIO()
-            writer = csv.DictWriter(text, row, lineterminator="\n")
-            writer.writeheader()
-            writer.writerows(self.rows)
-            write_text(self.path, text.getvalue())
+            write_text(self.path, pd.DataFrame(self.rows).to_csv(index=False, lineterminator="\n"))
         self._say(row, pl_module)
 
     def _say(self, row: dict, pl_module) -> None:
@@ -355,11 +351,12 @@ def pretrain(
     people = {name: {s.participant_id for s in scans} for name, scans in sides.items()}
     if both := people["train"] & people["validation"]:
         raise DataError(f"participants in both training and validation: {sorted(both)}")
+    parcels = train[0].parcels
     for scan in itertools.chain(train, validation):
-        if scan.parcels != train[0].parcels:
+        if scan.parcels != parcels:
             raise DataError(f"{scan.source}: parcels differ from those of {train[0].source}")
-        if len(scan.parcels) != model.n_parcels:
-            raise DataError(f"{scan.source}: expected {model.n_parcels} parcels, got {len(scan.parcels)}")
+    if len(parcels) != model.n_parcels:
+        raise DataError(f"{train[0].source}: expected {model.n_parcels} parcels, got {len(parcels)}")
     scaling = (scaling or Scaling()).fit(train)
     settings = (scaling, objective, model.n_timepoints)
     windows = RandomWindows(train, *settings, training.seed, seconds=training.window_seconds)
@@ -420,7 +417,7 @@ def pretrain(
             record: dict[str, Any] = {"objective": objective.to_dict(), "settings": training.to_dict()}
             record |= {f"{side}_participants": sorted(ids) for side, ids in people.items()}
             record |= {objective.monitor: float(score)}
-            known = (train[0].parcels, train[0].t_r, scaling, identity["data"]["train"], record)
+            known = (parcels, train[0].t_r, scaling, identity["data"]["train"], record)
             save_checkpoint(folder / name, Checkpoint(network, *known))
         write_json(folder / "run.json", {"identity": identity, "finished": True, **facts})
     trainer.strategy.barrier()
