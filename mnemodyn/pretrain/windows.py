@@ -73,6 +73,17 @@ class Windows(Dataset):
         self.any_censored = bool(censored.any())
         self._scaled = lru_cache(256)(lambda which: (scaling(self.scans[which]), censored_frames(self.scans[which])))
 
+    def usable(self, which: int, start: int) -> bool:
+        """Whether at least two frames of a window are not censored: a path needs as many."""
+        if not self.any_censored:
+            return True
+        stop = start + int(self.frames[which])
+        if isinstance(self.scans, Store):
+            censored = self.scans.censored(which, start, stop)
+        else:
+            censored = self._scaled(which)[1][start:stop]
+        return censored is None or int((~censored).sum()) >= 2
+
     def cut(self, which: int, start: int, seed: int, *, training: bool) -> dict:
         """The window of scan `which` that begins at frame `start`, and its view.
 
@@ -129,8 +140,11 @@ class RandomWindows(Windows):
 
     def __getitem__(self, draw: int) -> dict:
         rng = np.random.default_rng([self.seed, draw])
-        which = int(self.share.searchsorted(rng.random(), side="right"))  # as rng.choice, without its pass over all
-        start = int(rng.integers(self.starts[which]))
+        for _ in range(1000):  # until a window is usable: all but always the first
+            which = int(self.share.searchsorted(rng.random(), side="right"))  # as rng.choice, without a pass over all
+            start = int(rng.integers(self.starts[which]))
+            if self.usable(which, start):
+                break
         return self.cut(which, start, int(rng.integers(2**62)), training=True)
 
 
@@ -175,6 +189,7 @@ class FixedWindows(Windows):
             (which, start)
             for which, (n, frames) in enumerate(zip(self.n_frames, self.frames, strict=True))
             for start in range(0, n - frames + 1, frames)
+            if self.usable(which, start)
         ]
 
     def __len__(self) -> int:
