@@ -50,7 +50,9 @@ def moments(scans: Sequence[np.ndarray], n_lags: int, shrinkage: float) -> tuple
         raise ValueError(f"fit needs a scan and a shrinkage in (0, 1], got {len(scans)} scans and {shrinkage}")
     n_parcels = scans[0].shape[-1]
     for index, scan in enumerate(scans):
-        finite = np.isfinite(scan) | np.isnan(scan).all(-1, keepdims=True)
+        finite = np.isfinite(scan)
+        if finite.any():
+            finite |= np.isnan(scan).all(-1, keepdims=True)
         if scan.ndim != 2 or len(scan) <= n_lags or scan.shape[1] != n_parcels or not finite.all():
             raise ValueError(
                 f"scans[{index}] must be finite and (time > {n_lags}, parcel = {n_parcels}), got shape {scan.shape} "
@@ -58,7 +60,7 @@ def moments(scans: Sequence[np.ndarray], n_lags: int, shrinkage: float) -> tuple
             )
     kept = [~np.isnan(scan).all(1) for scan in scans]
     n_frames = sum(frames.sum() for frames in kept)
-    mean = sum(np.nan_to_num(scan).sum(0) for scan in scans) / max(1, n_frames)
+    mean = sum(np.nan_to_num(scan).sum(0) for scan in scans) / n_frames
     lags = np.zeros((n_lags + 1, n_parcels, n_parcels))
     for scan, frames in zip(scans, kept, strict=True):
         centred = scan - mean
