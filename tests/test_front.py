@@ -67,6 +67,30 @@ def test_lag_covariances_are_those_of_the_definition(scans):
     assert np.linalg.eigvalsh(joint(lags)).min() > 0
 
 
+def test_censored_frames_do_not_count(scans):
+    """Against sums over the pairs of frames that are both there, one pair at a time."""
+    gone = [np.isin(np.arange(len(s)), [3, 4, 50 + i, len(s) - 1]) for i, s in enumerate(scans)]
+    given = [np.where(g[:, None], np.nan, s) for g, s in zip(gone, scans, strict=True)]
+    mean, lags = lag_covariances(given, LAGS, 0.2)
+    n = sum((~g).sum() for g in gone)
+    np.testing.assert_allclose(mean, np.concatenate([s[~g] for g, s in zip(gone, scans, strict=True)]).mean(0))
+    for lag in range(LAGS + 1):
+        plain = np.zeros((P, P))
+        for g, s in zip(gone, scans, strict=True):
+            for t in range(lag, len(s)):
+                if not g[t] and not g[t - lag]:
+                    plain += np.outer(s[t] - mean, s[t - lag] - mean) / n
+        expected = (1 - lag / (LAGS + 1)) * (0.8 * plain + 0.2 * np.trace(plain) / P * np.eye(P))
+        np.testing.assert_allclose(lags[lag], expected)
+    assert np.linalg.eigvalsh(joint(lags)).min() > 0
+    whole = [s[~g] for g, s in zip(gone, scans, strict=True)]
+    for a, b in zip(covariance_modes(given, mean, lags[0], 2), covariance_modes(whole, mean, lags[0], 2), strict=True):
+        np.testing.assert_array_equal(a, b)
+    given[1][7, 2] = np.nan
+    with pytest.raises(ValueError, match=r"scans\[1\] must be finite .* with 1 entries that are not finite"):
+        lag_covariances(given, LAGS, 0.2)
+
+
 def test_spatiotemporal_gaussian_is_the_conditional_mean_of_the_window(scans, batch):
     x, hidden = batch
     model = SpatiotemporalGaussian(shrinkage=0.1, n_lags=LAGS).fit(scans)
