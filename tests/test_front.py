@@ -369,3 +369,32 @@ def test_adapted_readout_is_one_of_a_front_end_only():
     assert np.linalg.norm(vector) == pytest.approx(float(matrix.norm()), rel=1e-5)
     with pytest.raises(ValueError, match="read-out must be one of .* for this network, got 'adapted'"):
         readout(MnemoDyn(replace(CONFIG, front="none")).eval(), x, 2.0, "adapted")
+
+
+def test_no_more_scans_are_held_for_modes_than_are_said_to_be(monkeypatch):
+    import mnemodyn.model.front as front
+
+    rng = np.random.default_rng(0)
+    scans = [rng.normal(size=(30, 4)) @ rng.normal(size=(4, 4)) for _ in range(9)]
+    mean, lags = front.lag_covariances(scans, 1, 0.1)
+    monkeypatch.setattr(front, "MODE_SCANS", 5)
+    found = front.covariance_modes(scans, mean, lags[0], 2)
+    monkeypatch.undo()
+    for array, expected in zip(found, front.covariance_modes(scans[::2], mean, lags[0], 2), strict=True):
+        np.testing.assert_array_equal(array, expected)
+
+
+def test_scans_are_read_one_at_a_time():
+    class Counted(list):
+        held = 0
+
+        def __getitem__(self, i):
+            Counted.held += 1
+            return super().__getitem__(i)
+
+        def __iter__(self):
+            return (self[i] for i in range(len(self)))
+
+    rng = np.random.default_rng(0)
+    lag_covariances(Counted(rng.normal(size=(30, 4)) for _ in range(5)), 1, 0.1)
+    assert Counted.held == 1 + 2 * 5  # the first for its shape, then each twice

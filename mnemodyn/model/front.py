@@ -36,6 +36,7 @@ __all__ = ["Front", "adapted_covariance", "conditional_mean", "covariance_modes"
 
 # Entries of the largest tensor held while covariances are adapted.
 _HELD_ENTRIES = 2**24
+MODE_SCANS = 1000  # from how many scans modes are computed at most: two covariances of each are held
 
 
 def moments(scans: Sequence[np.ndarray], n_lags: int, shrinkage: float) -> tuple[np.ndarray, np.ndarray]:
@@ -43,30 +44,30 @@ def moments(scans: Sequence[np.ndarray], n_lags: int, shrinkage: float) -> tuple
 
     Only with that divisor, one a scan and lag more than there are products, are they positive definite together.
     Frames that are all NaN are censored: they count for nothing, and those beside them keep their distance in time.
-    `shrinkage` is checked for those who use it. Errors are those of `lag_covariances`.
+    `scans` is gone through twice and held one at a time, so that it may read each scan anew. `shrinkage` is checked for
+    those who use it. Errors are those of `lag_covariances`.
     """
-    scans = [np.asarray(scan, dtype=np.float64) for scan in scans]
-    if not scans or not 0 < shrinkage <= 1:
+    if not len(scans) or not 0 < shrinkage <= 1:
         raise ValueError(f"fit needs a scan and a shrinkage in (0, 1], got {len(scans)} scans and {shrinkage}")
-    n_parcels = scans[0].shape[-1]
+    n_frames, n_parcels = 0, scans[0].shape[-1]
+    total = np.zeros(n_parcels)
     for index, scan in enumerate(scans):
-        finite = np.isfinite(scan)
+        finite, censored = np.isfinite(scan), np.isnan(scan).all(-1, keepdims=True)
         if finite.any():
-            finite |= np.isnan(scan).all(-1, keepdims=True)
+            finite |= censored
         if scan.ndim != 2 or len(scan) <= n_lags or scan.shape[1] != n_parcels or not finite.all():
             raise ValueError(
                 f"scans[{index}] must be finite and (time > {n_lags}, parcel = {n_parcels}), got shape {scan.shape} "
                 f"with {np.sum(~finite)} entries that are not finite"
             )
-    kept = [~np.isnan(scan).all(1) for scan in scans]
-    n_frames = sum(frames.sum() for frames in kept)
-    mean = sum(np.nan_to_num(scan).sum(0) for scan in scans) / n_frames
+        n_frames += np.sum(~censored)
+        total += np.nan_to_num(scan).sum(0, dtype=np.float64)
+    mean = total / n_frames
     lags = np.zeros((n_lags + 1, n_parcels, n_parcels))
-    for scan, frames in zip(scans, kept, strict=True):
-        centred = scan - mean
-        centred[~frames] = 0
+    for scan in scans:
+        centred = np.nan_to_num(np.asarray(scan, dtype=np.float64) - mean)
         for lag in range(n_lags + 1):
-            lags[lag] += centred[lag:].T @ centred[: len(scan) - lag] / n_frames
+            lags[lag] += centred[lag:].T @ centred[: len(centred) - lag] / n_frames
     if not lags[0].trace() > 0:
         raise ValueError("scans must vary over time, got constant ones")
     return mean, lags
@@ -169,7 +170,8 @@ def covariance_modes(
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Directions in which covariances of scans (time, parcel) depart from the group's `mean` and `covariance`.
 
-    Frames that are all NaN are left out. ValueError if there are fewer than ``2 n_modes`` scans.
+    From at most `MODE_SCANS` of them, evenly spread. Frames that are all NaN are left out. ValueError if there are
+    fewer than ``2 n_modes`` scans.
 
     Returns
     -------
@@ -183,13 +185,17 @@ def covariance_modes(
     values, vectors = np.linalg.eigh(covariance)
     whiten = (vectors * values**-0.5) @ vectors.T
 
-    def deviation(part: np.ndarray) -> np.ndarray:
-        centred = (part - mean) @ whiten
-        return (centred.T @ centred / len(part) - np.eye(len(mean))).astype(np.float32).ravel()
+    def deviations(scan: np.ndarray) -> list[np.ndarray]:
+        whitened = [(part - mean) @ whiten for part in np.array_split(scan, 2)]
+        return [(w.T @ w / len(w) - np.eye(len(mean))).astype(np.float32).ravel() for w in whitened]
 
-    scans = [scan[~np.isnan(scan).all(1)] for scan in scans]
-    halves = np.stack([[deviation(half) for half in np.array_split(scan, 2)] for scan in scans], 1)
-    frames = np.mean([len(scan) / 2 for scan in scans])
+    spread = np.linspace(0, len(scans) - 1, min(len(scans), MODE_SCANS)).round().astype(int)
+    pairs, n_frames = [], []
+    for scan in (scans[i] for i in spread):
+        kept = scan[~np.isnan(scan).all(1)]
+        pairs.append(deviations(kept))
+        n_frames.append(len(kept) / 2)
+    halves, frames = np.stack(pairs, 1), np.mean(n_frames)
 
     def components(rows: np.ndarray) -> np.ndarray:
         values, vectors = np.linalg.eigh((rows @ rows.T).astype(np.float64))
@@ -197,7 +203,7 @@ def covariance_modes(
         return (vectors[:, leading] / np.sqrt(values[leading])).T.astype(np.float32) @ rows
 
     centred = halves.mean(0) - halves.mean((0, 1))
-    first = np.arange(len(scans)) % 2 == 0
+    first = np.arange(len(pairs)) % 2 == 0
     a, b = (halves[:, ~first] - halves.mean((0, 1))) @ components(centred[first]).T
     signal, noise = (a * b).mean(0), ((a - b) ** 2).mean(0) / 2 * frames
     return components(centred).reshape(n_modes, *covariance.shape), signal.clip(0), noise

@@ -372,7 +372,7 @@ def pretrain(
     torch.manual_seed(training.seed)
     network = MnemoDyn(model)
     if network.front is not None:
-        network.fit_front([np.where(censored_frames(scan)[:, None], np.nan, scaling(scan)) for scan in train])
+        network.fit_front(_Scaled(train, scaling))
     if machine.recompute:
         for block in network.blocks:
             block.forward = partial(torch.utils.checkpoint.checkpoint, block.forward, use_reentrant=False)
@@ -422,6 +422,20 @@ def pretrain(
         write_json(folder / "run.json", {"identity": identity, "finished": True, **facts})
     trainer.strategy.barrier()
     return load_checkpoint(folder / "best"), state[history.state_key]["rows"]
+
+
+class _Scaled(Sequence):
+    """Scaled scans (time, parcel) with NaN in censored frames, each made when it is asked for."""
+
+    def __init__(self, scans: Sequence[Scan], scaling: Scaling):
+        self.scans, self.scaling = scans, scaling
+
+    def __len__(self) -> int:
+        return len(self.scans)
+
+    def __getitem__(self, i):
+        scan = self.scans[i]
+        return np.where(censored_frames(scan)[:, None], np.nan, self.scaling(scan))
 
 
 def _tensorboard(folder: Path):
