@@ -120,7 +120,7 @@ def set_numbers(app, doctree):
         return
     for text in list(doctree.findall(nodes.Text)):
         if isinstance(text.parent, nodes.raw):
-            new = re.sub(r"[^<>]+(?=</(?:figcaption|td)>)", lambda found: fair(found[0]), text.astext())
+            new = re.sub(r"(?<=>)[^<>]+(?=</(?:figcaption|td)>)", lambda found: fair(found[0]), text.astext())
         elif isinstance(text.parent, nodes.literal | nodes.literal_block | nodes.math | nodes.math_block):
             continue
         else:
