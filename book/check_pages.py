@@ -31,7 +31,8 @@ FLAGS = [
 ]  # fmt: skip
 VIEWS = [(theme, width) for theme in ("light", "dark") for width in (1280, 390)]
 LOOK = """width => {
-  const found = [];
+  const found = [], folded = [...document.querySelectorAll('article details:not([open])')];
+  for (const box of folded) box.open = true;
   const scrolls = e => {
     for (; e && e.tagName !== 'ARTICLE'; e = e.parentElement)
       if (['auto', 'scroll'].includes(getComputedStyle(e).overflowX)) return true;
@@ -99,7 +100,8 @@ LOOK = """width => {
     if (!math.querySelector('mjx-container')) found.push('not set: ' + math.textContent);
   if (document.querySelector('mjx-merror, [data-mjx-error]')) found.push('error in mathematics');
   const text = document.querySelector('article')?.textContent || '';
-  if (/\\{(result|compare|doc|term|cite|numref)/.test(text)) found.push('a role was left as text');
+  if (/\\{(result|interval|verdict|compare|doc|term|cite|numref)\\}/.test(text)) found.push('a role was left as text');
+  for (const box of folded) box.open = false;
   return found;
 }"""
 
@@ -242,6 +244,7 @@ def main():
     if options.screenshots:
         options.screenshots.mkdir(parents=True, exist_ok=True)
     handler = type("Quiet", (SimpleHTTPRequestHandler,), {"log_message": lambda *_: None})
+    ThreadingHTTPServer.handle_error = lambda *_: None  # a page that is left while it loads
     server = ThreadingHTTPServer(("127.0.0.1", 0), partial(handler, directory=folder))
     threading.Thread(target=server.serve_forever, daemon=True).start()
     reports = [*broken_links(folder, pages), *far_away(folder, pages)]

@@ -91,7 +91,7 @@ def dress(app, doctree):
                 child["classes"].append("toggle")
         if "tag_finding" in cell["classes"]:
             found += output
-            cell.children = [child for child in cell if child not in output]
+            output = []
         if not output:  # what this copy has nothing to show for
             cell.parent.remove(cell)
         line = cell.get("cell_metadata", {}).get("fold", "What this run used" if cell is cells[-1] else "")
