@@ -145,21 +145,20 @@ class PeopleTable(SphinxDirective):
                 for plan, report in plans.items():
                     rows.append(self.row(name, target, plan, report, methods))
                     pages.append(name)
-        heads = ["Cohort", "Target", "Held out", "n", *methods.values()]
-        result = table(heads, rows, range(3, len(heads)), ["people"])
+        heads = ["Cohort and target", *methods.values()]
+        result = table(heads, rows, range(1, len(heads)), ["people"])
         for line, name in zip(result.findall(nodes.tbody).__next__().children, pages, strict=True):
-            cohort = nodes.paragraph("", "", link(self.env, f"{RUNS}/{name}", line[0].astext()))
-            line[0].children = [cohort]
-            for cell in line[4:]:
-                value, _, ends = cell.astext().partition("|")
-                cell.children = [nodes.paragraph("", value), nodes.paragraph("", ends, classes=["interval"])]
+            cells = [cell.astext().partition("|") for cell in line]
+            for cell, (value, _, below) in zip(line, cells, strict=True):
+                cell.children = [nodes.paragraph("", value), nodes.paragraph("", below, classes=["interval"])]
+            line[0][0].children = [link(self.env, f"{RUNS}/{name}", cells[0][0])]
         return [nodes.container("", result, classes=["scroll"])]
 
     def row(self, name, target, plan, report, methods):
         metric = "balanced_accuracy" if report["kind"] == "classification" else "r"
         found = {row["method"]: row for row in report["rows"]}
-        texts = [self.config.external_site_map[f"{RUNS}/{name}"].title, target.replace("_", " ")]
-        texts += ["people" if plan == "kfold" else "a site", write(report["n"])]
+        cohort, held = self.config.external_site_map[f"{RUNS}/{name}"].title, "people" if plan == "kfold" else "a site"
+        texts = [f"{cohort}, {target.replace('_', ' ')}|{held} held out, n {write(report['n'])}"]
         for method in methods:
             score = found.get(method, {}).get(metric) or {"value": None}
             if score["value"] is None:
