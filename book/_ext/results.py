@@ -150,8 +150,10 @@ class PeopleTable(SphinxDirective):
         for line, name in zip(result.findall(nodes.tbody).__next__().children, pages, strict=True):
             cells = [cell.astext().partition("|") for cell in line]
             for cell, (value, _, below) in zip(line, cells, strict=True):
-                cell.children = [nodes.paragraph("", value), nodes.paragraph("", below, classes=["interval"])]
-            line[0][0].children = [link(self.env, f"{RUNS}/{name}", cells[0][0])]
+                cell.clear()
+                cell += [nodes.paragraph("", value), nodes.paragraph("", below, classes=["interval"])]
+            line[0][0].clear()
+            line[0][0] += link(self.env, f"{RUNS}/{name}", cells[0][0])
         return [nodes.container("", result, classes=["scroll"])]
 
     def row(self, name, target, plan, report, methods):
