@@ -657,7 +657,7 @@ def downstream(reports: dict[str, dict], metric: str, chance: float | None, titl
     if chance is not None:
         ax.axvline(chance, color="black", ls=":", lw=0.8)
     ax.set_yticks(range(len(names)), [LABELS.get(name, name) for name in names])
-    ax.set(xlabel=METRICS[metric], title=title)
+    ax.set(xlabel=METRICS[metric], title=title, ylim=(-0.6, len(names) - 0.4))
     if len(reports) > 1:
         _legend(figure, ax, ncols=len(reports))
     return figure
