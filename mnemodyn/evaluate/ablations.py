@@ -45,8 +45,6 @@ from mnemodyn.pretrain.objective import Masked
 from mnemodyn.pretrain.windows import cut_windows
 from mnemodyn.provenance import surroundings
 
-__all__ = ["DEFAULT", "Cell", "Condition", "Grid", "collect", "diagnose", "read_grid", "run_grid", "score", "table"]
-
 DEFAULT = "default"
 READOUT = "latent_correlation"  # what the second outcome is read from
 
@@ -81,7 +79,6 @@ class Cell:
 
     Attributes
     ----------
-    name, group, label : str
     settings : mapping
         Of pretraining, by name; ``n_train``, how many of the training scans are used; and ``merge``, how many times
         fewer parcels are left when similar ones are averaged.
@@ -137,13 +134,7 @@ class Grid:
 
 
 def read_grid(path: str | Path, size: str) -> Grid:
-    """A grid at one of its sizes.
-
-    Raises
-    ------
-    ParameterError
-        If the size, a cell, a section or a setting is unknown, or a value is refused.
-    """
+    """A grid at one of its sizes; ParameterError for a name that is unknown, or a value that is refused."""
     content = read_yaml(Path(path).read_text(encoding="utf-8"))
     if size not in content["sizes"]:
         raise unknown("size", size, content["sizes"])
@@ -176,10 +167,6 @@ def _configure(settings: Mapping[str, Any]):
     return own, configure("masked", {}, settings)
 
 
-def _digest(content: Any) -> str:
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
-
-
 def score(
     model: MnemoDyn,
     scan: Scan,
@@ -193,12 +180,8 @@ def score(
 
     Parameters
     ----------
-    model : MnemoDyn
-    scan : Scan
     scaling : Scaling
         Of the network.
-    grid : Grid
-    condition : Condition
     seed : int
         Of masks and censored frames.
     finer : tuple, optional
@@ -263,20 +246,11 @@ def _merge(scan: Scan, groups: np.ndarray) -> Scan:
 
 
 def diagnose(features: np.ndarray, table: pd.DataFrame, target: str) -> dict[str, float]:
-    """How well a logistic regression tells two classes apart, in five repeats of five folds over people and families.
+    """``auc`` and ``balanced_accuracy`` of a logistic regression on features (scan, feature), two classes of a target.
 
-    Parameters
-    ----------
-    features : ndarray, shape (scan, feature)
-        Standardised by the training scans of each fold; the penalty is fixed.
-    table : DataFrame
-        A row a scan, with ``participant_id``, ``family`` where known, and the target.
-    target : str
-
-    Returns
-    -------
-    dict
-        ``auc`` and ``balanced_accuracy``, means over folds.
+    Means over five repeats of five folds over people and families. Features are standardised by the training scans of
+    each fold; the penalty is fixed. `table` has a row a scan, with ``participant_id``, ``family`` where known, and the
+    target.
     """
     folds = repeated_folds(table, target)
     y = pd.factorize(table[target], sort=True)[0]
@@ -334,7 +308,8 @@ class _Fold:
         """The cell's network, from the folder or trained now."""
         from mnemodyn.pretrain.training import pretrain  # imports Lightning, which takes seconds
 
-        network, unfinished = self.folder / "networks" / _digest(self.identity(cell)), self.folder / "unfinished"
+        digest = hashlib.sha256(json.dumps(self.identity(cell), sort_keys=True).encode()).hexdigest()[:16]
+        network, unfinished = self.folder / "networks" / digest, self.folder / "unfinished"
         if not network.is_dir():
             data, (objective, model, training, _, machine) = _configure(
                 self.grid.training(cell) | {"seed": self.number}
@@ -411,7 +386,7 @@ def run_grid(
     table: pd.DataFrame | None = None,
     log: Callable[[str], None] = print,
 ) -> dict[str, list[dict]]:
-    """Every cell on every fold, fold by fold, so that what is finished is always comparable; returns the records.
+    """Records of every cell on every fold, fold by fold, so that what is finished is always comparable.
 
     `table` has a row a scan, with ``participant_id`` and the grid's target.
     """

@@ -25,8 +25,6 @@ from sklearn.utils import compute_sample_weight
 
 from mnemodyn.data.scans import DataError
 
-__all__ = ["Combat", "Features", "Fold", "Standardised", "Tangent", "rotate"]
-
 INVERSE_PENALTIES = (0.1, 1.0, 10.0, 100.0, 1000.0)  # of rows with mean square norm 1
 RIDGE_PENALTIES = tuple(np.logspace(-3, 3, 13))
 COMPONENTS = (10, 30, 100)
@@ -69,12 +67,8 @@ class Standardised(Features):
 class Tangent(Features):
     """Connectivity as a step from the training scans' mean covariance, in its tangent space (nilearn).
 
-    Attributes
-    ----------
-    values : list of ndarray, shape (time, parcel)
-        Z-scored frames of every scan. The covariances are shrunk as Ledoit and Wolf do.
-    n_reference : int
-        The mean is taken over as many training scans at most, evenly spaced.
+    ``values`` are the z-scored frames of every scan, (time, parcel). The covariances are shrunk as Ledoit and Wolf do;
+    their mean is taken over `n_reference` training scans at most, evenly spaced.
     """
 
     n_reference: int = 60
@@ -96,10 +90,7 @@ class Tangent(Features):
 class Combat(Features):
     """Features harmonised between sites by ComBat (combatlearn), fitted on training scans and without covariates.
 
-    Attributes
-    ----------
-    sites : ndarray of str, shape (scan,)
-        A site that no training scan comes from is an error.
+    `sites` (scan,): one that no training scan comes from is an error.
     """
 
     sites: np.ndarray | None = None
@@ -222,12 +213,11 @@ def _perceptron(a: np.ndarray, b: np.ndarray, y: np.ndarray, splits: list, kind:
 class Fold:
     """Training scans, test scans, and what is fitted to the one and said of the other; nothing is fitted twice.
 
-    Parameters
+    Attributes
     ----------
     blocks : dict of str to Features
     y : ndarray, shape (scan,)
         0 and 1, or numbers; those of test scans are not read.
-    train, test : ndarray of int
     kind : {"classification", "regression"}
     splits : sequence of (train, test)
         Inner folds, as positions in `train`, by which everything is chosen.

@@ -15,17 +15,7 @@ import numpy as np
 
 
 def pearson_fc(x: np.ndarray) -> np.ndarray:
-    """Fisher-z Pearson functional connectivity of one window.
-
-    Parameters
-    ----------
-    x
-        (time, parcel); any scaling, since correlation ignores it.
-
-    Returns
-    -------
-    np.ndarray
-        (n_edges,), float64, ``n_edges = n_parcels (n_parcels - 1) / 2``: the upper triangle, row by row.
+    """Fisher-z Pearson connectivity of a window (time, parcel): its upper triangle, row by row, float64.
 
     Raises
     ------
@@ -131,14 +121,7 @@ def chance(n_participants: int) -> float:
 def permutation_interval(
     first: np.ndarray, second: np.ndarray, *, standardise: bool = False, n_permutations: int = 1000, seed: int
 ) -> dict:
-    """Accuracy when the labels of the second half are shuffled.
-
-    Parameters
-    ----------
-    first, second, standardise
-        As in `identify`, and the same errors.
-    n_permutations, seed
-        Random permutations of the participants of `second`; ValueError below 1.
+    """Accuracy when the participants of the second half are shuffled; arguments and errors as of `identify`.
 
     Returns
     -------
@@ -176,23 +159,11 @@ def identify_by_length(
     max_windows: int | None = None,
     standardise: bool = False,
 ) -> list[dict]:
-    """Identification accuracy as a function of window length.
+    """Identification accuracy as a function of window length, in frames.
 
-    Each scan is halved, and each half cut from its own first frame into non-overlapping windows. The k-th windows of
-    the first halves are identified against the k-th of the second: all pairs are half a scan apart.
-
-    Parameters
-    ----------
-    features
-        From one (time, parcel) window to its (feature,) vector, such as `pearson_fc`.
-    scans
-        One (time, parcel) scan a participant.
-    lengths
-        Window lengths, in frames.
-    max_windows
-        At most so many windows a half; None takes all that fit in the shortest scan.
-    standardise
-        As in `identify`.
+    Each scan (time, parcel), one a participant, is halved, and each half cut from its own first frame into windows
+    without overlap, at most `max_windows`. The k-th windows of the first halves are identified against the k-th of the
+    second by their `features`: all pairs are half a scan apart.
 
     Returns
     -------

@@ -14,13 +14,12 @@ from sklearn.utils.validation import check_is_fitted
 
 from mnemodyn.checkpoint import Checkpoint, load_checkpoint
 from mnemodyn.data.scans import Scan, fingerprint, load_scan
+from mnemodyn.evaluate.reconstruction import scaling_of
 from mnemodyn.files import write_bytes
 from mnemodyn.model.front import Front
 from mnemodyn.model.network import MnemoDyn, Output
 from mnemodyn.model.operator import OperatorBlock
 from mnemodyn.model.wavelet import wavedec
-
-__all__ = ["READOUTS", "MnemoDynEncoder", "readout", "readouts"]
 
 
 def _scale_energy(output: Output, model: MnemoDyn) -> torch.Tensor:
@@ -63,12 +62,10 @@ def readouts(
     *,
     censored: np.ndarray | None = None,
 ) -> dict[str, np.ndarray]:
-    """Read vectors out of a frozen network, in one pass.
+    """Read vectors (feature,), float64, out of a frozen network in evaluation mode, in one pass.
 
     Parameters
     ----------
-    model : MnemoDyn
-        In evaluation mode.
     x : ndarray, shape (time, parcel)
         Scaled values; nothing is hidden.
     t_r : float
@@ -82,10 +79,6 @@ def readouts(
         :meth:`mnemodyn.model.front.Front.connectivity`; for a network that has one.
         ``last_frame``: the last frame of that, which is all that the published draft's heads read.
     censored : ndarray of bool, shape (time,), optional
-
-    Returns
-    -------
-    dict of str to ndarray, shape (feature,), float64
     """
     known = (*READOUTS, *(["adapted"] if model.front is not None else []))
     unknown = [name for name in names if name not in known]
@@ -200,9 +193,7 @@ class MnemoDynEncoder(TransformerMixin, BaseEstimator):
             with np.load(path) as kept:
                 if set(self.readouts) <= set(kept.files):
                     return {name: kept[name].astype(float) for name in self.readouts}
-        if checkpoint.scaling is None:
-            raise ValueError("the checkpoint does not know its scaling; fill it in with dataclasses.replace")
-        found = readouts(model, checkpoint.scaling(scan), scan.t_r, self.readouts, censored=scan.censored)
+        found = readouts(model, scaling_of(checkpoint)(scan), scan.t_r, self.readouts, censored=scan.censored)
         # Rounded alike whether or not they come from the cache, so that a second run gives what the first gave.
         found = {name: value.astype(np.float32) for name, value in found.items()}
         if path is not None:

@@ -9,8 +9,6 @@ from collections.abc import Sequence
 import numpy as np
 from scipy import stats
 
-__all__ = ["SCORES", "chance", "corrected_t", "interval", "measure", "resamples", "smallest_sd"]
-
 SCORES = {
     "classification": ("balanced_accuracy", "auc", "macro_f1", "accuracy"),
     "regression": ("r", "r_plain", "r2", "mae", "mse_z"),
@@ -73,15 +71,15 @@ def measure(
     fold: np.ndarray,
     group: np.ndarray | None = None,
 ) -> dict[str, np.ndarray]:
-    """Scores of the predictions of one repeat.
+    """Scores of the predictions of one repeat, (resample,) each.
 
     Parameters
     ----------
-    kind : {"classification", "regression"}
     y : ndarray, shape (scan,)
         1 for the second class and 0 for the first, or the target in its unit.
     prediction : ndarray, shape (scan,)
-        Evidence for the second class, positive where it is predicted; or the predicted target.
+        Evidence for the second class, positive where it is predicted; or the predicted target. ValueError where it is
+        not finite.
     weights : ndarray, shape (resample, scan)
     fold : ndarray, shape (scan,)
         Test fold. The area under the curve compares within folds only: scores of two models have no common scale.
@@ -90,16 +88,11 @@ def measure(
 
     Returns
     -------
-    dict of str to ndarray, shape (resample,)
+    dict
         ``balanced_accuracy, auc, macro_f1, accuracy``; or ``r, r_plain, r2, mae`` (unit of the target) and ``mse_z``
         (mean squared error over the variance of the target in everybody, as the published tables have it). NaN where a
         class is absent. For ``r`` and ``r_within_site`` each prediction is taken relative to the mean of the other
         folds, which is what a model says that has learned nothing; ``r_plain`` takes them as they are.
-
-    Raises
-    ------
-    ValueError
-        If a prediction is not finite.
     """
     y, prediction = np.asarray(y, float), np.asarray(prediction, float)
     if not np.isfinite(prediction).all():
@@ -144,23 +137,12 @@ def interval(values: np.ndarray) -> dict[str, float | None]:
 
 
 def corrected_t(differences: np.ndarray, test_share: float) -> float | None:
-    """Two-sided p of the corrected resampled t-test for differences a fold.
+    """Two-sided p of the corrected resampled t-test for differences a fold; None where there are none, or one fold.
 
     .. math:: t = \\bar d \\,/ \\sqrt{(1/J + n_\\text{test} / n_\\text{train})\\, s^2}, \\quad J - 1 \\text{ degrees}
 
-    Folds share training people, which the plain test takes for independent. Source: Nadeau and Bengio (2003),
-    Machine Learning 52, 239-281, section 4.
-
-    Parameters
-    ----------
-    differences : ndarray, shape (fold,)
-    test_share : float
-        ``n_test / n_train``.
-
-    Returns
-    -------
-    float or None
-        None where there are fewer than two folds or all differences are equal.
+    Folds share training people, which the plain test takes for independent; `test_share` is ``n_test / n_train``.
+    Source: Nadeau and Bengio (2003), Machine Learning 52, 239-281, section 4.
     """
     d = np.asarray(differences, float)
     d = d[np.isfinite(d)]
@@ -171,13 +153,7 @@ def corrected_t(differences: np.ndarray, test_share: float) -> float | None:
 
 
 def smallest_sd(accuracy: float, n: int) -> float:
-    """SD that the draw of `n` test people alone gives an accuracy: :math:`\\sqrt{a (1 - a) / n}`.
-
-    Raises
-    ------
-    ValueError
-        If `accuracy` is not in [0, 1] or `n` is < 1.
-    """
+    """SD that the draw of `n` test people alone gives an accuracy in [0, 1]: :math:`\\sqrt{a (1 - a) / n}`."""
     if not 0 <= accuracy <= 1 or n < 1:
         raise ValueError(f"accuracy must be in [0, 1] and n >= 1, got {accuracy} and {n}")
     return float(np.sqrt(accuracy * (1 - accuracy) / n))
