@@ -294,13 +294,25 @@ def test_a_planted_effect_is_found_and_noise_is_not(checkpoint):
                 assert row[metric]["value"] > guess - 0.35, row
 
 
-def test_noise_of_equal_length_does_not_tell_who_was_scanned_longer():
+def test_equal_noise_does_not_tell_who_was_scanned_longer_or_with_what(checkpoint):
     scans, table = cohort(60)
-    scans = [replace(s, values=s.values[: 30 + 30 * (a > 40)]) for s, a in zip(scans, table["age"], strict=True)]
-    assert {len(s.values) for s in noise_scans(scans, 0)} == {30, 60}
-    equal = noise_scans(scans, 0, 30)
-    assert {len(s.values) for s in equal} == {30}
-    np.testing.assert_array_equal(equal[3].values, noise_scans(scans, 0)[3].values[:30])
+    old = table["age"] > 40
+    scans = [
+        replace(s, values=s.values[: 30 + 30 * a], t_r=1.0 + 2 * a, censored=np.arange(30 + 30 * a) < 5 * a)
+        for s, a in zip(scans, old, strict=True)
+    ]
+    plain, equal = noise_scans(scans, 0), noise_scans(scans, 0, equal=True)
+    assert [(len(s.values), s.t_r, s.n_usable) for s in plain] == [(60, 3.0, 55) if a else (30, 1.0, 30) for a in old]
+    most = 1.0 + 2 * (old.mean() > 0.5)
+    assert {(len(s.values), s.t_r, s.n_usable, s.values.std() > 0.8) for s in equal} == {(30, most, 30, True)}
+    np.testing.assert_array_equal(equal[3].values, plain[3].values[:30])
+    # Frames are few, so that the lengths and the repetition times that the network is told are all that there is.
+    task = Task.of(table, "age", "regression")
+    folds = repeated_folds(table, "age", n_repeats=1)
+    found = [evaluate(s, task, folds, ["latent_sd"], checkpoint=checkpoint) for s in (plain, equal)]
+    r = [report(each)["rows"][0]["r"] for each in found]
+    assert r[0]["low"] > 0.1
+    assert r[1]["low"] < 0
 
 
 def test_shuffled_labels_are_at_chance_on_average():
