@@ -12,8 +12,6 @@ from mnemodyn.checkpoint import Checkpoint
 from mnemodyn.evaluate.metrics import hidden_sums
 from mnemodyn.pretrain.objective import Masked
 
-__all__ = ["LatentReadout", "by_setting", "r2_by", "r2_by_band", "since_visible"]
-
 DIGITS = 10  # two equal runs differ in the sixteenth
 
 

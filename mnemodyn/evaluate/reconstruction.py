@@ -14,8 +14,6 @@ from mnemodyn.evaluate.metrics import bootstrap_r2, hidden_sums
 from mnemodyn.pretrain.objective import Masked
 from mnemodyn.pretrain.windows import cut_windows
 
-__all__ = ["MODEL", "Network", "compare", "held_out", "methods", "scaled_windows", "scaling_of", "windows_and_whole"]
-
 MODEL = "model"
 # Where an array lies in memory decides how its sums are grouped: two equal runs differ in the sixteenth digit.
 DIGITS = 10
@@ -52,8 +50,13 @@ class Network:
 def methods(checkpoint: Checkpoint, train: Sequence[Scan]) -> dict:
     """The network and the baselines, these fitted to all of `train` (training and validation scans)."""
     scaled = [scaling_of(checkpoint)(scan) for scan in train]
-    found = {"zero": Zero(), "interpolation": Interpolation(), "spatial_gaussian": SpatialGaussian(), "var": VAR()}
-    return {MODEL: Network(checkpoint, train[0].t_r)} | {name: method.fit(scaled) for name, method in found.items()}
+    return {
+        MODEL: Network(checkpoint, train[0].t_r),
+        "zero": Zero(),
+        "interpolation": Interpolation(),
+        "spatial_gaussian": SpatialGaussian().fit(scaled),
+        "var": VAR().fit(scaled),
+    }
 
 
 def held_out(checkpoint: Checkpoint, scans: Sequence[Scan]) -> tuple[list[Scan], list[Scan]]:
