@@ -315,6 +315,14 @@ def test_equal_noise_does_not_tell_who_was_scanned_longer_or_with_what(checkpoin
     assert r[1]["low"] < 0
 
 
+def test_luck_has_a_p_that_is_uniform():
+    rng = np.random.default_rng(0)
+    draws = rng.normal(0.5, 0.03, (2000, 9))
+    p = [scores.draw_p(d[0], 0.5, {"n": 8, "mean": d[1:].mean(), "sd": d[1:].std(ddof=1)}) for d in draws]
+    assert stats.kstest(p, "uniform").pvalue > 0.01
+    assert scores.draw_p(0.6, 0.5, {"n": 8, "sd": 0.03}) < 0.02
+
+
 def test_shuffled_labels_are_at_chance_on_average():
     scans, table = cohort(60, effect=1.5)
     for target, kind, guess in (("diagnosis", "classification", 0.5), ("age", "regression", 0.0)):
@@ -324,6 +332,7 @@ def test_shuffled_labels_are_at_chance_on_average():
         assert found["n"] == 8
         assert abs(found["mean"] - guess) < 4 * found["sd"] / np.sqrt(8)
         assert found["sd"] < 0.2
+        assert found["low"] < guess < found["high"] or found["p"] < 0.05
 
 
 def test_fine_tuning_learns_and_makes_nothing_of_noise(checkpoint):

@@ -10,7 +10,6 @@ network's read-out tells the people of the fold apart that it was not trained on
 import hashlib
 import io
 import json
-import math
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import redirect_stdout
@@ -22,7 +21,6 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
-from scipy.stats import t as student
 from sklearn.cluster import FeatureAgglomeration
 from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import cross_validate
@@ -35,6 +33,7 @@ from mnemodyn.data.scans import DataError, Scan, fingerprint, split_participants
 from mnemodyn.evaluate.features import connectivity
 from mnemodyn.evaluate.metrics import hidden_sums
 from mnemodyn.evaluate.readout import MnemoDynEncoder
+from mnemodyn.evaluate.scores import t_interval
 from mnemodyn.evaluate.splits import repeated_folds
 from mnemodyn.files import write_json
 from mnemodyn.model.config import ModelConfig
@@ -252,10 +251,9 @@ def diagnose(features: np.ndarray, table: pd.DataFrame, target: str) -> dict[str
     each fold; the penalty is fixed. `table` has a row a scan, with ``participant_id``, ``family`` where known, and the
     target.
     """
-    folds = repeated_folds(table, target)
     y = pd.factorize(table[target], sort=True)[0]
     classifier = make_pipeline(StandardScaler(), LogisticRegression(C=0.01, max_iter=1000))
-    splits = [(train, test) for _, _, train, test in folds.split(table["participant_id"])]
+    splits = [(train, test) for _, _, train, test in repeated_folds(table, target).split(table["participant_id"])]
     metrics = {"auc": "roc_auc", "balanced_accuracy": "balanced_accuracy"}
     found = cross_validate(classifier, features, y, cv=splits, scoring=metrics)
     return {name: float(found[f"test_{name}"].mean()) for name in metrics}
@@ -402,11 +400,7 @@ def run_grid(
 
 
 def _interval(values: Sequence[float] | np.ndarray) -> dict:
-    """Mean and 95 % t interval over folds; without one where there is a single fold."""
-    mean, n = float(np.mean(values)), len(values)
-    half = float(student.ppf(0.975, n - 1) * np.std(values, ddof=1) / math.sqrt(n)) if n > 1 else None
-    low, high = (None, None) if half is None else (round(mean - half, 6), round(mean + half, 6))
-    return {"value": round(mean, 6), "low": low, "high": high}
+    return {name: None if v is None else round(v, 6) for name, v in t_interval(values).items()}
 
 
 def collect(grid: Grid, records: Mapping[str, Sequence[Mapping]], **facts) -> dict:

@@ -22,7 +22,7 @@ from mnemodyn.data.store import Store
 from mnemodyn.evaluate.features import CONFOUNDS, confounds, connectivity, frames
 from mnemodyn.evaluate.heads import Combat, Features, Fold, Standardised, Tangent, rotate
 from mnemodyn.evaluate.readout import READOUTS, MnemoDynEncoder
-from mnemodyn.evaluate.scores import SCORES, chance, corrected_t, interval, measure, resamples
+from mnemodyn.evaluate.scores import SCORES, chance, corrected_t, interval, measure, resamples, t_interval
 from mnemodyn.evaluate.splits import Folds, inner_splits, leave_one_site_out, repeated_folds
 from mnemodyn.files import write_json
 
@@ -325,8 +325,7 @@ def evaluate(
         For an unknown method, scans that do not fit the table, or a method that needs a checkpoint without one.
     """
     if not isinstance(methods, dict):
-        unknown = [name for name in methods if name not in METHODS]
-        if unknown:
+        if unknown := [name for name in methods if name not in METHODS]:
             raise DataError(f"method must be one of {', '.join(METHODS)}, got {unknown[0]!r}")
         methods = {name: METHODS[name] for name in methods}
     if len(scans) != len(task.table):
@@ -501,10 +500,9 @@ def permutations(
     results = {}
     for name, v in values.items():
         if len(v) > 1:
-            low, high = stats.t.interval(0.95, len(v) - 1, np.mean(v), stats.sem(v))
+            found = t_interval(v)
             p = stats.ttest_1samp(v, chance(task.metric)).pvalue
-            spread = {"low": float(low), "high": float(high), "sd": float(np.std(v, ddof=1)), "p": float(p)}
-            results[name] = {"n": len(v), "mean": float(np.mean(v))} | spread
+            results[name] = {"n": len(v), "mean": found.pop("value"), **found, "sd": float(np.std(v, ddof=1)), "p": p}
     return results
 
 
@@ -651,10 +649,8 @@ def few_shot(
                     continue
                 few = np.concatenate([rng.choice(side, k, replace=False) for side in sides])
                 a, b = rotate(block.products(few), few, test)
-                if task.classes:
-                    p = LogisticRegression().fit(a, task.y[few]).decision_function(b)
-                else:
-                    p = Ridge().fit(a, task.y[few]).predict(b)
+                model = (LogisticRegression if task.classes else Ridge)().fit(a, task.y[few])
+                p = model.decision_function(b) if task.classes else model.predict(b)
                 ones, one = np.ones((1, len(test))), np.zeros(len(test))
                 found.append(measure(task.kind, task.y[test], p, ones, fold=one)[task.metric][0])
             if found:

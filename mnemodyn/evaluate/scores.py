@@ -130,10 +130,27 @@ def interval(values: np.ndarray) -> dict[str, float | None]:
     """``value``, ``low`` and ``high`` (95 %, percentiles) of what `resamples` weighted; None where undefined."""
     values = np.asarray(values, float)
     rest = values[1:][np.isfinite(values[1:])]
-    if not np.isfinite(values[0]) or not len(rest):
-        return {"value": None if not np.isfinite(values[0]) else float(values[0]), "low": None, "high": None}
-    low, high = np.quantile(rest, [0.025, 0.975])
-    return {"value": float(values[0]), "low": float(low), "high": float(high)}
+    value = float(values[0]) if np.isfinite(values[0]) else None
+    low, high = np.quantile(rest, [0.025, 0.975]).tolist() if value is not None and len(rest) else (None, None)
+    return {"value": value, "low": low, "high": high}
+
+
+def t_interval(values: Sequence[float] | np.ndarray) -> dict[str, float | None]:
+    """``value``, the mean of one number or more, with ``low`` and ``high`` (95 %, t) where there are two or more."""
+    mean, n = float(np.mean(values)), len(values)
+    if n < 2:
+        return {"value": mean, "low": None, "high": None}
+    half = float(stats.t.ppf(0.975, n - 1) * np.std(values, ddof=1) / np.sqrt(n))
+    return {"value": mean, "low": mean - half, "high": mean + half}
+
+
+def draw_p(value: float, chance: float, draws: dict) -> float:
+    """Two-sided p of a control that scores `value` by luck, from the ``n`` and ``sd`` of draws known to be luck.
+
+    An interval over participants takes the trained models as given. A shuffle of the labels trains others, and so tells
+    how far luck goes: t with ``n - 1`` degrees, as the mean of such draws is `chance`.
+    """
+    return float(2 * stats.t.sf(abs(value - chance) / draws["sd"], draws["n"] - 1))
 
 
 def corrected_t(differences: np.ndarray, test_share: float) -> float | None:
