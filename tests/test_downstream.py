@@ -255,7 +255,7 @@ def test_no_method_reads_the_labels_of_test_people(name, target, checkpoint, mon
         if flipped:
             y[test] = (1 - y[test]) if task.classes else -y[test]
         fold = heads.Fold(blocks, y, train, test, task.kind, [])
-        answers.append(downstream._one_fold({name: method}, fold, replace(task, y=y), {}, 2)[name])
+        answers.append(downstream._one_fold({name: method}, fold, replace(task, y=y), {})[name])
     assert answers[0][0] is not None, answers[0][1]
     np.testing.assert_array_equal(answers[0][0], answers[1][0])
 

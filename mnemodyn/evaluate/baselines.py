@@ -81,16 +81,11 @@ class Interpolation(Zero):
 class SpatialGaussian:
     """Mean of a frame's hidden parcels given its visible ones, under one Gaussian.
 
-    Parameters
-    ----------
-    shrinkage
-        Weight in (0, 1] of white noise, of the same mean variance, in the training moments. The default is chosen on
-        training participants: of 0.01 to 0.2, it predicts each of five HCP participants best from the other four (for
-        `VAR` within 0.001 of R2 of the best). With hundreds of training scans less is needed, and 0.1 then costs about
-        0.001.
-    mean, covariance, lagged
-        Moments set by `fit`: (parcel,), (parcel, parcel), and the (parcel, parcel) covariance of a frame (rows) with
-        the one before it (columns).
+    `shrinkage` is the weight in (0, 1] of white noise, of the same mean variance, in the training moments. The default
+    is chosen on training participants: of 0.01 to 0.2, it predicts each of five HCP participants best from the other
+    four (for `VAR` within 0.001 of R2 of the best). With hundreds of training scans less is needed, and 0.1 then costs
+    about 0.001. `fit` sets the moments: mean (parcel,), covariance (parcel, parcel), and `lagged`, that of a frame
+    (rows) with the one before it (columns).
     """
 
     shrinkage: float = 0.1
@@ -192,15 +187,8 @@ class SpatiotemporalGaussian:
     Every pair of frames up to `n_lags` apart is correlated as in the training scans, see
     `mnemodyn.model.front.lag_covariances`, where `shrinkage` is explained.
 
-    Parameters
-    ----------
-    n_lags
-        Largest lag, in frames.
-    own
-        Weight in [0, 1) of the scan's own covariance, from products of visible pairs, beside the group's. Then the
-        process is the group's, mixed so that it has this covariance. Such a prediction is not linear in the scan.
-    mean, lags
-        Moments set by `fit`.
+    `own` is the weight in [0, 1) of the scan's own covariance, from products of visible pairs, beside the group's. Then
+    the process is the group's, mixed so that it has this covariance. Such a prediction is not linear in the scan.
     """
 
     shrinkage: float = 0.1

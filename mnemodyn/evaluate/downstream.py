@@ -48,23 +48,17 @@ class Rows(Sequence):
 POOLED = tuple(name for name in READOUTS if name != "last_frame")
 ONE_UNIT = ("latent_correlation", "response", "adapted")  # read-outs of one unit throughout
 LOW_MOTION = 0.2  # mm
+N_INNER = 3  # folds within the training folds, by which everything is chosen
 
 
 @dataclass(frozen=True)
 class Method:
     """A way from scans to predictions.
 
-    Attributes
-    ----------
-    head : str
-        See :class:`mnemodyn.evaluate.heads.Fold`; or ``finetune``.
-    blocks : tuple of str
-        Features: ``fc``, ``combat`` (FC harmonised between sites), ``tangent``, ``confounds``, ``site``,
-        ``model:READOUT``, ``untrained:READOUT``. For ``finetune``, what is trained: ``draft``, ``last`` or ``all``.
-    repeats : int, optional
-        Only so many repeats of the folds, for a method that costs much.
-    remove : tuple of str
-        Confounds regressed out of the features in the training folds.
+    `head` is one of :class:`mnemodyn.evaluate.heads.Fold`, or ``finetune``. `blocks` are its features: ``fc``,
+    ``combat`` (FC harmonised between sites), ``tangent``, ``confounds``, ``site``, ``model:READOUT``,
+    ``untrained:READOUT``; for ``finetune``, what is trained: ``draft``, ``last`` or ``all``. Only so many `repeats` of
+    the folds are run for a method that costs much. Confounds to `remove` are regressed out in the training folds.
     """
 
     head: str
@@ -108,16 +102,10 @@ METHODS = {
 class Task:
     """A target and the scans that have it.
 
-    Attributes
-    ----------
-    table : DataFrame
-        A row a scan that has the target: ``participant_id`` and what else is known (``family, site, age, sex,
-        mean_fd, n_frames``).
-    kind : {"classification", "regression"}
-    y : ndarray, shape (scan,)
-        1 for the second of the sorted `classes` and 0 for the first; or the target.
-    rows : ndarray of int
-        Rows of the original table, which has `n_missing` others.
+    `table` has a row a scan that has the target: ``participant_id`` and what else is known (``family, site, age, sex,
+    mean_fd, n_frames``); `rows` are those of the original table, which has `n_missing` others. `kind` is
+    ``classification`` or ``regression``; `y` (scan,) is 1 for the second of the sorted `classes` and 0 for the first,
+    or the target.
     """
 
     table: pd.DataFrame = field(repr=False)
@@ -249,11 +237,9 @@ def blocks_of(
     return found
 
 
-def _one_fold(
-    methods: dict[str, Method], fold: Fold, task: Task, paths: dict[str, Path], n_inner: int
-) -> dict[str, tuple[np.ndarray | None, str]]:
+def _one_fold(methods: dict[str, Method], fold: Fold, task: Task, paths: dict[str, Path]) -> dict[str, tuple]:
     """Prediction of the test scans and what was chosen, by method; or None and the error."""
-    found: dict[str, tuple[np.ndarray | None, str]] = {}
+    found: dict[str, tuple] = {}
     for name, method in methods.items():
         path = paths.get(name)
         if path is not None and path.is_file():
@@ -264,7 +250,7 @@ def _one_fold(
             if not fold.splits:
                 if task.kind == "classification" and len(np.unique(task.y[fold.train])) < 2:
                     raise DataError("the training scans are of one class")
-                fold.splits = inner_splits(task.y[fold.train], task.families[fold.train], n_inner, fold.seed)
+                fold.splits = inner_splits(task.y[fold.train], task.families[fold.train], N_INNER, fold.seed)
             if method.head == "finetune":
                 from mnemodyn.evaluate.finetune import finetune
 
@@ -291,7 +277,6 @@ def evaluate(
     *,
     checkpoint: Checkpoint | None = None,
     cache: str | Path | None = None,
-    n_inner: int = 3,
     n_jobs: int = 1,
     seed: int = 0,
     blocks: dict[str, Any] | None = None,
@@ -304,13 +289,9 @@ def evaluate(
     scans : sequence of Scan
         Those of `task.table`, in its order; read one at a time.
     methods : sequence of str, or dict of str to Method
-        Names in `METHODS`, or methods of one's own.
-    checkpoint : Checkpoint, optional
-        For the methods that read a network.
+        Names in `METHODS`, or methods of one's own; `checkpoint` is for those that read a network.
     cache : str or Path, optional
         Folder that keeps read-outs and each fold's predictions, so that an interrupted evaluation goes on.
-    n_inner : int
-        Folds within the training folds, by which everything is chosen.
     n_jobs : int
         Processes; each takes a fold.
     blocks : dict, optional
@@ -347,7 +328,7 @@ def evaluate(
     keys = {}
     if cache is not None:
         code = [path.read_bytes() for path in sorted(Path(__file__).parent.glob("*.py"))]
-        about = (code, task.y, task.target, folds.digest, list(people), n_inner, seed)
+        about = (code, task.y, task.target, folds.digest, list(people), N_INNER, seed)
         for name, method in methods.items():
             read = [blocks[b].digest() if b == "scans" else blocks[b].values for b in method.features]
             keys[name] = Path(cache) / "folds" / joblib.hash((about, method, read))
@@ -358,7 +339,7 @@ def evaluate(
             used = {b: blocks[b] for m in these.values() for b in m.features}
             paths = {name: keys[name] / f"{repeat}-{number}.json" for name in these if name in keys}
             fold = Fold(used, task.y, train, test, task.kind, [], seed)
-            yield joblib.delayed(_one_fold)(these, fold, task, paths, n_inner)
+            yield joblib.delayed(_one_fold)(these, fold, task, paths)
 
     repeats = {n: min(folds.n_repeats, m.repeats or folds.n_repeats) for n, m in methods.items()}
     predictions = {name: np.full((n, len(people)), np.nan) for name, n in repeats.items()}
@@ -428,7 +409,7 @@ def report(evaluation: Evaluation, *, n_boot: int = 1000, seed: int = 0, baselin
         row |= {"n_folds": len(evaluation.chosen[name]), "failed": evaluation.failed[name]}
         rows.append(row)
         if name not in whole:
-            row |= {metric: interval(np.full(2, np.nan)) for metric in SCORES[task.kind]}
+            row |= dict.fromkeys(SCORES[task.kind], interval(np.full(2, np.nan)))
             continue
         row |= {metric: interval(v) for metric, v in _scores(evaluation, name, weights).items()}
         by_fold = _by_fold(evaluation, name)
@@ -474,14 +455,8 @@ def permutations(
 ) -> dict[str, dict]:
     """The first score with labels shuffled many times: one shuffle may be lucky, their mean belongs at chance.
 
-    The spread over shuffles is wider than an interval over participants, which knows one training only.
-
-    Parameters
-    ----------
-    scans, task, folds
-        As in :func:`evaluate`, whose `settings` are taken too; the first repeat of the folds is used.
-    shuffles : dict of str to int
-        How often for each method.
+    The spread over shuffles is wider than an interval over participants, which knows one training only. As
+    :func:`evaluate`, whose `settings` it takes, on the first repeat of the folds; `shuffles` are how often a method.
 
     Returns
     -------
@@ -500,9 +475,9 @@ def permutations(
     results = {}
     for name, v in values.items():
         if len(v) > 1:
-            found = t_interval(v)
-            p = stats.ttest_1samp(v, chance(task.metric)).pvalue
-            results[name] = {"n": len(v), "mean": found.pop("value"), **found, "sd": float(np.std(v, ddof=1)), "p": p}
+            mean = t_interval(v)
+            p = float(stats.ttest_1samp(v, chance(task.metric)).pvalue) if np.ptp(v) else None
+            results[name] = {"n": len(v), "mean": mean.pop("value"), **mean, "sd": float(np.std(v, ddof=1)), "p": p}
     return results
 
 
@@ -531,17 +506,13 @@ def study(
         A row a scan.
     targets : dict of str to str
         Name -> ``classification`` or ``regression``.
-    n_repeats : int
-        Of the five folds.
+    methods, by_site : sequence of str
+        Those that are tested in `n_repeats` of five folds, and with sites left out where there are two or more.
     control : sequence of str
         Methods that are also run with shuffled labels and, for the first target, on scans of white noise (fine-tuning
         but on those as long as theirs).
-    shuffles : dict of str to int, optional
-        For :func:`permutations`.
-    by_site : sequence of str
-        Methods that are also tested at sites left out, where there are two or more.
-    shots : sequence of str
-        Features for :func:`few_shot`.
+    shuffles, shots
+        For :func:`permutations`, and features for :func:`few_shot`.
     only : sequence of str
         Parts of the answer to compute; all of them where empty.
     say : callable
@@ -664,12 +635,8 @@ def transfer(
 ) -> dict:
     """Zero-shot: a head fitted on one cohort, tested on another that it knows nothing of.
 
-    Parameters
-    ----------
-    features : (ndarray, ndarray), each (scan, feature)
-        Of the source's and the target's scans, of one unit: connectivity in one atlas, or that of one network.
-    source, target : Task
-        Of one kind, with the same classes.
+    `features` of the source's and the target's scans, (scan, feature) each, are of one unit: connectivity in one atlas,
+    or that of one network. Tasks are of one kind, with the same classes.
 
     Returns
     -------
@@ -688,7 +655,7 @@ def transfer(
     if features[0].shape[1] != features[1].shape[1]:
         raise DataError(f"features must be the same, got {features[0].shape[1]} and {features[1].shape[1]} of them")
     train, test = np.split(np.arange(len(source.y) + len(target.y)), [len(source.y)])
-    splits = inner_splits(source.y, source.families, 3, seed)
+    splits = inner_splits(source.y, source.families, N_INNER, seed)
     y = np.concatenate([source.y, np.zeros(len(test))])
     fold = Fold({"x": Features(np.vstack(features))}, y, train, test, source.kind, splits)
     p, chosen = fold.predict("linear", ["x"])

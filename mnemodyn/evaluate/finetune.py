@@ -138,17 +138,10 @@ def finetune(
 ) -> tuple[np.ndarray, str]:
     """Train on the training scans, keep the epoch that is best on a part of them set apart, predict the test scans.
 
-    Parameters
-    ----------
-    y : ndarray, shape (scan,)
-        0 and 1, or numbers; those of test scans are not read.
-    train, test : ndarray of int
-    what : {"draft", "last", "all"}
-        ``draft``: the draft's head on the frozen network's last frame (the whole window for numbers). ``last``,
-        ``all``: the last block, or everything, under a linear head on pooled latents.
-    kind : {"classification", "regression"}
-    split : (ndarray, ndarray)
-        Positions in `train` to fit on and to choose the epoch by.
+    `y` (scan,) is 0 and 1, or numbers; those of test scans are not read. `what` is ``draft``, the draft's head on the
+    frozen network's last frame (the whole window for numbers), or ``last`` or ``all``: the last block, or everything,
+    under a linear head on pooled latents. `kind` is as of a task; `split` are positions in `train` to fit on and to
+    choose the epoch by.
 
     Returns
     -------

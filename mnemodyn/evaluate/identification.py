@@ -73,14 +73,10 @@ def identify(first: np.ndarray, second: np.ndarray, *, standardise: bool = False
     A hit is a participant whose own entry is the most similar of the other half, by Pearson correlation over features.
     A tie is a miss: features shared by everybody identify nobody.
 
-    Parameters
-    ----------
-    first, second
-        (participant, feature) each; the same participants in the same order.
-    standardise
-        Scale every feature by its mean and SD over the database half before correlating. False follows [1]_ and suits
-        features of one unit, such as connectivity. Features of unequal units (a model's latents) need True: otherwise
-        the few widest decide every correlation. It raises `idiff` by itself: compare features treated alike.
+    `first` and `second` are (participant, feature), the same participants in the same order. To `standardise` is to
+    scale every feature by its mean and SD over the database half before correlating. False follows [1]_ and suits
+    features of one unit, such as connectivity. Features of unequal units (a model's latents) need True: otherwise the
+    few widest decide every correlation. It raises `idiff` by itself: compare features treated alike.
 
     Returns
     -------

@@ -98,16 +98,9 @@ def reads_from(
 ) -> tuple[np.ndarray, np.ndarray]:
     """What the prediction of one hidden entry of each parcel, drawn by `seed`, depends on in a window.
 
-    Parameters
-    ----------
-    x, hidden : Tensor, shape (time, parcel)
-        Every parcel has a hidden frame.
-    t_r : float
-        Seconds.
-    chunk : int
-        Parcels computed at once.
-    tolerance : float
-        Of the front end's solver, which is differentiated; the scan's own covariance is taken as given.
+    `x` and `hidden` are (time, parcel), and every parcel has a hidden frame; `t_r` in seconds. `chunk` parcels are
+    computed at once. `tolerance` is that of the front end's solver, which is differentiated; the scan's own covariance
+    is taken as given.
 
     Returns
     -------
@@ -243,18 +236,9 @@ def generate(
     A filled future is a mean, which fades. So that dynamics go on, each step adds the error that was made in one
     randomly drawn training window, all parcels and frames of the step together.
 
-    Parameters
-    ----------
-    model : MnemoDyn or None
-        None predicts zero: what the errors alone look like, one after the other.
-    start : Tensor, shape (batch, time, parcel)
-        The past to begin with; as many frames are kept as the past of every step.
-    errors : Tensor, shape (window, step, parcel), optional
-        Of `forecast_errors`; without them the mean alone is rolled.
-
-    Returns
-    -------
-    ndarray, shape (batch, n_frames, parcel)
+    Without a model zero is predicted: what the errors alone look like, one after the other. `start` (batch, time,
+    parcel) is the past to begin with; as many frames are kept as the past of every step. `errors` (window, step,
+    parcel) are those of `forecast_errors`; without them the mean alone is rolled. Returns (batch, n_frames, parcel).
     """
     generator = torch.Generator().manual_seed(seed)
     past, parts = start, []

@@ -9,10 +9,7 @@ def hidden_sums(x: np.ndarray, prediction: np.ndarray, hidden: np.ndarray) -> tu
     R2 of any items is ``1 - residual.sum() / total.sum()``. Its reference is zero, which is each parcel's mean over its
     own scan since scans come scaled, and not the mean of the hidden entries, which no method could know.
 
-    Parameters
-    ----------
-    x, prediction, hidden
-        ([batch,] time, parcel), scans in SD; `hidden` is True where the method did not see `x`.
+    `x`, `prediction` and `hidden` are ([batch,] time, parcel), in SD; `hidden` is True where the method saw nothing.
 
     Raises
     ------
@@ -42,10 +39,8 @@ def bootstrap_r2(
 ) -> tuple[float, float]:
     """95 % percentile bootstrap interval of the pooled R2, or of how much it is above that of a baseline.
 
-    Parameters
-    ----------
-    residual, total, baseline : (batch,)
-        From `hidden_sums`, of the same items and hidden entries; a resample draws the same items from each.
+    All are (batch,), from `hidden_sums` of the same items and hidden entries; a resample draws the same items from
+    each.
 
     Raises
     ------

@@ -73,18 +73,11 @@ def measure(
 ) -> dict[str, np.ndarray]:
     """Scores of the predictions of one repeat, (resample,) each.
 
-    Parameters
-    ----------
-    y : ndarray, shape (scan,)
-        1 for the second class and 0 for the first, or the target in its unit.
-    prediction : ndarray, shape (scan,)
-        Evidence for the second class, positive where it is predicted; or the predicted target. ValueError where it is
-        not finite.
-    weights : ndarray, shape (resample, scan)
-    fold : ndarray, shape (scan,)
-        Test fold. The area under the curve compares within folds only: scores of two models have no common scale.
-    group : ndarray, shape (scan,), optional
-        Sites; adds ``r_within_site``, the correlation of deviations from the sites' means.
+    `y` is 1 for the second class and 0 for the first, or the target in its unit; `prediction` is evidence for the
+    second class, positive where it is predicted, or the predicted target (both (scan,); ValueError where not finite).
+    `weights` are (resample, scan). `fold` is the test fold of each scan: the area under the curve compares within folds
+    only, since scores of two models have no common scale. `group`, such as its site, adds ``r_within_site``, the
+    correlation of deviations from the groups' means.
 
     Returns
     -------

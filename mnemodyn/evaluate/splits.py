@@ -17,14 +17,8 @@ from mnemodyn.files import write_text
 class Folds:
     """A division of participants, repeated.
 
-    Attributes
-    ----------
-    families : tuple of str
-        A label a participant; members of one family are never on two sides of a split.
-    test_fold : ndarray of int, shape (repeat, participant)
-        The fold in which the participant is tested.
-    names : tuple of str
-        Names of the folds, such as sites.
+    `families` are a label a participant; members of one family are never on two sides of a split. `test_fold` (repeat,
+    participant) is the fold in which the participant is tested, `names` are those of the folds, such as sites.
     """
 
     participants: tuple[str, ...]
