@@ -44,8 +44,9 @@ METHODS = ("site", "confounds", "fc", "fc_harmonised", "fc_combat", "fc_pca", "f
 METHODS += ("model", "model+fc", "untrained", "latent_correlation", "response", "last_frame", "adapted", "adapted+fc")
 CONTROL = ("fc", "model", "model+fc", "adapted+fc")
 SHUFFLES = {"fc": 40, "model": 8, "model+fc": 8}
+NOISES = dict.fromkeys(CONTROL, 4)
 TUNED = ("fc", "finetune_last", "finetune_all")
-PARTS = ("kfold", "leave_one_site_out", "permuted", "noise", "noise_equal", "permutations")
+PARTS = ("kfold", "leave_one_site_out", "permuted", "noise", "noise_equal", "permutations", "noises")
 OUT = "book/data/abide.json"
 
 
@@ -149,6 +150,7 @@ def main() -> int:
                 "methods": METHODS + unmoved + draft,
                 "control": CONTROL + draft,
                 "shuffles": SHUFFLES,
+                "noises": NOISES,
                 "by_site": ("confounds", "fc", *unmoved, "model", "model+fc", "adapted+fc"),
                 "shots": ("fc", "model:latent_correlation"),
             }

@@ -328,7 +328,7 @@ def test_shuffled_labels_are_at_chance_on_average():
     for target, kind, guess in (("diagnosis", "classification", 0.5), ("age", "regression", 0.0)):
         task = Task.of(table, target, kind)
         folds = repeated_folds(task.table, target, n_repeats=1)
-        found = downstream.permutations(scans, task, folds, {"fc": 8})["fc"]
+        found = downstream.draws(lambda i, task=task: (scans, permuted(task, i)), folds, {"fc": 8})["fc"]
         assert found["n"] == 8
         assert abs(found["mean"] - guess) < 4 * found["sd"] / np.sqrt(8)
         assert found["sd"] < 0.2

@@ -450,25 +450,32 @@ def report(evaluation: Evaluation, *, n_boot: int = 1000, seed: int = 0, baselin
     }
 
 
-def permutations(
-    scans: Sequence[Scan], task: Task, folds: Folds, shuffles: dict[str, int], *, seed: int = 0, **settings: Any
+def draws(
+    draw: Callable[[int], tuple[Sequence[Scan], Task]],
+    folds: Folds,
+    times: dict[str, int],
+    *,
+    blocks: dict[str, Any] | None = None,
+    **settings: Any,
 ) -> dict[str, dict]:
-    """The first score with labels shuffled many times: one shuffle may be lucky, their mean belongs at chance.
+    """The first score where nothing can be known, many times: one draw may be lucky, their mean belongs at chance.
 
-    The spread over shuffles is wider than an interval over participants, which knows one training only. As
-    :func:`evaluate`, whose `settings` it takes, on the first repeat of the folds; `shuffles` are how often a method.
+    The spread over draws is wider than an interval over participants, which knows one training only. ``draw(i)`` gives
+    scans and task, such as with labels shuffled by seed i; `times` are how often for each method. Settings are those of
+    :func:`evaluate`, on the first repeat of the folds.
 
     Returns
     -------
     dict of str to dict
-        Method -> ``n``, ``mean``, ``low``, ``high`` (95 % t interval of the mean), ``sd`` (over shuffles) and ``p`` of
-        the mean against chance (t-test). Of many such intervals one in twenty misses.
+        Method -> ``n``, ``mean``, ``low``, ``high`` (95 % t interval of the mean), ``sd`` (over draws) and ``p`` of the
+        mean against chance (t-test). Of many such intervals one in twenty misses.
     """
     once = replace(folds, test_fold=folds.test_fold[:1])
-    values: dict[str, list[float]] = {name: [] for name in shuffles}
-    for i in range(max(shuffles.values(), default=0)):
-        these = [name for name, n in shuffles.items() if i < n]
-        found = evaluate(scans, permuted(task, seed + i), once, these, seed=seed, **settings)
+    values: dict[str, list[float]] = {name: [] for name in times}
+    for i in range(max(times.values(), default=0)):
+        these = [name for name, n in times.items() if i < n]
+        scans, task = draw(i)
+        found = evaluate(scans, task, once, these, blocks={} if blocks is None else blocks, **settings)
         for name in these:
             if not np.isnan(found.predictions[name]).any():
                 values[name].append(float(np.nanmean(_by_fold(found, name))))
@@ -490,6 +497,7 @@ def study(
     n_repeats: int = 5,
     control: Sequence[str] = (),
     shuffles: dict[str, int] | None = None,
+    noises: dict[str, int] | None = None,
     by_site: Sequence[str] = (),
     shots: Sequence[str] = (),
     only: Sequence[str] = (),
@@ -511,8 +519,10 @@ def study(
     control : sequence of str
         Methods that are also run with shuffled labels and, for the first target, on scans of white noise (fine-tuning
         but on those as long as theirs).
-    shuffles, shots
-        For :func:`permutations`, and features for :func:`few_shot`.
+    shuffles, noises : dict of str to int
+        Method -> how often it is run with shuffled labels, and on noise and nothing else, for :func:`draws`.
+    shots : sequence of str
+        Features for :func:`few_shot`.
     only : sequence of str
         Parts of the answer to compute; all of them where empty.
     say : callable
@@ -524,7 +534,7 @@ def study(
     -------
     dict of str to dict
         Target -> ``kfold``, ``leave_one_site_out``, ``permuted``, ``noise``, ``noise_equal`` (each a
-        :func:`report`), ``permutations``, ``few_shot``.
+        :func:`report`), ``permutations`` and ``noises`` (each of :func:`draws`), ``few_shot``.
     """
     found: dict[str, dict] = {}
     shared: dict[tuple, dict[str, Any]] = {}
@@ -555,10 +565,15 @@ def study(
                 **settings,
             )
             found[target][plan] = report(done, n_boot=n_boot, seed=seed)
+        quiet = {k: v for k, v in settings.items() if k != "cache"} | {"seed": seed}
         if shuffles and (not only or "permutations" in only):
-            quiet = {k: v for k, v in settings.items() if k != "cache"}
-            found[target]["permutations"] = permutations(some, task, folds, shuffles, blocks=blocks, seed=seed, **quiet)
+            shuffled = partial(lambda some, task, i: (some, permuted(task, seed + i)), some, task)
+            found[target]["permutations"] = draws(shuffled, folds, shuffles, blocks=blocks, **quiet)
             say(f"{target}: labels shuffled {shuffles} times")
+        if noises and (not only or "noises" in only):
+            noise = partial(lambda some, task, i: (noise_scans(some, seed + i, equal=True), task), some, task)
+            found[target]["noises"] = draws(noise, folds, noises, cache=settings.get("cache"), **quiet)
+            say(f"{target}: noise drawn {noises} times")
         shared[key] = blocks
         if shots and (not only or "few_shot" in only):
             found[target]["few_shot"] = few_shot({name: blocks[name] for name in shots}, task, once, seed=seed)
