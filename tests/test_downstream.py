@@ -335,6 +335,19 @@ def test_shuffled_labels_are_at_chance_on_average():
         assert found["low"] < guess < found["high"] or found["p"] < 0.05
 
 
+def test_parts_of_a_study_are_measured_alone():
+    scans, table = cohort(60, effect=1.5)
+    plan = {"control": ["fc"], "shuffles": {"fc": 2}, "noises": {"fc": 3}, "shots": ["fc"], "n_boot": 50}
+    found = downstream.study(scans, table, {"diagnosis": "classification"}, ["fc"], only=["noises", "noise"], **plan)
+    assert set(found["diagnosis"]) == {"noise", "noises"}
+    noises = found["diagnosis"]["noises"]["fc"]
+    assert noises["n"] == 3
+    assert 0 < noises["sd"] < 0.2
+    task, folds = Task.of(table, "diagnosis", "classification"), repeated_folds(table, "diagnosis", n_repeats=1)
+    each = [evaluate(noise_scans(scans, i, equal=True), task, folds, ["fc"]) for i in range(3)]
+    assert noises["mean"] == pytest.approx(np.mean([report(one)["rows"][0]["fold_mean"] for one in each]))
+
+
 def test_fine_tuning_learns_and_makes_nothing_of_noise(checkpoint):
     scans, table = cohort(120, frames=64)
     y = (table["diagnosis"] == "patients").to_numpy(float)

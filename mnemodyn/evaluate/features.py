@@ -43,13 +43,6 @@ def confounds(table: pd.DataFrame, target: str, only: Sequence[str] = CONFOUNDS)
     Of a row a scan of `table`, (scan, column): a column a number, and one a category; NaN for numbers that are missing.
     A cohort that does not know one of them is described by the others, or by a column of zeros.
     """
-    columns = [np.zeros((len(table), 1))]
-    for name in only:
-        if name == target or name not in table or table[name].isna().all():
-            continue
-        values = table[name]
-        if name in ("sex", "site"):
-            columns.append(pd.get_dummies(values.astype(object)).to_numpy(float))
-        else:
-            columns.append(values.to_numpy(float)[:, None])
-    return np.concatenate(columns[1:] or columns, axis=1)
+    known = [name for name in only if name != target and name in table and table[name].notna().any()]
+    parts = [pd.get_dummies(table[name].astype(object)) if name in ("sex", "site") else table[name] for name in known]
+    return np.column_stack([np.asarray(part, float) for part in parts] or [np.zeros(len(table))])
