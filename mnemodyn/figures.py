@@ -596,7 +596,7 @@ def downstream(reports: dict[str, dict], metric: str, chance: float | None, titl
     if chance is not None:
         _across(ax, "y", chance, ls=":")
     ax.set_yticks(range(len(names)), _named(names))
-    ax.set(xlabel=METRICS[metric], title=title)
+    ax.set(xlabel=METRICS[metric], title=title, ylim=(-0.6, len(names) - 0.4))
     if len(reports) > 1:
         _legend(figure, ax, ncols=len(reports))
     return figure
