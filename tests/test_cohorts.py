@@ -140,7 +140,7 @@ def test_rows_missing_repeated_and_contradictory_are_told_apart(tmp_path, data):
     assert len(table) == 6
     assert table.loc[["sub-02", "sub-08"], ["sex", "dx"]].isna().all(axis=None)
     assert list(table.index[~table.phenotype]) == ["sub-02", "sub-08"]
-    assert len(found.labelled("dx")) == 3
+    assert found.table.dx.notna().sum() == 3
 
 
 def test_a_participant_of_two_sexes_has_no_labels(tmp_path, data):
@@ -204,17 +204,6 @@ def test_excluded_labels_months_and_sites(tmp_path, data):
     assert found.summary()["n_sites"] == 2
 
 
-def test_a_target_of_one_class_is_an_error_when_it_is_asked_for(tmp_path, data):
-    (data / "people.csv").write_text("id,sex,dx\n1,1,0\n2,2,0\n")
-    found = index(describe(tmp_path), data)
-    assert set(found.labelled("sex").sex) == {"male", "female"}
-    with pytest.raises(DataError, match="dx needs two different values.*{'no': 2}") as caught:
-        found.labelled("dx")
-    assert caught.value.problem == "one-class"
-    with pytest.raises(DataError, match=r"one of \['sex', 'dx'\], got 'iq'"):
-        found.labelled("iq")
-
-
 def test_a_series_under_two_participants_is_left_out_and_a_copy_of_ones_own_goes(tmp_path, data):
     scan(data / "sub-02" / "sub-02_ses-b_x_timeseries.tsv", 2)  # its own session a again
     scan(data / "sub-06" / "sub-06_ses-a_x_timeseries.tsv", 1)  # the same as 01
@@ -273,7 +262,7 @@ def test_bids_needs_no_table(data):
     assert found.summary()["problems"] == {"no-phenotype": 5}
     (data / "participants.tsv").write_text("participant_id\tsex\tage\nsub-01\tF\t20\nsub-02\tM\t30\n")
     found = index("bids", data)
-    assert list(found.labelled("sex").sex) == ["female", "male"]
+    assert list(found.table.sex.dropna()) == ["female", "male"]
     assert found.summary()["t_r"] == {"0.8": 5}
 
 
@@ -295,8 +284,8 @@ def test_the_pages_example_runs(tmp_path):
     rows += ["002,1,B,f,132,2,0.2,2,-9999", "003,1,B,,144,1,,9,5"]
     (folder / "participants.csv").write_text("\n".join(rows) + "\n")
     found = index(tmp_path / "mine.yaml", folder)
-    assert list(found.labelled("diagnosis").diagnosis) == ["control", "case"]
-    assert list(found.labelled("memory").memory) == [7, 5]
+    assert list(found.table.diagnosis.dropna()) == ["control", "case"]
+    assert list(found.table.memory.dropna()) == [7, 5]
     assert list(found.table.age) == [10, 11, 12]
     assert found.table.family[0] == found.table.family[1] != found.table.family[2]
     assert not len(found.excluded)

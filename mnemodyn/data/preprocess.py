@@ -117,24 +117,21 @@ def align(atlas: Atlas, axis: BrainModelAxis) -> np.ndarray:
     """
     if atlas.axis == axis:
         return atlas.labels
-    labels = np.zeros(len(axis), int)
     for name, n_vertices in axis.nvertices.items():
-        ours, theirs = atlas.axis.name == name, axis.name == name
         expected = atlas.axis.nvertices.get(name, n_vertices)
         if expected != n_vertices:
             counts = f"{n_vertices} vertices in the series and {expected} in the atlas {atlas.name}"
             refuse(f"{name} has {counts}; resample one of them", "grayordinates")
-        surface = np.zeros(n_vertices, int)
-        surface[atlas.axis.vertex[ours]] = atlas.labels[ours]
-        labels[theirs] = surface[axis.vertex[theirs]]
     if axis.volume_mask.any() and atlas.axis.volume_mask.any():
         shapes = axis.volume_shape, atlas.axis.volume_shape
         if shapes[0] != shapes[1] or not np.allclose(axis.affine, atlas.axis.affine, atol=1e-3):
             both = f"the volume of the series, {shapes[0]}, and that of the atlas {atlas.name}, {shapes[1]}"
             refuse(f"{both}, differ in shape or affine; resample one of them", "grayordinates")
-        volume = np.zeros(axis.volume_shape, int)
-        volume[tuple(atlas.axis.voxel[atlas.axis.volume_mask].T)] = atlas.labels[atlas.axis.volume_mask]
-        labels[axis.volume_mask] = volume[tuple(axis.voxel[axis.volume_mask].T)]
+    known, wanted = (
+        pd.MultiIndex.from_arrays([np.where(a.surface_mask, a.name, ""), a.vertex, *a.voxel.T])
+        for a in (atlas.axis, axis)
+    )
+    labels = pd.Series(atlas.labels, known).reindex(wanted, fill_value=0).to_numpy()
     missing = sorted(set(range(1, len(atlas.parcels) + 1)) - set(labels.tolist()))
     if missing:
         counts = f"{len(missing)} of {len(atlas.parcels)} parcels of the atlas {atlas.name}"
@@ -388,10 +385,10 @@ def preprocess(
     rows = []
     # A fresh process each: forking one that holds threads can hang.
     with ProcessPoolExecutor(min(jobs, len(work)), mp_context=get_context("spawn")) as pool:
-        for source, future in [(job[0], pool.submit(_one, *job)) for job in work]:
+        for source, future in zip(found, [pool.submit(_one, *job) for job in work], strict=True):
             try:
                 rows.append(future.result())
             except Exception as error:
                 message = f"{source.name}: the process ended ({error}); often memory, try fewer jobs"
-                rows.append(_row(source, problem="ended", message=message))
+                rows.append(_row(source, "ended", message))
     return pd.DataFrame(rows)
