@@ -123,6 +123,7 @@ def test_loading_a_row_gives_what_the_file_holds(tmp_path, data):
     loaded = found.load(found.table.iloc[-1])
     np.testing.assert_array_equal(loaded.values, values)
     assert (loaded.participant_id, loaded.session, loaded.t_r, loaded.atlas) == ("sub-06", "b", 1.5, "three")
+    assert [scan.participant_id for scan in found[-2:]] == ["sub-05", "sub-06"]
 
 
 def test_rows_missing_repeated_and_contradictory_are_told_apart(tmp_path, data):
@@ -244,6 +245,13 @@ def test_patterns(tmp_path, data):
     assert found.table[["path", "session", "run"]].to_numpy().tolist() == [
         ["deep/er/sub-09_ses-a_dir-AP_run-2_timeseries.tsv", "a", "AP2"]
     ]
+
+
+def test_times_that_print_alike_are_counted_together(data, tmp_path):
+    for path, t_r in zip(sorted(data.rglob("*.tsv")), (0.72, 0.7200000286, 0.72, 2.0, 0.8), strict=True):
+        path.with_suffix(".json").write_text(f'{{"RepetitionTime": {t_r}}}')
+    found = index(describe(tmp_path, reader={}), data)
+    assert list(found.summary()["t_r"].items()) == [("0.72", 3), ("0.8", 1), ("2", 1)]
 
 
 def test_processes_read_the_same_and_progress_is_told(tmp_path, data):

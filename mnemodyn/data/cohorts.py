@@ -350,6 +350,8 @@ class Index(Sequence[Scan]):
         return len(self.table)
 
     def __getitem__(self, i: Any) -> Any:
+        if isinstance(i, slice):
+            return [self[j] for j in range(len(self))[i]]
         return self.load(self.table.iloc[i])
 
     def summary(self) -> dict[str, Any]:
@@ -371,8 +373,8 @@ class Index(Sequence[Scan]):
             "n_with_phenotype": int(table.phenotype.sum()),
             "n_parcels": sorted(map(int, table.n_parcels.unique())),
             "frames": [int(table.n_frames.min()), int(table.n_frames.max())] if len(table) else [],
-            "t_r": {f"{t:g}": int(n) for t, n in table.t_r.value_counts().sort_index().items()},
-            "sites": {str(k): int(n) for k, n in sites.value_counts().sort_index().items()},
+            "t_r": dict(Counter(f"{t:g}" for t in table.t_r.sort_values())),
+            "sites": dict(Counter(map(str, sites.sort_values()))),
             "targets": {t.name: _distribution(t, table[t.name].dropna()) for t in self.cohort.targets},
             "phenotype": dict(self.rows),
             "problems": {k: int(n) for k, n in self.excluded.problem.value_counts().items()},
@@ -403,7 +405,7 @@ class Index(Sequence[Scan]):
 def _distribution(target: Column, values: pd.Series) -> dict[str, Any]:
     base = {"kind": target.kind, "n": len(values)}
     if target.kind == "classification":
-        return base | {"classes": {str(k): int(n) for k, n in values.value_counts().sort_index().items()}}
+        return base | {"classes": dict(Counter(map(str, values.sort_values())))}
     v = values.to_numpy(float)
     numbers = {"mean": v.mean(), "sd": v.std(), "min": v.min(), "max": v.max()} if len(v) else {}
     unit = "years" if target.unit in MONTHS else target.unit
@@ -435,6 +437,10 @@ READ = ("problem", "message", "n_frames", "t_r", "n_parcels", "n_constant", "par
 def index(cohort: Cohort | str | Path, folder: str | Path, *, progress: Progress = None, workers: int = 1) -> Index:
     """Find a cohort's scans in a folder, match them with their phenotypes, and read each once: can it be used?
 
+    A DataError where the folder, a phenotype table or a column is missing, no file matches, or a column holds values
+    that its description does not know; the message shows them with their counts. A scan that cannot be used is no
+    error: it is in ``excluded``.
+
     Parameters
     ----------
     cohort : Cohort, str or Path
@@ -444,13 +450,6 @@ def index(cohort: Cohort | str | Path, folder: str | Path, *, progress: Progress
         Called with the number of scans read and their total.
     workers : int
         Processes that read.
-
-    Raises
-    ------
-    DataError
-        Where the folder, a phenotype table or a column is missing, no file matches, or a column holds values that
-        its description does not know; the message shows them with their counts. A scan that cannot be used is no
-        error: it is in ``excluded``.
     """
     cohort = cohort if isinstance(cohort, Cohort) else load_cohort(cohort)
     folder = Path(folder)
@@ -473,7 +472,7 @@ def index(cohort: Cohort | str | Path, folder: str | Path, *, progress: Progress
         for path, who, site in found[["path", "participant_id", "site"]].itertuples(index=False)
     ]
     results = []
-    for result in Parallel(workers, return_as="generator")(delayed(_inspect)(*job) for job in jobs):
+    for result in Parallel(max(1, workers), return_as="generator")(delayed(_inspect)(*job) for job in jobs):
         results.append(result)
         if progress:
             progress(len(results), len(jobs))

@@ -448,8 +448,8 @@ def motion(path: Path) -> tuple[np.ndarray | None, float | None]:
     """
     if not recording(path.name):
         return None, None
-    outliers = beside(path, "outliers", "desc-filtered_outliers")[1]
-    moved, confounds = beside(path, "motion", "desc-filtered_motion")[1], beside(path, *CONFOUNDS)[1]
+    names = ("outliers", "desc-filtered_outliers"), ("motion", "desc-filtered_motion"), CONFOUNDS
+    outliers, moved, confounds = (beside(path, *endings)[1] for endings in names)
     censored = None
     if "framewise_displacement" in outliers:
         censored = outliers["framewise_displacement"].to_numpy(float) > 0

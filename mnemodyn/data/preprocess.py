@@ -318,7 +318,8 @@ def _one(source: Path, folder: Path, atlas: str, facts: dict[str, Any], settings
             facts = {**facts, "Sources": [source.name], "SourceBytes": source.stat().st_size}
             with suppress(FileNotFoundError, ValueError, AttributeError):  # what a killed run left may be no JSON
                 known = json.loads(sidecar.read_text(encoding="utf-8"))
-                if output.is_file() and facts.items() <= known.items():
+                newer = source.stat().st_mtime_ns > sidecar.stat().st_mtime_ns  # other values, as many bytes
+                if output.is_file() and not newer and facts.items() <= known.items():
                     return row | {"status": "skipped"}
             scan, axis, found = _preprocess_scan(source, settings)
             sidecar.unlink(missing_ok=True)
@@ -336,7 +337,8 @@ def preprocess(
 ) -> pd.DataFrame:
     """Turn dense series or volumes into parcellated scans, each with a JSON sidecar.
 
-    What is complete already, from the same file with the same settings, is left alone; a run that was ended goes on.
+    What is complete already, from the same file with the same settings, is left alone; a run that was ended goes on. A
+    DataError where there are no sources, two would be written to one file, or the atlas cannot be had.
 
     Parameters
     ----------
@@ -352,11 +354,6 @@ def preprocess(
     -------
     DataFrame
         A row a source: ``source``, ``output``, ``status`` (done, skipped, failed), ``problem`` and ``message``.
-
-    Raises
-    ------
-    DataError
-        Where there are no sources, two would be written to one file, or the atlas cannot be had.
     """
     if jobs < 1:
         refuse(f"jobs must be >= 1, got {jobs}", "setting")

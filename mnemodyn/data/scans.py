@@ -196,6 +196,10 @@ def load_scan(
 ) -> Scan:
     """Read one parcellated scan, frames in rows, with the censored frames that its pipeline left beside it.
 
+    A DataError with the file's name and, in ``problem``, one of: format, no-file, not-cifti, dense, truncated, text,
+    header, key, mat-7.3, not-a-table, not-a-series, orientation, parcel-names, parcel-count, parcel-order, participant,
+    no-t-r, t-r-unit, t-r-conflict, sidecar, censoring, too-short, nan, infinite, constant-parcels.
+
     Parameters
     ----------
     path : str, Path, ndarray or DataFrame
@@ -221,13 +225,6 @@ def load_scan(
     interpolate : bool
         Replace NaN in censored frames, and frames that XCP-D cut out, by a straight line in time, so that frames
         stay `t_r` apart; ``censored`` still marks them. They stay NaN where False.
-
-    Raises
-    ------
-    DataError
-        With the file's name and, in ``problem``, one of: format, no-file, not-cifti, dense, truncated, text,
-        header, key, mat-7.3, not-a-table, not-a-series, orientation, parcel-names, parcel-count, parcel-order,
-        participant, no-t-r, t-r-unit, t-r-conflict, sidecar, censoring, too-short, nan, infinite, constant-parcels.
     """
     file = Path(path) if isinstance(path, str | Path) else None
     name = file.name if file else participant_id or "array"
@@ -349,6 +346,9 @@ def scan_files(folder: str | Path, pattern: str = "*") -> list[Path]:
 def load_scans(source: str | Path, *, pattern: str = "*", **settings: Any) -> "list[Scan] | Store":
     """All scans of a source, sorted by participant and file name.
 
+    A DataError where the folder is missing or empty, a scan cannot be used, two differ in parcels, their order or
+    repetition time, or two participants have one series.
+
     Parameters
     ----------
     source : str or Path
@@ -358,12 +358,6 @@ def load_scans(source: str | Path, *, pattern: str = "*", **settings: Any) -> "l
         Which names, for example ``"*atlas-4S456Parcels*"`` where a folder holds several atlases.
     **settings
         As in :func:`load_scan`.
-
-    Raises
-    ------
-    DataError
-        Where the folder is missing or empty, a scan cannot be used, two differ in parcels, their order or repetition
-        time, or two participants have one series.
     """
     if source == "hcp7":
         return load_hcp7()

@@ -59,18 +59,14 @@ def linear_process(generator: str, n_parcels: int, seed: int) -> tuple[np.ndarra
 
     The `generator` is ``"ou"``, an Ornstein-Uhlenbeck process on a synthetic connectivity, exp(-distance) of random
     places that mirror each other in two hemispheres, with an edge between twins; or ``"hcp7"``, the VAR(1) that ridge
-    regression fits to the seven HCP scans (94 parcels).
+    regression fits to the seven HCP scans (94 parcels). A DataError for another generator, an odd or too small
+    `n_parcels`, or a missing package (hcp7).
 
     Returns
     -------
     K, S : ndarray, shape (parcel, parcel)
         K per second, and the stationary covariance, which is a correlation.
     parcels : tuple of str
-
-    Raises
-    ------
-    DataError
-        For another generator, an odd or too small `n_parcels`, or a missing package (hcp7).
     """
     if generator == "hcp7":
         scans = load_hcp7()
@@ -176,7 +172,8 @@ def simulate_cohort(
     ``base + EDGE_SD * (d * z + noise)`` in units of correlation, with one standard normal ``noise`` a person and
     ``z`` the variable: +-1/2 for the two classes, so that they differ by ``d`` standard deviations of the variation
     between persons, and in standard deviations for the others. A block more varies between persons with nothing.
-    Sessions and runs of a person share the noise; siblings share the family's name only.
+    Sessions and runs of a person share the noise; siblings share the family's name only. A DataError for an unknown
+    cohort or effect, a folder that is not empty, or settings out of range.
 
     Parameters
     ----------
@@ -198,11 +195,6 @@ def simulate_cohort(
     -------
     dict
         What ``simulated.json`` beside the data holds: the effects' sizes, blocks and slopes, and the broken files.
-
-    Raises
-    ------
-    DataError
-        For an unknown cohort or effect, a folder that is not empty, or settings out of range.
     """
     if name not in LAYOUTS:
         refuse(f"cohort must be one of {', '.join(LAYOUTS)}, got {name!r}", "setting")

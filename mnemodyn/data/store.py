@@ -57,9 +57,11 @@ def convert(
 ) -> "Store":
     """Write scans into a store, or add those that it does not have yet.
 
-    May be killed at any moment and started again: it goes on from the last whole shard and ends in the same bytes.
-    One scan is held in memory at a time. A scan that cannot be read, or has other parcels than the first, is listed
-    in ``Store.excluded``.
+    May be killed at any moment and started again: it goes on from the last whole shard and ends in the same bytes. One
+    scan is held in memory at a time. A scan that cannot be read, or has other parcels than the first, is listed in
+    ``Store.excluded``. A DataError if the folder holds something else, a store of another dtype or cohort, or a scan
+    whose file has changed since; if two scans share participant, session, run and path; if no scan is usable; if
+    another conversion is at work.
 
     Parameters
     ----------
@@ -71,13 +73,6 @@ def convert(
     scans_per_shard : int
     progress : callable
         Called with the number of the scan at hand, from 1, and of all scans to do.
-
-    Raises
-    ------
-    DataError
-        If the folder holds something else, a store of another dtype or cohort, or a scan whose file has changed
-        since; if two scans share participant, session, run and path; if no scan is usable; if another conversion is
-        at work.
     """
     if dtype not in DTYPES:
         refuse(f"dtype must be one of {DTYPES}, got {dtype!r}", "dtype")
