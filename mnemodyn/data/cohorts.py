@@ -75,12 +75,11 @@ class Phenotype:
     Attributes
     ----------
     file : str
-        Path seen from the cohort's folder, absolute, or a pattern that one file matches.
+        Path seen from the cohort's folder, absolute, or a pattern that one file matches. A comma separates the
+        cells of ``.csv``, a tab those of everything else.
     match : dict
         Key column -> template of the scan's entities, such as ``{"participant_id": "sub-{participant}"}``; a row
         belongs to a scan where all of them agree. Leading zeros, ``sub-`` and punctuation do not count.
-    separator : str
-        By default a comma for ``.csv`` and a tab for everything else.
     skip_rows : tuple of int
         Lines to leave out, the first being 0 (NDA's tables describe their columns in line 1).
     optional : bool
@@ -89,7 +88,6 @@ class Phenotype:
 
     file: str
     match: Mapping[str, str]
-    separator: str = ""
     skip_rows: tuple[int, ...] = ()
     optional: bool = False
 
@@ -537,7 +535,7 @@ def _read_table(cohort: Cohort, folder: Path, table: Phenotype) -> pd.DataFrame 
     if len(paths) != 1:
         found = f"one file {table.file} is needed in {folder}, found {[p.name for p in paths] or 'none'}"
         refuse(f"phenotype of {cohort.name}: {found}", "no-phenotype")
-    file, separator = paths[0], table.separator or ("," if paths[0].suffix == ".csv" else "\t")
+    file, separator = paths[0], "," if paths[0].suffix == ".csv" else "\t"
     how = {"sep": separator, "skiprows": list(table.skip_rows), "encoding": "utf-8-sig"}
     try:
         content = pd.read_csv(file, dtype=str, keep_default_na=False, **how)
