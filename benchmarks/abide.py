@@ -6,12 +6,15 @@ FOLDER holds the Preprocessed Connectomes release as ``nilearn.datasets.fetch_ab
 band_pass_filtering=False, global_signal_regression=False)`` downloads it: ``<FILE_ID>_rois_cc200.1D`` files and the
 phenotype table. Without --checkpoint a network is pretrained first, on all usable scans and without their labels.
 With --finetune, the fine-tuning of that network for the diagnosis with its controls: book/data/abide_finetune.json.
-The files hold scores and digests of folds, no data. What is finished stays in --work, and an interrupted run goes on.
+With --only, those parts of a result file are measured again by its network, which --work or --checkpoint holds; the
+rest of the file stays, and ``measured_again`` says of each part when and at which commit. The files hold scores and
+digests of folds, no data. What is finished stays in --work, and an interrupted run goes on.
 """
 
 import argparse
 import dataclasses
 import datetime
+import json
 import resource
 import shutil
 import sys
@@ -40,8 +43,10 @@ TARGETS = {"diagnosis": "classification", "sex": "classification", "age": "regre
 METHODS = ("site", "confounds", "fc", "fc_harmonised", "fc_combat", "fc_pca", "fc_mlp", "tangent")
 METHODS += ("model", "model+fc", "untrained", "latent_correlation", "response", "last_frame", "adapted", "adapted+fc")
 CONTROL = ("fc", "model", "model+fc", "adapted+fc")
-SHUFFLES = {"fc": 20, "model": 8, "model+fc": 8}
+SHUFFLES = {"fc": 40, "model": 8, "model+fc": 8}
+NOISES = dict.fromkeys(CONTROL, 4)
 TUNED = ("fc", "finetune_last", "finetune_all")
+PARTS = ("kfold", "leave_one_site_out", "permuted", "noise", "noise_equal", "permutations", "noises")
 OUT = "book/data/abide.json"
 
 
@@ -92,6 +97,7 @@ def main() -> int:
     parser.add_argument("--epochs", type=int, default=6, help="of the training (default: 6)")
     parser.add_argument("--jobs", type=int, default=cpu_count())
     parser.add_argument("--finetune", action="store_true", help="the fine-tuning, and nothing else")
+    parser.add_argument("--only", nargs="+", default=[], choices=PARTS, help="parts of --out to measure again")
     parser.add_argument("--restart", action="store_true", help="give up what --work holds")
     options = parser.parse_args()
     torch.set_num_threads(1)
@@ -108,11 +114,15 @@ def main() -> int:
     scans = list(indexed)
     say(f"{len(scans)} scans")
     folder = Path(options.checkpoint or work / "pretrain" / "best")
+    before = json.loads(Path(out).read_text()) if options.only else {}
+    if before and sha256(folder / "model.safetensors") != before["checkpoint"]["weights_sha256"]:
+        parser.error(f"{folder} is not the network of {out}: name that with --checkpoint, or leave --only out")
     if not options.checkpoint and not (folder / "config.json").is_file():  # which is written when training ends
         train(scans, work / "pretrain", options.epochs)
         say("pretrained")
     checkpoint = with_front(load_checkpoint(folder), scans)
     used = {"--checkpoint C": options.checkpoint, "--finetune": options.finetune}
+    used[f"--only {' '.join(options.only)}"] = options.only
     content = {
         "cohort": "abide",
         "command": " ".join(["python -m benchmarks.abide --data FOLDER", *(k for k, v in used.items() if v)]),
@@ -140,6 +150,7 @@ def main() -> int:
                 "methods": METHODS + unmoved + draft,
                 "control": CONTROL + draft,
                 "shuffles": SHUFFLES,
+                "noises": NOISES,
                 "by_site": ("confounds", "fc", *unmoved, "model", "model+fc", "adapted+fc"),
                 "shots": ("fc", "model:latent_correlation"),
             }
@@ -151,9 +162,10 @@ def main() -> int:
             checkpoint=checkpoint,
             cache=work / "cache",
             n_jobs=options.jobs,
+            only=options.only,
             say=say,
         )
-    if not options.finetune:
+    if not options.finetune and not options.only:
         task = downstream.Task.of(indexed.table, "diagnosis", "classification")
         content["protocol"] = protocol.habits(connectivity(downstream.Rows(scans, task.rows)), task)
     if options.jobs > 1:
@@ -165,7 +177,13 @@ def main() -> int:
         "in_one_piece": fresh,
         "surroundings": surroundings(),
     }
-    write_json(out, content)
+    if options.only:
+        about = {key: content[key] for key in ("command", "date", "cpu_seconds")}
+        about["commit"] = content["surroundings"]["commit"]
+        before.setdefault("measured_again", {}).update(dict.fromkeys(options.only, about))
+        for target, parts in content["targets"].items():
+            before["targets"][target] |= parts
+    write_json(out, before or content)
     say(f"wrote {out}")
     return 0
 

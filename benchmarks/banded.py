@@ -13,8 +13,6 @@ from benchmarks.measure import interleaved
 from mnemodyn.model.config import ModelConfig
 from mnemodyn.model.operator import BandedOperator
 
-__all__ = ["Grouped"]
-
 
 class Grouped(BandedOperator):
     """The same operator as one grouped convolution."""

@@ -14,8 +14,6 @@ from torch.nn import functional
 from mnemodyn.model.network import MnemoDyn
 from mnemodyn.model.operator import BandedOperator, OperatorBlock
 
-__all__ = ["Draft"]
-
 
 def spline_derivative(x: Tensor, t_r: float) -> Tensor:
     """Derivative of the Hermite spline through x (batch, time, parcel) at its frames, fitted on the host."""
@@ -67,13 +65,7 @@ def banded(operator: BandedOperator, u: Tensor) -> Tensor:
 
 
 class Draft(nn.Module):
-    """`network` the plain way.
-
-    Parameters
-    ----------
-    network : MnemoDyn
-        Weights, shared and not copied. Its banded operators must be full ones.
-    """
+    """`network` the plain way; its weights are shared and not copied, its banded operators must be full ones."""
 
     def __init__(self, network: MnemoDyn):
         super().__init__()

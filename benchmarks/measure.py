@@ -1,16 +1,23 @@
 """Time, memory, operations, and what the device can do at most."""
 
 import gc
+import json
+import os
+import shlex
+import subprocess
+import sys
 import time
 from collections.abc import Callable
+from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
-__all__ = ["Count", "ceilings", "device_name", "interleaved", "peak"]
+from mnemodyn.provenance import surroundings
 
 ACTIVATIONS = {f"{name}{ending}" for name in ("tanh", "sigmoid", "gelu", "silu") for ending in ("", "_", "_backward")}
 
@@ -45,6 +52,30 @@ def device_name(device: str) -> str:
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.exists() else []
     return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), "unknown CPU")
+
+
+def about(module: str, device: str = "cpu", threads: int = 1) -> dict:
+    """What a result file says of the run: device, date, command (folders by their last name) and surroundings."""
+    command = ["python", "-m", module, *(a.rsplit("/", 1)[-1] for a in sys.argv[1:])]
+    return {
+        "device": device_name(device),
+        "kind": device,
+        "threads": threads,
+        "date": datetime.now(UTC).date().isoformat(),
+        "command": shlex.join(command),
+        "surroundings": surroundings(),
+    }
+
+
+def apart(module: str, *arguments: str) -> Any:
+    """The JSON that a module prints last, in a process of its own.
+
+    Freed blocks go back to the system at once there, or they would hide what the next step takes.
+    """
+    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
+    command = [sys.executable, "-m", module, *arguments]
+    done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)
+    return json.loads(done.stdout.splitlines()[-1])
 
 
 def interleaved(steps: dict[str, Callable[[], None]], repeats: int, device: str) -> dict[str, list[float]]:

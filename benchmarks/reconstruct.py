@@ -460,7 +460,7 @@ def report(data: str, setting: Setting, folder: Path, held: Hidden, facts: dict)
         "n_hidden_entries": int(sum((m & ~s.constant).sum() for s, m in zip(held.series, held.masks, strict=True))),
         **{name: getattr(setting, name) for name in ("hidden_share", "mask_window", "n_timepoints", "seeds")},
         **facts,
-        "cpu_minutes": round(sum(s["cpu_minutes"] for s in json.loads((folder / "times.json").read_text())), 1),
+        "cpu_minutes": Stages(folder).cpu_minutes,
         "commit": seeds[0]["commit"],
         "date": seeds[-1]["date"],
         "device": f"CPU, {torch.get_num_threads()} thread",
@@ -479,6 +479,22 @@ def report(data: str, setting: Setting, folder: Path, held: Hidden, facts: dict)
     return found
 
 
+def stamp() -> dict[str, str]:
+    """Commit and date."""
+    around = surroundings()
+    commit = around["commit"] + (" with changes" if around["dirty"] else "")
+    return {"commit": commit, "date": datetime.now(UTC).date().isoformat()}
+
+
+def options_of(parser: argparse.ArgumentParser) -> argparse.Namespace:
+    """The command's options, with those that studies share; sets the number of threads."""
+    parser.add_argument("--folder", type=Path, default=os.environ.get("MNEMODYN_DATA"), help="of the ABIDE release")
+    parser.add_argument("--work", type=Path, help="where stages are kept; in runs otherwise")
+    parser.add_argument("--out", type=Path, help="the JSON; in book/data otherwise")
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 2)))
+    return parser.parse_args()
+
+
 class Stages:
     """Stages whose results are kept: each runs once, and its processor time is written down."""
 
@@ -487,6 +503,10 @@ class Stages:
 
     def log(self, text: str) -> None:
         print(f"[{time.process_time() / 60:6.1f} CPU min] {text}", flush=True)
+
+    @property
+    def cpu_minutes(self) -> float:
+        return round(sum(s["cpu_minutes"] for s in json.loads((self.folder / "times.json").read_text())), 1)
 
     def __call__(self, name: str, make) -> Path:
         path, start = self.folder / name, time.process_time()
@@ -566,16 +586,13 @@ def run(data: str, setting: Setting, folder: Path, source: Path | None) -> dict:
         parcels = tuple(f"{data}-{i + 1}" for i in range(network.config.n_parcels))
         checkpoint = Checkpoint(network, parcels, float(known[0].t_r), Scaling(), None, record)
         save_checkpoint(folder / f"checkpoint-{seed}", checkpoint)
-        around = surroundings()
         found = {
             "residual": residual,
             "curves": {name: curves for name, (_, curves, _) in trained.items()},
             "rates": {name: rate for name, (_, _, rate) in trained.items()},
             "n_parameters": {n: sum(p.numel() for p in net.parameters()) for n, (net, _, _) in trained.items()},
-            "commit": around["commit"] + (" with changes" if around["dirty"] else ""),
-            "date": datetime.now(UTC).date().isoformat(),
         }
-        write_json(path, found)
+        write_json(path, found | stamp())
 
     for seed in setting.seeds:
         stage(f"seed-{seed}.json", partial(one_seed, seed))
@@ -585,15 +602,10 @@ def run(data: str, setting: Setting, folder: Path, source: Path | None) -> dict:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("data", choices=sorted(SETTINGS))
-    parser.add_argument("--folder", type=Path, help="of the ABIDE release; otherwise MNEMODYN_DATA")
-    parser.add_argument("--work", type=Path, help="where stages are kept; runs/reconstruct/DATA otherwise")
-    parser.add_argument("--out", type=Path, help="the JSON; book/data/reconstruction_DATA.json otherwise")
-    options = parser.parse_args()
-    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 2)))
-    source = options.folder or (Path(os.environ["MNEMODYN_DATA"]) if os.environ.get("MNEMODYN_DATA") else None)
+    options = options_of(parser)
     work = options.work or resolve(f"runs/reconstruct/{options.data}")
     try:
-        found = run(options.data, SETTINGS[options.data], work, source)
+        found = run(options.data, SETTINGS[options.data], work, options.folder)
     except (FileNotFoundError, ValueError) as error:
         print(f"reconstruct: {error}", file=sys.stderr)
         return 2

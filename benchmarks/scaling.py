@@ -7,11 +7,9 @@ operator blocks without a front end: behind one they change nothing, see ``book/
 
 import argparse
 import json
-import os
 import sys
 from collections.abc import Callable
 from dataclasses import replace
-from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 
@@ -31,14 +29,15 @@ from benchmarks.reconstruct import (
     front_fill,
     linear,
     make_front,
+    options_of,
     read,
     split,
+    stamp,
     table,
 )
 from mnemodyn.evaluate.baselines import SpatialGaussian, SpatiotemporalGaussian
 from mnemodyn.files import resolve, write_json
 from mnemodyn.model.network import MnemoDyn
-from mnemodyn.provenance import surroundings
 
 PEOPLE, STEPS, CHANNELS, SEEDS = (8, 40, 200, None), (100, 300, 1000), (8, 32, 64), (0, 1, 2)
 BUDGET, RATE, ADAPTING = 1000, 3e-3, 300
@@ -137,29 +136,23 @@ def run(folder: Path, source: Path | None) -> dict:
     longest = torch.load(folder / "longest.pt")
     for seed in SEEDS:
         keep("transfer", seed, lambda seed=seed: transfer(setting, longest, seed, stage.log))
-    around = surroundings()
     return found | {
         "n_test_people": len(set(held.people)),
         "steps_of_people_and_parameters": BUDGET,
         "adapting_steps": ADAPTING,
         "interval": "95 %, bootstrap over people and stretches of their scans",
-        "cpu_minutes": round(sum(s["cpu_minutes"] for s in json.loads((folder / "times.json").read_text())), 1),
-        "commit": around["commit"] + (" with changes" if around["dirty"] else ""),
-        "date": datetime.now(UTC).date().isoformat(),
+        "cpu_minutes": stage.cpu_minutes,
+        **stamp(),
         "device": f"CPU, {torch.get_num_threads()} thread",
     }
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--folder", type=Path, help="of the ABIDE release; otherwise MNEMODYN_DATA")
-    parser.add_argument("--work", type=Path, default=resolve("runs/scaling"), help="where stages are kept")
-    parser.add_argument("--out", type=Path, default=resolve("book/data/scaling.json"))
-    options = parser.parse_args()
-    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 2)))
-    folder = options.folder or (Path(os.environ["MNEMODYN_DATA"]) if os.environ.get("MNEMODYN_DATA") else None)
+    options = options_of(parser)
     try:
-        print(write_json(options.out, run(options.work, folder)))
+        found = run(options.work or resolve("runs/scaling"), options.folder)
+        print(write_json(options.out or resolve("book/data/scaling.json"), found))
     except (FileNotFoundError, ValueError) as error:
         print(f"scaling: {error}", file=sys.stderr)
         return 2

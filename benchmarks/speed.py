@@ -14,28 +14,21 @@ import argparse
 import gc
 import json
 import os
-import shlex
 import statistics
-import subprocess
-import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
-from datetime import UTC, datetime
 from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
 
 from benchmarks.draft import Draft
-from benchmarks.measure import Count, ceilings, device_name, interleaved, peak
+from benchmarks.measure import Count, about, apart, ceilings, interleaved, peak
 from benchmarks.transformer import PatchTransformer
 from mnemodyn import files
 from mnemodyn.model.config import ModelConfig
 from mnemodyn.model.network import MnemoDyn
 from mnemodyn.model.operator import Field
-from mnemodyn.provenance import surroundings
-
-__all__ = ["METHODS", "Case", "cases", "make_step", "measure", "ratios"]
 
 METHODS = ("draft", "eager", "lean", "compiled", "transformer")
 T_R = 0.72  # seconds
@@ -43,22 +36,11 @@ T_R = 0.72  # seconds
 
 @dataclass(frozen=True, kw_only=True)
 class Case:
-    """One size, measured with several methods.
+    """One size, measured with several methods; the network's settings as in ``ModelConfig``.
 
-    Attributes
-    ----------
-    section : str
-        ``batch``, ``length`` or ``parcels`` (a sweep), ``profile``, ``scaling`` or ``published``.
-    kind : str
-        ``train`` (forward, loss, backward) or ``infer``.
-    batch, n_timepoints, n_parcels : int
-        Size of the scans; `n_timepoints` in frames.
-    made_for : int
-        Frames of the scans that the network's weights are for; 0 for `n_timepoints`.
-    n_channels, input_width, field_rank, n_levels, kernel_size, n_segments, n_dense_layers, n_blocks : int
-        As in ``ModelConfig``.
-    methods : tuple of str
-        Among ``METHODS``.
+    `section` is ``batch``, ``length`` or ``parcels`` (a sweep), ``profile``, ``scaling`` or ``published``; `kind` is
+    ``train`` (forward, loss, backward) or ``infer``; `made_for` are the frames of the scans that the network's weights
+    are for, 0 for `n_timepoints`.
     """
 
     section: str
@@ -120,24 +102,6 @@ def cases(*, quick: bool = False, published: bool = False) -> list[Case]:
     return grid
 
 
-class Eager(nn.Module):
-    """The network with the field's matrix H in memory, whatever the package does by default."""
-
-    def __init__(self, network: MnemoDyn):
-        super().__init__()
-        self.network = network
-
-    @staticmethod
-    def field(field: Field, x: Tensor, derivative: Tensor) -> Tensor:
-        z = field.activation(field.bottleneck(field.activation(field.input(x))))
-        h = field.activation(field.expansion(z)).unflatten(-1, (x.shape[-1], field.n_channels))
-        return torch.einsum("btp,btpk->btk", derivative, h) * x.shape[-1] ** -0.5
-
-    def forward(self, x: Tensor, t_r: float) -> Tensor:
-        with patch.object(Field, "forward", self.field):
-            return self.network(x, t_r).reconstruction
-
-
 class Lean(nn.Module):
     """The network as the package computes it."""
 
@@ -147,6 +111,20 @@ class Lean(nn.Module):
 
     def forward(self, x: Tensor, t_r: float) -> Tensor:
         return self.network(x, t_r).reconstruction
+
+
+class Eager(Lean):
+    """The network with the field's matrix H in memory, whatever the package does by default."""
+
+    @staticmethod
+    def field(field: Field, x: Tensor, derivative: Tensor) -> Tensor:
+        z = field.activation(field.bottleneck(field.activation(field.input(x))))
+        h = field.activation(field.expansion(z)).unflatten(-1, (x.shape[-1], field.n_channels))
+        return torch.einsum("btp,btpk->btk", derivative, h) * x.shape[-1] ** -0.5
+
+    def forward(self, x: Tensor, t_r: float) -> Tensor:
+        with patch.object(Field, "forward", self.field):
+            return super().forward(x, t_r)
 
 
 def make_models(case: Case, methods: tuple[str, ...], device: str) -> dict[str, nn.Module]:
@@ -189,27 +167,13 @@ def measure_peak(case: Case, method: str, device: str, threads: int) -> int | No
     if device == "cuda":
         torch.cuda.empty_cache()
         return peak(make_step(make_models(case, (method,), device)[method], case, device), device)
-    # Freed blocks go back to the system at once, or they would hide what the next step takes.
-    surroundings = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
-    command = [sys.executable, "-m", "benchmarks.speed", "--peak-of", json.dumps([asdict(case), method, threads])]
-    done = subprocess.run(command, env=surroundings, stdout=subprocess.PIPE, text=True, check=True)
-    return json.loads(done.stdout.splitlines()[-1])
+    return apart("benchmarks.speed", "--peak-of", json.dumps([asdict(case), method, threads]))
 
 
 def measure(case: Case, *, device: str, threads: int, repeats: int, most: dict[str, float]) -> tuple[list, list]:
-    """Rows of a case, and what was left out and why.
+    """Rows of a case, and what was left out and why; `repeats` steps are timed of each method, in turn.
 
-    Parameters
-    ----------
-    case : Case
-    device : str
-        ``cpu`` or ``cuda``.
-    threads : int
-        CPU threads.
-    repeats : int
-        Steps timed of each method, in turn.
-    most : dict
-        What the device does a second, from :func:`benchmarks.measure.ceilings`, and ``memory``, its bytes.
+    `most` is what the device does a second, from :func:`benchmarks.measure.ceilings`, and ``memory``, its bytes.
     """
     size = {name: value for name, value in asdict(case).items() if name != "methods"}
     skipped = []
@@ -304,12 +268,7 @@ def main() -> None:
                 flush=True,
             )
     result = {
-        "device": device_name(device),
-        "kind": device,
-        "threads": threads,
-        "date": datetime.now(UTC).date().isoformat(),
-        "command": shlex.join(["python", "-m", "benchmarks.speed", *sys.argv[1:]]),
-        "surroundings": surroundings(),
+        **about("benchmarks.speed", device, threads),
         "ceilings": most,
         "ratios": ratios(rows),
         "rows": rows,

@@ -10,14 +10,12 @@ operating system's cache: what is compared is the work, not the disk.
 import argparse
 import json
 import resource
-import shlex
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable
-from datetime import UTC, datetime
 from pathlib import Path
 
 import nibabel
@@ -26,12 +24,11 @@ import pandas as pd
 import torch
 import torchcde
 
-from benchmarks.measure import device_name, interleaved
+from benchmarks.measure import about, interleaved
 from mnemodyn import files
 from mnemodyn.data.scaling import METHODS, Scaling
 from mnemodyn.data.scans import Scan, load_scan
 from mnemodyn.data.store import Store, convert
-from mnemodyn.provenance import surroundings
 
 BATCH = 8
 T_R = 0.72  # seconds
@@ -260,12 +257,7 @@ def main() -> None:
             many = json.loads(out.read_text())
     slow = {r["case"]: r["seconds"] for r in rows if r["method"] == "each file"}
     result = {
-        "device": device_name("cpu"),
-        "kind": "cpu",
-        "threads": 1,
-        "date": datetime.now(UTC).date().isoformat(),
-        "command": shlex.join(["python", "-m", "benchmarks.store", *(a.rsplit("/", 1)[-1] for a in sys.argv[1:])]),
-        "surroundings": surroundings(),
+        **about("benchmarks.store"),
         "note": "SIMULATED scans but for ABIDE; files in the system's cache; other work ran on the machine",
         "batch": BATCH,
         "times_faster": {

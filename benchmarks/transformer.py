@@ -4,23 +4,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-__all__ = ["PatchTransformer"]
-
 
 class PatchTransformer(nn.Module):
     """Tokens are patches of neighbouring parcels and frames, and of what is visible; every token attends to all.
 
-    Parameters
-    ----------
-    n_parcels, n_timepoints : int
-        Size of a scan; padded with zeros to whole patches.
-    width : int
-        Of a token.
-    n_layers : int
-    n_heads : int
-        Must divide `width`.
-    parcel_patch, time_patch : int
-        Parcels and frames of a patch.
+    A scan is padded with zeros to whole patches of `parcel_patch` parcels and `time_patch` frames; `n_heads` divides
+    the `width` of a token.
     """
 
     def __init__(

@@ -4,7 +4,8 @@ A developer's tool; it needs Playwright (``pip install playwright``) and a Chrom
 
     python book/check_pages.py _build/html --screenshots shots
 
-Pages are opened from a loopback server, light and dark, wide and narrow, and once from the file system.
+Each page is opened once from a loopback server, where it is looked at light and dark, wide and as on a
+phone, and once from the file system.
 Reported are console errors, requests that leave the machine, broken links, pages more than three
 clicks of running text away from the front page, images that are missing, unlabelled, without a
 caption in words or wider than their column, tables and code beyond it, text that the theme makes
@@ -13,6 +14,7 @@ table of results that does not sort and filter. Exit status 1 if there is anythi
 """
 
 import argparse
+import asyncio
 import sys
 import threading
 from functools import partial
@@ -21,14 +23,16 @@ from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import unquote, urldefrag, urlsplit
 
-from playwright.sync_api import sync_playwright
+from playwright.async_api import async_playwright
 
 FLAGS = [
     "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync",
     "--disable-background-networking", "--disable-component-update", "--disable-dev-shm-usage",
 ]  # fmt: skip
-LOOK = """() => {
-  const found = [];
+VIEWS = [(theme, width) for theme in ("light", "dark") for width in (1280, 390)]
+LOOK = """width => {
+  const found = [], folded = [...document.querySelectorAll('article details:not([open])')];
+  for (const box of folded) box.open = true;
   const scrolls = e => {
     for (; e && e.tagName !== 'ARTICLE'; e = e.parentElement)
       if (['auto', 'scroll'].includes(getComputedStyle(e).overflowX)) return true;
@@ -52,11 +56,14 @@ LOOK = """() => {
     if (!img.closest('figure')?.querySelector('figcaption')?.textContent.trim())
       found.push('figure without a caption: ' + img.getAttribute('alt'));
   const paint = document.createElement('canvas').getContext('2d', {willReadFrequently: true});
+  const known = new Map();
   const levels = color => {
+    if (known.has(color)) return known.get(color);
     paint.clearRect(0, 0, 1, 1);
     paint.fillStyle = color;
     paint.fillRect(0, 0, 1, 1);
-    return [...paint.getImageData(0, 0, 1, 1).data];
+    known.set(color, [...paint.getImageData(0, 0, 1, 1).data]);
+    return known.get(color);
   };
   const light = ([r, g, b]) => [r, g, b].map(v => v / 255)
     .map(v => v <= 0.04045 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4)
@@ -87,13 +94,14 @@ LOOK = """() => {
     table.tHead.rows[0].cells[4].removeAttribute('aria-sort');
     table.tBodies[0].append(...before);
   }
-  const over = document.documentElement.scrollWidth - window.innerWidth;
-  if (over > 1) found.push('page scrolls sideways by ' + over + ' px');
+  const over = document.documentElement.scrollWidth - width;  // a phone widens its window to what does not fit
+  if (over > 0) found.push('page scrolls sideways by ' + over + ' px');
   for (const math of document.querySelectorAll('article .math'))
     if (!math.querySelector('mjx-container')) found.push('not set: ' + math.textContent);
   if (document.querySelector('mjx-merror, [data-mjx-error]')) found.push('error in mathematics');
   const text = document.querySelector('article')?.textContent || '';
-  if (/\\{(result|compare|doc|term|cite|numref)/.test(text)) found.push('a role was left as text');
+  if (/\\{(result|interval|verdict|compare|doc|term|cite|numref)\\}`/.test(text)) found.push('a role was left as text');
+  for (const box of folded) box.open = false;
   return found;
 }"""
 
@@ -159,38 +167,67 @@ def note_error(found, message):
         found.append(message.text)
 
 
-def open_pages(folder, pages, base, chromium, screenshots):
-    """Open every page at one address: from a server in two themes and two widths, from the file system in one."""
-    themes, widths = (("light", "dark"), (1280, 390)) if base.startswith("http") else (("light",), (1280,))
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=chromium, args=FLAGS)
-        for theme in themes:
-            for width in widths:
-                context = browser.new_context(color_scheme=theme, viewport={"width": width, "height": 900})
-                tab, found, view = context.new_page(), [], f"{base[:4]}-{theme}-{width}"
-                tab.on("console", partial(note_error, found))
-                tab.on("pageerror", lambda e, f=found: f.append(str(e)))
-                tab.on("request", partial(note_outside, found))
-                for path in pages:
-                    name = path.relative_to(folder).as_posix()
-                    redirects = name == "index.html"
-                    tab.goto(f"{base}/{name}", wait_until="networkidle" if redirects else "load")
-                    tab.evaluate("window.MathJax?.startup?.promise.then(() => true)")
-                    found += tab.evaluate(LOOK)
-                    yield from ((f"{name}: {text}", view) for text in found)
-                    found.clear()
-                    if screenshots:
-                        shot = name.replace("/", "-").removesuffix("html") + view
-                        tab.screenshot(path=screenshots / f"{shot}.png", full_page=True)
-                tab.goto(f"{base}/search.html?q=wavelet")
-                try:
-                    tab.wait_for_selector("#search-results li a", timeout=5000)
-                except Exception:
-                    found.append("'wavelet' is not found")
-                tab.wait_for_timeout(500)  # summaries are fetched after the titles
-                yield from ((f"search: {text}", view) for text in found)
-                context.close()
-        browser.close()
+async def open_page(tab, base, name, views, shoot):
+    """Open a page once, look at it in every view and yield what is wrong with the view."""
+    redirects = name == "index.html"
+    await tab.emulate_media(color_scheme=views[0][0])
+    await tab.set_viewport_size({"width": views[0][1], "height": 900})
+    await tab.goto(f"{base}/{name}", wait_until="networkidle" if redirects else "load")
+    await tab.add_style_tag(content="*, ::before, ::after { transition: none !important; animation: none !important }")
+    await tab.evaluate("window.MathJax?.startup?.promise.then(() => true)")
+    for theme, width in views:
+        view = f"{base[:4]}-{theme}-{width}"
+        await tab.emulate_media(color_scheme=theme)
+        await tab.set_viewport_size({"width": width, "height": 900})
+        await tab.evaluate("new Promise(done => requestAnimationFrame(() => requestAnimationFrame(() => done())))")
+        if await tab.evaluate("document.documentElement.dataset.theme") not in (theme, None):
+            yield f"{name}: does not turn {theme}", view
+        for text in await tab.evaluate(LOOK, width):
+            yield f"{name}: {text}", view
+        if shoot:
+            shot = name.replace("/", "-").removesuffix("html") + view
+            await tab.screenshot(path=shoot / f"{shot}.png", full_page=True)
+
+
+async def search(tab, base):
+    """Yield what is wrong with the search for a word that the book has."""
+    await tab.goto(f"{base}/search.html?q=wavelet")
+    try:
+        await tab.wait_for_selector("#search-results li a", timeout=20000)
+    except Exception:
+        yield "search: 'wavelet' is not found"
+    if base.startswith("http"):  # summaries are fetched after the titles
+        await tab.wait_for_selector("#search-results li p", timeout=20000)
+
+
+async def open_pages(folder, names, bases, options):
+    """Open every page at both addresses in several tabs of one browser and return the reports with their views."""
+    reports, queue = [], [(base, name) for base in bases for name in [*names, None]]
+    async with async_playwright() as playwright:
+        browser = await playwright.chromium.launch(executable_path=options.chromium, args=FLAGS)
+
+        async def work():
+            context = await browser.new_context()
+            tab, found = await context.new_page(), []
+            tab.on("console", partial(note_error, found))
+            tab.on("pageerror", lambda error: found.append(str(error)))
+            tab.on("request", partial(note_outside, found))
+            while queue:
+                base, name = queue.pop(0)
+                served = base.startswith("http")
+                if name is None:
+                    looked = search(tab, base)
+                    reports.extend([(text, f"{base[:4]}-light-1280") async for text in looked])
+                else:
+                    looked = open_page(tab, base, name, VIEWS if served else VIEWS[:1], options.screenshots)
+                    reports.extend([report async for report in looked])
+                reports.extend((f"{name or 'search'}: {text}", base[:4]) for text in found)
+                found.clear()
+            await context.close()
+
+        await asyncio.gather(*(work() for _ in range(options.tabs)))
+        await browser.close()
+    return reports
 
 
 def main():
@@ -198,6 +235,8 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("folder", type=Path, nargs="?", default=Path("_build/html"))
     parser.add_argument("--screenshots", type=Path, help="folder for one picture per page and view")
+    parser.add_argument("--pages", default="", help="only those whose path has this in it")
+    parser.add_argument("--tabs", type=int, default=2, help="pages looked at side by side")
     parser.add_argument("--chromium", default="/usr/bin/chromium", help="its executable")
     options = parser.parse_args()
     folder = options.folder.resolve()
@@ -205,18 +244,20 @@ def main():
     if options.screenshots:
         options.screenshots.mkdir(parents=True, exist_ok=True)
     handler = type("Quiet", (SimpleHTTPRequestHandler,), {"log_message": lambda *_: None})
+    ThreadingHTTPServer.handle_error = lambda *_: None  # a page that is left while it loads
     server = ThreadingHTTPServer(("127.0.0.1", 0), partial(handler, directory=folder))
     threading.Thread(target=server.serve_forever, daemon=True).start()
     reports = [*broken_links(folder, pages), *far_away(folder, pages)]
-    for base in (f"http://127.0.0.1:{server.server_port}", folder.as_uri()):
-        reports += open_pages(folder, pages, base, options.chromium, options.screenshots)
+    names = [name for name in (path.relative_to(folder).as_posix() for path in pages) if options.pages in name]
+    bases = (f"http://127.0.0.1:{server.server_port}", folder.as_uri())
+    reports += asyncio.run(open_pages(folder, names, bases, options))
     server.shutdown()
     views = {}
     for report, view in reports:
         views.setdefault(report, []).append(view)
     for report, where in views.items():
         print(f"{report} [{where[0]}{f' and {len(where) - 1} more' if len(where) > 1 else ''}]")
-    print(f"{len(pages)} pages, {len(views)} reports")
+    print(f"{len(names)} pages, {len(views)} reports")
     return int(bool(views))
 
 

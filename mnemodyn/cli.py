@@ -12,7 +12,6 @@ from contextlib import contextmanager
 from dataclasses import replace
 from datetime import UTC, datetime
 from functools import partial
-from importlib import import_module
 from importlib.util import find_spec
 from inspect import cleandoc
 from pathlib import Path
@@ -166,11 +165,6 @@ def _command(listed: str, *arguments: tuple) -> Callable:
     return register
 
 
-def _part(name: str) -> Any:
-    """A module of the package, imported where it is needed: help and refusals are quick."""
-    return import_module(f"mnemodyn.{name}")
-
-
 def _progress(done: int, total: int) -> None:
     if sys.stderr.isatty():
         print(f"\r{done} of {total} scans", end="\n" if done == total else "", file=sys.stderr, flush=True)
@@ -222,9 +216,11 @@ def _index(cohort: str, folder: str, table: str, workers: int) -> Done:
 
 
 def _found(cohort: str, folder: str, workers: int) -> Any:
+    from mnemodyn.data import cohorts
+
     with _asked():
-        described = _part("data.cohorts").load_cohort(cohort)
-    return _part("data.cohorts").index(described, folder, progress=_progress, workers=workers)
+        described = cohorts.load_cohort(cohort)
+    return cohorts.index(described, folder, progress=_progress, workers=workers)
 
 
 @_command(
@@ -257,9 +253,10 @@ def _preprocess(sources: Sequence[str], output: str, jobs: int, **settings: Any)
 
     exit status: 0 done; 1 some scans failed, which are listed with the reason; 2 wrong usage.
     """
-    part = _part("data.preprocess")
+    from mnemodyn.data.preprocess import Preprocessing, preprocess
+
     with _asked(ValueError):
-        rows = part.preprocess(sources, output, part.Preprocessing(**settings), jobs=jobs)
+        rows = preprocess(sources, output, Preprocessing(**settings), jobs=jobs)
     failed = rows.loc[rows["status"] == "failed", ["problem", "message"]].to_dict("records")
     for row in failed:
         print(f"{row['problem']}: {row['message']}", file=sys.stderr)
@@ -285,7 +282,9 @@ def _convert(cohort: str, folder: str, store: str, dtype: str, workers: int) -> 
     May be killed at any moment and started again. With more scans in FOLDER it adds those to STORE.
     What could not be used is listed in the store with the reason (mnemodyn.data.store.Store(STORE).excluded).
     """
-    made = _part("data.store").convert(_found(cohort, folder, workers), store, dtype=dtype, progress=_progress)
+    from mnemodyn.data.store import convert
+
+    made = convert(_found(cohort, folder, workers), store, dtype=dtype, progress=_progress)
     content = {"store": store, "n_scans": len(made), "n_excluded": len(made.excluded)}
     return content, f"{store}: {made.summary()}"
 
@@ -306,8 +305,10 @@ def _simulate(cohort: str, folder: str, effect: Sequence, **settings: Any) -> Do
     """Write a SIMULATED cohort: scans in the real one's formats and folders, its phenotype table, a few broken files,
     and effects of known size on connectivity. FOLDER/simulated.json says what was planted.
     """
+    from mnemodyn.data.simulate import simulate_cohort
+
     with _asked(ValueError):
-        truth = _part("data.simulate").simulate_cohort(cohort, folder, effects=_values(effect, float), **settings)
+        truth = simulate_cohort(cohort, folder, effects=_values(effect, float), **settings)
     planted = ", ".join(f"{name} {e['d']:g}" for name, e in truth["effects"].items())
     return truth, f"SIMULATED {truth['cohort']} -> {folder}; effects in SD: {planted}"
 
@@ -336,17 +337,19 @@ def _pretrain(data: str, output: str, objective: str, config: str | None, set: S
     objectives: masked, denoise, autoencode, latent, forecast, groups, mixed.
     exit status: 0 done; 1 the training failed; 2 wrong usage or a refused setting.
     """
+    from mnemodyn.data.scans import split_participants
+    from mnemodyn.pretrain.config import configure
+    from mnemodyn.pretrain.training import pretrain
+
     with _asked():
-        settings, configure = _values(set, read_yaml), _part("pretrain.config").configure
+        settings = _values(set, read_yaml)
         asked, model, training, machine, read = configure(objective, _file(config), settings)
     scans = mnemodyn.load_scans(data, t_r=read.t_r or None)
     held_out = {"n_test": read.n_test, "n_validation": read.n_validation}
-    train, validation, _ = _part("data.scans").split_participants(scans, **held_out)
+    train, validation, _ = split_participants(scans, **held_out)
     network = mnemodyn.ModelConfig(n_parcels=len(scans[0].parcels), **model)
     how = {"objective": asked, "training": training, "scaling": mnemodyn.Scaling(read.scaling), "machine": machine}
-    checkpoint, history = _part("pretrain.training").pretrain(
-        train, validation, output, model=network, restart=restart, **how
-    )
+    checkpoint, history = pretrain(train, validation, output, model=network, restart=restart, **how)
     best, score = Path(output) / "best", checkpoint.training[asked.monitor]
     content = {"checkpoint": str(best), "epochs": len(history), asked.monitor: score}
     return content, f"{best}: {asked.monitor} {score:.4f}, {len(history)} epochs"
@@ -378,12 +381,14 @@ def _evaluate(
       mnemodyn evaluate hbn FOLDER --target sex --json sex.json
       mnemodyn evaluate abide STORE --target diagnosis --checkpoint NAME/MODEL --json diagnosis.json --jobs 4
     """
-    downstream, splits = _part("evaluate.downstream"), _part("evaluate.splits")
+    from mnemodyn.data import cohorts
+    from mnemodyn.evaluate import downstream, splits
+
     checkpoint, seed = settings["checkpoint"], settings["seed"]
     n_folds, n_repeats = settings.pop("n_folds"), settings.pop("n_repeats")
     methods = methods or ("confounds", "fc", *(("model", "model+fc") if checkpoint else ()))
     with _asked():
-        described = _part("data.cohorts").load_cohort(cohort)
+        described = cohorts.load_cohort(cohort)
         kinds = {known.name: known.kind for known in described.targets}
         if target not in kinds:
             known = f"{', '.join(kinds)} for {described.name}"
@@ -400,10 +405,10 @@ def _evaluate(
         task = downstream.permuted(task, seed)
     elif control == "noise":
         scans = downstream.noise_scans(scans, seed)
-    say = partial(print, file=sys.stderr, flush=True) if sys.stderr.isatty() else lambda line: None
-    found = downstream.evaluate(scans, task, folds, methods, say=say, **settings)
-    content = {"cohort": described.name, "simulated": opened.simulated, "control": control}
-    content |= {"excluded": len(opened.excluded)} | downstream.report(found, seed=seed)
+    settings |= {"say": partial(print, file=sys.stderr, flush=True)} if sys.stderr.isatty() else {}
+    found = downstream.evaluate(scans, task, folds, methods, **settings)
+    about = {"cohort": described.name, "simulated": opened.simulated, "control": control}
+    content: dict = about | {"excluded": len(opened.excluded)} | downstream.report(found, seed=seed)
     write_json(out, content)
     folds.write(Path(out).with_suffix(".folds.csv"))
     lines = []
@@ -419,7 +424,10 @@ def _evaluate(
 )
 def _info(checkpoint: str) -> Done:
     """Print what a checkpoint holds (architecture, data, training) as JSON."""
-    content = _part("checkpoint").describe(_part("hub").find_checkpoint(checkpoint).checkpoint)
+    from mnemodyn.checkpoint import describe
+    from mnemodyn.hub import find_checkpoint
+
+    content = describe(find_checkpoint(checkpoint).checkpoint)
     return content, _json(content)
 
 
@@ -474,10 +482,12 @@ def _embed(scans: Sequence[str], output: str, **given: Any) -> Done:
       mnemodyn embed derivatives/xcp_d -o embeddings.csv -c lab/mnemodyn-450
       mnemodyn embed *.1D -o embeddings.parquet -c runs/pretrain --t-r 2 --readout latent_mean latent_correlation
     """
+    from mnemodyn import embed
+
     checkpoint, how = _checkpoint(**given)
-    done = _part("embed").embed(scans, checkpoint, output, progress=_progress, **how)
+    done = embed.embed(scans, checkpoint, output, progress=_progress, **how)
     if done.refused:
-        listing = _part("embed").refused_listing(output)
+        listing = embed.refused_listing(output)
         print(f"mnemodyn: {len(done.refused)} scans refused, see {listing}", file=sys.stderr)
     resumed = f" ({done.n_resumed} of them from before)" if done.n_resumed else ""
     text = f"{output}: {done.n_scans} scans{resumed}, {done.n_features} features"
@@ -495,8 +505,10 @@ def _reconstruct(scan: str, output: str, **given: Any) -> Done:
     """Fill the censored frames of a scan (those that *_outliers.tsv beside it marks) with what the network makes of
     the frames around them. All other frames stay as they were measured.
     """
+    from mnemodyn import embed
+
     checkpoint, how = _checkpoint(**given)
-    done = _part("embed").reconstruct(scan, checkpoint, output, **how)
+    done = embed.reconstruct(scan, checkpoint, output, **how)
     return {"output": output, **done}, f"{output}: {done['n_filled']} of {done['n_frames']} frames filled"
 
 
@@ -511,7 +523,9 @@ def _export(checkpoint: str, file: str, frames: int | None) -> Done:
     """Write a network as a program that runs without this package: FILE.pt2 for torch.export.load, FILE.onnx for an
     ONNX runtime. FILE.json beside it says what goes in: parcels in their order, repetition time, scaling.
     """
-    written = str(_part("export").export(mnemodyn.from_pretrained(checkpoint), file, n_timepoints=frames))
+    from mnemodyn.export import export
+
+    written = str(export(mnemodyn.from_pretrained(checkpoint), file, n_timepoints=frames))
     return {"output": written, "described": f"{written}.json"}, written
 
 
@@ -545,12 +559,14 @@ def _publish(
       mnemodyn publish runs/pretrain --repo-id lab/mnemodyn-450 --results book/runs/reconstruction.json --dry-run
       mnemodyn publish lightning_logs/version_3 --repo-id lab/draft --private --revision v1
     """
+    from mnemodyn import hub
+
     if not dry_run:
-        place = {"private": private, "revision": revision, "commit_message": commit_message}
-        address = _part("hub").publish(source, **contents, **place)
+        place: dict = {"private": private, "revision": revision, "commit_message": commit_message}
+        address = hub.publish(source, **contents, **place)
         return {"commit": address}, address
     with TemporaryDirectory() as folder:
-        _part("hub").write_folder(source, folder, **contents)
+        hub.write_folder(source, folder, **contents)
         home = "/".join(filter(None, (contents["repo_id"], contents["subfolder"])))
         files = {f"{home}/{path.name}": path.stat().st_size for path in sorted(Path(folder).iterdir())}
         card = Path(folder, "README.md").read_text(encoding="utf-8")
@@ -674,20 +690,22 @@ def _ablate(data: str, grid: str, size: str, folder: str, out: str, cohort: str 
     FOLDER keeps every finished cell: the same command goes on where it was stopped. GRID is a YAML file such as
     notebooks/ablations.yaml, SIZE one of its sizes.
     """
-    part = _part("evaluate.ablations")
+    from mnemodyn.data.quality import open_scans
+    from mnemodyn.evaluate import ablations
+
     with _asked():
-        asked = part.read_grid(grid, size)
+        asked = ablations.read_grid(grid, size)
     import torch
 
     torch.set_num_threads(threads)
-    found = _part("data.quality").open_scans(data, cohort=cohort)
+    found = open_scans(data, cohort=cohort)
     scans = [scan for scan in found.scans if not (cohort and scan.constant.any())]
-    records = part.run_grid(asked, scans, folder, table=found.table)
+    records = ablations.run_grid(asked, scans, folder, table=found.table)
     minutes = sum(record["cpu_seconds"] for mine in records.values() for record in mine) / 60
     words = f"{'DATA' if cohort else data} {grid} {size} FOLDER --out FILE{f' --cohort {cohort}' if cohort else ''}"
     facts = {"data": cohort or data, "size": size, "command": f"mnemodyn ablate {words}"}
     facts |= {"cpu_minutes": round(minutes, 1), "date": datetime.now(UTC).date().isoformat()}
-    content = part.collect(asked, records, **facts)
+    content = ablations.collect(asked, records, **facts)
     write_json(out, content)
     return content, f"{out}: {len(asked.cells)} cells, {asked.folds} folds"
 

@@ -83,8 +83,13 @@ def table(frame: pd.DataFrame, *, precision: int = 3) -> "HTML":
     def number(value: float) -> str:
         return "" if pd.isna(value) else f"{value:.{precision}f}".replace("-", "\N{MINUS SIGN}")
 
+    frame = frame.reset_index(drop=True)
     columns = frame.select_dtypes("floating").columns
+    words = [
+        name for name in frame.select_dtypes(["object", "str"]) if frame[name].astype(str).str.match("[A-Za-z]").any()
+    ]
     style = frame.style.format(dict.fromkeys(columns, number)).hide(axis="index")
+    style = style.set_td_classes(pd.DataFrame("text", frame.index, words))
     return HTML(style.set_uuid("table").to_html())
 
 
@@ -147,7 +152,7 @@ def carpet(scan: Scan) -> Figure:
         at = t[scan.censored]
         bottom.plot(at, np.full(len(at), bottom.get_ylim()[0]), "|", color=COLOURS[1], label="censored")
     bottom.set(xlabel="time (s)", ylabel="SD", xlim=(0, end))
-    bottom.legend(ncols=3, loc="upper right")
+    bottom.legend(ncols=3, loc="lower right", bbox_to_anchor=(1, 0.97), borderpad=0)
     return figure
 
 
@@ -376,7 +381,7 @@ def filled_stretches(
         ax.set_ylabel("SD")
         ax.set_title(name, loc="left", fontsize=9)
     axes[-1, 0].set_xlabel("time (s)")
-    _legend(figure, axes[0, 0], ncols=len(fills) + 1)
+    _legend(figure, axes[0, 0], ncols=min(len(fills) + 1, 4))
     return figure
 
 
@@ -406,8 +411,9 @@ def differences(rows: pd.DataFrame) -> Figure:
         bars: dict = {"xerr": _errors(part, "value"), "fmt": "o", "ms": 4, "capsize": 2, "color": COLOURS[0]}
         ax.errorbar(part["value"], np.arange(len(part)), **bars)
         _across(ax, "y")
-        ax.set(title=name, xlabel="R² of MnemoDyn minus the method's")
+        ax.set_title(name)
     axes[0].set_yticks(np.arange(len(order)), _named(order))
+    figure.supxlabel("R² of MnemoDyn minus the method's", fontsize=9)
     return figure
 
 
@@ -508,6 +514,7 @@ def matrices(drawn: dict[str, np.ndarray], label: str, *, names: Sequence[str] =
         bar = figure.colorbar(image, ax=ax, shrink=0.6, orientation="horizontal", pad=0.04)
         bar.locator = matplotlib.ticker.MaxNLocator(2)
         bar.update_ticks()
+        ax.locator_params(integer=True)
         if names:
             ax.set(xticks=[], yticks=[])
     if names:
@@ -579,17 +586,17 @@ def downstream(reports: dict[str, dict], metric: str, chance: float | None, titl
     `reports` has them by their name in the legend. Chance is a dotted line.
     """
     names = list(dict.fromkeys(row["method"] for report in reports.values() for row in report["rows"]))[::-1]
-    figure, ax = plt.subplots(figsize=(7, 1.2 + 0.27 * len(names)))
+    figure, ax = plt.subplots(figsize=(7, 1.2 + 0.3 * len(names)))
     for number, (label, report) in enumerate(reports.items()):
         rows = [row for row in report["rows"] if row[metric]["value"] is not None]
-        place = [names.index(row["method"]) - 0.18 * number for row in rows]
+        place = [names.index(row["method"]) - 0.34 * (number - (len(reports) - 1) / 2) for row in rows]
         value = np.array([row[metric]["value"] for row in rows])
         error = np.abs([[row[metric][side] - row[metric]["value"] for row in rows] for side in ("low", "high")])
         ax.errorbar(value, place, xerr=error, fmt="os^v"[number % 4], ms=4, lw=1.2, capsize=2, label=label)
     if chance is not None:
         _across(ax, "y", chance, ls=":")
     ax.set_yticks(range(len(names)), _named(names))
-    ax.set(xlabel=METRICS[metric], title=title)
+    ax.set(xlabel=METRICS[metric], title=title, ylim=(-0.6, len(names) - 0.4))
     if len(reports) > 1:
         _legend(figure, ax, ncols=len(reports))
     return figure

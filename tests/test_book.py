@@ -146,20 +146,99 @@ def test_the_command_of_a_run_gives_back_its_parameters(tmp_path):
     assert defaults | check_parameters(defaults, typed) == given
 
 
+@pytest.mark.parametrize(
+    ("ends", "text"),
+    [
+        ((0.01, 0.5), "better"),
+        ((-0.5, -0.01), "worse"),
+        ((-0.1, 0.1), "no difference shown"),
+        ((0, 0), "no difference shown"),
+    ],
+)
+def test_a_verdict_follows_from_the_interval(ends, text, monkeypatch):
+    monkeypatch.setattr(results, "lookup", lambda place, name, key: dict(zip(("low", "high"), ends, strict=True)))
+    role = results.Verdict()
+    role.text = "data/a:x"
+    assert role.run()[0][0].astext() == text
+
+
+def test_numbers_are_set_but_not_dates_words_or_code():
+    given = "from -0.25 to +0.5 (-1), 55%, on 2026-11-23, sub-01, 5 %, x-3"
+    assert runs.fair(given).replace("\N{NO-BREAK SPACE}", "~").replace("\N{MINUS SIGN}", "m") == (
+        "from m0.25 to +0.5 (m1), 55~%, on 2026-11-23, sub-01, 5~%, x-3"
+    )
+
+
 def test_pages_of_one_notebook_have_titles_of_their_own(tmp_path):
     folder = tmp_path / runs.RUNS
     folder.mkdir(parents=True)
-    places = {
-        f"{runs.RUNS}/downstream_hbn": SimpleNamespace(title="HBN"),
-        f"{runs.RUNS}/data": SimpleNamespace(title="Data"),
+    made = {
+        "downstream_hbn": ("downstream", "HBN", {"targets": {"sex": 1, "nc_vs_mci": 1, "age": 1}, "simulated": True}),
+        "downstream_abide": ("downstream", "ABIDE", {"targets": {"sex": 1}, "simulated": False}),
+        "pretrain_denoise": ("pretrain", "Denoising", {}),
+        "data": ("data", "Data", {}),
     }
     titles = {}
-    for name, notebook in (("downstream_hbn", "downstream"), ("data", "data")):
+    for name, (notebook, short, found) in made.items():
         (folder / f"{name}.manifest.json").write_text(json.dumps({"notebook": f"notebooks/{notebook}.ipynb"}))
-        section = runs.nodes.section("", runs.nodes.title("", "What do scans tell?"))
-        env = SimpleNamespace(docname=f"{runs.RUNS}/{name}")
-        runs.name_title(
-            SimpleNamespace(env=env, srcdir=tmp_path, config=SimpleNamespace(external_site_map=places)), section
-        )
+        (folder / f"{name}.json").write_text(json.dumps(found))
+        section = runs.nodes.section("", runs.nodes.title("", "A question: what do scans tell?"))
+        env, docname = SimpleNamespace(docname=f"{runs.RUNS}/{name}"), f"{runs.RUNS}/{name}"
+        places = SimpleNamespace(external_site_map={docname: SimpleNamespace(title=short)})
+        runs.name_title(SimpleNamespace(env=env, srcdir=tmp_path, config=places), section)
         titles[name] = section[0].astext()
-    assert titles == {"downstream_hbn": "HBN: What do scans tell?", "data": "What do scans tell?"}
+    assert titles == {
+        "downstream_hbn": "HBN: sex, nc vs mci and age of SIMULATED people",
+        "downstream_abide": "ABIDE: sex of real people",
+        "pretrain_denoise": "Denoising: what do scans tell?",
+        "data": "A question: what do scans tell?",
+    }
+
+
+def cell(text, output="", tags=(), **metadata):
+    """A notebook's cell as the book's builder makes it."""
+    parts = [runs.nodes.container("", runs.nodes.literal_block("", text), classes=["cell_input"])]
+    if output:
+        parts.append(runs.nodes.container("", runs.nodes.paragraph("", output), classes=["cell_output"]))
+    classes = ["cell", *(f"tag_{tag}" for tag in tags)]
+    return runs.nodes.container("", *parts, nb_element="cell_code", cell_metadata=metadata, classes=classes)
+
+
+def test_a_page_begins_with_what_was_found_and_folds_the_rest(tmp_path, monkeypatch):
+    folder = tmp_path / runs.RUNS
+    folder.mkdir(parents=True)
+    run = {"notebook": "notebooks/a.ipynb", "output": "a.ipynb", "parameters": {}}
+    (folder / "a.manifest.json").write_text(json.dumps(run))
+    nodes = runs.nodes
+    cells = [cell("x = 1", tags=["parameters"]), cell("silent"), cell("long", "table", fold="A <table>")]
+    cells += [cell("said", "it is better", tags=["finding"]), cell("end", "versions")]
+    page = nodes.section("", nodes.title("", "A"), nodes.paragraph("", "why"), *cells)
+    env = SimpleNamespace(docname=f"{runs.RUNS}/a", note_dependency=lambda path: None)
+    runs.dress(SimpleNamespace(env=env, srcdir=tmp_path), page)
+    assert page[1]["classes"] == ["finding"]
+    assert page[1].astext() == "it is better"
+    assert [child.astext() for child in page[2:3]] == ["why"]
+    folds = [raw.astext() for raw in page.findall(nodes.raw)]
+    assert [text.split("<summary>")[1].removesuffix("</summary>") for text in folds[::2]] == [
+        "Parameters, and the command for this page", "A &lt;table&gt;", "What this run used",
+    ]  # fmt: skip
+    assert page.astext().count("it is better") == 1
+    assert "silent" not in page.astext()
+    assert "x = 1" in page.astext()
+
+
+def test_the_table_of_people_has_a_row_a_task_and_a_column_a_method(monkeypatch):
+    score = {"value": 0.6, "low": 0.5, "high": 0.7}
+    row = {"method": "fc", "balanced_accuracy": score}
+    report = {
+        "kind": "classification",
+        "n": 9,
+        "rows": [row, row | {"method": "late", "balanced_accuracy": {"value": None}}],
+    }
+    table = SimpleNamespace(config=SimpleNamespace(external_site_map={f"{results.RUNS}/d": SimpleNamespace(title="D")}))
+    texts = results.PeopleTable.row(table, "d", "nc_vs_mci", "kfold", report, ["late", "fc", "none"])
+    assert texts == ["D, nc vs mci|people held out, n 9", "", "0.600|0.500\N{EN DASH}0.700", ""]
+    row["balanced_accuracy"] = score | {"low": -0.1}
+    assert (
+        results.PeopleTable.row(table, "d", "x", "a site", report, ["fc"])[-1] == "0.600|\N{MINUS SIGN}0.100 to 0.700"
+    )

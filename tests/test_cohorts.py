@@ -123,6 +123,7 @@ def test_loading_a_row_gives_what_the_file_holds(tmp_path, data):
     loaded = found.load(found.table.iloc[-1])
     np.testing.assert_array_equal(loaded.values, values)
     assert (loaded.participant_id, loaded.session, loaded.t_r, loaded.atlas) == ("sub-06", "b", 1.5, "three")
+    assert [scan.participant_id for scan in found[-2:]] == ["sub-05", "sub-06"]
 
 
 def test_rows_missing_repeated_and_contradictory_are_told_apart(tmp_path, data):
@@ -140,7 +141,7 @@ def test_rows_missing_repeated_and_contradictory_are_told_apart(tmp_path, data):
     assert len(table) == 6
     assert table.loc[["sub-02", "sub-08"], ["sex", "dx"]].isna().all(axis=None)
     assert list(table.index[~table.phenotype]) == ["sub-02", "sub-08"]
-    assert len(found.labelled("dx")) == 3
+    assert found.table.dx.notna().sum() == 3
 
 
 def test_a_participant_of_two_sexes_has_no_labels(tmp_path, data):
@@ -204,17 +205,6 @@ def test_excluded_labels_months_and_sites(tmp_path, data):
     assert found.summary()["n_sites"] == 2
 
 
-def test_a_target_of_one_class_is_an_error_when_it_is_asked_for(tmp_path, data):
-    (data / "people.csv").write_text("id,sex,dx\n1,1,0\n2,2,0\n")
-    found = index(describe(tmp_path), data)
-    assert set(found.labelled("sex").sex) == {"male", "female"}
-    with pytest.raises(DataError, match="dx needs two different values.*{'no': 2}") as caught:
-        found.labelled("dx")
-    assert caught.value.problem == "one-class"
-    with pytest.raises(DataError, match=r"one of \['sex', 'dx'\], got 'iq'"):
-        found.labelled("iq")
-
-
 def test_a_series_under_two_participants_is_left_out_and_a_copy_of_ones_own_goes(tmp_path, data):
     scan(data / "sub-02" / "sub-02_ses-b_x_timeseries.tsv", 2)  # its own session a again
     scan(data / "sub-06" / "sub-06_ses-a_x_timeseries.tsv", 1)  # the same as 01
@@ -269,6 +259,13 @@ def test_patterns(tmp_path, data):
     ]
 
 
+def test_times_that_print_alike_are_counted_together(data, tmp_path):
+    for path, t_r in zip(sorted(data.rglob("*.tsv")), (0.72, 0.7200000286, 0.72, 2.0, 0.8), strict=True):
+        path.with_suffix(".json").write_text(f'{{"RepetitionTime": {t_r}}}')
+    found = index(describe(tmp_path, reader={}), data)
+    assert list(found.summary()["t_r"].items()) == [("0.72", 3), ("0.8", 1), ("2", 1)]
+
+
 def test_processes_read_the_same_and_progress_is_told(tmp_path, data):
     told = []
     one = index(describe(tmp_path), data, progress=lambda *at: told.append(at))
@@ -285,7 +282,7 @@ def test_bids_needs_no_table(data):
     assert found.summary()["problems"] == {"no-phenotype": 5}
     (data / "participants.tsv").write_text("participant_id\tsex\tage\nsub-01\tF\t20\nsub-02\tM\t30\n")
     found = index("bids", data)
-    assert list(found.labelled("sex").sex) == ["female", "male"]
+    assert list(found.table.sex.dropna()) == ["female", "male"]
     assert found.summary()["t_r"] == {"0.8": 5}
 
 
@@ -308,8 +305,8 @@ def test_the_pages_example_runs(tmp_path):
     rows += ["002,1,B,f,132,2,0.2,2,-9999", "003,1,B,,144,1,,9,5"]
     (folder / "participants.csv").write_text("\n".join(rows) + "\n")
     found = index(tmp_path / "mine.yaml", folder)
-    assert list(found.labelled("diagnosis").diagnosis) == ["control", "case"]
-    assert list(found.labelled("memory").memory) == [7, 5]
+    assert list(found.table.diagnosis.dropna()) == ["control", "case"]
+    assert list(found.table.memory.dropna()) == [7, 5]
     assert list(found.table.age) == [10, 11, 12]
     assert found.table.family[0] == found.table.family[1] != found.table.family[2]
     assert not len(found.excluded)

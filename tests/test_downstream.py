@@ -255,7 +255,7 @@ def test_no_method_reads_the_labels_of_test_people(name, target, checkpoint, mon
         if flipped:
             y[test] = (1 - y[test]) if task.classes else -y[test]
         fold = heads.Fold(blocks, y, train, test, task.kind, [])
-        answers.append(downstream._one_fold({name: method}, fold, replace(task, y=y), {}, 2)[name])
+        answers.append(downstream._one_fold({name: method}, fold, replace(task, y=y), {})[name])
     assert answers[0][0] is not None, answers[0][1]
     np.testing.assert_array_equal(answers[0][0], answers[1][0])
 
@@ -294,13 +294,33 @@ def test_a_planted_effect_is_found_and_noise_is_not(checkpoint):
                 assert row[metric]["value"] > guess - 0.35, row
 
 
-def test_noise_of_equal_length_does_not_tell_who_was_scanned_longer():
+def test_equal_noise_does_not_tell_who_was_scanned_longer_or_with_what(checkpoint):
     scans, table = cohort(60)
-    scans = [replace(s, values=s.values[: 30 + 30 * (a > 40)]) for s, a in zip(scans, table["age"], strict=True)]
-    assert {len(s.values) for s in noise_scans(scans, 0)} == {30, 60}
-    equal = noise_scans(scans, 0, 30)
-    assert {len(s.values) for s in equal} == {30}
-    np.testing.assert_array_equal(equal[3].values, noise_scans(scans, 0)[3].values[:30])
+    old = table["age"] > 40
+    scans = [
+        replace(s, values=s.values[: 30 + 30 * a], t_r=1.0 + 2 * a, censored=np.arange(30 + 30 * a) < 5 * a)
+        for s, a in zip(scans, old, strict=True)
+    ]
+    plain, equal = noise_scans(scans, 0), noise_scans(scans, 0, equal=True)
+    assert [(len(s.values), s.t_r, s.n_usable) for s in plain] == [(60, 3.0, 55) if a else (30, 1.0, 30) for a in old]
+    most = 1.0 + 2 * (old.mean() > 0.5)
+    assert {(len(s.values), s.t_r, s.n_usable, s.values.std() > 0.8) for s in equal} == {(30, most, 30, True)}
+    np.testing.assert_array_equal(equal[3].values, plain[3].values[:30])
+    # Frames are few, so that the lengths and the repetition times that the network is told are all that there is.
+    task = Task.of(table, "age", "regression")
+    folds = repeated_folds(table, "age", n_repeats=1)
+    found = [evaluate(s, task, folds, ["latent_sd"], checkpoint=checkpoint) for s in (plain, equal)]
+    r = [report(each)["rows"][0]["r"] for each in found]
+    assert r[0]["low"] > 0.1
+    assert r[1]["low"] < 0
+
+
+def test_luck_has_a_p_that_is_uniform():
+    rng = np.random.default_rng(0)
+    draws = rng.normal(0.5, 0.03, (2000, 9))
+    p = [scores.draw_p(d[0], 0.5, {"n": 8, "mean": d[1:].mean(), "sd": d[1:].std(ddof=1)}) for d in draws]
+    assert stats.kstest(p, "uniform").pvalue > 0.01
+    assert scores.draw_p(0.6, 0.5, {"n": 8, "sd": 0.03}) < 0.02
 
 
 def test_shuffled_labels_are_at_chance_on_average():
@@ -308,10 +328,24 @@ def test_shuffled_labels_are_at_chance_on_average():
     for target, kind, guess in (("diagnosis", "classification", 0.5), ("age", "regression", 0.0)):
         task = Task.of(table, target, kind)
         folds = repeated_folds(task.table, target, n_repeats=1)
-        found = downstream.permutations(scans, task, folds, {"fc": 8})["fc"]
+        found = downstream.draws(lambda i, task=task: (scans, permuted(task, i)), folds, {"fc": 8})["fc"]
         assert found["n"] == 8
         assert abs(found["mean"] - guess) < 4 * found["sd"] / np.sqrt(8)
         assert found["sd"] < 0.2
+        assert found["low"] < guess < found["high"] or found["p"] < 0.05
+
+
+def test_parts_of_a_study_are_measured_alone():
+    scans, table = cohort(60, effect=1.5)
+    plan = {"control": ["fc"], "shuffles": {"fc": 2}, "noises": {"fc": 3}, "shots": ["fc"], "n_boot": 50}
+    found = downstream.study(scans, table, {"diagnosis": "classification"}, ["fc"], only=["noises", "noise"], **plan)
+    assert set(found["diagnosis"]) == {"noise", "noises"}
+    noises = found["diagnosis"]["noises"]["fc"]
+    assert noises["n"] == 3
+    assert 0 < noises["sd"] < 0.2
+    task, folds = Task.of(table, "diagnosis", "classification"), repeated_folds(table, "diagnosis", n_repeats=1)
+    each = [evaluate(noise_scans(scans, i, equal=True), task, folds, ["fc"]) for i in range(3)]
+    assert noises["mean"] == pytest.approx(np.mean([report(one)["rows"][0]["fold_mean"] for one in each]))
 
 
 def test_fine_tuning_learns_and_makes_nothing_of_noise(checkpoint):

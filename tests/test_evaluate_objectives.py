@@ -6,9 +6,14 @@ import numpy as np
 import pytest
 import torch
 
-from mnemodyn.evaluate.metrics import r2_hidden
+from mnemodyn.evaluate.metrics import hidden_sums
 from mnemodyn.evaluate.objectives import LatentReadout, by_setting, r2_by, r2_by_band, since_visible
 from mnemodyn.pretrain.objective import Masked
+
+
+def r2_hidden(x, prediction, hidden):
+    residual, total = hidden_sums(x, prediction, hidden)
+    return 1 - residual.sum() / total.sum()
 
 
 @pytest.fixture

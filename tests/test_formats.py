@@ -17,7 +17,6 @@ from mnemodyn.data.quality import spectrum, survey
 from mnemodyn.data.scans import (
     DataError,
     Scan,
-    duplicates,
     fingerprint,
     load_scan,
     load_scans,
@@ -411,7 +410,19 @@ def test_one_series_under_two_names(tmp_path):
     assert len(load_scans(tmp_path, pattern="sub-2*")) == 1
     a, b, c = (Scan(f"sub-{i}", VALUES + (i == 2), 1.0, NAMES) for i in range(3))
     assert series_digest(a) == series_digest(b) != series_digest(c)
-    assert duplicates(iter([a, b, c])) == [[a, b]]
+
+
+def test_a_dot_within_a_name_ends_nothing(tmp_path):
+    for hertz in ("0.01", "0.1"):
+        values = VALUES * float(hertz)
+        save_scan(Scan("sub-01", values, 2.0, NAMES), tmp_path / f"sub-01_run-{hertz[-1]}_hp{hertz}_timeseries.tsv")
+    assert [s.t_r for s in load_scans(tmp_path)] == [2.0, 2.0]  # two scans, each with its own sidecar
+
+
+def test_confounds_of_a_name_without_a_space(tmp_path):
+    (tmp_path / "sub-1_task-rest_desc-confounds_timeseries.tsv").write_text("csf\nn/a\n2\n")
+    name, found = formats.beside(tmp_path / "sub-1_task-rest_bold.nii.gz", *formats.CONFOUNDS)
+    assert (name, found["csf"].iloc[1]) == ("sub-1_task-rest_desc-confounds_timeseries.tsv", 2)
 
 
 @pytest.mark.parametrize("ending", ["_stat-mean_timeseries.tsv", "_timeseries.ptseries.nii"])

@@ -67,6 +67,30 @@ def test_lag_covariances_are_those_of_the_definition(scans):
     assert np.linalg.eigvalsh(joint(lags)).min() > 0
 
 
+def test_censored_frames_do_not_count(scans):
+    """Against sums over the pairs of frames that are both there, one pair at a time."""
+    gone = [np.isin(np.arange(len(s)), [3, 4, 50 + i, len(s) - 1]) for i, s in enumerate(scans)]
+    given = [np.where(g[:, None], np.nan, s) for g, s in zip(gone, scans, strict=True)]
+    mean, lags = lag_covariances(given, LAGS, 0.2)
+    n = sum((~g).sum() for g in gone)
+    np.testing.assert_allclose(mean, np.concatenate([s[~g] for g, s in zip(gone, scans, strict=True)]).mean(0))
+    for lag in range(LAGS + 1):
+        plain = np.zeros((P, P))
+        for g, s in zip(gone, scans, strict=True):
+            for t in range(lag, len(s)):
+                if not g[t] and not g[t - lag]:
+                    plain += np.outer(s[t] - mean, s[t - lag] - mean) / n
+        expected = (1 - lag / (LAGS + 1)) * (0.8 * plain + 0.2 * np.trace(plain) / P * np.eye(P))
+        np.testing.assert_allclose(lags[lag], expected)
+    assert np.linalg.eigvalsh(joint(lags)).min() > 0
+    whole = [s[~g] for g, s in zip(gone, scans, strict=True)]
+    for a, b in zip(covariance_modes(given, mean, lags[0], 2), covariance_modes(whole, mean, lags[0], 2), strict=True):
+        np.testing.assert_array_equal(a, b)
+    given[1][7, 2] = np.nan
+    with pytest.raises(ValueError, match=r"scans\[1\] must be finite .* with 1 entries that are not finite"):
+        lag_covariances(given, LAGS, 0.2)
+
+
 def test_spatiotemporal_gaussian_is_the_conditional_mean_of_the_window(scans, batch):
     x, hidden = batch
     model = SpatiotemporalGaussian(shrinkage=0.1, n_lags=LAGS).fit(scans)
@@ -345,3 +369,32 @@ def test_adapted_readout_is_one_of_a_front_end_only():
     assert np.linalg.norm(vector) == pytest.approx(float(matrix.norm()), rel=1e-5)
     with pytest.raises(ValueError, match="read-out must be one of .* for this network, got 'adapted'"):
         readout(MnemoDyn(replace(CONFIG, front="none")).eval(), x, 2.0, "adapted")
+
+
+def test_no_more_scans_are_held_for_modes_than_are_said_to_be(monkeypatch):
+    import mnemodyn.model.front as front
+
+    rng = np.random.default_rng(0)
+    scans = [rng.normal(size=(30, 4)) @ rng.normal(size=(4, 4)) for _ in range(9)]
+    mean, lags = front.lag_covariances(scans, 1, 0.1)
+    monkeypatch.setattr(front, "MODE_SCANS", 5)
+    found = front.covariance_modes(scans, mean, lags[0], 2)
+    monkeypatch.undo()
+    for array, expected in zip(found, front.covariance_modes(scans[::2], mean, lags[0], 2), strict=True):
+        np.testing.assert_array_equal(array, expected)
+
+
+def test_scans_are_read_one_at_a_time():
+    class Counted(list):
+        held = 0
+
+        def __getitem__(self, i):
+            Counted.held += 1
+            return super().__getitem__(i)
+
+        def __iter__(self):
+            return (self[i] for i in range(len(self)))
+
+    rng = np.random.default_rng(0)
+    lag_covariances(Counted(rng.normal(size=(30, 4)) for _ in range(5)), 1, 0.1)
+    assert Counted.held == 1 + 2 * 5  # the first for its shape, then each twice

@@ -11,7 +11,7 @@ import torchcde
 from mnemodyn.model.config import ModelConfig
 from mnemodyn.model.control import control
 from mnemodyn.model.network import MnemoDyn
-from mnemodyn.model.operator import BANDED, OperatorBlock
+from mnemodyn.model.operator import BandedOperator, OperatorBlock
 
 
 def config(**settings) -> ModelConfig:
@@ -172,7 +172,7 @@ def test_control_refuses():
 
 @pytest.mark.parametrize(("banded", "expected"), [("full", 2 * (36 * 5 + 6)), ("depthwise", 2 * (36 + 6 * 5 + 6))])
 def test_parameters_of_a_banded_operator(banded, expected):
-    operator = BANDED[banded](16, config(n_segments=2, kernel_size=5, banded=banded))
+    operator = BandedOperator(16, config(n_segments=2, kernel_size=5, banded=banded))
     assert sum(p.numel() for p in operator.parameters()) == expected
 
 

@@ -1,8 +1,10 @@
 """Dense series and volumes to parcels, against plain means, nilearn and Connectome Workbench."""
 
 import json
+import os
 import shutil
 import subprocess
+import time
 
 import nibabel
 import numpy as np
@@ -158,6 +160,11 @@ def test_complete_scans_are_skipped_and_others_are_not(tmp_path, atlas_file):
     (tmp_path / sidecar).write_text("{")
     assert list(run()["status"]) == ["done", "skipped"]
     assert [(tmp_path / o).read_bytes() for o in rows["output"]] == before
+    write_dense(tmp_path / "in", second.name, x=series(seed=2))  # as many bytes
+    os.utime(second, (time.time() + 5,) * 2)
+    assert list(run()["status"]) == ["skipped", "done"]
+    os.utime(second, (time.time() - 5,) * 2)
+    assert list(run()["status"]) == ["skipped", "skipped"]
     write_dense(tmp_path / "in", second.name, x=series(n=21))
     assert list(run()["status"]) == ["skipped", "done"]
     write_atlas(atlas_file, Atlas("Small", np.resize([1, 2], 31), ("x", "y"), axis()))

@@ -207,6 +207,8 @@ def test_padding_changes_nothing():
         assert not got.latents[i, n:].any()
         losses.append(alone.multiresolution_loss)
     torch.testing.assert_close(got.multiresolution_loss, torch.stack(losses).mean())
+    # One repetition time for all is no rounder for having been given with lengths.
+    assert torch.equal(net(x, 0.72, lengths=[48] * 5).reconstruction, net(x, 0.72).reconstruction)
 
 
 def test_gradients_do_not_reach_padding():

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,7 @@ import torch
 from mnemodyn.checkpoint import load_checkpoint
 from mnemodyn.data.scaling import Scaling
 from mnemodyn.data.scans import DataError, Scan
+from mnemodyn.data.store import convert
 from mnemodyn.model.config import ModelConfig
 from mnemodyn.pretrain.objective import Masked
 from mnemodyn.pretrain.training import Machine, ResumeError, TrainingConfig, pretrain
@@ -137,6 +139,34 @@ def test_killed_run_resumes_to_the_same_weights(finished, tmp_path, after):
     assert resumed == history
     for a, b in zip(again.model.parameters(), checkpoint.model.parameters(), strict=True):
         assert torch.equal(a, b)
+
+
+def test_the_front_end_is_fitted_without_censored_frames(tmp_path):
+    """What stands in a censored frame (a movement, here) has no influence on the network that comes out."""
+    scans, lost = simulated(2, n_frames=64), np.isin(np.arange(64), [5, 6, 30])
+    moved = [np.where(lost[:, None], 50 * (i + s.values), s.values) for i, s in enumerate(scans)]
+    model, short = replace(MODEL, front="gaussian", front_lags=2), replace(TRAINING, epochs=1, windows_per_epoch=8)
+    weights = []
+    for name, values in (("still", [s.values for s in scans]), ("moved", moved)):
+        train = [replace(s, values=v, censored=lost) for s, v in zip(scans, values, strict=True)]
+        weights.append(run(tmp_path / name, train=train, model=model, training=short)[0].model.state_dict())
+    assert all(torch.equal(value, weights[1][name]) for name, value in weights[0].items())
+
+
+@pytest.mark.parametrize("stored", [False, True])
+def test_windows_that_are_censored_whole_are_neither_drawn_nor_validated(stored, tmp_path):
+    scans = [replace(s, censored=np.arange(128) < 70) for s in simulated(2)]
+    given = convert(scans, tmp_path / "store", dtype="float32") if stored else scans
+    drawn, fixed = (kind(given, Scaling(), OBJECTIVE, 32, seed=0) for kind in (RandomWindows, FixedWindows))
+    kept = [int((~drawn[i]["censored"]).sum()) for i in range(200)]
+    assert min(kept) >= 2
+    assert set(kept) == set(range(2, 33))  # partly censored ones are
+    assert [int((~w["censored"]).sum()) for w in (fixed[i] for i in range(len(fixed)))] == [26, 32] * 2
+    if not stored:
+        short = replace(TRAINING, epochs=1, windows_per_epoch=16)
+        assert np.isfinite(
+            run(tmp_path / "run", train=scans[:1], validation=scans[1:], training=short)[1][0]["train_loss"]
+        )
 
 
 def test_refuses_to_resume_under_another_configuration(tmp_path):

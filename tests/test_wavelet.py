@@ -5,7 +5,16 @@ import pytest
 import pywt
 import torch
 
-from mnemodyn.model.wavelet import DB2, dwt, idwt, lattice, level_lengths, wavedec, waverec
+from mnemodyn.model.wavelet import DB2, dwt, idwt, lattice, level_lengths, wavedec
+
+
+def waverec(coefficients, wavelet, length):
+    """The signal of `length` samples, level by level."""
+    x, details = coefficients[0], coefficients[1:]
+    for j, detail in enumerate(details, 1):
+        x = idwt(x, detail, wavelet, level_lengths(length, len(details) - j)[-1])
+    return x
+
 
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 2e-5, torch.bfloat16: 1e-1}
 

@@ -1,8 +1,8 @@
 """Roles and directives that bring what the runs wrote in ``book/runs`` into the pages.
 
 ``{result}`reconstruction:r2_hidden.model:.2f` `` inserts one value, ``{compare}`NAME:KEY:KEY` ``
-says how two of them stand, ``{interval}`NAME:KEY:FORMAT` `` gives the ends of an interval;
-``results-table`` lists methods, and ``people-table`` what was predicted about people.
+says how two of them stand, ``{interval}`NAME:KEY:FORMAT` `` gives the ends of an interval, ``{verdict}`NAME:KEY` ``
+what those of a difference say; ``people-table`` lists what was predicted about people.
 A missing file or key is a warning that names both, which ends the build of the book.
 """
 
@@ -10,8 +10,6 @@ import json
 from pathlib import Path
 
 from docutils import nodes
-from docutils.parsers.rst import directives
-from docutils.statemachine import StringList
 from sphinx import addnodes
 from sphinx.util import logging
 from sphinx.util.docutils import SphinxDirective, SphinxRole
@@ -65,6 +63,11 @@ def write(value, form=""):
     return text.replace("-", "\N{MINUS SIGN}").replace("%", "\N{NO-BREAK SPACE}%")
 
 
+def judge(low, high):
+    """What a difference with this interval is called."""
+    return "better" if low > 0 else "worse" if high < 0 else "no difference shown"
+
+
 def table(head, rows, numeric=(), classes=()):
     """Docutils table of texts; the columns whose index is in ``numeric`` are set to the right."""
     group = nodes.tgroup("", *(nodes.colspec(colwidth=1) for _ in head), cols=len(head))
@@ -116,81 +119,58 @@ class Compare(SphinxRole):
         return [nodes.Text(word)], []
 
 
-class ResultsTable(SphinxDirective):
-    """``NAME VALUES [INTERVALS]``; a line ``METHOD LABEL`` a row, ``:head:`` over the values."""
-
-    required_arguments, optional_arguments, has_content = 2, 1, True
-    option_spec = dict.fromkeys(("name", "caption", "head"), directives.unchanged)
+class Verdict(SphinxRole):
+    """``NAME:KEY`` of a difference with low and high: what its interval says of the first against the second."""
 
     def run(self):
-        name, values, *intervals = self.arguments
-        rows = []
-        for method, label in (line.split(maxsplit=1) for line in self.content):
-            value = write(lookup(self, name, f"{values}.{method}"), ".3f")
-            ends = [lookup(self, name, f"{key}.{method}") or () for key in intervals]
-            rows.append([label, value, *(" to ".join(write(e, ".3f") for e in p) for p in ends)])
-        heads = ["Method", self.options.get("head", values), "95 % interval"][: 2 + len(intervals)]
-        result = table(heads, rows, range(1, len(heads)))
-        result.insert(0, nodes.title("", self.options.get("caption", "")))
-        self.add_name(result)
-        return [result]
+        name, key = self.text.split(":")
+        found = lookup(self, name, key) or {}
+        low, high = found.get("low"), found.get("high")
+        text = "no interval" if None in (low, high) else judge(low, high)
+        return [nodes.abbreviation("", text, explanation=f"{source(name)}: {key}", classes=["result"])], []
 
 
 class PeopleTable(SphinxDirective):
-    """``METHOD ...``: those methods' first scores for every target of every ``book/runs/downstream_*.json``."""
+    """``real`` or ``SIMULATED``; a line ``METHOD LABEL`` a column: the first scores in every downstream result."""
 
-    required_arguments, optional_arguments = 1, 9
-    option_spec = dict.fromkeys(("caption",), directives.unchanged)
+    required_arguments, has_content = 1, True
 
     def run(self):
-        heads = ["Cohort", "Target", "n", "Folds", "Method", "Score (95 % interval)", "p"]
-        lines = ["| " + " | ".join(heads) + " |", "|" + " --- |" * len(heads)]
-        for path in sorted(Path(self.env.srcdir, RUNS).glob("downstream_*.json")):
-            if path.name.endswith(".manifest.json"):
+        methods = dict(line.split(maxsplit=1) for line in self.content)
+        rows, pages = [], []
+        for name in [doc.removeprefix(f"{RUNS}/") for doc in self.config.external_site_map if "/downstream_" in doc]:
+            if lookup(self, name, "simulated") != (self.arguments[0] == "SIMULATED"):
                 continue
-            found = lookup(self, path.stem, "targets") or {}
-            name = f"[{lookup(self, path.stem, 'cohort')}](runs/{path.stem}.ipynb)"
-            name += " SIMULATED" if lookup(self, path.stem, "simulated") else ""
-            for target, plans in found.items():
+            for target, plans in lookup(self, name, "targets").items():
                 for plan, report in plans.items():
-                    lines += self.rows(name, target, plan, report)
-        box = nodes.container(classes=["wide"])
-        self.state.nested_parse(StringList(lines, source=RUNS), 0, box)
-        return [box]
+                    rows.append(self.row(name, target, plan, report, methods))
+                    pages.append(name)
+        heads = ["Cohort and target", *methods.values()]
+        result = table(heads, rows, range(1, len(heads)), ["people"])
+        for line, name in zip(result.findall(nodes.tbody).__next__().children, pages, strict=True):
+            cells = [cell.astext().partition("|") for cell in line]
+            for cell, (value, _, below) in zip(line, cells, strict=True):
+                cell.clear()
+                cell += [nodes.paragraph("", value), nodes.paragraph("", below, classes=["interval"])]
+            line[0][0].clear()
+            line[0][0] += link(self.env, f"{RUNS}/{name}", cells[0][0])
+        return [nodes.container("", result, classes=["scroll"])]
 
-    def rows(self, name, target, plan, report):
+    def row(self, name, target, plan, report, methods):
         metric = "balanced_accuracy" if report["kind"] == "classification" else "r"
-        for row in report["rows"]:
-            if row["method"] not in self.arguments or row[metric]["value"] is None:
+        found = {row["method"]: row for row in report["rows"]}
+        cohort, held = self.config.external_site_map[f"{RUNS}/{name}"].title, "people" if plan == "kfold" else "a site"
+        texts = [f"{cohort}, {target.replace('_', ' ')}|{held} held out, n {write(report['n'])}"]
+        for method in methods:
+            score = found.get(method, {}).get(metric) or {"value": None}
+            if score["value"] is None:
+                texts.append("")
                 continue
-            p = "" if row.get("p") is None else "< 0.001" if row["p"] < 0.001 else write(row["p"], ".3f")
-            folds = {"kfold": f"{row['n_folds']}", "leave_one_site_out": f"{row['n_folds']} sites"}[plan]
-            ends = " to ".join(write(row[metric][end], ".3f") for end in ("low", "high"))
-            score = ("r " if metric == "r" else "") + f"{write(row[metric]['value'], '.3f')} ({ends})"
-            texts = [name, target.replace("_", " "), str(row["n"]), folds, row["method"], score, p]
-            yield "| " + " | ".join(texts) + " |"
-
-
-class RunTable(SphinxDirective):
-    """Two tables for the runs named: how each one went, and the versions it used."""
-
-    required_arguments, optional_arguments = 1, 30
-
-    def run(self):
-        keys, rows, used = ["status", "started", "seconds", "cpus", "commit", "dirty"], [], {}
-        for run in self.arguments:
-            facts = [lookup(self, f"{run}.manifest", key) for key in keys]
-            ended, start, seconds, cpus, commit, dirty = facts
-            commit = (commit or "none")[:7] + (", changed" if dirty else "")
-            texts = [write(ended), write(start)[:16].replace("T", " "), write(seconds, ".0f")]
-            rows.append([run, *texts, write(cpus), commit])
-            versions = lookup(self, f"{run}.manifest", "versions") or {}
-            versions["python"] = lookup(self, f"{run}.manifest", "python")
-            for package, version in versions.items():
-                used.setdefault(package, {})[version or "not installed"] = True
-        heads = ["Run", "Ended", "Started", "Seconds", "Cores", "Commit"]
-        versions = [[package, ", ".join(found)] for package, found in used.items()]
-        return [table(heads, rows, (3, 4), ["runs"]), table(["Package", "Version"], versions)]
+            ends = [] if score["low"] is None else [score["low"], score["high"]]
+            between = "\N{EN DASH}" if min(ends, default=0) >= 0 else " to "
+            ends = between.join(write(end, ".3f") for end in ends)
+            texts.append(("r " if metric == "r" else "") + write(score["value"], ".3f") + f"|{ends}")
+        return texts
 
 
 def setup(app):
@@ -198,6 +178,6 @@ def setup(app):
     app.add_role("result", Result())
     app.add_role("interval", Interval())
     app.add_role("compare", Compare())
-    app.add_directive("results-table", ResultsTable)
+    app.add_role("verdict", Verdict())
     app.add_directive("people-table", PeopleTable)
     return {"parallel_read_safe": True, "parallel_write_safe": True}

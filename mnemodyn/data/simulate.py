@@ -38,58 +38,35 @@ class Layout:
 
 
 _BIDS = "sub-{participant}/{ses}func/sub-{participant}_{ses_}task-rest_space-fsLR_seg-{atlas}_stat-mean_"
+_COLUMNS = "{n_parcels}_parcellated.dtseries.nii"
+_HCP = "{participant}_V1_MR/MNINonLinear/Results/rfMRI_{run}/rfMRI_{run}_Atlas_hp0_clean_" + _COLUMNS
+_UKB = "{participant}/{participant}_20227_2_0_" + _COLUMNS
+_AP_PA = ("REST1_AP", "REST1_PA")
+_ABIDE, _ADHD = ("NYU", "UM_1", "USM", "KKI", "SDSU"), ("NYU", "Peking", "KKI", "OHSU")
 LAYOUTS = {
-    "abide": Layout(
-        "{site}_{participant}_rois_cc200.1D", "00{:05d}", 2.0, 176, (7, 40), ("NYU", "UM_1", "USM", "KKI", "SDSU")
-    ),
-    "adhd200": Layout(
-        _BIDS + "timeseries.tsv", "{:07d}", 2.0, 176, (7, 21), ("NYU", "Peking", "KKI", "OHSU"), runs=("1",)
-    ),
+    "abide": Layout("{site}_{participant}_rois_cc200.1D", "00{:05d}", 2.0, 176, (7, 40), _ABIDE),
+    "adhd200": Layout(_BIDS + "timeseries.tsv", "{:07d}", 2.0, 176, (7, 21), _ADHD, runs=("1",)),
     "adni": Layout(_BIDS + "timeseries.ptseries.nii", "002S{:04d}", 3.0, 140, (55, 90), sessions=("M00", "M12")),
     "hbn": Layout(_BIDS + "timeseries.tsv", "NDARAA{:03d}ZZ", 0.8, 375, (5, 21), ("RU", "CBIC", "CUNY")),
-    "hcp_aging": Layout(
-        "{participant}_V1_MR/MNINonLinear/Results/rfMRI_{run}/"
-        "rfMRI_{run}_Atlas_hp0_clean_{n_parcels}_parcellated.dtseries.nii",
-        "HCA{:07d}",
-        0.8,
-        478,
-        (36, 90),
-        ("WU", "MGH", "UMN", "UCLA"),
-        runs=("REST1_AP", "REST1_PA"),
-    ),
-    "nkir": Layout(_BIDS + "{n_parcels}_parcellated.dtseries.nii", "A{:08d}", 1.4, 404, (6, 85), sessions=("BAS1",)),
-    "ukb": Layout(
-        "{participant}/{participant}_20227_2_0_{n_parcels}_parcellated.dtseries.nii",
-        "{:07d}",
-        0.735,
-        490,
-        (45, 82),
-        ("Cheadle", "Reading", "Newcastle"),
-    ),
+    "hcp_aging": Layout(_HCP, "HCA{:07d}", 0.8, 478, (36, 90), ("WU", "MGH", "UMN", "UCLA"), runs=_AP_PA),
+    "nkir": Layout(_BIDS + _COLUMNS, "A{:08d}", 1.4, 404, (6, 85), sessions=("BAS1",)),
+    "ukb": Layout(_UKB, "{:07d}", 0.735, 490, (45, 82), ("Cheadle", "Reading", "Newcastle")),
 }
 
 
 def linear_process(generator: str, n_parcels: int, seed: int) -> tuple[np.ndarray, np.ndarray, tuple[str, ...]]:
     """A stationary linear process with unit variances: ``dx = -K x dt + noise``.
 
-    Parameters
-    ----------
-    generator : {"ou", "hcp7"}
-        Ornstein-Uhlenbeck process on a synthetic connectivity, exp(-distance) of random places that mirror each other
-        in two hemispheres, with an edge between twins; or the VAR(1) that ridge regression fits to the seven
-        HCP scans (94 parcels).
-    n_parcels, seed : int
+    The `generator` is ``"ou"``, an Ornstein-Uhlenbeck process on a synthetic connectivity, exp(-distance) of random
+    places that mirror each other in two hemispheres, with an edge between twins; or ``"hcp7"``, the VAR(1) that ridge
+    regression fits to the seven HCP scans (94 parcels). A DataError for another generator, an odd or too small
+    `n_parcels`, or a missing package (hcp7).
 
     Returns
     -------
     K, S : ndarray, shape (parcel, parcel)
         K per second, and the stationary covariance, which is a correlation.
     parcels : tuple of str
-
-    Raises
-    ------
-    DataError
-        For another generator, an odd or too small `n_parcels`, or a missing package (hcp7).
     """
     if generator == "hcp7":
         scans = load_hcp7()
@@ -195,21 +172,18 @@ def simulate_cohort(
     ``base + EDGE_SD * (d * z + noise)`` in units of correlation, with one standard normal ``noise`` a person and
     ``z`` the variable: +-1/2 for the two classes, so that they differ by ``d`` standard deviations of the variation
     between persons, and in standard deviations for the others. A block more varies between persons with nothing.
-    Sessions and runs of a person share the noise; siblings share the family's name only.
+    Sessions and runs of a person share the noise; siblings share the family's name only. A DataError for an unknown
+    cohort or effect, a folder that is not empty, or settings out of range.
 
     Parameters
     ----------
-    name : str
-        One of `LAYOUTS`.
-    folder : str or Path
-        Must be empty or absent.
+    name, folder : str, str or Path
+        One of `LAYOUTS`, and where it goes, which must be empty or absent.
     n_participants, seed : int
         People with usable scans and a row of phenotypes.
-    n_parcels : int
-        Even; 94 where the generator is ``hcp7``.
-    n_frames : int, optional
-        That of the layout by default.
-    effects : dict, optional
+    n_parcels, n_frames : int
+        The former even, 94 where the generator is ``hcp7``; the latter that of the layout by default.
+    effects : dict
         Size ``d`` of a variable's effect (the cohort's targets, ``site``, ``mean_fd``), 1 where it is not given.
     generator : {"ou", "hcp7"}
         See :func:`linear_process`.
@@ -221,11 +195,6 @@ def simulate_cohort(
     -------
     dict
         What ``simulated.json`` beside the data holds: the effects' sizes, blocks and slopes, and the broken files.
-
-    Raises
-    ------
-    DataError
-        For an unknown cohort or effect, a folder that is not empty, or settings out of range.
     """
     if name not in LAYOUTS:
         refuse(f"cohort must be one of {', '.join(LAYOUTS)}, got {name!r}", "setting")
@@ -264,8 +233,7 @@ def simulate_cohort(
 
     people = [layout.participant.format(i + 1) for i in range(n)]
     rows, files = [], {}
-    half = _root(s, -0.5)
-    copied = None
+    half, copied = _root(s, -0.5), None
     for t_r in np.unique(times):
         group = np.flatnonzero(times == t_r)
         for members in (group[i : i + CHUNK] for i in range(0, len(group), CHUNK)):
@@ -286,15 +254,10 @@ def simulate_cohort(
                     if fault != "no-phenotype":
                         rows.append((int(who), scan))
     _write_phenotype(folder, cohort, layout, rows, drawn, variables, rng)
-    planted = {
-        variable: {
-            "d": sizes[variable],
-            "slope": sizes[variable] * EDGE_SD,
-            "per": drawn[variable][2],
-            "block": sorted(map(int, block)),
-        }
-        for variable, block in zip(known, blocks, strict=False)
-    }
+    planted = {}
+    for variable, block in zip(known, blocks, strict=False):
+        d, per = sizes[variable], drawn[variable][2]
+        planted[variable] = {"d": d, "slope": d * EDGE_SD, "per": per, "block": sorted(map(int, block))}
     truth = {"simulated": True, "cohort": name, "generator": generator, "seed": seed, "n_participants": n_participants}
     truth |= {"edge_sd": EDGE_SD, "effects": planted, "broken": files}
     write_json(folder / SIMULATED, truth)
@@ -331,14 +294,13 @@ def _write_phenotype(folder, cohort: Cohort, layout: Layout, rows: list, drawn: 
     for who in dict.fromkeys(w for w, _ in rows):  # in a participant's rows all is the same
         raw[who] = {}
         for name, column in variables.items():
-            if column.column in raw[who]:
-                continue
-            value = _raw(column, drawn[name][0][who], rng)
-            if column.exclude and rng.uniform() < MISSING:
-                value = str(rng.choice(column.exclude))
-            raw[who][column.column] = missing if rng.uniform() < MISSING else value
+            if column.column not in raw[who]:
+                value = _raw(column, drawn[name][0][who], rng)
+                if column.exclude and rng.uniform() < MISSING:
+                    value = str(rng.choice(column.exclude))
+                raw[who][column.column] = missing if rng.uniform() < MISSING else value
     related = list(raw)[: len(raw) // 5 * 2]  # two in five have a sibling among them
-    families = dict(zip(related, [f"F{i // 2:04d}" for i in range(len(related))], strict=True))
+    families = {who: f"F{i // 2:04d}" for i, who in enumerate(related)}
     lines = []
     for who, scan in rows:
         line = {column: template.format_map(scan) for column, template in table.match.items()} | raw[who]

@@ -27,7 +27,7 @@ import os
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import cached_property
 from pathlib import Path
 from typing import Any, BinaryIO, TypeAlias
@@ -36,9 +36,9 @@ import numpy as np
 import pandas as pd
 from numpy.lib import format as npy
 
-from mnemodyn.data.formats import refuse
+from mnemodyn.data.formats import naming, refuse
 from mnemodyn.data.scaling import MEAN, SD, Scaling, moments
-from mnemodyn.data.scans import DataError, Scan
+from mnemodyn.data.scans import DataError, Scan, check_parcels
 from mnemodyn.files import sha256, write_json, writing
 
 __all__ = ["Store", "convert"]
@@ -49,21 +49,19 @@ ENTITIES = ("participant_id", "session", "run", "path")
 LIMIT = np.finfo(np.float16).max  # only a censored frame can lie further out
 KEEP_MAPPED = 1 << 27  # bytes read before the maps are closed, so that a pass over a large store stays small
 Row: TypeAlias = dict[str, Any]
+Progress: TypeAlias = Callable[[int, int], None] | None
 
 
 def convert(
-    scans: Any,
-    folder: str | Path,
-    *,
-    dtype: str = "float16",
-    scans_per_shard: int = 256,
-    progress: Callable[[int, int], None] | None = None,
+    scans: Any, folder: str | Path, *, dtype: str = "float16", scans_per_shard: int = 256, progress: Progress = None
 ) -> "Store":
     """Write scans into a store, or add those that it does not have yet.
 
-    May be killed at any moment and started again: it goes on from the last whole shard and ends in the same bytes.
-    One scan is held in memory at a time. A scan that cannot be read, or has other parcels than the first, is listed
-    in ``Store.excluded``.
+    May be killed at any moment and started again: it goes on from the last whole shard and ends in the same bytes. One
+    scan is held in memory at a time. A scan that cannot be read, or has other parcels than the first, is listed in
+    ``Store.excluded``. A DataError if the folder holds something else, a store of another dtype or cohort, or a scan
+    whose file has changed since; if two scans share participant, session, run and path; if no scan is usable; if
+    another conversion is at work.
 
     Parameters
     ----------
@@ -73,20 +71,11 @@ def convert(
     folder : str or Path
     dtype : {"float16", "float32"}
     scans_per_shard : int
-    progress : callable, optional
+    progress : callable
         Called with the number of the scan at hand, from 1, and of all scans to do.
-
-    Raises
-    ------
-    DataError
-        If the folder holds something else, a store of another dtype or cohort, or a scan whose file has changed
-        since; if two scans share participant, session, run and path; if no scan is usable; if another conversion is
-        at work.
     """
     if dtype not in DTYPES:
         refuse(f"dtype must be one of {DTYPES}, got {dtype!r}", "dtype")
-    if scans_per_shard < 1:
-        raise ValueError(f"scans_per_shard must be >= 1, got {scans_per_shard}")
     folder = Path(folder)
     rows, load, left_out = _source(scans)
     for key, times in Counter(map(_key, rows)).items():
@@ -112,8 +101,8 @@ def convert(
         # Shards are chunks of what is to do, so that those of a killed conversion are those of the next one too.
         first = 1 + max((int(p.stem) for p in shards), default=-1)
         for at in range(0, len(todo), scans_per_shard):
-            tick = None if progress is None else lambda i, at=at: progress(at + i, len(todo))
             stem = folder / f"{first + at // scans_per_shard:05d}"
+            tick = None if progress is None else lambda i, at=at: progress(at + i, len(todo))
             head = _write_shard(stem, todo[at : at + scans_per_shard], load, head, new, tick)
         if head is None:
             refuse(f"none of the {len(rows)} scans for {folder} is usable", "no-scan")
@@ -155,27 +144,26 @@ def _shards(folder: Path) -> list[Path]:
 
 @contextmanager
 def _locked(folder: Path) -> Iterator[None]:
-    """Keep a second conversion out. The lock ends with the process, however that ends."""
+    """Keep a second conversion out. The lock ends with the process, however that ends; Windows has none."""
+    at = None
     try:
-        import fcntl
-    except ImportError:  # Windows
-        yield
-        return
-    at = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(at, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        with suppress(ImportError):
+            import fcntl
+
+            at = os.open(folder, os.O_RDONLY)
+            fcntl.flock(at, fcntl.LOCK_EX | fcntl.LOCK_NB)
         yield
     except BlockingIOError:
         refuse(f"{folder}: another conversion is writing this store", "locked")
     finally:
-        os.close(at)
+        if at is not None:
+            os.close(at)
 
 
 def _open_for_writing(folder: Path, new: Row) -> Row | None:
     """The store's ``parcels.json``, if it has scans; whatever a killed conversion left half done is removed."""
     ours = re.compile(r"parcels\.json|store\.json|\d{5,}(\.moments|\.censored)?\.(npy|json)|\..*")
-    strange = [p.name for p in folder.iterdir() if not ours.fullmatch(p.name)]
-    if strange:
+    if strange := [p.name for p in folder.iterdir() if not ours.fullmatch(p.name)]:
         refuse(f"{folder}: not a store, it holds {strange[:3]}; name a new folder", "not-a-store")
     whole = {p.stem for p in _shards(folder)}
     for path in folder.iterdir():
@@ -186,9 +174,8 @@ def _open_for_writing(folder: Path, new: Row) -> Row | None:
     head = _head(folder)
     for name, value in new.items():
         if head[name] != value:
-            refuse(
-                f"{folder}: a store with {name} {head[name]!r}, but {name} is {value!r} here; name a new folder", name
-            )
+            found = f"a store with {name} {head[name]!r}, but {name} is {value!r} here"
+            refuse(f"{folder}: {found}; name a new folder", name)
     return head
 
 
@@ -200,12 +187,11 @@ def _head(folder: Path) -> Row:
 
 
 def _read_json(path: Path) -> Row:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        return content if isinstance(content, dict) else {}
-    except FileNotFoundError:
+    if not path.is_file():
         refuse(f"{path}: the store lacks this file; run its conversion again", "missing")
-    except ValueError as error:
+    try:
+        return dict(json.loads(path.read_text(encoding="utf-8")))
+    except (ValueError, TypeError) as error:
         refuse(f"{path}: damaged ({error}); convert into a new folder", "checksum")
 
 
@@ -232,10 +218,8 @@ def _write_shard(
                 if head is None:
                     head = new | {"atlas": scan.atlas, "parcels": scan.parcels}
                     write_json(stem.parent / "parcels.json", head)
-                if scan.parcels != head["parcels"]:
-                    count, ours = len(scan.parcels), len(head["parcels"])
-                    kind = "parcel-count" if count != ours else "parcel-order"
-                    refuse(f"{scan.source}: {count} parcels, the store has {ours} of other names or order", kind)
+                with naming(scan.source):
+                    check_parcels(scan.parcels, head["parcels"])
                 m = moments(scan.values, scan.censored)
             except DataError as error:
                 facts = {name: row.get(name) for name in (*ENTITIES, "source_bytes")}
@@ -256,11 +240,8 @@ def _write_shard(
             all_moments.append(m)
             all_censored.append(censored)
             start += scan.n_frames
-        if rows:
-            stream.seek(0)
-            _npy_header(stream, new["dtype"], start, all_moments[0].shape[1])
-        else:
-            np.save(stream, np.zeros((0, 0), new["dtype"]))
+        stream.seek(0)
+        _npy_header(stream, new["dtype"], start, all_moments[0].shape[1] if rows else 0)
     parts = {"moments": np.array(all_moments).reshape(len(rows), 4, -1 if rows else 0)}
     if any(c.any() for c in all_censored):
         parts["censored"] = np.concatenate(all_censored)
@@ -320,7 +301,8 @@ class _StoredScan(Scan):
 class Store(Sequence[Scan]):
     """The scans of a store. A scan's values are read when they are asked for.
 
-    Goes to other processes as its folder and rows: each opens its own maps.
+    Goes to other processes as its folder and rows: each opens its own maps. A DataError if the folder holds no store,
+    one whose conversion has not ended, or one whose index was altered.
 
     Attributes
     ----------
@@ -330,14 +312,7 @@ class Store(Sequence[Scan]):
         parcel over the scan.
     excluded : DataFrame
         What could not be used: ``participant_id``, ``path`` or ``file``, ``problem``, ``message``.
-    dtype, cohort, atlas : str
-    parcels : tuple of str
-    simulated : bool
-
-    Raises
-    ------
-    DataError
-        If the folder holds no store, one whose conversion has not ended, or one whose index was altered.
+    dtype, cohort, atlas, parcels, simulated : str, str, str, tuple of str, bool
     """
 
     def __init__(self, folder: str | Path):
@@ -378,9 +353,6 @@ class Store(Sequence[Scan]):
 
     def __getstate__(self) -> Row:
         return self.__dict__ | {"_maps": {}}
-
-    def __repr__(self) -> str:
-        return f"Store({str(self.folder)!r}, {len(self)} scans, {len(self.parcels)} parcels, {self.dtype})"
 
     def __len__(self) -> int:
         return len(self._where)
@@ -447,18 +419,9 @@ class Store(Sequence[Scan]):
         return self._parts(i, start, stop)[2]
 
     def read(self, i: int, start: int = 0, stop: int | None = None, scaling: Scaling | None = None) -> np.ndarray:
-        """Some frames of scan `i` (all by default), scaled with the whole scan's moments; only those frames are read.
+        """Some frames of scan `i` (all by default), (time, parcel) float32, scaled with the whole scan's moments.
 
-        Parameters
-        ----------
-        i, start, stop : int
-        scaling : Scaling, optional
-            The z-score of each parcel by default.
-
-        Returns
-        -------
-        ndarray, shape (time, parcel), float32
-            A copy. A frame without a value is 0.
+        Only those frames are read, into a copy; a frame without a value is 0. Scaled to z-scores by default.
         """
         import torch  # which turns float16 into float32 ten times as fast as NumPy does
 
@@ -478,13 +441,10 @@ class Store(Sequence[Scan]):
     def summary(self) -> str:
         """What is in it, and how many scans were left out for which reason."""
         people, error = self.table["participant_id"].nunique(), self.table["error_max"].max()
-        lines = [
-            f"{len(self)} scans of {people} participants, {len(self.parcels)} parcels, {self.dtype} (largest error "
-            f"{error:.2g} SD)" + (", SIMULATED" if self.simulated else "")
-        ]
-        out = self.excluded
-        out = out[out["left_out_of"] != "targets"] if "left_out_of" in out else out
-        counts = out["problem"].value_counts() if len(out) else {}
+        what = f"{len(self)} scans of {people} participants, {len(self.parcels)} parcels, {self.dtype}"
+        lines = [f"{what} (largest error {error:.2g} SD)" + (", SIMULATED" if self.simulated else "")]
+        out = self.excluded.reindex(columns=["problem", "left_out_of"])
+        counts = out["problem"][out["left_out_of"] != "targets"].value_counts()
         return "\n".join([*lines, *(f"left out: {count} {problem}" for problem, count in counts.items())])
 
     @property
@@ -496,13 +456,7 @@ class Store(Sequence[Scan]):
         return digest.hexdigest()
 
     def verify(self) -> int:
-        """Compare every scan with its checksum; returns the number of scans.
-
-        Raises
-        ------
-        DataError
-            For the first that is not what was converted: missing, truncated or checksum.
-        """
+        """Compare every scan with its checksum and return their number; a DataError for the first that differs."""
         for i, (shard, _, first, n_frames) in enumerate(self._where):
             stored, m, censored = self._parts(i)
             censored = np.zeros(n_frames, dtype=bool) if censored is None else censored

@@ -10,7 +10,6 @@ network's read-out tells the people of the fold apart that it was not trained on
 import hashlib
 import io
 import json
-import math
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import redirect_stdout
@@ -22,7 +21,6 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
-from scipy.stats import t as student
 from sklearn.cluster import FeatureAgglomeration
 from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import cross_validate
@@ -35,6 +33,7 @@ from mnemodyn.data.scans import DataError, Scan, fingerprint, split_participants
 from mnemodyn.evaluate.features import connectivity
 from mnemodyn.evaluate.metrics import hidden_sums
 from mnemodyn.evaluate.readout import MnemoDynEncoder
+from mnemodyn.evaluate.scores import t_interval
 from mnemodyn.evaluate.splits import repeated_folds
 from mnemodyn.files import write_json
 from mnemodyn.model.config import ModelConfig
@@ -45,8 +44,6 @@ from mnemodyn.pretrain.objective import Masked
 from mnemodyn.pretrain.windows import cut_windows
 from mnemodyn.provenance import surroundings
 
-__all__ = ["DEFAULT", "Cell", "Condition", "Grid", "collect", "diagnose", "read_grid", "run_grid", "score", "table"]
-
 DEFAULT = "default"
 READOUT = "latent_correlation"  # what the second outcome is read from
 
@@ -55,14 +52,8 @@ READOUT = "latent_correlation"  # what the second outcome is read from
 class Condition:
     """What a trained network is given in the test; the defaults are the plain test.
 
-    Attributes
-    ----------
-    window : int
-        Frames it is given at a time; 0 for the grid's.
-    every : int
-        Only every so many frames are kept, which is another repetition time.
-    censored : float
-        Share of frames that are missing.
+    `window` is how many frames it is given at a time, 0 for the grid's; only one of `every` frames is kept, which is
+    another repetition time; a share of frames is `censored`, that is missing.
     """
 
     window: int = 0
@@ -79,16 +70,9 @@ class Condition:
 class Cell:
     """One cell: what it is called, and what is changed in training or in the test.
 
-    Attributes
-    ----------
-    name, group, label : str
-    settings : mapping
-        Of pretraining, by name; ``n_train``, how many of the training scans are used; and ``merge``, how many times
-        fewer parcels are left when similar ones are averaged.
-    test : mapping
-        Of a :class:`Condition`.
-    against : str
-        The cell that it is compared with.
+    `settings` are those of pretraining, by name; ``n_train``, how many of the training scans are used; and ``merge``,
+    how many times fewer parcels are left when similar ones are averaged. `test` are those of a :class:`Condition`,
+    `against` is the cell that it is compared with.
     """
 
     name: str
@@ -101,24 +85,12 @@ class Cell:
 
 @dataclass(frozen=True, kw_only=True)
 class Grid:
-    """A grid at one size. Masks as `Masked` in windows of `n_timepoints` frames, given to the network `window` at a time.
+    """A grid at one size: masks as `Masked`, windows of `n_timepoints` frames given to the network `window` at a time.
 
-    Attributes
-    ----------
-    cells : tuple of Cell
-        The default first.
-    settings : mapping
-        Of the default cell.
-    folds, n_test : int
-        Folds that are run; people held out from all of them.
-    n_timepoints, window, mask_window : int
-        Frames.
-    hidden_share : float
-    n_score : int
-        People scored in a fold; a tenth as many others, at least one, choose the epoch.
-    target : str
-        Of the cohort, two classes: the second outcome.
-    """  # noqa: E501
+    The first of `cells` is the default, whose settings are `settings`. `n_test` people are held out from all `folds`;
+    in each, `n_score` people are scored, and a tenth as many others, at least one, choose the epoch. `target`, of the
+    cohort and of two classes, is the second outcome.
+    """
 
     cells: tuple[Cell, ...]
     settings: Mapping[str, Any]
@@ -137,13 +109,7 @@ class Grid:
 
 
 def read_grid(path: str | Path, size: str) -> Grid:
-    """A grid at one of its sizes.
-
-    Raises
-    ------
-    ParameterError
-        If the size, a cell, a section or a setting is unknown, or a value is refused.
-    """
+    """A grid at one of its sizes; ParameterError for a name that is unknown, or a value that is refused."""
     content = read_yaml(Path(path).read_text(encoding="utf-8"))
     if size not in content["sizes"]:
         raise unknown("size", size, content["sizes"])
@@ -167,17 +133,13 @@ def read_grid(path: str | Path, size: str) -> Grid:
 
 
 def _configure(settings: Mapping[str, Any]):
-    """Settings of the grid's own, and those of pretraining."""
-    settings = dict(settings)
-    own = {name: settings.pop(name, 0) for name in ("n_train", "merge")}
-    for (name, value), what in zip(own.items(), ("a number of scans", "a number of parcels in one"), strict=True):
+    """Settings of pretraining; those of the grid's own are checked."""
+    own = {"n_train": "a number of scans", "merge": "a number of parcels in one"}
+    for name, what in own.items():
+        value = settings.get(name, 0)
         if type(value) is not int or value < 0:
             raise ParameterError(f"{name} must be {what}, 0 for all, got {value!r}")
-    return own, configure("masked", {}, settings)
-
-
-def _digest(content: Any) -> str:
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
+    return configure("masked", {}, {name: value for name, value in settings.items() if name not in own})
 
 
 def score(
@@ -191,18 +153,8 @@ def score(
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Squared errors over hidden entries of one scan, in SD of its parcels whatever the network reads.
 
-    Parameters
-    ----------
-    model : MnemoDyn
-    scan : Scan
-    scaling : Scaling
-        Of the network.
-    grid : Grid
-    condition : Condition
-    seed : int
-        Of masks and censored frames.
-    finer : tuple, optional
-        Network, scaling and scan before parcels were merged, and the merged parcel (parcel,) of each of its own.
+    `seed` is that of masks and censored frames. `finer` are network, scaling and scan before parcels were merged, and
+    the merged parcel (parcel,) of each of its own.
 
     Returns
     -------
@@ -231,9 +183,8 @@ def score(
     censored = np.random.default_rng(seed).random(truth.shape[:2]) < condition.censored
     kept = (slice(None), slice(None, None, condition.every))
     scored = (hidden & ~censored[..., None])[kept]
-    error, total = hidden_sums(
-        truth[kept], (fill(model, scaling, scan, hidden, censored, condition) - mean) / sd, scored
-    )
+    out = (fill(model, scaling, scan, hidden, censored, condition) - mean) / sd
+    error, total = hidden_sums(truth[kept], out, scored)
     plain, none = error, np.zeros_like(censored)
     if finer is not None:
         other, its_scaling, whole, groups = finer
@@ -263,25 +214,15 @@ def _merge(scan: Scan, groups: np.ndarray) -> Scan:
 
 
 def diagnose(features: np.ndarray, table: pd.DataFrame, target: str) -> dict[str, float]:
-    """How well a logistic regression tells two classes apart, in five repeats of five folds over people and families.
+    """``auc`` and ``balanced_accuracy`` of a logistic regression on features (scan, feature), two classes of a target.
 
-    Parameters
-    ----------
-    features : ndarray, shape (scan, feature)
-        Standardised by the training scans of each fold; the penalty is fixed.
-    table : DataFrame
-        A row a scan, with ``participant_id``, ``family`` where known, and the target.
-    target : str
-
-    Returns
-    -------
-    dict
-        ``auc`` and ``balanced_accuracy``, means over folds.
+    Means over five repeats of five folds over people and families. Features are standardised by the training scans of
+    each fold; the penalty is fixed. `table` has a row a scan, with ``participant_id``, ``family`` where known, and the
+    target.
     """
-    folds = repeated_folds(table, target)
     y = pd.factorize(table[target], sort=True)[0]
     classifier = make_pipeline(StandardScaler(), LogisticRegression(C=0.01, max_iter=1000))
-    splits = [(train, test) for _, _, train, test in folds.split(table["participant_id"])]
+    splits = [(train, test) for _, _, train, test in repeated_folds(table, target).split(table["participant_id"])]
     metrics = {"auc": "roc_auc", "balanced_accuracy": "balanced_accuracy"}
     found = cross_validate(classifier, features, y, cv=splits, scoring=metrics)
     return {name: float(found[f"test_{name}"].mean()) for name in metrics}
@@ -318,28 +259,30 @@ class _Fold:
             labelled = [person for person in self.people if person in table.index]
             self.table = table.loc[labelled].reset_index()
 
+    def training_scans(self, cell: Cell) -> list[Scan]:
+        return self.sides["train"][: self.grid.training(cell).get("n_train") or None]
+
     def identity(self, cell: Cell) -> dict:
         """What decides the weights of the cell's network."""
-        n_train = _configure(self.grid.training(cell))[0]["n_train"]
-        sides = self.sides | {"train": self.sides["train"][: n_train or None]}
-        data = {side: fingerprint(found) for side, found in sides.items()}
+        sides = self.sides | {"train": self.training_scans(cell)}
+        data = {name: fingerprint(side) for name, side in sides.items()}
         return {"settings": self.grid.training(cell), "fold": self.number, "data": data}
 
     def groups(self, cell: Cell) -> np.ndarray | None:
         """Merged parcel of each parcel, where the cell merges them."""
-        data, _ = _configure(self.grid.training(cell))
-        return merged_parcels(self.sides["train"], data["merge"]) if data["merge"] > 1 else None
+        times = self.grid.training(cell).get("merge", 0)
+        return merged_parcels(self.sides["train"], times) if times > 1 else None
 
     def trained(self, cell: Cell) -> Checkpoint:
         """The cell's network, from the folder or trained now."""
         from mnemodyn.pretrain.training import pretrain  # imports Lightning, which takes seconds
 
-        network, unfinished = self.folder / "networks" / _digest(self.identity(cell)), self.folder / "unfinished"
+        digest = hashlib.sha256(json.dumps(self.identity(cell), sort_keys=True).encode()).hexdigest()[:16]
+        network, unfinished = self.folder / "networks" / digest, self.folder / "unfinished"
         if not network.is_dir():
-            data, (objective, model, training, _, machine) = _configure(
-                self.grid.training(cell) | {"seed": self.number}
-            )
-            train, choose = self.sides["train"][: data["n_train"] or None], self.sides["choose"]
+            settings = self.grid.training(cell) | {"seed": self.number}
+            objective, model, training, _, machine = _configure(settings)
+            train, choose = self.training_scans(cell), self.sides["choose"]
             if (groups := self.groups(cell)) is not None:
                 train, choose = ([_merge(scan, groups) for scan in side] for side in (train, choose))
             with redirect_stdout(io.StringIO()):
@@ -362,10 +305,8 @@ class _Fold:
     def run(self, cell: Cell) -> dict:
         """The cell's record, from the folder where it was finished before, otherwise trained and scored."""
         grid, path = self.grid, self.folder / f"{cell.name}-{self.number}.json"
-        identity = self.identity(cell) | {
-            "test": dict(cell.test),
-            **{f.name: getattr(grid, f.name) for f in fields(grid)[4:]},
-        }
+        about = {f.name: getattr(grid, f.name) for f in fields(grid)[4:]}
+        identity = self.identity(cell) | {"test": dict(cell.test), **about}
         if path.is_file() and (found := json.loads(path.read_text())).get("identity") == identity:
             return found
         start, checkpoint, groups = process_time(), self.trained(cell), self.groups(cell)
@@ -411,7 +352,7 @@ def run_grid(
     table: pd.DataFrame | None = None,
     log: Callable[[str], None] = print,
 ) -> dict[str, list[dict]]:
-    """Every cell on every fold, fold by fold, so that what is finished is always comparable; returns the records.
+    """Records of every cell on every fold, fold by fold, so that what is finished is always comparable.
 
     `table` has a row a scan, with ``participant_id`` and the grid's target.
     """
@@ -427,11 +368,7 @@ def run_grid(
 
 
 def _interval(values: Sequence[float] | np.ndarray) -> dict:
-    """Mean and 95 % t interval over folds; without one where there is a single fold."""
-    mean, n = float(np.mean(values)), len(values)
-    half = float(student.ppf(0.975, n - 1) * np.std(values, ddof=1) / math.sqrt(n)) if n > 1 else None
-    low, high = (None, None) if half is None else (round(mean - half, 6), round(mean + half, 6))
-    return {"value": round(mean, 6), "low": low, "high": high}
+    return {name: None if v is None else round(v, 6) for name, v in t_interval(values).items()}
 
 
 def collect(grid: Grid, records: Mapping[str, Sequence[Mapping]], **facts) -> dict:
@@ -480,9 +417,9 @@ def collect(grid: Grid, records: Mapping[str, Sequence[Mapping]], **facts) -> di
 
 
 def table(found: Mapping, outcome: str = "r2") -> pd.DataFrame:
-    """What `collect` gives, a row a cell: name, group, label, n_parameters, the outcome; value, low, high of its difference.
+    """A row a cell of what `collect` gives: name, group, label, n_parameters, outcome; value, low, high of its difference.
 
-    `outcome` is ``r2``, or with a target ``auc`` or ``balanced_accuracy``.
+    The outcome is ``r2``, or with a target ``auc`` or ``balanced_accuracy``.
     """  # noqa: E501
     rows = []
     for cell in found["cells"]:

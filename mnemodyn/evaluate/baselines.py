@@ -1,17 +1,14 @@
 """Baselines that reconstruct the hidden entries of a scan.
 
-Each has ``fit(scans)``, returning a fitted copy of itself, and ``fill(x, hidden)``, returning `x`
-with its hidden entries predicted. None reads a hidden entry: these may hold anything, NaN included.
+Each has ``fit(scans)``, returning a fitted copy of itself, and ``fill(x, hidden)``, returning `x` in float64 with its
+hidden entries predicted. None reads a hidden entry: these may hold anything, NaN included. `scans` are (time, parcel),
+the scaled scans of training participants; `x` is (batch, time, parcel), in SD; `hidden` is boolean with the shape of
+`x`. A ``fill`` raises ValueError on a shape or a visible NaN, and RuntimeError before a fit that it needs.
 
-`scans` is a sequence of (time, parcel) arrays, the scaled scans of training participants; `x` is
-(batch, time, parcel), scaled, in SD; `hidden` is boolean with the shape of `x`, True where hidden;
-the result is a float64 array with the shape of `x`.
-
-Both Gaussian baselines use one fact: if ``z ~ N(0, K^-1)``, the mean of the hidden entries given
-the visible ones solves ``K_hh z_h = -K_hv z_v``. For single frames ``K`` is the inverse covariance.
-For a first-order autoregression it is block-tridiagonal in time; eliminating forwards and
-substituting backwards are then the Kalman filter and the Rauch-Tung-Striebel smoother in
-information form, where an exact observation deletes a row and a column: no jitter is needed.
+Both Gaussian baselines use one fact: if ``z ~ N(0, K^-1)``, the mean of the hidden entries given the visible ones
+solves ``K_hh z_h = -K_hv z_v``. For single frames ``K`` is the inverse covariance. For a first-order autoregression it
+is block-tridiagonal in time; eliminating forwards and substituting backwards are then the Kalman filter and the
+Rauch-Tung-Striebel smoother in information form, where an exact observation deletes a row and a column: no jitter.
 """
 
 from __future__ import annotations
@@ -51,7 +48,6 @@ def _visible(x: np.ndarray, hidden: np.ndarray, mean: np.ndarray | None = None) 
     return x, hidden
 
 
-@dataclass(frozen=True)
 class Zero:
     """Predict zero, which is each parcel's mean in a scaled scan."""
 
@@ -60,24 +56,19 @@ class Zero:
         return self
 
     def fill(self, x: np.ndarray, hidden: np.ndarray) -> np.ndarray:
-        """Return `x` with zeros where `hidden`; ValueError on a shape or a visible NaN."""
+        """Return `x` with zeros where `hidden`."""
         return _visible(x, hidden)[0]
 
 
-@dataclass(frozen=True)
-class Interpolation:
+class Interpolation(Zero):
     """Interpolate each parcel linearly in time between its visible frames.
 
-    Outside the first and the last of them the nearest visible value is held; a parcel with no
-    visible frame in the window is zero.
+    Outside the first and the last of them the nearest visible value is held; a parcel with no visible frame in the
+    window is zero.
     """
 
-    def fit(self, scans: Sequence[np.ndarray]) -> Self:
-        """Return itself: nothing is learned."""
-        return self
-
     def fill(self, x: np.ndarray, hidden: np.ndarray) -> np.ndarray:
-        """Return `x` with `hidden` interpolated; ValueError on a shape or a visible NaN."""
+        """Return `x` with `hidden` interpolated."""
         filled, hidden = _visible(x, hidden)
         frames = np.arange(filled.shape[1])
         for item, parcel in np.argwhere(hidden.any(1) & ~hidden.all(1)):
@@ -87,19 +78,14 @@ class Interpolation:
 
 
 @dataclass(frozen=True, eq=False)
-class _Gaussian:
-    """What the Gaussian baselines share.
+class SpatialGaussian:
+    """Mean of a frame's hidden parcels given its visible ones, under one Gaussian.
 
-    Parameters
-    ----------
-    shrinkage
-        Weight in (0, 1] of white noise, of the same mean variance, in the training moments. The
-        default is chosen on training participants: of 0.01 to 0.2, it predicts each of five HCP
-        participants best from the other four (for `VAR` within 0.001 of R2 of the best). With
-        hundreds of training scans less is needed, and 0.1 then costs about 0.001.
-    mean, covariance, lagged
-        Moments set by `fit`: (parcel,), (parcel, parcel), and the (parcel, parcel) covariance of a
-        frame (rows) with the one before it (columns).
+    `shrinkage` is the weight in (0, 1] of white noise, of the same mean variance, in the training moments. The default
+    is chosen on training participants: of 0.01 to 0.2, it predicts each of five HCP participants best from the other
+    four (for `VAR` within 0.001 of R2 of the best). With hundreds of training scans less is needed, and 0.1 then costs
+    about 0.001. `fit` sets the moments: mean (parcel,), covariance (parcel, parcel), and `lagged`, that of a frame
+    (rows) with the one before it (columns).
     """
 
     shrinkage: float = 0.1
@@ -114,18 +100,8 @@ class _Gaussian:
         a = 1 - self.shrinkage
         return replace(self, mean=mean, covariance=a * covariance + white, lagged=a * lagged)
 
-
-class SpatialGaussian(_Gaussian):
-    """Mean of a frame's hidden parcels given its visible ones, under one Gaussian.
-
-    Parameters are `shrinkage` and the moments that `fit` sets (`mean`, `covariance`, `lagged`).
-    """
-
     def fill(self, x: np.ndarray, hidden: np.ndarray) -> np.ndarray:
-        """Return `x` with `hidden` predicted frame by frame.
-
-        Raises RuntimeError before `fit`, and ValueError on a shape or a visible NaN.
-        """
+        """Return `x` with `hidden` predicted frame by frame."""
         x, hidden = _visible(x, hidden, self.mean)
         frames = (-1, 1, x.shape[2])
         diagonal = [_inverse(self.covariance)]
@@ -133,18 +109,17 @@ class SpatialGaussian(_Gaussian):
         return filled.reshape(x.shape)
 
 
-class VAR(_Gaussian):
+class VAR(SpatialGaussian):
     """Mean of the hidden entries given all visible ones of a window, under an autoregression.
 
-    ``x_t - mean = transition (x_{t-1} - mean) + e_t``, ``e_t ~ N(0, noise)``, starting from the
-    stationary `covariance`. The transition is ridge least squares in its Yule-Walker form [1]_:
-    with training covariances ``C0`` and ``C1`` (lag one), ``a`` the shrinkage and ``s`` the mean
-    variance, ``covariance = (1 - a) C0 + a s I`` and ``transition = (1 - a) C1 covariance^-1``. It
-    is stable whatever the data, with exactly `covariance` as its stationary covariance.
+    ``x_t - mean = transition (x_{t-1} - mean) + e_t``, ``e_t ~ N(0, noise)``, starting from the stationary
+    `covariance`. The transition is ridge least squares in its Yule-Walker form [1]_: with training covariances ``C0``
+    and ``C1`` (lag one), ``a`` the shrinkage and ``s`` the mean variance, ``covariance = (1 - a) C0 + a s I`` and
+    ``transition = (1 - a) C1 covariance^-1``. It is stable whatever the data, with `covariance` its stationary one.
 
-    The prediction is that of a Kalman filter with exact observations and a Rauch-Tung-Striebel
-    smoother [2]_: nothing gets a smaller expected squared error out of this autoregression. Time
-    grows with batch x time x parcel^3. Parameters are those of `SpatialGaussian`.
+    The prediction is that of a Kalman filter with exact observations and a Rauch-Tung-Striebel smoother [2]_: nothing
+    gets a smaller expected squared error out of this autoregression. Time grows with batch x time x parcel^3.
+    Parameters are those of `SpatialGaussian`.
 
     References
     ----------
@@ -164,10 +139,7 @@ class VAR(_Gaussian):
         return (noise + noise.T) / 2
 
     def fill(self, x: np.ndarray, hidden: np.ndarray) -> np.ndarray:
-        """Return `x` with `hidden` predicted from every visible entry of its window.
-
-        Raises RuntimeError before `fit`, and ValueError on a shape or a visible NaN.
-        """
+        """Return `x` with `hidden` predicted from every visible entry of its window."""
         x, hidden = _visible(x, hidden, self.mean)
         n_steps = x.shape[1] - 1
         transition, noise = torch.from_numpy(self.transition), _inverse(self.noise)
@@ -215,15 +187,8 @@ class SpatiotemporalGaussian:
     Every pair of frames up to `n_lags` apart is correlated as in the training scans, see
     `mnemodyn.model.front.lag_covariances`, where `shrinkage` is explained.
 
-    Parameters
-    ----------
-    n_lags
-        Largest lag, in frames.
-    own
-        Weight in [0, 1) of the scan's own covariance, from products of visible pairs, beside the group's. Then the
-        process is the group's, mixed so that it has this covariance. Such a prediction is not linear in the scan.
-    mean, lags
-        Moments set by `fit`.
+    `own` is the weight in [0, 1) of the scan's own covariance, from products of visible pairs, beside the group's. Then
+    the process is the group's, mixed so that it has this covariance. Such a prediction is not linear in the scan.
     """
 
     shrinkage: float = 0.1
@@ -238,7 +203,7 @@ class SpatiotemporalGaussian:
         return replace(self, mean=mean, lags=lags)
 
     def fill(self, x: np.ndarray, hidden: np.ndarray) -> np.ndarray:
-        """Return `x` with `hidden` predicted; RuntimeError before `fit`, ValueError on a shape or a visible NaN."""
+        """Return `x` with `hidden` predicted."""
         x, hidden = _visible(x, hidden, self.mean)
         centred, mask = torch.from_numpy(np.where(hidden, 0.0, x - self.mean)), torch.from_numpy(hidden)
         lags = torch.from_numpy(self.lags)
@@ -283,23 +248,10 @@ def _hidden_mean(
     diagonal: list[torch.Tensor],
     coupling: torch.Tensor,
 ) -> torch.Tensor:
-    """Mean of the hidden entries given the visible under a block-tridiagonal precision matrix.
+    """Mean of the hidden entries given the visible under a block-tridiagonal precision matrix; zero where visible.
 
-    Parameters
-    ----------
-    x
-        (batch, time, parcel), float64, mean removed, zero where hidden.
-    hidden
-        (batch, time, parcel), boolean.
-    diagonal
-        One (parcel, parcel) precision block a frame.
-    coupling
-        (parcel, parcel) block between frame t + 1 (rows) and t (columns); not read if time is 1.
-
-    Returns
-    -------
-    torch.Tensor
-        (batch, time, parcel): the conditional mean where hidden, zero where visible.
+    `x` (batch, time, parcel) is float64, its mean removed, and zero where `hidden`. `diagonal` has a (parcel, parcel)
+    precision block a frame; `coupling` is the one between frame t + 1 (rows) and t (columns).
     """
     n_frames, mask = x.shape[1], hidden.to(x.dtype)
     right = torch.stack([x[:, t] @ diagonal[t] for t in range(n_frames)], 1)

@@ -2,6 +2,7 @@
 
 import json
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -21,38 +22,13 @@ from mnemodyn.data.store import Store
 from mnemodyn.evaluate.features import CONFOUNDS, confounds, connectivity, frames
 from mnemodyn.evaluate.heads import Combat, Features, Fold, Standardised, Tangent, rotate
 from mnemodyn.evaluate.readout import READOUTS, MnemoDynEncoder
-from mnemodyn.evaluate.scores import SCORES, chance, corrected_t, interval, measure, resamples
+from mnemodyn.evaluate.scores import SCORES, chance, corrected_t, interval, measure, resamples, t_interval
 from mnemodyn.evaluate.splits import Folds, inner_splits, leave_one_site_out, repeated_folds
 from mnemodyn.files import write_json
 
-__all__ = [
-    "METHODS",
-    "Evaluation",
-    "Method",
-    "Rows",
-    "Task",
-    "evaluate",
-    "few_shot",
-    "noise_scans",
-    "open_scans",
-    "permutations",
-    "permuted",
-    "planted",
-    "published",
-    "report",
-    "study",
-    "transfer",
-]
-
 
 def open_scans(cohort: Cohort, source: str | Path, *, workers: int = 1) -> Index | Store:
-    """Scans of a cohort's folder or of a store, with their ``table``, what was ``excluded`` and whether ``simulated``.
-
-    Raises
-    ------
-    DataError
-        As `index` and `Store`.
-    """
+    """Scans of a cohort's folder or of a store, with their ``table``, the ``excluded`` and whether ``simulated``."""
     return Store(source) if (Path(source) / "store.json").is_file() else index(cohort, source, workers=workers)
 
 
@@ -72,23 +48,17 @@ class Rows(Sequence):
 POOLED = tuple(name for name in READOUTS if name != "last_frame")
 ONE_UNIT = ("latent_correlation", "response", "adapted")  # read-outs of one unit throughout
 LOW_MOTION = 0.2  # mm
+N_INNER = 3  # folds within the training folds, by which everything is chosen
 
 
 @dataclass(frozen=True)
 class Method:
     """A way from scans to predictions.
 
-    Attributes
-    ----------
-    head : str
-        See :class:`mnemodyn.evaluate.heads.Fold`; or ``finetune``.
-    blocks : tuple of str
-        Features: ``fc``, ``combat`` (FC harmonised between sites), ``tangent``, ``confounds``, ``site``,
-        ``model:READOUT``, ``untrained:READOUT``. For ``finetune``, what is trained: ``draft``, ``last`` or ``all``.
-    repeats : int, optional
-        Only so many repeats of the folds, for a method that costs much.
-    remove : tuple of str
-        Confounds regressed out of the features in the training folds.
+    `head` is one of :class:`mnemodyn.evaluate.heads.Fold`, or ``finetune``. `blocks` are its features: ``fc``,
+    ``combat`` (FC harmonised between sites), ``tangent``, ``confounds``, ``site``, ``model:READOUT``,
+    ``untrained:READOUT``; for ``finetune``, what is trained: ``draft``, ``last`` or ``all``. Only so many `repeats` of
+    the folds are run for a method that costs much. Confounds to `remove` are regressed out in the training folds.
     """
 
     head: str
@@ -132,20 +102,10 @@ METHODS = {
 class Task:
     """A target and the scans that have it.
 
-    Attributes
-    ----------
-    table : DataFrame
-        A row a scan that has the target: ``participant_id`` and what else is known (``family, site, age, sex,
-        mean_fd, n_frames``).
-    target : str
-    kind : {"classification", "regression"}
-    y : ndarray, shape (scan,)
-        1 for the second of the sorted classes and 0 for the first; or the target.
-    classes : tuple of str
-    rows : ndarray of int
-        Rows of the original table.
-    n_missing : int
-        Scans without the target, which are left out.
+    `table` has a row a scan that has the target: ``participant_id`` and what else is known (``family, site, age, sex,
+    mean_fd, n_frames``); `rows` are those of the original table, which has `n_missing` others. `kind` is
+    ``classification`` or ``regression``; `y` (scan,) is 1 for the second of the sorted `classes` and 0 for the first,
+    or the target.
     """
 
     table: pd.DataFrame = field(repr=False)
@@ -158,13 +118,7 @@ class Task:
 
     @classmethod
     def of(cls, table: pd.DataFrame, target: str, kind: str) -> "Task":
-        """The task of one column.
-
-        Raises
-        ------
-        DataError
-            If there is no such column, it has one class or more than two, or its numbers are all equal.
-        """
+        """The task of one column; DataError without it, for classes that are not two, or numbers that are all equal."""
         if target not in table:
             raise DataError(f"target must be a column of the cohort's table, got {target!r}; it has {list(table)}")
         if kind not in SCORES:
@@ -210,45 +164,33 @@ def permuted(task: Task, seed: int) -> Task:
     return replace(task, y=np.random.default_rng(seed).permutation(task.y[first])[person])
 
 
-class noise_scans(Sequence):
+class noise_scans(Rows):
     """Scans of white noise in the shape of others: whatever is predicted from them, the pipeline made up.
 
-    Parameters
-    ----------
-    scans : sequence of Scan
-    seed : int
-    n_frames : int, optional
-        Of every scan, at most. Their lengths tell sites apart otherwise.
+    Length, repetition time and censoring stay, and may tell sites apart. With `equal` they are those of the shortest
+    scan, of the most frequent repetition time and of nobody: then the noise is all that there is.
     """
 
-    def __init__(self, scans: Sequence[Scan], seed: int, n_frames: int | None = None):
-        self.scans, self.seed, self.n_frames = scans, seed, n_frames
-
-    def __len__(self) -> int:
-        return len(self.scans)
+    def __init__(self, scans: Sequence[Scan], seed: int, *, equal: bool = False):
+        super().__init__(scans, range(len(scans)))
+        self.seed, self.equal = seed, equal
+        if equal:
+            shapes = [(len(scan.values), scan.t_r) for scan in scans]
+            self.n_frames = min(n for n, _ in shapes)
+            self.t_r = Counter(t_r for _, t_r in shapes).most_common(1)[0][0]
 
     def __getitem__(self, i):
-        scan = self.scans[i]
+        scan = super().__getitem__(i)
         values = np.random.default_rng([self.seed, i]).standard_normal(scan.values.shape).astype(np.float32)
-        censored = None if scan.censored is None else scan.censored[: self.n_frames]
-        return replace(scan, values=values[: self.n_frames], censored=censored)
+        if self.equal:
+            return replace(scan, values=values[: self.n_frames], censored=None, t_r=self.t_r)
+        return replace(scan, values=values)
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Predictions of every method.
-
-    Attributes
-    ----------
-    task : Task
-    folds : Folds
-    predictions : dict of str to ndarray, shape (repeat, scan)
-        NaN where a fold failed.
-    chosen : dict of str to list of str
-        What was chosen in every fold.
-    failed : dict of str to list of dict
-        ``repeat, fold, error`` of folds that raised.
-    """
+    """Predictions of every method, (repeat, scan), NaN where a fold failed; what was `chosen` in every fold; and the
+    ``repeat, fold, error`` of those that `failed`."""
 
     task: Task
     folds: Folds
@@ -265,23 +207,18 @@ def blocks_of(
     cache: str | Path | None = None,
     seed: int = 0,
 ) -> dict[str, Features]:
-    """Features by name, each computed once; see :class:`Method` for the names.
-
-    Raises
-    ------
-    DataError
-        If a name is unknown, or needs a checkpoint and there is none.
-    """
+    """Features by name, see :class:`Method`; DataError for an unknown one, or where a checkpoint is needed."""
     found: dict[str, Features] = {}
     for kind, untrained in (("model", None), ("untrained", seed)):
         wanted = tuple(dict.fromkeys(n.split(":", 1)[1] for n in names if n.startswith(f"{kind}:")))
-        if wanted:
-            if checkpoint is None:
-                raise DataError(f"read-outs {wanted} need a checkpoint; name one, or leave the method out")
-            encoder = MnemoDynEncoder(checkpoint, wanted, untrained=untrained, cache=cache)
-            for name, values in encoder.blocks(scans).items():
-                cls = Features if name in ONE_UNIT else Standardised
-                found[f"{kind}:{name}"] = cls(values.astype(np.float32) if cls is Features else values)
+        if not wanted:
+            continue
+        if checkpoint is None:
+            raise DataError(f"read-outs {wanted} need a checkpoint; name one, or leave the method out")
+        encoder = MnemoDynEncoder(checkpoint, wanted, untrained=untrained, cache=cache)
+        for name, values in encoder.blocks(scans).items():
+            alike = name in ONE_UNIT
+            found[f"{kind}:{name}"] = Features(values.astype(np.float32)) if alike else Standardised(values)
     for name in [name for name in names if name not in found]:
         if name == "fc":
             found[name] = Features(connectivity(scans))
@@ -300,36 +237,35 @@ def blocks_of(
     return found
 
 
-def _one_fold(
-    methods: dict[str, Method], fold: Fold, task: Task, paths: dict[str, Path], n_inner: int
-) -> dict[str, tuple[np.ndarray | None, str]]:
+def _one_fold(methods: dict[str, Method], fold: Fold, task: Task, paths: dict[str, Path]) -> dict[str, tuple]:
     """Prediction of the test scans and what was chosen, by method; or None and the error."""
-    found: dict[str, tuple[np.ndarray | None, str]] = {}
+    found: dict[str, tuple] = {}
     for name, method in methods.items():
-        if name in paths and paths[name].is_file():
-            kept = json.loads(paths[name].read_text())
+        path = paths.get(name)
+        if path is not None and path.is_file():
+            kept = json.loads(path.read_text())
             found[name] = np.array(kept["prediction"]), kept["chosen"]
             continue
         try:
             if not fold.splits:
                 if task.kind == "classification" and len(np.unique(task.y[fold.train])) < 2:
                     raise DataError("the training scans are of one class")
-                fold.splits = inner_splits(task.y[fold.train], task.families[fold.train], n_inner, fold.seed)
+                fold.splits = inner_splits(task.y[fold.train], task.families[fold.train], N_INNER, fold.seed)
             if method.head == "finetune":
                 from mnemodyn.evaluate.finetune import finetune
 
-                series, (what,) = fold.blocks["scans"], method.blocks
-                rows = task.y, fold.train, fold.test
-                found[name] = finetune(series, *rows, what=what, kind=task.kind, split=fold.splits[0], seed=fold.seed)
+                series, rows = fold.blocks["scans"], (task.y, fold.train, fold.test)
+                how: dict[str, Any] = {"kind": task.kind, "split": fold.splits[0], "seed": fold.seed}
+                prediction, chosen = finetune(series, *rows, what=method.blocks[0], **how)
             else:
                 remove = confounds(task.table, task.target, method.remove) if method.remove else None
-                found[name] = fold.predict(method.head, method.blocks, remove=remove)
+                prediction, chosen = fold.predict(method.head, method.blocks, remove=remove)
         except Exception as error:  # of whatever kind: it is reported with the fold, and the others go on
             found[name] = None, f"{type(error).__name__}: {error}"
             continue
-        if name in paths:
-            prediction, chosen = found[name]
-            write_json(paths[name], {"prediction": np.asarray(prediction).tolist(), "chosen": chosen})
+        found[name] = prediction, chosen
+        if path is not None:
+            write_json(path, {"prediction": prediction, "chosen": chosen})
     return found
 
 
@@ -341,7 +277,6 @@ def evaluate(
     *,
     checkpoint: Checkpoint | None = None,
     cache: str | Path | None = None,
-    n_inner: int = 3,
     n_jobs: int = 1,
     seed: int = 0,
     blocks: dict[str, Any] | None = None,
@@ -353,19 +288,12 @@ def evaluate(
     ----------
     scans : sequence of Scan
         Those of `task.table`, in its order; read one at a time.
-    task : Task
-    folds : Folds
     methods : sequence of str, or dict of str to Method
-        Names in `METHODS`, or methods of one's own.
-    checkpoint : Checkpoint, optional
-        For the methods that read a network.
+        Names in `METHODS`, or methods of one's own; `checkpoint` is for those that read a network.
     cache : str or Path, optional
         Folder that keeps read-outs and each fold's predictions, so that an interrupted evaluation goes on.
-    n_inner : int
-        Folds within the training folds, by which everything is chosen.
     n_jobs : int
         Processes; each takes a fold.
-    seed : int
     blocks : dict, optional
         Features computed before, see ``blocks_of``; those that are missing are computed and added. Fine-tuning keeps
         its `Series` there, as ``scans``.
@@ -378,8 +306,7 @@ def evaluate(
         For an unknown method, scans that do not fit the table, or a method that needs a checkpoint without one.
     """
     if not isinstance(methods, dict):
-        unknown = [name for name in methods if name not in METHODS]
-        if unknown:
+        if unknown := [name for name in methods if name not in METHODS]:
             raise DataError(f"method must be one of {', '.join(METHODS)}, got {unknown[0]!r}")
         methods = {name: METHODS[name] for name in methods}
     if len(scans) != len(task.table):
@@ -401,7 +328,7 @@ def evaluate(
     keys = {}
     if cache is not None:
         code = [path.read_bytes() for path in sorted(Path(__file__).parent.glob("*.py"))]
-        about = (code, task.y, task.target, folds.digest, list(people), n_inner, seed)
+        about = (code, task.y, task.target, folds.digest, list(people), N_INNER, seed)
         for name, method in methods.items():
             read = [blocks[b].digest() if b == "scans" else blocks[b].values for b in method.features]
             keys[name] = Path(cache) / "folds" / joblib.hash((about, method, read))
@@ -412,16 +339,11 @@ def evaluate(
             used = {b: blocks[b] for m in these.values() for b in m.features}
             paths = {name: keys[name] / f"{repeat}-{number}.json" for name in these if name in keys}
             fold = Fold(used, task.y, train, test, task.kind, [], seed)
-            yield joblib.delayed(_one_fold)(these, fold, task, paths, n_inner)
+            yield joblib.delayed(_one_fold)(these, fold, task, paths)
 
     repeats = {n: min(folds.n_repeats, m.repeats or folds.n_repeats) for n, m in methods.items()}
-    found = Evaluation(
-        task,
-        folds,
-        {name: np.full((repeats[name], len(people)), np.nan) for name in methods},
-        {name: [] for name in methods},
-        {name: [] for name in methods},
-    )
+    predictions = {name: np.full((n, len(people)), np.nan) for name, n in repeats.items()}
+    found = Evaluation(task, folds, predictions, {name: [] for name in methods}, {name: [] for name in methods})
     results = joblib.Parallel(n_jobs=n_jobs, return_as="generator")(jobs())
     for done, ((repeat, number, _, test), answers) in enumerate(zip(work, results, strict=True), 1):
         for name, (prediction, note) in answers.items():
@@ -460,27 +382,20 @@ def _by_fold(evaluation: Evaluation, name: str, repeats: int = 99) -> np.ndarray
 def report(evaluation: Evaluation, *, n_boot: int = 1000, seed: int = 0, baseline: str = "fc") -> dict:
     """Scores, intervals and comparisons of an evaluation, fit for JSON.
 
-    Parameters
-    ----------
-    evaluation : Evaluation
-    n_boot, seed : int
-        Of the resamples of participants.
-    baseline : str
-        Method that every other is compared with, on the folds that both have.
-
     Returns
     -------
     dict
         ``target``, ``kind``, ``classes``, ``n`` (participants), ``n_scans``, ``n_missing`` (scans without the
         target), ``folds`` (``digest``, ``n_folds``, ``n_repeats``).
 
-        ``rows``, one a method: ``method``, ``n``, ``n_folds``, ``failed``, each metric as ``{value, low, high}``,
-        ``fold_mean`` and ``fold_sd`` (of the first metric over folds, such as sites), ``p`` (of the first metric
-        against chance, corrected resampled t-test), ``fd_r`` (correlation of predictions with mean FD),
-        ``site_share`` (of their variance), ``low_motion`` (the scores at mean FD < 0.2 mm), ``chosen`` (the most
-        frequent choice).
+        ``rows``, one a method: ``method``, ``n``, ``n_folds``, ``failed``, each metric as ``{value, low, high}`` (from
+        `n_boot` resamples of participants), ``fold_mean`` and ``fold_sd`` (of the first metric over folds, such as
+        sites), ``p`` (of the first metric against chance, corrected resampled t-test), ``fd_r`` (correlation of
+        predictions with mean FD), ``site_share`` (of their variance), ``low_motion`` (the scores at mean FD < 0.2 mm),
+        ``chosen`` (the most frequent choice).
 
-        ``comparisons``: ``method, baseline, metric, difference`` (paired bootstrap) and ``p`` (corrected t-test).
+        ``comparisons`` of every method with the `baseline`, on the folds that both have: ``method, baseline, metric,
+        difference`` (paired bootstrap) and ``p`` (corrected t-test).
     """
     task, folds, people = evaluation.task, evaluation.folds, evaluation.task.people
     weights = resamples(people, n_boot, seed)
@@ -494,7 +409,7 @@ def report(evaluation: Evaluation, *, n_boot: int = 1000, seed: int = 0, baselin
         row |= {"n_folds": len(evaluation.chosen[name]), "failed": evaluation.failed[name]}
         rows.append(row)
         if name not in whole:
-            row |= {metric: interval(np.full(2, np.nan)) for metric in SCORES[task.kind]}
+            row |= dict.fromkeys(SCORES[task.kind], interval(np.full(2, np.nan)))
             continue
         row |= {metric: interval(v) for metric, v in _scores(evaluation, name, weights).items()}
         by_fold = _by_fold(evaluation, name)
@@ -535,43 +450,41 @@ def report(evaluation: Evaluation, *, n_boot: int = 1000, seed: int = 0, baselin
     }
 
 
-def permutations(
-    scans: Sequence[Scan], task: Task, folds: Folds, shuffles: dict[str, int], *, seed: int = 0, **settings: Any
+def draws(
+    draw: Callable[[int], tuple[Sequence[Scan], Task]],
+    folds: Folds,
+    times: dict[str, int],
+    *,
+    blocks: dict[str, Any] | None = None,
+    **settings: Any,
 ) -> dict[str, dict]:
-    """The first score with labels shuffled many times: one shuffle may be lucky, their mean belongs at chance.
+    """The first score where nothing can be known, many times: one draw may be lucky, their mean belongs at chance.
 
-    The spread over shuffles is wider than an interval over participants, which knows one training only.
-
-    Parameters
-    ----------
-    scans, task, folds
-        As in :func:`evaluate`; the first repeat of the folds is used.
-    shuffles : dict of str to int
-        How often for each method.
-    seed : int
-    **settings
-        Of :func:`evaluate`.
+    The spread over draws is wider than an interval over participants, which knows one training only. ``draw(i)`` gives
+    scans and task, such as with labels shuffled by seed i; `times` are how often for each method. Settings are those of
+    :func:`evaluate`, on the first repeat of the folds.
 
     Returns
     -------
     dict of str to dict
-        Method -> ``n``, ``mean``, ``low``, ``high`` (95 % interval of the mean, from the spread over shuffles) and
-        ``sd`` (over shuffles).
+        Method -> ``n``, ``mean``, ``low``, ``high`` (95 % t interval of the mean), ``sd`` (over draws) and ``p`` of the
+        mean against chance (t-test). Of many such intervals one in twenty misses.
     """
     once = replace(folds, test_fold=folds.test_fold[:1])
-    values: dict[str, list[float]] = {name: [] for name in shuffles}
-    for i in range(max(shuffles.values(), default=0)):
-        these = [name for name, n in shuffles.items() if i < n]
-        found = evaluate(scans, permuted(task, seed + i), once, these, seed=seed, **settings)
+    values: dict[str, list[float]] = {name: [] for name in times}
+    for i in range(max(times.values(), default=0)):
+        these = [name for name, n in times.items() if i < n]
+        scans, task = draw(i)
+        found = evaluate(scans, task, once, these, blocks={} if blocks is None else blocks, **settings)
         for name in these:
             if not np.isnan(found.predictions[name]).any():
                 values[name].append(float(np.nanmean(_by_fold(found, name))))
     results = {}
     for name, v in values.items():
         if len(v) > 1:
-            low, high = stats.t.interval(0.95, len(v) - 1, np.mean(v), stats.sem(v))
-            spread = {"low": float(low), "high": float(high), "sd": float(np.std(v, ddof=1))}
-            results[name] = {"n": len(v), "mean": float(np.mean(v))} | spread
+            mean = t_interval(v)
+            p = float(stats.ttest_1samp(v, chance(task.metric)).pvalue) if np.ptp(v) else None
+            results[name] = {"n": len(v), "mean": mean.pop("value"), **mean, "sd": float(np.std(v, ddof=1)), "p": p}
     return results
 
 
@@ -584,8 +497,10 @@ def study(
     n_repeats: int = 5,
     control: Sequence[str] = (),
     shuffles: dict[str, int] | None = None,
+    noises: dict[str, int] | None = None,
     by_site: Sequence[str] = (),
     shots: Sequence[str] = (),
+    only: Sequence[str] = (),
     n_boot: int = 1000,
     seed: int = 0,
     say: Callable[[str], None] = lambda line: None,
@@ -595,26 +510,23 @@ def study(
 
     Parameters
     ----------
-    scans : sequence of Scan
     table : DataFrame
         A row a scan.
     targets : dict of str to str
         Name -> ``classification`` or ``regression``.
-    methods : sequence of str
-    n_repeats : int
-        Of the five folds.
+    methods, by_site : sequence of str
+        Those that are tested in `n_repeats` of five folds, and with sites left out where there are two or more.
     control : sequence of str
-        Methods that are also run with shuffled labels and, for the first target, on scans of white noise, as long as
-        theirs and of equal lengths.
-    shuffles : dict of str to int, optional
-        For :func:`permutations`.
-    by_site : sequence of str
-        Methods that are also tested at sites left out, where there are two or more.
+        Methods that are also run with shuffled labels and, for the first target, on scans of white noise (fine-tuning
+        but on those as long as theirs).
+    shuffles, noises : dict of str to int
+        Method -> how often it is run with shuffled labels, and on noise and nothing else, for :func:`draws`.
     shots : sequence of str
         Features for :func:`few_shot`.
-    n_boot, seed : int
+    only : sequence of str
+        Parts of the answer to compute; all of them where empty.
     say : callable
-        Is given a line a method.
+        Is given a line a fold.
     **settings
         Of :func:`evaluate`.
 
@@ -622,7 +534,7 @@ def study(
     -------
     dict of str to dict
         Target -> ``kfold``, ``leave_one_site_out``, ``permuted``, ``noise``, ``noise_equal`` (each a
-        :func:`report`), ``permutations``, ``few_shot``.
+        :func:`report`), ``permutations`` and ``noises`` (each of :func:`draws`), ``few_shot``.
     """
     found: dict[str, dict] = {}
     shared: dict[tuple, dict[str, Any]] = {}
@@ -639,47 +551,41 @@ def study(
             plans["leave_one_site_out"] = (some, task, leave_one_site_out(task.table), by_site)
         if control:
             plans["permuted"] = (some, permuted(task, seed), once, control)
-            if number == 0:
-                plans["noise"] = (noise_scans(some, seed), task, once, control)
-                shortest = min(len(scan.values) for scan in some)
-                cheap = [name for name in control if METHODS[name].head != "finetune"]
-                plans["noise_equal"] = (noise_scans(some, seed, shortest), task, once, cheap)
+        if control and number == 0:
+            plans["noise"] = (noise_scans(some, seed), task, once, control)
+            cheap = [name for name in control if METHODS[name].head != "finetune"]
+            plans["noise_equal"] = (noise_scans(some, seed, equal=True), task, once, cheap)
         found[target] = {}
-        for plan, arguments in plans.items():
+        for plan in [plan for plan in plans if not only or plan in only]:
             done = evaluate(
-                *arguments,
+                *plans[plan],
                 blocks={} if plan.startswith("noise") else blocks,
                 seed=seed,
                 say=partial(lambda where, line: say(f"{where}: {line}"), f"{target}, {plan}"),
                 **settings,
             )
             found[target][plan] = report(done, n_boot=n_boot, seed=seed)
-        if shuffles:
-            quiet = {k: v for k, v in settings.items() if k != "cache"}
-            found[target]["permutations"] = permutations(some, task, folds, shuffles, blocks=blocks, seed=seed, **quiet)
+        quiet = {k: v for k, v in settings.items() if k != "cache"} | {"seed": seed}
+        if shuffles and (not only or "permutations" in only):
+            shuffled = partial(lambda some, task, i: (some, permuted(task, seed + i)), some, task)
+            found[target]["permutations"] = draws(shuffled, folds, shuffles, blocks=blocks, **quiet)
             say(f"{target}: labels shuffled {shuffles} times")
+        if noises and (not only or "noises" in only):
+            noise = partial(lambda some, task, i: (noise_scans(some, seed + i, equal=True), task), some, task)
+            found[target]["noises"] = draws(noise, folds, noises, cache=settings.get("cache"), **quiet)
+            say(f"{target}: noise drawn {noises} times")
         shared[key] = blocks
-        if shots:
+        if shots and (not only or "few_shot" in only):
             found[target]["few_shot"] = few_shot({name: blocks[name] for name in shots}, task, once, seed=seed)
     return found
 
 
 def planted(scans: Sequence[Scan], task: Task, truth: dict, *, n_boot: int = 1000, seed: int = 0) -> dict:
-    """The effect planted in a SIMULATED cohort, and what connectivity shows of it.
+    """The effect planted in a SIMULATED cohort, and what connectivity of the task's scans shows of it.
 
-    Parameters
-    ----------
-    scans : sequence of Scan
-        Those of the task.
-    task : Task
-    truth : dict
-        Returned by ``simulate_cohort``.
-
-    Returns
-    -------
-    dict
-        ``planted`` and ``found`` (``value``, ``low``, ``high``): difference of the target's own edges between the
-        classes, or for one standard deviation of the target, in SDs of the variation between people.
+    ``planted`` and ``found`` (``value``, ``low``, ``high``) are the difference of the target's own edges between the
+    classes, or for one SD of the target, in SDs of the variation between people. `truth` is what ``simulate_cohort``
+    returned.
     """
     effect = truth["effects"][task.target]
     inside = np.isin(np.arange(len(scans[0].parcels)), effect["block"])
@@ -714,12 +620,8 @@ def few_shot(
 ) -> list[dict]:
     """How the first metric grows with labelled participants: `shots` of each class, drawn from the training folds.
 
-    The penalty cannot be chosen with so few: it is 1 throughout.
-
-    Returns
-    -------
-    list of dict
-        ``features``, ``shots``, ``value`` (mean over folds), ``sd`` (over folds), ``n_folds``.
+    The penalty cannot be chosen with so few: it is 1 throughout. Rows are ``features``, ``shots``, ``value`` (mean over
+    folds), ``sd`` (over folds), ``n_folds``.
     """
     people, rows = task.people.to_numpy(), []
     for name, block in blocks.items():
@@ -733,10 +635,8 @@ def few_shot(
                     continue
                 few = np.concatenate([rng.choice(side, k, replace=False) for side in sides])
                 a, b = rotate(block.products(few), few, test)
-                if task.classes:
-                    p = LogisticRegression().fit(a, task.y[few]).decision_function(b)
-                else:
-                    p = Ridge().fit(a, task.y[few]).predict(b)
+                model = (LogisticRegression if task.classes else Ridge)().fit(a, task.y[few])
+                p = model.decision_function(b) if task.classes else model.predict(b)
                 ones, one = np.ones((1, len(test))), np.zeros(len(test))
                 found.append(measure(task.kind, task.y[test], p, ones, fold=one)[task.metric][0])
             if found:
@@ -750,19 +650,14 @@ def transfer(
 ) -> dict:
     """Zero-shot: a head fitted on one cohort, tested on another that it knows nothing of.
 
-    Parameters
-    ----------
-    features : (ndarray, ndarray), each (scan, feature)
-        Of the source's and the target's scans, of one unit: connectivity in one atlas, or that of one network.
-    source, target : Task
-        Of one kind, with the same classes.
-    n_boot, seed : int
-        Of the resamples of the target's participants.
+    `features` of the source's and the target's scans, (scan, feature) each, are of one unit: connectivity in one atlas,
+    or that of one network. Tasks are of one kind, with the same classes.
 
     Returns
     -------
     dict
-        ``n_source``, ``n``, ``chosen``, and each metric as ``{value, low, high}``.
+        ``n_source``, ``n``, ``chosen``, and each metric as ``{value, low, high}``, from `n_boot` resamples of the
+        target's participants.
 
     Raises
     ------
@@ -775,7 +670,7 @@ def transfer(
     if features[0].shape[1] != features[1].shape[1]:
         raise DataError(f"features must be the same, got {features[0].shape[1]} and {features[1].shape[1]} of them")
     train, test = np.split(np.arange(len(source.y) + len(target.y)), [len(source.y)])
-    splits = inner_splits(source.y, source.families, 3, seed)
+    splits = inner_splits(source.y, source.families, N_INNER, seed)
     y = np.concatenate([source.y, np.zeros(len(test))])
     fold = Fold({"x": Features(np.vstack(features))}, y, train, test, source.kind, splits)
     p, chosen = fold.predict("linear", ["x"])

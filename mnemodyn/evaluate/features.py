@@ -8,8 +8,6 @@ import pandas as pd
 from mnemodyn.data.scaling import Scaling
 from mnemodyn.data.scans import Scan
 
-__all__ = ["confounds", "connectivity", "frames"]
-
 CONFOUNDS = ("age", "sex", "site", "mean_fd", "n_frames")
 
 
@@ -20,18 +18,9 @@ def frames(scan: Scan) -> np.ndarray:
 
 
 def connectivity(scans: Iterable[Scan]) -> np.ndarray:
-    """Fisher-z Pearson connectivity, by nilearn.
+    """Fisher-z Pearson connectivity, (scan, edge), float32, by nilearn; scans are read one at a time.
 
-    Parameters
-    ----------
-    scans : iterable of Scan
-        Read one at a time.
-
-    Returns
-    -------
-    ndarray, shape (scan, edge), float32
-        ``edge = parcel (parcel - 1) / 2``. A constant parcel's correlations are 0; those of copies are cut off at
-        0.999999.
+    A constant parcel's correlations are 0; those of copies are cut off at 0.999999.
     """
     from nilearn.connectome import ConnectivityMeasure, sym_matrix_to_vec
     from sklearn.covariance import EmpiricalCovariance
@@ -49,28 +38,11 @@ def connectivity(scans: Iterable[Scan]) -> np.ndarray:
 
 
 def confounds(table: pd.DataFrame, target: str, only: Sequence[str] = CONFOUNDS) -> np.ndarray:
-    """Age, sex, site, mean framewise displacement and number of frames, without the target.
+    """Age, sex, site, mean framewise displacement and number of frames, or `only` some, without the target.
 
-    Parameters
-    ----------
-    table : DataFrame
-        A row a scan.
-    target : str
-        Is left out. A cohort that does not know one of them is described by the others.
-    only : sequence of str
-
-    Returns
-    -------
-    ndarray, shape (scan, column)
-        A column a number, and one a category; NaN for numbers that are missing. At least a column of zeros.
+    Of a row a scan of `table`, (scan, column): a column a number, and one a category; NaN for numbers that are missing.
+    A cohort that does not know one of them is described by the others, or by a column of zeros.
     """
-    columns = [np.zeros((len(table), 1))]
-    for name in only:
-        if name == target or name not in table or table[name].isna().all():
-            continue
-        values = table[name]
-        if name in ("sex", "site"):
-            columns.append(pd.get_dummies(values.astype(object)).to_numpy(float))
-        else:
-            columns.append(values.to_numpy(float)[:, None])
-    return np.concatenate(columns[1:] or columns, axis=1)
+    known = [name for name in only if name != target and name in table and table[name].notna().any()]
+    parts = [pd.get_dummies(table[name].astype(object)) if name in ("sex", "site") else table[name] for name in known]
+    return np.column_stack([np.asarray(part, float) for part in parts] or [np.zeros(len(table))])

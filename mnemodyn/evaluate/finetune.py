@@ -12,10 +12,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from mnemodyn.checkpoint import Checkpoint
-from mnemodyn.data.scans import DataError, Scan
+from mnemodyn.data.scans import Scan
+from mnemodyn.evaluate.reconstruction import scaling_of
 from mnemodyn.model.network import MnemoDyn
-
-__all__ = ["Series", "draft_head", "finetune"]
 
 EPOCHS = {"draft": 20, "last": 5, "all": 5}
 BATCH, PREDICTED = 16, 64  # windows in a step, and at once without gradients
@@ -23,17 +22,9 @@ BATCH, PREDICTED = 16, 64  # windows in a step, and at once without gradients
 
 @dataclass
 class Series:
-    """Scaled scans in memory, and the network they go through.
+    """Scaled scans in memory (time, parcel), the network they go through, and the frames of a training window.
 
-    Attributes
-    ----------
-    model : MnemoDyn
-    x : list of ndarray, shape (time, parcel)
-    t_r : ndarray, shape (scan,)
-    window : int
-        Frames of a training window: those of pretraining, or of the shortest scan.
-    frozen : dict of str to list of ndarray, shape (window, feature)
-        What the draft's head reads of every scan's consecutive windows, by kind; see :meth:`freeze`.
+    ``frozen`` keeps by kind what the draft's head reads of every scan's windows, (window, feature), see `freeze`.
     """
 
     model: MnemoDyn
@@ -44,12 +35,10 @@ class Series:
 
     @classmethod
     def of(cls, checkpoint: Checkpoint, scans: Sequence[Scan]) -> "Series":
-        if checkpoint.scaling is None:
-            raise DataError("the checkpoint does not know its scaling; fill it in with dataclasses.replace")
-        x, t_r = [], []
+        scaling, x, t_r = scaling_of(checkpoint), [], []
         for scan in scans:
             checkpoint.check(scan)
-            x.append(checkpoint.scaling(scan))
+            x.append(scaling(scan))
             t_r.append(scan.t_r)
         window = min(checkpoint.model.config.n_timepoints, *(len(values) for values in x))
         return cls(checkpoint.model, x, np.array(t_r, np.float32), window)
@@ -149,19 +138,10 @@ def finetune(
 ) -> tuple[np.ndarray, str]:
     """Train on the training scans, keep the epoch that is best on a part of them set apart, predict the test scans.
 
-    Parameters
-    ----------
-    series : Series
-    y : ndarray, shape (scan,)
-        0 and 1, or numbers; those of test scans are not read.
-    train, test : ndarray of int
-    what : {"draft", "last", "all"}
-        ``draft``: the draft's head on the frozen network's last frame (the whole window for numbers). ``last``,
-        ``all``: the last block, or everything, under a linear head on pooled latents.
-    kind : {"classification", "regression"}
-    split : (ndarray, ndarray)
-        Positions in `train` to fit on and to choose the epoch by.
-    seed : int
+    `y` (scan,) is 0 and 1, or numbers; those of test scans are not read. `what` is ``draft``, the draft's head on the
+    frozen network's last frame (the whole window for numbers), or ``last`` or ``all``: the last block, or everything,
+    under a linear head on pooled latents. `kind` is as of a task; `split` are positions in `train` to fit on and to
+    choose the epoch by.
 
     Returns
     -------

@@ -9,6 +9,7 @@ estimators fit 19,900 edges at the price of as many columns as there are scans, 
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -24,8 +25,6 @@ from sklearn.preprocessing import StandardScaler
 from sklearn.utils import compute_sample_weight
 
 from mnemodyn.data.scans import DataError
-
-__all__ = ["Combat", "Features", "Fold", "Standardised", "Tangent", "rotate"]
 
 INVERSE_PENALTIES = (0.1, 1.0, 10.0, 100.0, 1000.0)  # of rows with mean square norm 1
 RIDGE_PENALTIES = tuple(np.logspace(-3, 3, 13))
@@ -69,12 +68,8 @@ class Standardised(Features):
 class Tangent(Features):
     """Connectivity as a step from the training scans' mean covariance, in its tangent space (nilearn).
 
-    Attributes
-    ----------
-    values : list of ndarray, shape (time, parcel)
-        Z-scored frames of every scan. The covariances are shrunk as Ledoit and Wolf do.
-    n_reference : int
-        The mean is taken over as many training scans at most, evenly spaced.
+    ``values`` are the z-scored frames of every scan, (time, parcel). The covariances are shrunk as Ledoit and Wolf do;
+    their mean is taken over `n_reference` training scans at most, evenly spaced.
     """
 
     n_reference: int = 60
@@ -96,10 +91,7 @@ class Tangent(Features):
 class Combat(Features):
     """Features harmonised between sites by ComBat (combatlearn), fitted on training scans and without covariates.
 
-    Attributes
-    ----------
-    sites : ndarray of str, shape (scan,)
-        A site that no training scan comes from is an error.
+    `sites` (scan,): one that no training scan comes from is an error.
     """
 
     sites: np.ndarray | None = None
@@ -122,18 +114,9 @@ def rotate(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Columns that stand for the features: as many as the training scans need, of mean square norm 1 a row.
 
-    Parameters
-    ----------
-    products : ndarray, shape (scan, scan)
-    train, test : ndarray of int
-        Rows.
-    remove : ndarray, shape (scan, column), optional
-        What is regressed out of every feature, with the training scans' coefficients; their mean always is.
-
-    Returns
-    -------
-    train, test : ndarray, shape (scan, column)
-        Principal components of the training scans, the widest first.
+    Rows `train` and `test` of `products` (scan, scan) give (row, column) each: principal components of the training
+    scans, the widest first. `remove` (scan, column) is regressed out of every feature, with the training scans'
+    coefficients; their mean always is.
     """
     columns = np.ones((len(products), 1))
     if remove is not None:
@@ -161,14 +144,19 @@ class _Choice:
     say: Callable[[], np.ndarray]
 
 
+def _score(kind: str, y: np.ndarray, inner: np.ndarray) -> float:
+    return float(-((inner - y) ** 2).mean() if kind == "regression" else roc_auc_score(y, inner))
+
+
 def _linear(a: np.ndarray, b: np.ndarray, y: np.ndarray, splits: list, kind: str, name: str = "") -> _Choice:
     """The penalty that does best in the inner folds of training rows `a`; `b` are the test rows."""
-    penalties = RIDGE_PENALTIES if kind == "regression" else INVERSE_PENALTIES
+    numbers = kind == "regression"
+    penalties, setting = (RIDGE_PENALTIES, "alpha") if numbers else (INVERSE_PENALTIES, "C")
     inner = np.empty((len(penalties), len(y)))
-    model: Ridge | LogisticRegression
+    model: Any
     with sklearn.config_context(skip_parameter_validation=True, assume_finite=True):  # half of the time otherwise
         for fit, rest in splits:
-            if kind == "regression":
+            if numbers:
                 many = Ridge(alpha=np.array(penalties), solver="svd").fit(a[fit], np.tile(y[fit, None], len(penalties)))
                 inner[:, rest] = (a[rest] @ many.coef_.T + many.intercept_).T
                 continue
@@ -176,16 +164,12 @@ def _linear(a: np.ndarray, b: np.ndarray, y: np.ndarray, splits: list, kind: str
             for i, c in enumerate(penalties):
                 model.C = c
                 inner[i, rest] = model.fit(a[fit], y[fit]).decision_function(a[rest])
-    if kind == "regression":
-        found = -((inner - y) ** 2).mean(1)
-        model, setting = Ridge(alpha=penalties[found.argmax()], solver="svd"), "alpha"
-    else:
-        found = np.array([roc_auc_score(y, row) for row in inner])
-        model, setting = _logistic(penalties[found.argmax()]), "C"
-    best = int(found.argmax())
-    answer = "predict" if kind == "regression" else "decision_function"
+    found = [_score(kind, y, row) for row in inner]
+    best = int(np.argmax(found))
+    model = Ridge(alpha=penalties[best], solver="svd") if numbers else _logistic(penalties[best])
+    says = model.predict if numbers else model.decision_function
     label = f"{name} {setting}={penalties[best]:.3g}".strip()
-    return _Choice(label, float(found[best]), inner[best], lambda: getattr(model.fit(a, y), answer)(b))
+    return _Choice(label, found[best], inner[best], lambda: (model.fit(a, y), says(b))[1])
 
 
 def _logistic(c: float, **settings: Any) -> LogisticRegression:
@@ -211,10 +195,8 @@ def _perceptron(a: np.ndarray, b: np.ndarray, y: np.ndarray, splits: list, kind:
         for fit, rest in splits:
             part = None if weights is None else weights[fit]
             inner[rest] = says(clone(model).fit(a[fit], goal[fit], part), a[rest])
-        score = -((inner - y) ** 2).mean() if numbers else roc_auc_score(y, inner)
-        found.append(
-            _Choice(f"decay={decay:g}", score, inner, lambda m=model: says(m.fit(a, goal, weights), b))  # type: ignore[misc]
-        )
+        say = partial(lambda m: says(m.fit(a, goal, weights), b), model)
+        found.append(_Choice(f"decay={decay:g}", _score(kind, y, inner), inner, say))
     return max(found, key=lambda choice: choice.score)
 
 
@@ -222,17 +204,8 @@ def _perceptron(a: np.ndarray, b: np.ndarray, y: np.ndarray, splits: list, kind:
 class Fold:
     """Training scans, test scans, and what is fitted to the one and said of the other; nothing is fitted twice.
 
-    Parameters
-    ----------
-    blocks : dict of str to Features
-    y : ndarray, shape (scan,)
-        0 and 1, or numbers; those of test scans are not read.
-    train, test : ndarray of int
-    kind : {"classification", "regression"}
-    splits : sequence of (train, test)
-        Inner folds, as positions in `train`, by which everything is chosen.
-    seed : int
-        Of the perceptron.
+    `y` (scan,) is 0 and 1, or numbers; those of test scans are not read. `splits` are inner folds, positions in
+    `train`, by which everything is chosen; `seed` is the perceptron's.
     """
 
     blocks: dict[str, Any]
@@ -256,27 +229,27 @@ class Fold:
         total = np.sum([weight * self._products(name) for name, weight in shares.items()], axis=0)
         return rotate(total, self.train, self.test, remove)
 
-    def _fit(self, shares: dict[str, float], name: str) -> _Choice:
-        key = tuple(shares.items())
-        if key not in self._kept:
-            self._kept[key] = _linear(*self._columns(shares), self.y[self.train], list(self.splits), self.kind)
+    def _fit(self, shares: dict[str, float], name: str, remove: np.ndarray | None = None) -> _Choice:
+        key = None if remove is not None else tuple(shares.items())
+        if key is None or key not in self._kept:
+            self._kept[key] = _linear(*self._columns(shares, remove), self.y[self.train], list(self.splits), self.kind)
         return replace(self._kept[key], name=f"{name} {self._kept[key].name}".strip())
 
     def predict(self, head: str, names: Sequence[str], *, remove: np.ndarray | None = None) -> tuple[np.ndarray, str]:
         """Fit on training scans, choose by inner folds among them, predict the test scans.
 
-        Parameters
-        ----------
-        head : {"linear", "unmoved", "pca", "mlp", "pick", "join"}
-            ``linear``: penalised regression, its penalty chosen. ``unmoved``: with its threshold where balanced class
-            weights put it. ``pca``: linear on the first components, their number chosen too. ``mlp``: a perceptron
-            with one hidden layer, its weight decay chosen. ``pick``: linear, on the one block that did best in the
-            inner folds. ``join``: the first block together with the one picked among the others, their shares chosen,
-            none at all among them.
-        names : sequence of str
-            Of the blocks; taken together with equal variance, but for ``pick`` and ``join``.
-        remove : ndarray, shape (scan, column), optional
-            Regressed out of the features, with coefficients of the training scans; not for ``pick`` and ``join``.
+        `head` is one of
+
+        - ``linear``: penalised regression, its penalty chosen; ``unmoved``: with its threshold where balanced class
+          weights put it;
+        - ``pca``: linear on the first components, their number chosen too;
+        - ``mlp``: a perceptron with one hidden layer, its weight decay chosen;
+        - ``pick``: linear, on the one block that did best in the inner folds;
+        - ``join``: the first block together with the one picked among the others, their shares chosen, none at all
+          among them.
+
+        Other blocks of `names` are taken together with equal variance. What to `remove` (scan, column) is regressed out
+        of the features with coefficients of the training scans, but for ``pick`` and ``join``.
 
         Returns
         -------
@@ -290,10 +263,8 @@ class Fold:
         equal = dict.fromkeys(names, 1.0)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", ConvergenceWarning)  # a perceptron's epochs are a setting
-            if head in ("linear", "unmoved") and remove is None:
-                choices = [self._fit(equal, "")]
-            elif head == "linear":
-                choices = [_linear(*self._columns(equal, remove), target, splits, self.kind)]
+            if head in ("linear", "unmoved"):
+                choices = [self._fit(equal, "", remove)]
             elif head == "pca":
                 a, b = self._columns(equal, remove)
                 choices = [
@@ -303,14 +274,12 @@ class Fold:
             elif head == "mlp":
                 choices = [_perceptron(*self._columns(equal, remove), target, splits, self.kind, self.seed)]
             elif head in ("pick", "join"):
-                first, rest = names[0], names[1:] if head == "join" else names
+                rest = names[1:] if head == "join" else names
                 choices = [self._fit({name: 1.0}, name) for name in rest]
                 if head == "join":
                     best = rest[int(np.argmax([choice.score for choice in choices]))]
-                    choices = [
-                        self._fit({first: 1 - share, best: share} if share else {first: 1.0}, f"{share:g} {best}")
-                        for share in SHARES
-                    ]
+                    shares = {share: {names[0]: 1 - share} | ({best: share} if share else {}) for share in SHARES}
+                    choices = [self._fit(each, f"{share:g} {best}") for share, each in shares.items()]
             else:
                 raise ValueError(f"head must be linear, unmoved, pca, mlp, pick or join, got {head!r}")
             choice = max(choices, key=lambda choice: choice.score)

@@ -15,17 +15,7 @@ import numpy as np
 
 
 def pearson_fc(x: np.ndarray) -> np.ndarray:
-    """Fisher-z Pearson functional connectivity of one window.
-
-    Parameters
-    ----------
-    x
-        (time, parcel); any scaling, since correlation ignores it.
-
-    Returns
-    -------
-    np.ndarray
-        (n_edges,), float64, ``n_edges = n_parcels (n_parcels - 1) / 2``: the upper triangle, row by row.
+    """Fisher-z Pearson connectivity of a window (time, parcel): its upper triangle, row by row, float64.
 
     Raises
     ------
@@ -83,14 +73,10 @@ def identify(first: np.ndarray, second: np.ndarray, *, standardise: bool = False
     A hit is a participant whose own entry is the most similar of the other half, by Pearson correlation over features.
     A tie is a miss: features shared by everybody identify nobody.
 
-    Parameters
-    ----------
-    first, second
-        (participant, feature) each; the same participants in the same order.
-    standardise
-        Scale every feature by its mean and SD over the database half before correlating. False follows [1]_ and suits
-        features of one unit, such as connectivity. Features of unequal units (a model's latents) need True: otherwise
-        the few widest decide every correlation. It raises `idiff` by itself: compare features treated alike.
+    `first` and `second` are (participant, feature), the same participants in the same order. To `standardise` is to
+    scale every feature by its mean and SD over the database half before correlating. False follows [1]_ and suits
+    features of one unit, such as connectivity. Features of unequal units (a model's latents) need True: otherwise the
+    few widest decide every correlation. It raises `idiff` by itself: compare features treated alike.
 
     Returns
     -------
@@ -131,14 +117,7 @@ def chance(n_participants: int) -> float:
 def permutation_interval(
     first: np.ndarray, second: np.ndarray, *, standardise: bool = False, n_permutations: int = 1000, seed: int
 ) -> dict:
-    """Accuracy when the labels of the second half are shuffled.
-
-    Parameters
-    ----------
-    first, second, standardise
-        As in `identify`, and the same errors.
-    n_permutations, seed
-        Random permutations of the participants of `second`; ValueError below 1.
+    """Accuracy when the participants of the second half are shuffled; arguments and errors as of `identify`.
 
     Returns
     -------
@@ -176,23 +155,11 @@ def identify_by_length(
     max_windows: int | None = None,
     standardise: bool = False,
 ) -> list[dict]:
-    """Identification accuracy as a function of window length.
+    """Identification accuracy as a function of window length, in frames.
 
-    Each scan is halved, and each half cut from its own first frame into non-overlapping windows. The k-th windows of
-    the first halves are identified against the k-th of the second: all pairs are half a scan apart.
-
-    Parameters
-    ----------
-    features
-        From one (time, parcel) window to its (feature,) vector, such as `pearson_fc`.
-    scans
-        One (time, parcel) scan a participant.
-    lengths
-        Window lengths, in frames.
-    max_windows
-        At most so many windows a half; None takes all that fit in the shortest scan.
-    standardise
-        As in `identify`.
+    Each scan (time, parcel), one a participant, is halved, and each half cut from its own first frame into windows
+    without overlap, at most `max_windows`. The k-th windows of the first halves are identified against the k-th of the
+    second by their `features`: all pairs are half a scan apart.
 
     Returns
     -------

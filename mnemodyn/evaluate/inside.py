@@ -17,25 +17,6 @@ from mnemodyn.model.network import MnemoDyn
 from mnemodyn.model.operator import OperatorBlock
 from mnemodyn.model.wavelet import wavedec
 
-__all__ = [
-    "association",
-    "banded_gain",
-    "coarse_mean",
-    "field_response",
-    "forecast_errors",
-    "generate",
-    "metastability",
-    "moran_surrogates",
-    "parcel_order",
-    "parcel_shares",
-    "reads_from",
-    "scale_shares",
-    "simulate_var",
-    "spatial_test",
-    "streams",
-    "summarise",
-]
-
 
 def parcel_order(parcels: Sequence[str]) -> list[int]:
     """Columns of left parcels that have a twin on the right, then those of the right, then the others."""
@@ -46,14 +27,11 @@ def parcel_order(parcels: Sequence[str]) -> list[int]:
 
 @torch.no_grad()
 def field_response(block: OperatorBlock, x: Tensor) -> dict:
-    """The field of one block along a window x (time, parcel).
+    """The field of one block along a window x (time, parcel), as a dict.
 
-    Returns
-    -------
-    dict
-        ``values`` (rank,): singular values of the time-averaged matrix H (parcel, channel), over their sum;
-        ``parcels`` (parcel,): its leading left vector; ``varying``: share of H's energy that is not in its average;
-        ``z`` (time, field_rank): what H is a function of.
+    ``values`` (rank,): singular values of the time-averaged matrix H (parcel, channel), over their sum; ``parcels``
+    (parcel,): its leading left vector; ``varying``: share of H's energy that is not in its average; ``z`` (time,
+    field_rank): what H is a function of.
     """
     field = block.field
     z = field.activation(field.bottleneck(field.activation(field.input(x))))
@@ -108,64 +86,42 @@ def streams(model: MnemoDyn, x: Tensor, t_r: float) -> dict[str, np.ndarray]:
 
 
 def scale_shares(x: np.ndarray, wavelet: str | Tensor, n_levels: int) -> np.ndarray:
-    """Share of the energy of x (time, column) in each scale, its means removed: finest details first, coarsest last.
-
-    Returns
-    -------
-    ndarray, shape (n_levels + 1,)
-    """
+    """Share of the energy of x (time, column) in each scale, (n_levels + 1,), its means removed, the finest first."""
     series = torch.tensor((x - x.mean(0)).T[None], dtype=torch.float64)
     with torch.no_grad():
         energy = np.array([float(c.square().sum()) for c in wavedec(series, wavelet, n_levels)[::-1]])
     return energy / energy.sum()
 
 
-def _filled(model: MnemoDyn, x: Tensor, hidden: Tensor, tolerance: float) -> Tensor | None:
-    """What the front end makes of x, with a gradient; the scan's own covariance is taken as given."""
-    front = model.front
-    if front is None:
-        return None
-    centred = x - front.mean
-    mixing = front.mixing(centred[:1].detach(), hidden[:1])  # of one scan, repeated
-    mixing = None if mixing is None else mixing.expand(len(x), -1, -1)
-    return conditional_mean(centred, hidden, front.lags, mixing, tolerance=tolerance) + front.mean
-
-
 def reads_from(
     model: MnemoDyn, x: Tensor, hidden: Tensor, t_r: float, *, seed: int, chunk: int = 32, tolerance: float = 1e-2
 ) -> tuple[np.ndarray, np.ndarray]:
-    """What the prediction of a hidden entry of each parcel depends on, in one window.
+    """What the prediction of one hidden entry of each parcel, drawn by `seed`, depends on in a window.
 
-    Parameters
-    ----------
-    model : MnemoDyn
-    x : Tensor, shape (time, parcel)
-    hidden : Tensor of bool, shape (time, parcel)
-        Every parcel with a hidden frame; one of them is drawn.
-    t_r : float
-        Seconds.
-    seed : int
-    chunk : int
-        Parcels computed at once.
-    tolerance : float
-        Of the front end's solver, which is differentiated.
+    `x` and `hidden` are (time, parcel), and every parcel has a hidden frame; `t_r` in seconds. `chunk` parcels are
+    computed at once. `tolerance` is that of the front end's solver, which is differentiated; the scan's own covariance
+    is taken as given.
 
     Returns
     -------
-    strength : ndarray, shape (parcel, parcel)
-        Root sum of squares over time of the derivative of row's prediction with respect to column's visible values.
-    sign : ndarray, shape (parcel, parcel)
-        The derivative's sum over time: what a shift of all of column's visible values would do.
+    strength, sign : ndarray, shape (parcel, parcel)
+        Root sum of squares over time of the derivative of row's prediction with respect to column's visible values, and
+        its sum over time: what a shift of all of column's visible values would do.
     """
-    rng = np.random.default_rng(seed)
+    rng, front = np.random.default_rng(seed), model.front
     n = x.shape[1]
     frames = torch.tensor([int(rng.choice(np.flatnonzero(hidden[:, p].numpy()))) for p in range(n)])
     strength, sign = [], []
     for rows in torch.arange(n).split(chunk):
         given = x.expand(len(rows), -1, -1).clone().requires_grad_()
-        mask = hidden.expand(len(rows), -1, -1)
+        mask, filled = hidden.expand(len(rows), -1, -1), None
         seen = given.masked_fill(mask, 0)
-        out = model(seen, t_r, hidden=mask, filled=_filled(model, seen, mask, tolerance)).reconstruction
+        if front is not None:
+            centred = seen - front.mean
+            mixing = front.mixing(centred[:1].detach(), mask[:1])  # of one scan, repeated
+            mixing = None if mixing is None else mixing.expand(len(rows), -1, -1)
+            filled = conditional_mean(centred, mask, front.lags, mixing, tolerance=tolerance) + front.mean
+        out = model(seen, t_r, hidden=mask, filled=filled).reconstruction
         picked = out[torch.arange(len(rows)), frames[rows], rows].sum()  # rows of a batch know nothing of one another
         (gradient,) = torch.autograd.grad(picked, given)
         strength.append(gradient.square().sum(1).sqrt())
@@ -176,18 +132,11 @@ def reads_from(
 def association(
     a: np.ndarray, b: np.ndarray, pairs: Sequence[tuple[int, int]], *, seed: int, n_permutations: int = 1000
 ) -> dict:
-    """Spearman correlation of the off-diagonal entries of two matrices, with an interval and a permutation test.
+    """Spearman correlation of the off-diagonal entries of two (parcel, parcel) matrices.
 
-    Parameters
-    ----------
-    a, b : ndarray, shape (parcel, parcel)
-        The interval is a 95 % bootstrap over rows of both.
-    pairs : sequence of (left, right)
-        Columns of homotopic parcels. They are permuted as pairs (both sides together, and other columns among
-        themselves), in rows and columns alike: what two hemispheres share by symmetry stays. Spatial autocorrelation
-        within a hemisphere does not; the test is lenient there.
-    seed : int
-    n_permutations : int
+    `low` and `high` are a 95 % bootstrap over rows of both. In permutations the homotopic `pairs` (left, right) are
+    moved together, and other columns among themselves, in rows and columns alike: what two hemispheres share by
+    symmetry stays. Spatial autocorrelation within a hemisphere does not; the test is lenient there.
 
     Returns
     -------
@@ -230,21 +179,11 @@ def parcel_shares(edges: np.ndarray) -> np.ndarray:
 
 
 def moran_surrogates(x: np.ndarray, centres: np.ndarray, n: int, seed: int) -> np.ndarray:
-    """Random maps with the mean, variance and spatial autocorrelation (Moran's I) of a map.
+    """Random maps (n, parcel) with the mean, variance and spatial autocorrelation (Moran's I) of a map x (parcel,).
 
-    The map's parts along the eigenvectors of the centred matrix of inverse distances keep their size and get a random
-    sign. Source: Wagner and Dray 2015, Methods in Ecology and Evolution 6, 1169-1178.
-
-    Parameters
-    ----------
-    x : ndarray, shape (parcel,)
-    centres : ndarray, shape (parcel, 3)
-        In mm, all different.
-    n, seed : int
-
-    Returns
-    -------
-    ndarray, shape (n, parcel)
+    The map's parts along the eigenvectors of the centred matrix of inverse distances between `centres` (parcel, 3),
+    all different, keep their size and get a random sign. Source: Wagner and Dray 2015, Methods in Ecology and
+    Evolution 6, 1169-1178.
     """
     distance = cdist(centres, centres)
     np.fill_diagonal(distance, np.inf)
@@ -256,12 +195,9 @@ def moran_surrogates(x: np.ndarray, centres: np.ndarray, n: int, seed: int) -> n
 
 
 def spatial_test(x: np.ndarray, y: np.ndarray, centres: np.ndarray, *, seed: int, n: int = 5000) -> dict[str, float]:
-    """Pearson correlation of two maps (parcel,), tested against `moran_surrogates` of the first.
+    """Pearson correlation ``r`` of two maps (parcel,), tested against `moran_surrogates` of the first.
 
-    Returns
-    -------
-    dict
-        ``r``, ``null_low`` and ``null_high`` (2.5th and 97.5th percentile of the null), ``p`` (two-sided).
+    ``null_low`` and ``null_high`` are the 2.5th and 97.5th percentile of the null, ``p`` is two-sided.
     """
     maps = np.vstack([x, moran_surrogates(x, centres, n, seed)])
     maps = maps - maps.mean(1, keepdims=True)
@@ -295,30 +231,14 @@ def generate(
     errors: Tensor | None = None,
     seed: int = 0,
 ) -> np.ndarray:
-    """Roll a network forward: mask the future, fill it, append it, go on with the last frames.
+    """Roll a network forward, `step` frames at a time: mask the future, fill it, append it, go on with the last frames.
 
     A filled future is a mean, which fades. So that dynamics go on, each step adds the error that was made in one
     randomly drawn training window, all parcels and frames of the step together.
 
-    Parameters
-    ----------
-    model : MnemoDyn or None
-        None predicts zero: what the errors alone look like, one after the other.
-    start : Tensor, shape (batch, time, parcel)
-        The past to begin with; as many frames are kept as the past of every step.
-    n_frames : int
-        Frames to generate.
-    t_r : float
-        Seconds.
-    step : int
-        Frames filled at a time.
-    errors : Tensor, shape (window, step, parcel), optional
-        Of `forecast_errors`; without them the mean alone is rolled.
-    seed : int
-
-    Returns
-    -------
-    ndarray, shape (batch, n_frames, parcel)
+    Without a model zero is predicted: what the errors alone look like, one after the other. `start` (batch, time,
+    parcel) is the past to begin with; as many frames are kept as the past of every step. `errors` (window, step,
+    parcel) are those of `forecast_errors`; without them the mean alone is rolled. Returns (batch, n_frames, parcel).
     """
     generator = torch.Generator().manual_seed(seed)
     past, parts = start, []
@@ -358,11 +278,8 @@ def metastability(x: np.ndarray, t_r: float, band: tuple[float, float] = (0.01, 
 def summarise(x: np.ndarray, t_r: float, reference: np.ndarray) -> dict:
     """A series (time, parcel) in three numbers, and its spectrum.
 
-    Returns
-    -------
-    dict
-        ``fc_similarity`` (Pearson r of the upper triangle of its FC with that of `reference`, (parcel, parcel)),
-        ``metastability``, ``sd`` (mean over parcels), ``frequency`` (Hz) and ``power`` (per Hz, unit variance).
+    ``fc_similarity`` (Pearson r of the upper triangle of its FC with that of `reference`, (parcel, parcel)),
+    ``metastability``, ``sd`` (mean over parcels), ``frequency`` (Hz) and ``power`` (per Hz, unit variance).
     """
     upper = np.triu_indices(x.shape[1], 1)
     similarity = np.corrcoef(np.nan_to_num(np.corrcoef(x.T))[upper], reference[upper])[0, 1]

@@ -1,33 +1,20 @@
 """Reconstruction of hidden entries, scored: R2, bootstrap intervals of it and of a difference."""
 
-from __future__ import annotations
-
-from collections.abc import Sequence
-
 import numpy as np
 
 
 def hidden_sums(x: np.ndarray, prediction: np.ndarray, hidden: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Residual and total sums of squares over the hidden entries of each item.
+    """Residual and total sums of squares over the hidden entries of each item, (batch,) each, float64.
 
-    Parameters
-    ----------
-    x, prediction
-        (batch, time, parcel), or (time, parcel) for a batch of one; scaled scans, in SD.
-    hidden
-        Boolean, the same shape; True where the method did not see `x`.
+    R2 of any items is ``1 - residual.sum() / total.sum()``. Its reference is zero, which is each parcel's mean over its
+    own scan since scans come scaled, and not the mean of the hidden entries, which no method could know.
 
-    Returns
-    -------
-    residual, total
-        (batch,) each, float64: sums of ``(x - prediction)**2`` and ``x**2`` where hidden. R2 of any
-        set of items is ``1 - residual.sum() / total.sum()``.
+    `x`, `prediction` and `hidden` are ([batch,] time, parcel), in SD; `hidden` is True where the method saw nothing.
 
     Raises
     ------
     ValueError
-        If shapes disagree, `hidden` is not boolean or hides nothing, or a hidden entry of `x` or
-        `prediction` is not finite.
+        If shapes disagree, nothing is hidden, or a hidden entry of `x` or `prediction` is not finite.
     """
     x, prediction, hidden = np.asarray(x), np.asarray(prediction), np.asarray(hidden)
     if x.ndim not in (2, 3):
@@ -47,101 +34,33 @@ def hidden_sums(x: np.ndarray, prediction: np.ndarray, hidden: np.ndarray) -> tu
     return residual, total
 
 
-def r2_hidden(x: np.ndarray, prediction: np.ndarray, hidden: np.ndarray) -> float:
-    """R2 over the hidden entries: ``1 - sum (x - prediction)**2 / sum x**2``.
-
-    The reference is each parcel's mean over its own scan, which is zero because scans come scaled:
-    predicting zero scores exactly 0. It is not the mean of the hidden entries, which no method
-    could know. Parameters and errors are those of `hidden_sums`, and ValueError if `x` is zero
-    wherever it is hidden.
-    """
-    residual, total = hidden_sums(x, prediction, hidden)
-    if total.sum() == 0:
-        raise ValueError("x must vary where hidden, got only zeros there")
-    return float(1 - residual.sum() / total.sum())
-
-
 def bootstrap_r2(
-    residual: np.ndarray,
-    total: np.ndarray,
-    *,
-    groups: Sequence | None = None,
-    n_boot: int = 2000,
-    seed: int,
-    level: float = 0.95,
+    residual: np.ndarray, total: np.ndarray, baseline: np.ndarray | None = None, *, n_boot: int = 2000, seed: int
 ) -> tuple[float, float]:
-    """Percentile bootstrap interval ``(low, high)`` of the pooled R2.
+    """95 % percentile bootstrap interval of the pooled R2, or of how much it is above that of a baseline.
 
-    Parameters
-    ----------
-    residual, total
-        (batch,) each, from `hidden_sums`; every resample forms the ratio of sums anew.
-    groups
-        One label an item, such as ``participant_id``: whole groups are then resampled. Windows of
-        one participant are alike, so resampling items (None) gives too narrow an interval.
-    n_boot
-        Number of resamples.
-    seed
-        Seed of the resampling.
-    level
-        Coverage, in (0, 1).
+    All are (batch,), from `hidden_sums` of the same items and hidden entries; a resample draws the same items from
+    each.
 
     Raises
     ------
     ValueError
-        If shapes disagree, a sum is negative or not finite, there are fewer than two items (or
-        groups) or one has a total of zero, or `n_boot` or `level` is out of range.
+        If shapes disagree, a sum is negative or not finite, or there are fewer than two items or one with a total of 0.
     """
-    residual = _checked(residual, total)
-    return _interval(1.0, residual, total, groups, n_boot, seed, level)
-
-
-def bootstrap_difference(
-    residual_model: np.ndarray,
-    residual_baseline: np.ndarray,
-    total: np.ndarray,
-    *,
-    groups: Sequence | None = None,
-    n_boot: int = 2000,
-    seed: int,
-    level: float = 0.95,
-) -> tuple[float, float]:
-    """Percentile bootstrap interval of a model's R2 minus a baseline's.
-
-    Both are scored on the same hidden entries of the same items, in one order, and a resample draws
-    the same items for both. The other parameters and the errors are those of `bootstrap_r2`.
-    """
-    residual = _checked(residual_model, total) - _checked(residual_baseline, total)
-    return _interval(0.0, residual, total, groups, n_boot, seed, level)
-
-
-def _checked(residual: np.ndarray, total: np.ndarray) -> np.ndarray:
-    """Check one array of residual sums against the totals."""
-    residual, total = np.asarray(residual, np.float64), np.asarray(total, np.float64)
-    if total.ndim != 1 or residual.shape != total.shape:
-        got = f"{residual.shape} and {total.shape}"
-        raise ValueError(f"residual and total must be (batch,) of one length, got {got}")
-    for name, values in (("residual", residual), ("total", total)):
+    sums = {"residual": residual, "total": total, "baseline": total if baseline is None else baseline}
+    sums = {name: np.asarray(values, np.float64) for name, values in sums.items()}
+    shapes = {values.shape for values in sums.values()}
+    if len(shapes) > 1 or sums["total"].ndim != 1:
+        raise ValueError(f"sums must be (batch,) of one length, got shapes {sorted(shapes)}")
+    for name, values in sums.items():
         if not (np.isfinite(values) & (values >= 0)).all():
             raise ValueError(f"{name} must be finite and >= 0, got {values.min()} as its minimum")
-    return residual
-
-
-def _interval(offset, residual, total, groups, n_boot, seed, level) -> tuple[float, float]:
-    """Interval of ``offset - sum(residual) / sum(total)``."""
-    total = np.asarray(total, np.float64)
-    if n_boot < 1 or not 0 < level < 1:
-        raise ValueError(f"n_boot must be >= 1, level in (0, 1), got {n_boot} and {level}")
-    if groups is not None:
-        if len(groups) != len(total):
-            raise ValueError(f"groups must label {len(total)} items, got {len(groups)} labels")
-        _, index = np.unique(np.asarray(groups), return_inverse=True)
-        residual, total = np.bincount(index, residual), np.bincount(index, total)
+    residual, total, _ = sums.values()
     n = len(total)
     if n < 2 or not total.all():
         got = f"{n}, {np.count_nonzero(total == 0)} of them with a total of 0"
-        raise ValueError(f"a bootstrap needs >= 2 items (or groups), each with a total, got {got}")
+        raise ValueError(f"a bootstrap needs >= 2 items, each with a total, got {got}")
+    offset, less = (1.0, residual) if baseline is None else (0.0, residual - sums["baseline"])
     draws = np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), size=n_boot)
-    values = offset - (draws @ residual) / (draws @ total)
-    low, high = np.quantile(values, [(1 - level) / 2, (1 + level) / 2])
+    low, high = np.quantile(offset - (draws @ less) / (draws @ total), [0.025, 0.975])
     return float(low), float(high)

@@ -1,7 +1,7 @@
 """What pretraining objectives have taught a network: the same hidden entries, whatever it was trained for."""
 
 from collections.abc import Mapping, Sequence
-from itertools import pairwise
+from itertools import pairwise, product
 from typing import Self
 
 import numpy as np
@@ -12,8 +12,6 @@ from mnemodyn.checkpoint import Checkpoint
 from mnemodyn.evaluate.metrics import hidden_sums
 from mnemodyn.pretrain.objective import Masked
 
-__all__ = ["LatentReadout", "by_setting", "r2_by", "r2_by_band", "since_visible"]
-
 DIGITS = 10  # two equal runs differ in the sixteenth
 
 
@@ -21,15 +19,8 @@ class LatentReadout:
     """Fill hidden entries by a linear map from a frozen network's latents, one a parcel, fitted to hidden entries.
 
     So an objective that trains no output (``latent``), or none for what is hidden, is asked what its latents know.
-
-    Parameters
-    ----------
-    checkpoint : Checkpoint
-    t_r : float
-        Seconds.
-    ridges : sequence of float
-        Penalties, as shares of the latents' mean variance. The one is taken that predicts the last fifth of the windows
-        it is fitted to best from the others.
+    Of `ridges`, shares of the latents' mean variance, the one is taken that predicts the last fifth of the windows
+    it is fitted to best from the others. `t_r` in seconds.
     """
 
     def __init__(self, checkpoint: Checkpoint, t_r: float, ridges: Sequence[float] = (1e-3, 1e-2, 0.1, 1.0, 10.0)):
@@ -37,7 +28,7 @@ class LatentReadout:
 
     @torch.no_grad()
     def _latents(self, x: np.ndarray, hidden: np.ndarray) -> np.ndarray:
-        """Latents and a one, shape (batch * time, channel + 1)."""
+        """Latents and a one, (batch * time, channel + 1)."""
         parts = []
         for values, mask in zip(x, hidden, strict=True):
             given = torch.as_tensor(np.where(mask, 0, values)[None], dtype=torch.float32)
@@ -49,11 +40,12 @@ class LatentReadout:
         """Fit to windows (batch, time, parcel) of participants the network may know; returns itself."""
         z, x, hidden = self._latents(x, hidden), x.reshape(-1, x.shape[-1]), hidden.reshape(-1, x.shape[-1])
         first = len(z) * 4 // 5
-        errors = {}
-        for ridge in self.ridges:
+
+        def error(ridge: float) -> float:
             maps = _ridge(z[:first], x[:first], hidden[:first], ridge)
-            errors[ridge] = ((z[first:] @ maps - x[first:]) ** 2)[hidden[first:]].sum()
-        self.ridge = min(errors, key=errors.__getitem__)
+            return ((z[first:] @ maps - x[first:]) ** 2)[hidden[first:]].sum()
+
+        self.ridge = min(self.ridges, key=error)
         self.maps = _ridge(z, x, hidden, self.ridge)
         return self
 
@@ -81,20 +73,13 @@ def by_setting(
     t_r: float,
     seed: int,
 ) -> pd.DataFrame:
-    """R2 on hidden entries of every method by hidden share and length of the hidden stretches.
-
-    Returns
-    -------
-    DataFrame
-        ``method, hidden_share, mask_window`` (frames), ``seconds``, ``r2``.
-    """
+    """R2 on hidden entries: ``method, hidden_share, mask_window`` (frames), its ``seconds``, ``r2``."""
     rows = []
-    for share in shares:
-        for window in mask_windows:
-            hidden = Masked(share, window).hide(windows.shape, seed).numpy()
-            for name, method in methods.items():
-                residual, total = hidden_sums(windows, method.fill(windows, hidden), hidden)
-                rows.append((name, share, window, window * t_r, round(1 - residual.sum() / total.sum(), DIGITS)))
+    for share, window in product(shares, mask_windows):
+        hidden = Masked(share, window).hide(windows.shape, seed).numpy()
+        for name, method in methods.items():
+            residual, total = hidden_sums(windows, method.fill(windows, hidden), hidden)
+            rows.append((name, share, window, window * t_r, round(1 - residual.sum() / total.sum(), DIGITS)))
     return pd.DataFrame(rows, columns=["method", "hidden_share", "mask_window", "seconds", "r2"])
 
 
@@ -108,18 +93,8 @@ def since_visible(hidden: np.ndarray) -> np.ndarray:
 def r2_by(x: np.ndarray, fills: Mapping[str, np.ndarray], hidden: np.ndarray, labels: np.ndarray) -> pd.DataFrame:
     """R2 on hidden entries apart for each label, such as a parcel's number or a distance in frames.
 
-    Parameters
-    ----------
-    x : ndarray, shape (batch, time, parcel)
-    fills : dict of name to ndarray of the same shape
-    hidden : ndarray of bool
-    labels : ndarray of int, of a shape that broadcasts to that of `x`
-        Negative ones are left out.
-
-    Returns
-    -------
-    DataFrame
-        ``method, label, r2, n`` (entries).
+    `x`, `hidden` and each of `fills` are (batch, time, parcel), and integer `labels` broadcast to it; negative ones are
+    left out. Columns are ``method, label, r2, n`` (entries).
     """
     labels = np.broadcast_to(labels, x.shape)
     kept = hidden & (labels >= 0)
@@ -138,15 +113,7 @@ def r2_by_band(
 ) -> pd.DataFrame:
     """R2 by frequency: 1 - the power of the error over that of the error of predicting zero, both on hidden entries.
 
-    Parameters
-    ----------
-    edges : sequence of float
-        Edges of the bands, Hz.
-
-    Returns
-    -------
-    DataFrame
-        ``method, low, high`` (Hz), ``r2``.
+    `edges` of the bands are in Hz. Columns are ``method, low, high`` (Hz), ``r2``.
     """
     frequency = np.fft.rfftfreq(x.shape[1], t_r)
 

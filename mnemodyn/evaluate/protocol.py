@@ -14,22 +14,14 @@ from sklearn.utils import compute_sample_weight
 from mnemodyn.evaluate.downstream import Task
 from mnemodyn.evaluate.splits import inner_splits
 
-__all__ = ["HABITS", "habits", "noise_task", "people_for_sd"]
-
 
 @dataclass(frozen=True)
 class Habit:
     """What is done otherwise than here.
 
-    Attributes
-    ----------
-    oversample : bool
-        Scans of the smaller class are repeated until the classes are equal, before the division; here classes are
-        weighted in training.
-    by_file : bool
-        Scans are divided, not participants and families.
-    best_epoch : bool
-        The epoch that does best on the test set is reported; here a part of the training set chooses it.
+    `oversample`: scans of the smaller class are repeated until the classes are equal, before the division; here classes
+    are weighted in training. `by_file`: scans are divided, not participants and families. `best_epoch`: the epoch that
+    does best on the test set is reported; here a part of the training set chooses it.
     """
 
     oversample: bool = False
@@ -47,22 +39,10 @@ HABITS = {
 
 
 def noise_task(n_participants: int, n_scans: int, n_features: int, share: float, seed: int) -> tuple[np.ndarray, Task]:
-    """Gaussian noise with labels that mean nothing.
+    """Gaussian noise (scan, feature), `n_scans` of each participant, and labels that mean nothing.
 
     Half of the variance is a person's own, as scans of one person are alike; none of it has to do with the label.
-
-    Parameters
-    ----------
-    n_participants, n_scans, n_features : int
-        Scans of each participant.
-    share : float
-        Of the smaller class.
-    seed : int
-
-    Returns
-    -------
-    values : ndarray, shape (scan, feature)
-    task : Task
+    `share` is that of the smaller class.
     """
     rng = np.random.default_rng(seed)
     person = rng.standard_normal((n_participants, n_features))
@@ -76,18 +56,10 @@ def noise_task(n_participants: int, n_scans: int, n_features: int, share: float,
 def habits(
     values: np.ndarray, task: Task, *, n_splits: int = 10, epochs: int = 15, n_features: int = 300, seed: int = 0
 ) -> list[dict]:
-    """One perceptron, and five ways of telling how good it is.
+    """One perceptron on values (scan, feature) of a task of two classes, and five ways of telling how good it is.
 
-    Parameters
-    ----------
-    values : ndarray, shape (scan, feature)
-        More than `n_features` are projected at random, which knows no labels.
-    task : Task
-        Of two classes.
-    n_splits : int
-        Random divisions into four fifths and one fifth.
-    epochs : int
-    n_features, seed : int
+    More features than `n_features` are projected at random, which knows no labels. `n_splits` random divisions are into
+    four fifths and one fifth.
 
     Returns
     -------
@@ -104,11 +76,9 @@ def habits(
     for name, habit in HABITS.items():
         found = np.array([_once(values, task, habit, epochs, seed + split) for split in range(n_splits)])
         accuracy, balanced, known, n_test = found.mean(0)
-        rows.append(
-            {"protocol": name, "accuracy": accuracy, "balanced_accuracy": balanced, "sd": found[:, 0].std(ddof=1)}
-            | {"known": known, "n_test": round(n_test)}
-        )
-    return [{k: v if isinstance(v, str | int) else float(v) for k, v in row.items()} for row in rows]
+        numbers = {"accuracy": accuracy, "balanced_accuracy": balanced, "sd": found[:, 0].std(ddof=1), "known": known}
+        rows.append({"protocol": name, **{k: float(v) for k, v in numbers.items()}, "n_test": round(n_test)})
+    return rows
 
 
 def _once(values: np.ndarray, task: Task, habit: Habit, epochs: int, seed: int) -> tuple:
@@ -144,14 +114,9 @@ def _once(values: np.ndarray, task: Task, habit: Habit, epochs: int, seed: int) 
 
 
 def people_for_sd(accuracy: float, sd: float) -> float:
-    """Test people that are needed before the draw of them alone gives an accuracy no more than this SD.
+    """Test people that are needed before the draw of them alone gives an accuracy in [0, 1] no more than this SD.
 
     .. math:: n = a (1 - a) / s^2
-
-    Raises
-    ------
-    ValueError
-        If `accuracy` is not in [0, 1] or `sd` is not positive.
     """
     if not 0 <= accuracy <= 1 or not sd > 0:
         raise ValueError(f"accuracy must be in [0, 1] and sd > 0, got {accuracy} and {sd}")

@@ -1,11 +1,10 @@
 """Frozen read-outs: vectors of a scan (or window) from what the network computes on it."""
 
 import hashlib
-import io
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -14,14 +13,13 @@ from sklearn.utils.validation import check_is_fitted
 
 from mnemodyn.checkpoint import Checkpoint
 from mnemodyn.data.scans import Scan, fingerprint, load_scan
-from mnemodyn.files import write_bytes
+from mnemodyn.evaluate.reconstruction import scaling_of
+from mnemodyn.files import writing
 from mnemodyn.hub import from_pretrained
 from mnemodyn.model.front import Front
 from mnemodyn.model.network import MnemoDyn, Output
 from mnemodyn.model.operator import OperatorBlock
 from mnemodyn.model.wavelet import wavedec
-
-__all__ = ["READOUTS", "MnemoDynEncoder", "readout", "readouts"]
 
 
 def _scale_energy(output: Output, model: MnemoDyn) -> torch.Tensor:
@@ -64,29 +62,18 @@ def readouts(
     *,
     censored: np.ndarray | None = None,
 ) -> dict[str, np.ndarray]:
-    """Read vectors out of a frozen network, in one pass.
+    """Read vectors (feature,), float64, out of a frozen network in evaluation mode, in one pass.
 
-    Parameters
-    ----------
-    model : MnemoDyn
-        In evaluation mode.
-    x : ndarray, shape (time, parcel)
-        Scaled values; nothing is hidden.
-    t_r : float
-        Repetition time in seconds.
-    names : sequence of str
-        ``latent_mean``, ``latent_sd``, ``latent_max``: over time, one value a channel of the last block's latents.
-        ``scale_energy``: log mean square of their wavelet coefficients, one a level and channel.
-        ``latent_correlation``: Fisher-z correlations between channels.
-        ``response``: Fisher-z correlations between parcels of what the operators make of the scan.
-        ``adapted``: the scan's covariance as the front end adapts it, a step from the group's, see
-        :meth:`mnemodyn.model.front.Front.connectivity`; for a network that has one.
-        ``last_frame``: the last frame of that, which is all that the published draft's heads read.
-    censored : ndarray of bool, shape (time,), optional
+    `x` (time, parcel) are scaled values, of which nothing is hidden; `t_r` is in seconds; `censored` is (time,).
+    `names` are among
 
-    Returns
-    -------
-    dict of str to ndarray, shape (feature,), float64
+    - ``latent_mean``, ``latent_sd``, ``latent_max``: over time, one value a channel of the last block's latents;
+    - ``scale_energy``: log mean square of their wavelet coefficients, one a level and channel;
+    - ``latent_correlation``: Fisher-z correlations between channels;
+    - ``response``: Fisher-z correlations between parcels of what the operators make of the scan;
+    - ``last_frame``: the last frame of that, which is all that the published draft's heads read;
+    - ``adapted``: the scan's covariance as the front end adapts it, a step from the group's, see
+      :meth:`mnemodyn.model.front.Front.connectivity`; for a network that has one.
     """
     known = (*READOUTS, *(["adapted"] if model.front is not None else []))
     unknown = [name for name in names if name not in known]
@@ -107,6 +94,7 @@ def readout(model: MnemoDyn, x: np.ndarray, t_r: float, name: str) -> np.ndarray
     return readouts(model, x, t_r, (name,))[name]
 
 
+@dataclass(eq=False, repr=False)
 class MnemoDynEncoder(TransformerMixin, BaseEstimator):
     """Scans to the read-outs of a frozen network, as a transformer of scikit-learn.
 
@@ -124,10 +112,8 @@ class MnemoDynEncoder(TransformerMixin, BaseEstimator):
         Folder where the read-outs of each scan are kept, by the digests of weights and scan.
     device : str
         Such as ``cpu`` or ``cuda``.
-    t_r : float, optional
-        Repetition time in seconds, for arrays.
-    parcels : tuple of str, optional
-        Names of the columns in order, for arrays.
+    t_r, parcels : float, tuple of str, optional
+        Repetition time in seconds and names of the columns, for arrays.
 
     Examples
     --------
@@ -135,23 +121,13 @@ class MnemoDynEncoder(TransformerMixin, BaseEstimator):
     >>> model.fit(scans, diagnosis)  # doctest: +SKIP
     """
 
-    def __init__(
-        self,
-        checkpoint=None,
-        readouts=("latent_mean", "latent_sd"),
-        untrained=None,
-        cache=None,
-        device="cpu",
-        t_r=None,
-        parcels=None,
-    ):
-        self.checkpoint = checkpoint
-        self.readouts = readouts
-        self.untrained = untrained
-        self.cache = cache
-        self.device = device
-        self.t_r = t_r
-        self.parcels = parcels
+    checkpoint: Any = None
+    readouts: Sequence[str] = ("latent_mean", "latent_sd")
+    untrained: int | None = None
+    cache: str | Path | None = None
+    device: str = "cpu"
+    t_r: float | None = None
+    parcels: Sequence[str] | None = None
 
     def __sklearn_tags__(self):
         tags = super().__sklearn_tags__()
@@ -181,8 +157,8 @@ class MnemoDynEncoder(TransformerMixin, BaseEstimator):
             if isinstance(item, Scan):
                 yield item
             else:  # constant parcels are as good here as in a scan
-                named = {"parcels": self.parcels, "participant_id": f"array {i}"}
-                yield load_scan(item, t_r=self.t_r, max_constant_parcels=np.size(item), **named)
+                how: dict[str, Any] = {"t_r": self.t_r, "parcels": self.parcels, "participant_id": f"array {i}"}
+                yield load_scan(item, max_constant_parcels=np.size(item), **how)
 
     def blocks(self, scans: Sequence[Scan | np.ndarray]) -> dict[str, np.ndarray]:
         """Each read-out apart, (scan, feature); scans are read one at a time."""
@@ -202,15 +178,12 @@ class MnemoDynEncoder(TransformerMixin, BaseEstimator):
             with np.load(path) as kept:
                 if set(self.readouts) <= set(kept.files):
                     return {name: kept[name].astype(float) for name in self.readouts}
-        if checkpoint.scaling is None:
-            raise ValueError("the checkpoint does not know its scaling; fill it in with dataclasses.replace")
-        found = readouts(model, checkpoint.scaling(scan), scan.t_r, self.readouts, censored=scan.censored)
+        found = readouts(model, scaling_of(checkpoint)(scan), scan.t_r, self.readouts, censored=scan.censored)
         # Rounded alike whether or not they come from the cache, so that a second run gives what the first gave.
         found = {name: value.astype(np.float32) for name, value in found.items()}
         if path is not None:
-            stream = io.BytesIO()
-            np.savez(stream, allow_pickle=False, **found)
-            write_bytes(path, stream.getvalue())
+            with writing(path) as stream:
+                np.savez(stream, allow_pickle=False, **found)
         return {name: value.astype(float) for name, value in found.items()}
 
     def _loaded(self) -> Checkpoint:

@@ -10,11 +10,9 @@ from mnemodyn.checkpoint import Checkpoint
 from mnemodyn.data.scaling import Scaling
 from mnemodyn.data.scans import DataError, Scan
 from mnemodyn.evaluate.baselines import VAR, Interpolation, SpatialGaussian, Zero
-from mnemodyn.evaluate.metrics import bootstrap_difference, bootstrap_r2, hidden_sums
+from mnemodyn.evaluate.metrics import bootstrap_r2, hidden_sums
 from mnemodyn.pretrain.objective import Masked
 from mnemodyn.pretrain.windows import cut_windows
-
-__all__ = ["MODEL", "Network", "compare", "held_out", "methods", "scaled_windows", "windows_and_whole"]
 
 MODEL = "model"
 # Where an array lies in memory decides how its sums are grouped: two equal runs differ in the sixteenth digit.
@@ -31,14 +29,7 @@ def scaling_of(checkpoint: Checkpoint) -> Scaling:
 
 
 class Network:
-    """A checkpoint as a method that fills hidden entries.
-
-    Parameters
-    ----------
-    checkpoint : Checkpoint
-    t_r : float
-        Repetition time of the scans to fill, seconds.
-    """
+    """A checkpoint as a method that fills hidden entries of scans with one frame every `t_r` seconds."""
 
     def __init__(self, checkpoint: Checkpoint, t_r: float):
         self.checkpoint, self.t_r = checkpoint, t_r
@@ -61,25 +52,20 @@ def methods(checkpoint: Checkpoint, train: Sequence[Scan]) -> dict:
     scaled = [scaling_of(checkpoint)(scan) for scan in train]
     return {
         MODEL: Network(checkpoint, train[0].t_r),
-        "zero": Zero().fit(scaled),
-        "interpolation": Interpolation().fit(scaled),
+        "zero": Zero(),
+        "interpolation": Interpolation(),
         "spatial_gaussian": SpatialGaussian().fit(scaled),
         "var": VAR().fit(scaled),
     }
 
 
 def held_out(checkpoint: Checkpoint, scans: Sequence[Scan]) -> tuple[list[Scan], list[Scan]]:
-    """Split scans by what a checkpoint knows.
-
-    Returns
-    -------
-    known, test : list of Scan
-        Scans of its training and validation participants, and of all others.
+    """Scans of the participants that a checkpoint was trained and validated on, and those of all others.
 
     Raises
     ------
     DataError
-        If either is empty, which would leave nothing to fit baselines to, or nobody to test on.
+        If there are none of either: nothing to fit baselines to, or nobody to test on.
     CheckpointError
         If a scan's parcels are not the checkpoint's.
     """
@@ -97,13 +83,7 @@ def held_out(checkpoint: Checkpoint, scans: Sequence[Scan]) -> tuple[list[Scan],
 
 
 def scaled_windows(checkpoint: Checkpoint, scans: Sequence[Scan], n_timepoints: int) -> tuple[np.ndarray, np.ndarray]:
-    """Consecutive windows of scaled scans, and whose they are.
-
-    Returns
-    -------
-    windows : ndarray, shape (window, n_timepoints, parcel)
-    participants : ndarray of str, shape (window,)
-    """
+    """Consecutive windows of scaled scans, (window, time, parcel), and the participant of each, (window,)."""
     cut = [cut_windows(scaling_of(checkpoint)(scan), n_timepoints) for scan in scans]
     people = [scan.participant_id for scan, windows in zip(scans, cut, strict=True) for _ in windows]
     return np.concatenate(cut), np.array(people)
@@ -129,7 +109,7 @@ def windows_and_whole(
         pieces, total = hidden_sums(x, network.fill(x, hidden), hidden)
         sums.append((hidden_sums(x, whole, hidden)[0], pieces, total))
     whole, pieces, total = (np.concatenate(part) for part in zip(*sums, strict=True))
-    low, high = bootstrap_difference(whole, pieces, total, seed=seed)
+    low, high = bootstrap_r2(whole, total, pieces, seed=seed)
     found = {
         "windows": 1 - pieces.sum() / total.sum(),
         "whole": 1 - whole.sum() / total.sum(),
@@ -143,24 +123,12 @@ def windows_and_whole(
 def compare(
     methods: dict, windows: np.ndarray, participants: np.ndarray, objective: Masked, *, seed: int
 ) -> pd.DataFrame:
-    """Score every method on the same masks.
-
-    Parameters
-    ----------
-    methods : dict of name to object with ``fill(x, hidden)``
-        ``"model"`` is the one the others are compared with.
-    windows : ndarray, shape (window, time, parcel)
-        Scaled scans of held-out participants.
-    participants : ndarray of str, shape (window,)
-    objective : Masked
-        What is hidden: share and window.
-    seed : int
-        Of the masks and of the bootstrap.
+    """Score methods, objects with ``fill(x, hidden)``, on scaled windows (window, time, parcel) under the same masks.
 
     Returns
     -------
     DataFrame
-        A row a method: ``method, r2, low, high`` (95 % bootstrap over windows), ``difference`` (model minus this
+        A row a method: ``method, r2, low, high`` (95 % bootstrap over windows), ``difference`` (``"model"`` minus this
         method) with ``difference_low`` and ``difference_high`` (paired over the same windows), ``by_participant``
         (dict of R2), ``n_windows``, ``n_hidden``.
     """
@@ -172,13 +140,10 @@ def compare(
         row = {"method": name, "r2": float(1 - residual.sum() / total.sum()), "low": low, "high": high}
         if name != MODEL and MODEL in sums:
             row["difference"] = float((residual.sum() - sums[MODEL][0].sum()) / total.sum())
-            row["difference_low"], row["difference_high"] = bootstrap_difference(
-                sums[MODEL][0], residual, total, seed=seed
-            )
+            row["difference_low"], row["difference_high"] = bootstrap_r2(sums[MODEL][0], total, residual, seed=seed)
         row["by_participant"] = {
-            str(p): float(1 - residual[participants == p].sum() / total[participants == p].sum())
+            str(p): round(float(1 - residual[participants == p].sum() / total[participants == p].sum()), DIGITS)
             for p in np.unique(participants)
         }
-        row["by_participant"] = {p: round(r2, DIGITS) for p, r2 in row["by_participant"].items()}
         rows.append({**row, "n_windows": len(windows), "n_hidden": int(hidden.sum())})
     return pd.DataFrame(rows).round(DIGITS)

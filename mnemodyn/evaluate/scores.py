@@ -9,8 +9,6 @@ from collections.abc import Sequence
 import numpy as np
 from scipy import stats
 
-__all__ = ["SCORES", "chance", "corrected_t", "interval", "measure", "resamples", "smallest_sd"]
-
 SCORES = {
     "classification": ("balanced_accuracy", "auc", "macro_f1", "accuracy"),
     "regression": ("r", "r_plain", "r2", "mae", "mse_z"),
@@ -73,33 +71,21 @@ def measure(
     fold: np.ndarray,
     group: np.ndarray | None = None,
 ) -> dict[str, np.ndarray]:
-    """Scores of the predictions of one repeat.
+    """Scores of the predictions of one repeat, (resample,) each.
 
-    Parameters
-    ----------
-    kind : {"classification", "regression"}
-    y : ndarray, shape (scan,)
-        1 for the second class and 0 for the first, or the target in its unit.
-    prediction : ndarray, shape (scan,)
-        Evidence for the second class, positive where it is predicted; or the predicted target.
-    weights : ndarray, shape (resample, scan)
-    fold : ndarray, shape (scan,)
-        Test fold. The area under the curve compares within folds only: scores of two models have no common scale.
-    group : ndarray, shape (scan,), optional
-        Sites; adds ``r_within_site``, the correlation of deviations from the sites' means.
+    `y` is 1 for the second class and 0 for the first, or the target in its unit; `prediction` is evidence for the
+    second class, positive where it is predicted, or the predicted target (both (scan,); ValueError where not finite).
+    `weights` are (resample, scan). `fold` is the test fold of each scan: the area under the curve compares within folds
+    only, since scores of two models have no common scale. `group`, such as its site, adds ``r_within_site``, the
+    correlation of deviations from the groups' means.
 
     Returns
     -------
-    dict of str to ndarray, shape (resample,)
+    dict
         ``balanced_accuracy, auc, macro_f1, accuracy``; or ``r, r_plain, r2, mae`` (unit of the target) and ``mse_z``
         (mean squared error over the variance of the target in everybody, as the published tables have it). NaN where a
         class is absent. For ``r`` and ``r_within_site`` each prediction is taken relative to the mean of the other
         folds, which is what a model says that has learned nothing; ``r_plain`` takes them as they are.
-
-    Raises
-    ------
-    ValueError
-        If a prediction is not finite.
     """
     y, prediction = np.asarray(y, float), np.asarray(prediction, float)
     if not np.isfinite(prediction).all():
@@ -137,30 +123,36 @@ def interval(values: np.ndarray) -> dict[str, float | None]:
     """``value``, ``low`` and ``high`` (95 %, percentiles) of what `resamples` weighted; None where undefined."""
     values = np.asarray(values, float)
     rest = values[1:][np.isfinite(values[1:])]
-    if not np.isfinite(values[0]) or not len(rest):
-        return {"value": None if not np.isfinite(values[0]) else float(values[0]), "low": None, "high": None}
-    low, high = np.quantile(rest, [0.025, 0.975])
-    return {"value": float(values[0]), "low": float(low), "high": float(high)}
+    value = float(values[0]) if np.isfinite(values[0]) else None
+    low, high = np.quantile(rest, [0.025, 0.975]).tolist() if value is not None and len(rest) else (None, None)
+    return {"value": value, "low": low, "high": high}
+
+
+def t_interval(values: Sequence[float] | np.ndarray) -> dict[str, float | None]:
+    """``value``, the mean of one number or more, with ``low`` and ``high`` (95 %, t) where there are two or more."""
+    mean, n = float(np.mean(values)), len(values)
+    if n < 2:
+        return {"value": mean, "low": None, "high": None}
+    half = float(stats.t.ppf(0.975, n - 1) * np.std(values, ddof=1) / np.sqrt(n))
+    return {"value": mean, "low": mean - half, "high": mean + half}
+
+
+def draw_p(value: float, chance: float, draws: dict) -> float:
+    """Two-sided p of a control that scores `value` by luck, from the ``n`` and ``sd`` of draws known to be luck.
+
+    An interval over participants takes the trained models as given. A shuffle of the labels trains others, and so tells
+    how far luck goes: t with ``n - 1`` degrees, as the mean of such draws is `chance`.
+    """
+    return float(2 * stats.t.sf(abs(value - chance) / draws["sd"], draws["n"] - 1))
 
 
 def corrected_t(differences: np.ndarray, test_share: float) -> float | None:
-    """Two-sided p of the corrected resampled t-test for differences a fold.
+    """Two-sided p of the corrected resampled t-test for differences a fold; None where there are none, or one fold.
 
     .. math:: t = \\bar d \\,/ \\sqrt{(1/J + n_\\text{test} / n_\\text{train})\\, s^2}, \\quad J - 1 \\text{ degrees}
 
-    Folds share training people, which the plain test takes for independent. Source: Nadeau and Bengio (2003),
-    Machine Learning 52, 239-281, section 4.
-
-    Parameters
-    ----------
-    differences : ndarray, shape (fold,)
-    test_share : float
-        ``n_test / n_train``.
-
-    Returns
-    -------
-    float or None
-        None where there are fewer than two folds or all differences are equal.
+    Folds share training people, which the plain test takes for independent; `test_share` is ``n_test / n_train``.
+    Source: Nadeau and Bengio (2003), Machine Learning 52, 239-281, section 4.
     """
     d = np.asarray(differences, float)
     d = d[np.isfinite(d)]
@@ -171,13 +163,7 @@ def corrected_t(differences: np.ndarray, test_share: float) -> float | None:
 
 
 def smallest_sd(accuracy: float, n: int) -> float:
-    """SD that the draw of `n` test people alone gives an accuracy: :math:`\\sqrt{a (1 - a) / n}`.
-
-    Raises
-    ------
-    ValueError
-        If `accuracy` is not in [0, 1] or `n` is < 1.
-    """
+    """SD that the draw of `n` test people alone gives an accuracy in [0, 1]: :math:`\\sqrt{a (1 - a) / n}`."""
     if not 0 <= accuracy <= 1 or n < 1:
         raise ValueError(f"accuracy must be in [0, 1] and n >= 1, got {accuracy} and {n}")
     return float(np.sqrt(accuracy * (1 - accuracy) / n))

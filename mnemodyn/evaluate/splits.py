@@ -12,22 +12,13 @@ from sklearn.model_selection import StratifiedGroupKFold
 from mnemodyn.data.scans import DataError
 from mnemodyn.files import write_text
 
-__all__ = ["Folds", "inner_splits", "leave_one_site_out", "repeated_folds"]
-
 
 @dataclass(frozen=True)
 class Folds:
     """A division of participants, repeated.
 
-    Attributes
-    ----------
-    participants : tuple of str
-    families : tuple of str
-        A label a participant; members of one family are never on two sides of a split.
-    test_fold : ndarray of int, shape (repeat, participant)
-        The fold in which the participant is tested.
-    names : tuple of str
-        Names of the folds, such as sites.
+    `families` are a label a participant; members of one family are never on two sides of a split. `test_fold` (repeat,
+    participant) is the fold in which the participant is tested, `names` are those of the folds, such as sites.
     """
 
     participants: tuple[str, ...]
@@ -60,23 +51,21 @@ class Folds:
                 train = ~np.isin(family, family[test])
                 yield repeat, int(fold), np.flatnonzero(train), np.flatnonzero(test)
 
-    def table(self) -> pd.DataFrame:
+    def csv(self) -> str:
         """A row a participant: ``participant_id``, ``family`` and the name of its fold in every repeat."""
         names = np.array(self.names)
         columns = {f"repeat_{r}": names[folds] for r, folds in enumerate(self.test_fold)}
-        return pd.DataFrame({"participant_id": self.participants, "family": self.families, **columns})
+        table = pd.DataFrame({"participant_id": self.participants, "family": self.families, **columns})
+        return table.sort_values("participant_id").to_csv(index=False, lineterminator="\n")
 
     @property
     def digest(self) -> str:
         """SHA-256 of the fold table as CSV: equal for equal divisions of the same people."""
-        return hashlib.sha256(self._csv().encode()).hexdigest()
+        return hashlib.sha256(self.csv().encode()).hexdigest()
 
     def write(self, path: str | Path) -> Path:
         """Write the fold table as CSV."""
-        return write_text(path, self._csv())
-
-    def _csv(self) -> str:
-        return self.table().sort_values("participant_id").to_csv(index=False, lineterminator="\n")
+        return write_text(path, self.csv())
 
 
 def _people(table: pd.DataFrame) -> pd.DataFrame:
@@ -104,13 +93,8 @@ def _strata(target: Sequence | np.ndarray, n: int) -> np.ndarray:
 def repeated_folds(table: pd.DataFrame, target: str, *, n_folds: int = 5, n_repeats: int = 5, seed: int = 0) -> Folds:
     """Stratified folds over participants, families together, drawn anew in every repeat.
 
-    Parameters
-    ----------
-    table : DataFrame
-        A row a scan: ``participant_id``, the target, and ``family`` where known.
-    target : str
-        Classes, or a number, which is stratified by its fifths. Of several scans of a participant the first counts.
-    n_folds, n_repeats, seed : int
+    `table` has a row a scan: ``participant_id``, ``family`` where known, and the target: classes, or a number, which is
+    stratified by its fifths. Of several scans of a participant the first counts.
 
     Raises
     ------
@@ -143,10 +127,7 @@ def repeated_folds(table: pd.DataFrame, target: str, *, n_folds: int = 5, n_repe
 def leave_one_site_out(table: pd.DataFrame) -> Folds:
     """Every site is tested once, by what was learned at the others.
 
-    Raises
-    ------
-    DataError
-        If there are fewer than two sites, or a participant has none or two.
+    DataError if there are fewer than two sites, or a participant has none or two.
     """
     people = _people(table)
     if "site" not in people or people["site"].isna().any() or people["site"].nunique() < 2:
@@ -160,10 +141,7 @@ def inner_splits(
 ) -> list[tuple[np.ndarray, np.ndarray]]:
     """Splits of a training set for choosing within it: fewer where the smaller class has fewer families.
 
-    Raises
-    ------
-    DataError
-        If a class has fewer than two families.
+    DataError if a class has fewer than two families.
     """
     strata = _strata(target, n_splits)
     n = min(len(np.unique(families[strata == s])) for s in np.unique(strata))

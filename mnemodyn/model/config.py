@@ -1,7 +1,9 @@
 """What a network is made of."""
 
 from dataclasses import asdict, dataclass, fields
-from typing import Literal, get_args
+from typing import Literal
+
+from mnemodyn.parameters import check_settings
 
 __all__ = ["PRESETS", "ModelConfig"]
 
@@ -36,8 +38,8 @@ class ModelConfig:
     n_dense_layers : int
         Dense operators on the coarsest approximation.
     wavelet : str
-        A PyWavelets wavelet with orthogonal filters, or ``lazy``: even and odd samples apart, no filter; or
-        ``learned``: orthogonal filters of eight samples, a pair a block, which start as db2's and are trained.
+        A PyWavelets wavelet with orthogonal filters; ``lazy``: even and odd samples apart, no filter; or ``learned``:
+        orthogonal filters of eight samples, a pair a block, which start as db2's and are trained.
     activation : str
         ``gelu``, ``silu`` or ``tanh``.
     control : str
@@ -88,7 +90,7 @@ class ModelConfig:
     banded: str = "full"
     n_dense_layers: int = 1
     wavelet: str = "db2"
-    activation: str = "gelu"
+    activation: Literal["gelu", "silu", "tanh"] = "gelu"
     control: Literal["derivative", "value", "both", "none"] = "derivative"
     lift: bool = True
     residual: bool = True
@@ -106,58 +108,43 @@ class ModelConfig:
     n_classes: int = 0
 
     def __post_init__(self):
+        check_settings(self)
+        zero = ("n_dense_layers", "n_classes", "n_levels", "front_lags", "front_steps", "front_modes")
         for f in fields(self):
-            value = getattr(self, f.name)
-            if options := get_args(f.type):
-                if value not in options:
-                    raise ValueError(f"{f.name} must be one of {', '.join(options)}, got {value!r}")
-            elif type(value) is not f.type:
-                raise ValueError(f"{f.name} must be {f.type.__name__}, got {value!r}")
-            none = ("n_dense_layers", "n_classes", "n_levels", "front_lags", "front_steps", "front_modes")
-            least = 2 if f.name == "n_timepoints" else 0 if f.name in none else 1
-            if f.type is int and value < least:
-                raise ValueError(f"{f.name} must be >= {least}, got {value}")
-        if self.kernel_size % 2 == 0:
-            raise ValueError(f"kernel_size must be odd, got {self.kernel_size}")
-        if self.activation not in ("gelu", "silu", "tanh"):
-            raise ValueError(f"activation must be gelu, silu or tanh, got {self.activation!r}")
-        if self.banded not in ("full", "depthwise"):
-            raise ValueError(f"banded must be full or depthwise, got {self.banded!r}")
-        if 2**self.n_levels > self.n_timepoints:
-            raise ValueError(
-                f"n_levels {self.n_levels} halves a scan of n_timepoints {self.n_timepoints} below one sample"
-            )
-        if not 0 < self.front_shrinkage <= 1 or not self.front_weight > 0:
-            raise ValueError(
-                "front_shrinkage must be in (0, 1] and front_weight > 0 frames, got "
-                f"{self.front_shrinkage} and {self.front_weight}"
-            )
-        if self.front != "none" and not self.residual:
-            raise ValueError("front needs residual=True: blocks change what it filled in")
-        self._check_compat()
-
-    def _check_compat(self):
-        if self.compat == "none":
-            for name, value in {"interpolation": "none", "linear_bias": True, "n_classes": 0}.items():
-                if getattr(self, name) != value:
-                    raise ValueError(f"{name}={getattr(self, name)!r} needs compat='reference'")
-            return
-        for name, value in {"lift": False, "banded": "full", "control": "derivative", "front": "none"}.items():
-            if getattr(self, name) != value:
-                raise ValueError(f"{name} must be {value} with compat='reference': the draft knows no other")
-        if self.wavelet == "learned":
-            raise ValueError("wavelet must be fixed with compat='reference': the draft learns none, got 'learned'")
-        if self.interpolation == "none":
-            raise ValueError("interpolation must be spline or linear with compat='reference', got 'none'")
-        if self.n_timepoints % 2 and (self.n_blocks > 1 or self.residual):
-            raise ValueError(
+            least = 2 if f.name == "n_timepoints" else int(f.name not in zero)
+            if f.type is int and getattr(self, f.name) < least:
+                raise ValueError(f"{f.name} must be >= {least}, got {getattr(self, f.name)}")
+        draft = self.compat == "reference"
+        alone = {"interpolation": "none", "linear_bias": True, "n_classes": 0}
+        shared = {"lift": False, "banded": "full", "control": "derivative", "front": "none"}
+        for name, value in (shared if draft else alone).items():
+            if (given := getattr(self, name)) != value:
+                reason = f"must be {value} with compat='reference': the draft knows no other"
+                raise ValueError(f"{name} {reason}" if draft else f"{name}={given!r} needs compat='reference'")
+        for wrong, message in (
+            (self.kernel_size % 2 == 0, f"kernel_size must be odd, got {self.kernel_size}"),
+            (self.banded not in ("full", "depthwise"), f"banded must be full or depthwise, got {self.banded!r}"),
+            (
+                2**self.n_levels > self.n_timepoints,
+                f"n_levels {self.n_levels} halves a scan of n_timepoints {self.n_timepoints} below one sample",
+            ),
+            (not 0 < self.front_shrinkage <= 1, f"front_shrinkage must be in (0, 1], got {self.front_shrinkage}"),
+            (not self.front_weight, f"front needs front_weight > 0 frames, got {self.front_weight}"),
+            (self.front != "none" and not self.residual, "front needs residual=True: blocks change what it filled in"),
+            (draft and self.wavelet == "learned", "wavelet must be fixed with compat='reference', got 'learned'"),
+            (draft and self.interpolation == "none", "interpolation must be spline or linear with compat='reference'"),
+            (
+                draft and self.n_timepoints % 2 and (self.n_blocks > 1 or self.residual),
                 f"n_timepoints must be even with compat='reference', got {self.n_timepoints}: the draft returns one "
-                "frame more, which neither a residual nor a further block takes"
-            )
-        if self.n_classes and (self.n_blocks > 1 or self.residual or self.multiresolution):
-            raise ValueError(
-                "n_classes needs n_blocks=1, residual=False and multiresolution=False: the draft fails on others"
-            )
+                "frame more, which neither a residual nor a further block takes",
+            ),
+            (
+                self.n_classes and (self.n_blocks > 1 or self.residual or self.multiresolution),
+                "n_classes needs n_blocks=1, residual=False and multiresolution=False: the draft fails on others",
+            ),
+        ):
+            if wrong:
+                raise ValueError(message)
 
     @classmethod
     def preset(cls, name: str, *, n_parcels: int, n_timepoints: int, **changes) -> "ModelConfig":
@@ -173,11 +160,9 @@ class ModelConfig:
     def from_dict(cls, settings: dict) -> "ModelConfig":
         """From a mapping, as read from a file or a notebook's parameters."""
         known = [f.name for f in fields(cls)]
-        unknown = sorted(set(settings) - set(known))
-        if unknown:
+        if unknown := sorted(set(settings) - set(known)):
             raise ValueError(f"unknown model settings {unknown}; known are {known}")
-        missing = sorted({"n_parcels", "n_timepoints"} - set(settings))
-        if missing:
+        if missing := sorted({"n_parcels", "n_timepoints"} - set(settings)):
             raise ValueError(f"model settings lack {missing}")
         return cls(**settings)
 
@@ -185,28 +170,11 @@ class ModelConfig:
         return asdict(self)
 
 
-PRESETS = {
-    "mnemodyn-small": {"front": "gaussian", "n_blocks": 2, "n_channels": 32, "input_width": 32},
-    "mnemodyn-base": {"front": "gaussian", "n_blocks": 2, "n_channels": 96, "input_width": 96},
-    "mnemodyn-large": {
-        "front": "gaussian",
-        "n_blocks": 4,
-        "n_channels": 256,
-        "input_width": 128,
-        "field_rank": 8,
-        "banded": "depthwise",
-    },
-    "reference": {
-        "compat": "reference",
-        "interpolation": "spline",
-        "lift": False,
-        "activation": "tanh",
-        "n_blocks": 4,
-        "n_channels": 300,
-        "input_width": 100,
-        "field_rank": 3,
-        "n_levels": 5,
-        "n_segments": 4,
-        "n_dense_layers": 4,
-    },
+PRESETS: dict[str, dict] = {
+    "mnemodyn-small": {"front": "gaussian", "n_channels": 32, "input_width": 32},
+    "mnemodyn-base": {"front": "gaussian", "n_channels": 96, "input_width": 96},
+    "mnemodyn-large": {"front": "gaussian", "n_blocks": 4, "n_channels": 256, "input_width": 128, "field_rank": 8}
+    | {"banded": "depthwise"},
+    "reference": {"n_blocks": 4, "n_channels": 300, "input_width": 100, "field_rank": 3, "n_levels": 5, "n_segments": 4}
+    | {"n_dense_layers": 4, "activation": "tanh", "lift": False, "compat": "reference", "interpolation": "spline"},
 }

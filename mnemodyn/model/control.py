@@ -15,28 +15,14 @@ __all__ = ["bridge", "control"]
 
 
 def control(x: Tensor, t_r: float | Tensor) -> Tensor:
-    """Derivative of the path at every frame, in closed form.
+    """Derivative of the path at every frame, (batch, time, parcel) in units of `x` per second.
 
-    Parameters
-    ----------
-    x : Tensor, shape (batch, time, parcel)
-    t_r : float or Tensor of shape (batch,)
-        Repetition time in seconds.
-
-    Returns
-    -------
-    Tensor, shape (batch, time, parcel)
-        In units of `x` per second; the first frame repeats the second.
-
-    Raises
-    ------
-    ValueError
-        If a scan has fewer than two frames or `t_r` is not positive.
+    `x` is (batch, time >= 2, parcel), `t_r` in seconds, > 0, one number or one a scan; else ValueError.
     """
     if x.ndim != 3 or x.shape[1] < 2:
         raise ValueError(f"x must have shape (batch, time >= 2, parcel), got {tuple(x.shape)}")
     step = torch.as_tensor(t_r, dtype=x.dtype, device=x.device)
-    if step.ndim > 1 or (step.ndim == 1 and len(step) != len(x)):
+    if step.ndim and step.shape != x.shape[:1]:
         raise ValueError(f"t_r must be one number or one a scan ({len(x)}), got shape {tuple(step.shape)}")
     if not bool((step > 0).all()):
         raise ValueError(f"t_r must be > 0 seconds, got {t_r}")
@@ -62,10 +48,8 @@ def bridge(x: Tensor, t_r: float | Tensor, censored: Tensor) -> tuple[Tensor, Te
 
     Returns
     -------
-    x : Tensor, shape (batch, time, parcel)
-        Censored frames replaced by the path.
-    derivative : Tensor, shape (batch, time, parcel)
-        In units of `x` per second.
+    x, derivative : Tensor, shape (batch, time, parcel)
+        Censored frames replaced by the path; and its derivative, in units of `x` per second.
 
     Raises
     ------

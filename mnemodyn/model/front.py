@@ -36,66 +36,54 @@ __all__ = ["Front", "adapted_covariance", "conditional_mean", "covariance_modes"
 
 # Entries of the largest tensor held while covariances are adapted.
 _HELD_ENTRIES = 2**24
+MODE_SCANS = 1000  # from how many scans modes are computed at most: two covariances of each are held
 
 
 def moments(scans: Sequence[np.ndarray], n_lags: int, shrinkage: float) -> tuple[np.ndarray, np.ndarray]:
     """Mean (parcel,) and raw lag covariances (L + 1, parcel, parcel), divided by the number of all frames.
 
     Only with that divisor, one a scan and lag more than there are products, are they positive definite together.
-    `shrinkage` is checked for those who use it. Errors are those of `lag_covariances`.
+    Frames that are all NaN are censored: they count for nothing, and those beside them keep their distance in time.
+    `scans` is gone through twice and held one at a time, so that it may read each scan anew. `shrinkage` is checked for
+    those who use it. Errors are those of `lag_covariances`.
     """
-    scans = [np.asarray(scan, dtype=np.float64) for scan in scans]
-    if not scans or not 0 < shrinkage <= 1:
+    if not len(scans) or not 0 < shrinkage <= 1:
         raise ValueError(f"fit needs a scan and a shrinkage in (0, 1], got {len(scans)} scans and {shrinkage}")
-    n_parcels = scans[0].shape[-1]
+    n_frames, n_parcels = 0, scans[0].shape[-1]
+    total = np.zeros(n_parcels)
     for index, scan in enumerate(scans):
-        if scan.ndim != 2 or len(scan) <= n_lags or scan.shape[1] != n_parcels or not np.isfinite(scan).all():
+        finite, censored = np.isfinite(scan), np.isnan(scan).all(-1, keepdims=True)
+        if finite.any():
+            finite |= censored
+        if scan.ndim != 2 or len(scan) <= n_lags or scan.shape[1] != n_parcels or not finite.all():
             raise ValueError(
                 f"scans[{index}] must be finite and (time > {n_lags}, parcel = {n_parcels}), got shape {scan.shape} "
-                f"with {np.size(scan) - np.isfinite(scan).sum()} entries that are not finite"
+                f"with {np.sum(~finite)} entries that are not finite"
             )
-    n_frames = sum(map(len, scans))
-    mean = sum(scan.sum(0) for scan in scans) / n_frames
+        n_frames += np.sum(~censored)
+        total += np.nan_to_num(scan).sum(0, dtype=np.float64)
+    mean = total / n_frames
     lags = np.zeros((n_lags + 1, n_parcels, n_parcels))
     for scan in scans:
-        centred = scan - mean
+        centred = np.nan_to_num(np.asarray(scan, dtype=np.float64) - mean)
         for lag in range(n_lags + 1):
-            lags[lag] += centred[lag:].T @ centred[: len(scan) - lag] / n_frames
+            lags[lag] += centred[lag:].T @ centred[: len(centred) - lag] / n_frames
     if not lags[0].trace() > 0:
         raise ValueError("scans must vary over time, got constant ones")
     return mean, lags
 
 
 def lag_covariances(scans: Sequence[np.ndarray], n_lags: int, shrinkage: float) -> tuple[np.ndarray, np.ndarray]:
-    """Mean and shrunk, windowed lag covariances of scans.
+    """Mean (parcel,) and shrunk, windowed lag covariances (L + 1, parcel, parcel) of scaled scans (time, parcel).
 
-    Parameters
-    ----------
-    scans : sequence of ndarray, shape (time, parcel)
-        Scaled.
-    n_lags : int
-        Largest lag L in frames.
-    shrinkage : float
-        The weight a, in (0, 1].
-
-    Returns
-    -------
-    mean : ndarray, shape (parcel,)
-    lags : ndarray, shape (L + 1, parcel, parcel)
-        Covariance of frame t + lag (rows) with frame t (columns), float64.
-
-    Raises
-    ------
-    ValueError
-        If there is no scan, parcels disagree, an entry is not finite, a scan has fewer than ``n_lags + 1`` frames,
-        nothing varies, or `shrinkage` is not in (0, 1].
+    Of frame t + lag (rows) with frame t (columns), in float64, for lags up to `n_lags` frames, L; `shrinkage` is the
+    weight a, in (0, 1]. ValueError if there is no scan, parcels disagree, an entry is not finite, a scan has fewer than
+    ``n_lags + 1`` frames, nothing varies, or `shrinkage` is not in (0, 1]. Frames that are all NaN are left out.
     """
     mean, lags = moments(scans, n_lags, shrinkage)
-    n_parcels = len(mean)
-    own = lags.trace(axis1=1, axis2=2) / n_parcels
-    window = 1 - np.arange(n_lags + 1) / (n_lags + 1)
-    lags = (1 - shrinkage) * lags + shrinkage * own[:, None, None] * np.eye(n_parcels)
-    return mean, window[:, None, None] * lags
+    own = lags.trace(axis1=1, axis2=2)[:, None, None] / len(mean)
+    window = 1 - np.arange(n_lags + 1)[:, None, None] / (n_lags + 1)
+    return mean, window * ((1 - shrinkage) * lags + shrinkage * own * np.eye(len(mean)))
 
 
 def conditional_mean(
@@ -115,10 +103,8 @@ def conditional_mean(
         Covariances of the process, of one dtype with `x`; lags beyond L are uncorrelated.
     mixing : Tensor, shape (batch, parcel, parcel), optional
         M, where each scan's covariances are ``M C(lag) M^T``.
-    tolerance : float
-        Largest residual, relative to the visible values.
-    steps : int
-        At most.
+    tolerance, steps : float, int
+        Largest residual, relative to the visible values; and how many steps to take at most.
 
     Returns
     -------
@@ -182,15 +168,10 @@ def _expected_products(x: Tensor, hidden: Tensor, covariance: Tensor) -> Tensor:
 def covariance_modes(
     scans: Sequence[np.ndarray], mean: np.ndarray, covariance: np.ndarray, n_modes: int
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Directions in which covariances of scans depart from the group's.
+    """Directions in which covariances of scans (time, parcel) depart from the group's `mean` and `covariance`.
 
-    Parameters
-    ----------
-    scans : sequence of ndarray, shape (time, parcel)
-    mean, covariance : ndarray
-        The group's.
-    n_modes : int
-        At most half the number of scans.
+    From at most `MODE_SCANS` of them, evenly spread. Frames that are all NaN are left out. ValueError if there are
+    fewer than ``2 n_modes`` scans.
 
     Returns
     -------
@@ -198,23 +179,23 @@ def covariance_modes(
         Symmetric, orthonormal.
     signal, noise : ndarray, shape (n_modes,)
         Variance of the deviation along each, and variance of its estimate from one frame.
-
-    Raises
-    ------
-    ValueError
-        If there are fewer than ``2 n_modes`` scans.
     """
     if len(scans) < 2 * n_modes:
         raise ValueError(f"{n_modes} modes need at least {2 * n_modes} scans, got {len(scans)}")
-    n_parcels, (values, vectors) = len(mean), np.linalg.eigh(covariance)
+    values, vectors = np.linalg.eigh(covariance)
     whiten = (vectors * values**-0.5) @ vectors.T
 
-    def deviation(part: np.ndarray) -> np.ndarray:
-        centred = (part - mean) @ whiten
-        return (centred.T @ centred / len(part) - np.eye(n_parcels)).astype(np.float32).ravel()
+    def deviations(scan: np.ndarray) -> list[np.ndarray]:
+        whitened = [(part - mean) @ whiten for part in np.array_split(scan, 2)]
+        return [(w.T @ w / len(w) - np.eye(len(mean))).astype(np.float32).ravel() for w in whitened]
 
-    halves = np.stack([[deviation(half) for half in np.array_split(scan, 2)] for scan in scans], 1)
-    frames = np.mean([len(scan) / 2 for scan in scans])
+    spread = np.linspace(0, len(scans) - 1, min(len(scans), MODE_SCANS)).round().astype(int)
+    pairs, n_frames = [], []
+    for scan in (scans[i] for i in spread):
+        kept = scan[~np.isnan(scan).all(1)]
+        pairs.append(deviations(kept))
+        n_frames.append(len(kept) / 2)
+    halves, frames = np.stack(pairs, 1), np.mean(n_frames)
 
     def components(rows: np.ndarray) -> np.ndarray:
         values, vectors = np.linalg.eigh((rows @ rows.T).astype(np.float64))
@@ -222,40 +203,27 @@ def covariance_modes(
         return (vectors[:, leading] / np.sqrt(values[leading])).T.astype(np.float32) @ rows
 
     centred = halves.mean(0) - halves.mean((0, 1))
-    first = np.arange(len(scans)) % 2 == 0
+    first = np.arange(len(pairs)) % 2 == 0
     a, b = (halves[:, ~first] - halves.mean((0, 1))) @ components(centred[first]).T
     signal, noise = (a * b).mean(0), ((a - b) ** 2).mean(0) / 2 * frames
-    return components(centred).reshape(n_modes, n_parcels, n_parcels), signal.clip(0), noise
+    return components(centred).reshape(n_modes, *covariance.shape), signal.clip(0), noise
 
 
 def adapted_covariance(
-    x: Tensor,
-    hidden: Tensor,
-    covariance: Tensor,
-    *,
-    weight: float,
-    steps: int,
-    modes: tuple[Tensor, Tensor, Tensor] | None = None,
+    x: Tensor, hidden: Tensor, covariance: Tensor, *, weight: float, steps: int, modes: Sequence[Tensor] | None = None
 ) -> Tensor:
-    """The covariance of each scan, from its visible entries and with the group's as its prior.
+    """The covariance (batch, parcel, parcel) of each scan, from its visible entries and with the group's as its prior.
 
     Parameters
     ----------
-    x : Tensor, shape (batch, time, parcel)
-        Mean removed; hidden entries are not read.
-    hidden : Tensor of bool, shape (batch, time, parcel)
+    x, hidden : Tensor, shape (batch, time, parcel)
+        Mean removed; entries that are hidden (bool) are not read.
     covariance : Tensor, shape (parcel, parcel)
         The group's.
-    weight : float
-        Frames that it counts for.
-    steps : int
-        Of expectation maximisation.
+    weight, steps : float, int
+        Frames that it counts for; and steps of expectation maximisation.
     modes : (modes, signal, noise), optional
         See :func:`covariance_modes`.
-
-    Returns
-    -------
-    Tensor, shape (batch, parcel, parcel)
     """
     x, time = torch.where(hidden, 0, x), x.shape[1]
     adapted, kept = covariance.expand(len(x), -1, -1), time / (weight + time)
@@ -291,59 +259,37 @@ class Front(nn.Module):
     What it knows of the group are buffers, fitted in closed form by :meth:`fit` and saved with the weights. Not
     fitted, the group is white noise, of which only the adaptation to the scan makes more. No gradient passes it.
 
-    Parameters
-    ----------
-    n_parcels : int
-    n_lags : int
-        Largest lag in frames at which frames are correlated.
-    shrinkage : float
-        See :func:`lag_covariances`.
-    weight : float
-        Frames that the group's covariance counts for in a scan's own.
-    steps : int
-        Of the adaptation; 0 leaves the group's covariance as it is.
-    n_modes : int
-        Directions in which people's covariances differ, learned from them; see :func:`covariance_modes`.
+    The settings are those of :class:`~mnemodyn.model.config.ModelConfig` whose names begin with ``front_``.
     """
-
-    mean: Tensor
-    lags: Tensor
-    modes: Tensor
-    signal: Tensor
-    noise: Tensor
 
     def __init__(self, n_parcels: int, *, n_lags: int, shrinkage: float, weight: float, steps: int, n_modes: int = 0):
         super().__init__()
         self.shrinkage, self.weight, self.steps = shrinkage, weight, steps
-        self.register_buffer("mean", torch.zeros(n_parcels))
-        self.register_buffer("lags", torch.zeros(n_lags + 1, n_parcels, n_parcels))
+        self.mean = nn.Buffer(torch.zeros(n_parcels))
+        self.lags = nn.Buffer(torch.zeros(n_lags + 1, n_parcels, n_parcels))
         self.lags[0] = torch.eye(n_parcels)
-        self.register_buffer("modes", torch.zeros(n_modes, n_parcels, n_parcels))
-        self.register_buffer("signal", torch.zeros(n_modes))
-        self.register_buffer("noise", torch.ones(n_modes))
+        self.modes = nn.Buffer(torch.zeros(n_modes, n_parcels, n_parcels))
+        self.signal, self.noise = nn.Buffer(torch.zeros(n_modes)), nn.Buffer(torch.ones(n_modes))
 
     def fit(self, scans: Sequence[np.ndarray]) -> "Front":
-        """Set the buffers from scaled training scans (time, parcel).
-
-        Errors are those of `lag_covariances` and `covariance_modes`.
-        """
-        mean, lags = lag_covariances(scans, len(self.lags) - 1, self.shrinkage)
-        self.mean.copy_(torch.from_numpy(mean))
-        self.lags.copy_(torch.from_numpy(lags))
-        if n_modes := len(self.modes):
-            found = covariance_modes(scans, mean, lags[0], n_modes)
-            for buffer, value in zip((self.modes, self.signal, self.noise), found, strict=True):
-                buffer.copy_(torch.from_numpy(value))
+        """Set the buffers from scaled training scans; errors as of `lag_covariances` and `covariance_modes`."""
+        found: tuple[np.ndarray, ...] = lag_covariances(scans, len(self.lags) - 1, self.shrinkage)
+        if len(self.modes):
+            found += covariance_modes(scans, found[0], found[1][0], len(self.modes))
+        for buffer, value in zip((self.mean, self.lags, self.modes, self.signal, self.noise), found, strict=False):
+            buffer.copy_(torch.from_numpy(value))
         return self
+
+    def _adapted(self, centred: Tensor, hidden: Tensor, steps: int) -> Tensor:
+        modes = (self.modes, self.signal, self.noise) if len(self.modes) else None
+        return adapted_covariance(centred, hidden, self.lags[0], weight=self.weight, steps=steps, modes=modes)
 
     @torch.no_grad()
     def mixing(self, centred: Tensor, hidden: Tensor) -> Tensor | None:
         """M of each scan, from its visible entries, mean removed; None without adaptation."""
         if not self.steps:
             return None
-        modes = (self.modes, self.signal, self.noise) if len(self.modes) else None
-        adapted = adapted_covariance(centred, hidden, self.lags[0], weight=self.weight, steps=self.steps, modes=modes)
-        return power(adapted, 0.5) @ power(self.lags[0], -0.5)
+        return power(self._adapted(centred, hidden, self.steps), 0.5) @ power(self.lags[0], -0.5)
 
     @torch.no_grad()
     def connectivity(self, x: Tensor, hidden: Tensor) -> Tensor:
@@ -352,10 +298,8 @@ class Front(nn.Module):
         x, hidden (batch, time, parcel), scaled, to (batch, parcel, parcel). In these coordinates, the tangent space
         of covariances at the group's, differences are straight (Varoquaux et al. 2010, MICCAI).
         """
-        modes = (self.modes, self.signal, self.noise) if len(self.modes) else None
-        centred, group = x.float() - self.mean, self.lags[0]
-        adapted = adapted_covariance(centred, hidden, group, weight=self.weight, steps=max(1, self.steps), modes=modes)
-        whiten = power(group, -0.5)
+        whiten = power(self.lags[0], -0.5)
+        adapted = self._adapted(x.float() - self.mean, hidden, max(1, self.steps))
         values, vectors = torch.linalg.eigh(whiten @ adapted @ whiten)
         return (vectors * values.clamp_min(1e-6).log()[..., None, :]) @ vectors.mT
 

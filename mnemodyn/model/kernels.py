@@ -18,13 +18,11 @@ from torch.nn import functional
 
 __all__ = ["field_drive", "field_drive_eager"]
 
-NAMES = {torch.tanh: "tanh", functional.gelu: "gelu", functional.silu: "silu"}
+NAMES: dict[Callable[[Tensor], Tensor], str] = {torch.tanh: "tanh", functional.gelu: "gelu", functional.silu: "silu"}
 
 # Bytes and rows of a tile. Measured on one thread at 450 parcels, 300 channels, rank 3: 0.5 to 4 MiB are alike, 16 MiB
 # slower. On a GPU without Triton each operation on a tile is a launch, so that there it is larger.
-TILE_BYTES = {"cpu": 1 << 20}
-OTHER_TILE_BYTES = 64 << 20
-TILE_ROWS = 16
+TILE_BYTES, OTHER_TILE_BYTES, TILE_ROWS = {"cpu": 1 << 20}, 64 << 20, 16
 LOCK = threading.Lock()
 
 
@@ -38,31 +36,19 @@ def field_drive(
 
     Parameters
     ----------
-    z : Tensor
-        (batch, time, rank), latent of the field.
-    derivative : Tensor
-        (batch, time, parcel), derivative of the path.
-    weight : Tensor
-        (parcel * channel, rank), the parcel index slow and the channel index fast.
-    bias : Tensor or None
-        (parcel * channel,).
+    z, derivative : Tensor, shape (batch, time, rank) and (batch, time, parcel)
+        Latent of the field, and derivative of the path.
+    weight, bias : Tensor, shape (parcel * channel, rank) and (parcel * channel,)
+        The parcel index slow and the channel index fast. The bias may be None.
     activation : callable
-        ``torch.tanh``, ``functional.gelu`` or ``functional.silu``.
+        ``torch.tanh``, ``functional.gelu`` or ``functional.silu``; ValueError for others, and on shapes that disagree.
 
     Returns
     -------
-    Tensor
-        (batch, time, channel), in the dtype that those of z, derivative and weight promote to. It can be differentiated
-        once: a backward pass with ``create_graph=True`` raises RuntimeError.
-
-    Raises
-    ------
-    ValueError
-        If shapes disagree, a dtype is not floating or the activation is another.
-
-    References
-    ----------
-    The recomputation of tiles is that of Dao et al., *FlashAttention*, NeurIPS 2022, section 3.1.
+    Tensor, shape (batch, time, channel)
+        In the dtype that those of z, derivative and weight promote to. It can be differentiated once: a backward pass
+        with ``create_graph=True`` raises RuntimeError. The recomputation of tiles is that of Dao et al.,
+        *FlashAttention*, NeurIPS 2022, section 3.1.
     """
     if activation not in NAMES:
         raise ValueError(f"activation must be one of {sorted(NAMES.values())} of PyTorch, got {activation!r}")
@@ -131,12 +117,8 @@ class FieldDrive(torch.autograd.Function):
 
 
 def _prepare(z: Tensor, derivative: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-    """Latents (row, rank'), derivative (row, parcel), weights (rank', parcel * channel); rank' is rank + 1 with a bias.
-
-    All contiguous, in the dtype of the computation.
-    """
-    given = [z, derivative, weight] + ([] if bias is None else [bias])
-    double = any(a.dtype == torch.float64 for a in given)
+    """Latents (row, rank [+ 1 with a bias]), derivative (row, parcel), weights (rank, parcel * channel), contiguous."""
+    double = any(a is not None and a.dtype == torch.float64 for a in (z, derivative, weight, bias))
     dtype = torch.float64 if double else torch.float32
     z1, w1 = z.reshape(-1, z.shape[-1]).to(dtype), weight.T.to(dtype)
     if bias is not None:
@@ -145,14 +127,12 @@ def _prepare(z: Tensor, derivative: Tensor, weight: Tensor, bias: Tensor | None)
     return z1.contiguous(), derivative.reshape(-1, derivative.shape[-1]).to(dtype).contiguous(), w1.contiguous()
 
 
-@functools.cache
-def _has_triton() -> bool:
-    return importlib.util.find_spec("triton") is not None
+_find_spec = functools.cache(importlib.util.find_spec)
 
 
 def _core(z1: Tensor):
     """What computes: the Triton kernels, or the tiles below."""
-    if z1.is_cuda and z1.dtype == torch.float32 and z1.numel() and _has_triton():
+    if z1.is_cuda and z1.dtype == torch.float32 and z1.numel() and _find_spec("triton"):
         from mnemodyn.model import field_triton  # imports triton, which takes a second
 
         return field_triton
@@ -172,17 +152,13 @@ def _shared(work: Callable[[slice], object], core, z: Tensor, w: Tensor) -> list
         return [work(slice(None))]
     rows = [slice(n * i // shares, n * (i + 1) // shares) for i in range(shares)]
 
-    def run(share: slice):
-        with torch.no_grad():  # a thread begins with gradients on
-            return work(share)
-
+    run: Callable[[slice], object] = torch.no_grad()(work)  # a thread begins with gradients on
     # New threads take over this setting, which for the matrix products is one of the whole process.
     with LOCK:
         try:
             torch.set_num_threads(1)
-            with ThreadPoolExecutor(shares - 1) as pool:
-                others = [pool.submit(run, share) for share in rows[1:]]
-                return [run(rows[0]), *(other.result() for other in others)]
+            with ThreadPoolExecutor(shares) as pool:
+                return list(pool.map(run, rows))
         finally:
             torch.set_num_threads(threads)
 
@@ -233,10 +209,10 @@ class Tiles:
 
 def _tiles(z: Tensor, parcels: int, columns: int, buffers: int) -> Iterator[tuple[slice, slice, slice, list[Tensor]]]:
     """Rows, parcels and columns of each tile, and buffers (row, column) of its size that hold anything."""
-    channels, n = columns // parcels, len(z)
-    entries = TILE_BYTES.get(z.device.type, OTHER_TILE_BYTES) // z.element_size()
+    channels, n, most = columns // parcels, len(z), TILE_BYTES.get(z.device.type, OTHER_TILE_BYTES)
     if not n or not channels:
         return
+    entries = most // z.element_size()
     wide = max(1, min(parcels, entries // (TILE_ROWS * channels)))
     tall = max(1, min(n, entries // (wide * channels)))
     store = [z.new_empty(tall * wide * channels) for _ in range(buffers)]

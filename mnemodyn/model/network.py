@@ -52,12 +52,10 @@ class MnemoDyn(nn.Module, Pretrained):
 
     Notes
     -----
-    **Other lengths.** A network takes any number of frames >= 2, though some of its weights belong to the
-    ``n_timepoints`` it was trained on. The field, the lift, the wavelets and the output act frame by frame or by
-    convolution and do not know T. The coarse operator joins ``ceil(n_timepoints / 2**n_levels)`` coarse samples: a
-    longer scan is treated in consecutive stretches of that many, a shorter one by the leading part of the matrix.
-    Segments keep their length in frames, and their kernels repeat in turn. So the work grows linearly with T, and
-    a long scan is treated as its windows are, but for what the transform carries across their edges.
+    **Other lengths.** A network takes any number of frames >= 2. Of its weights only the coarse operator's and the
+    segments' belong to ``n_timepoints``: see :class:`~mnemodyn.model.operator.CoarseOperator` and
+    :class:`~mnemodyn.model.operator.BandedOperator`. So the work grows linearly with T, and a long scan is treated as
+    its windows are, but for what the transform carries across their edges.
 
     **Time.** The control is per second, so at shared instants the drive of one signal sampled at two repetition times
     differs only as their backward differences do, by at most half the difference of the steps times the signal's
@@ -75,44 +73,24 @@ class MnemoDyn(nn.Module, Pretrained):
             ReferenceBlock(config, first=i == 0) if self.reference else OperatorBlock(config)
             for i in range(config.n_blocks)
         )
-        self.front = None
-        if config.front == "gaussian":
-            self.front = Front(
-                config.n_parcels,
-                n_lags=config.front_lags,
-                shrinkage=config.front_shrinkage,
-                weight=config.front_weight,
-                steps=config.front_steps,
-                n_modes=config.front_modes,
-            )
+        front: dict = {"n_lags": config.front_lags, "shrinkage": config.front_shrinkage, "weight": config.front_weight}
+        front |= {"steps": config.front_steps, "n_modes": config.front_modes}
+        self.front = None if config.front == "none" else Front(config.n_parcels, **front)
         self.head = prediction_head(config) if config.n_classes else None
 
     def fit_front(self, scans: Sequence[np.ndarray]) -> "MnemoDyn":
-        """Fit the front end, where there is one, to scaled training scans (time, parcel); nothing else changes."""
+        """Fit the front end, where there is one, to scaled training scans (time, parcel), NaN in censored frames."""
         if self.front is not None:
             self.front.fit(scans)
         return self
 
     @classmethod
     def from_reference(cls, settings: Mapping, state_dict: Mapping[str, Tensor]) -> "MnemoDyn":
-        """A network of the published draft, from its settings and weights under its own names.
+        """A network of the published draft, from its settings and weights under its own names; in evaluation mode.
 
-        Parameters
-        ----------
-        settings : mapping
-            ``D``, ``dim_k`` and so on; those that the draft stores without using are recognised.
-        state_dict : mapping of str to Tensor
-            ``layers.0.input_projection.weight`` and so on, with or without the prefix ``model.``.
-
-        Returns
-        -------
-        MnemoDyn
-            In float32 and evaluation mode.
-
-        Raises
-        ------
-        ValueError
-            If a setting is unknown, missing or contradictory, or weights do not fit: each with both shapes.
+        `settings` are ``D``, ``dim_k`` and so on; those that the draft stores without using are recognised. Weights are
+        ``layers.0.input_projection.weight`` and so on, with or without the prefix ``model.``. ValueError if a setting
+        is unknown, missing or contradictory, or weights do not fit: each with both shapes.
         """
         model = cls(read_settings(settings))
         model.load_state_dict(read_weights(model, state_dict))
@@ -140,19 +118,14 @@ class MnemoDyn(nn.Module, Pretrained):
             True where the value must not be read; whatever stands there (NaN too) has no influence.
         censored : Tensor of bool, shape (batch, time), optional
             True where a frame is missing (motion scrubbing, dropped volumes); it has no influence. The path goes
-            through the other frames at their true times, see :func:`~mnemodyn.model.control.bridge`, and the first
-            block reads it at all of them. A frame whose visible entries are all NaN is censored too.
+            through the other frames at their true times: see :func:`~mnemodyn.model.control.bridge`. A frame whose
+            visible entries are all NaN is censored too.
         lengths : sequence of int or Tensor, shape (batch,), optional
             Frames of each scan, where scans were padded to one length. What follows them has no influence, and is
-            zero in the result. Scans of one length are computed together, so that the cost is one pass for each
-            distinct length: sort a large set by length before it is cut into batches. The multi-resolution loss is
-            then the mean over scans.
+            zero in the result. Scans of one length are computed together, one pass for each distinct length. The
+            multi-resolution loss is then the mean over scans.
         filled : Tensor, shape (batch, time, parcel), optional
             What the front end makes of `x`, where that is known already: training keeps it, for it does not change.
-
-        Returns
-        -------
-        Output
 
         Raises
         ------
@@ -165,15 +138,16 @@ class MnemoDyn(nn.Module, Pretrained):
             raise ValueError(f"x must have shape (batch, time, {self.config.n_parcels} parcels), got {tuple(x.shape)}")
         for name, mask, shape in (("hidden", hidden, x.shape), ("censored", censored, x.shape[:2])):
             if mask is not None and (mask.shape != shape or mask.dtype != torch.bool):
-                raise ValueError(
-                    f"{name} must be bool with shape {tuple(shape)} as x has, got {mask.dtype} {tuple(mask.shape)}"
-                )
+                found = f"{mask.dtype} {tuple(mask.shape)}"
+                raise ValueError(f"{name} must be bool with shape {tuple(shape)} as x has, got {found}")
         if filled is not None and (self.front is None or filled.shape != x.shape or lengths is not None):
             raise ValueError("filled is for a network with a front end, of the shape of x and without lengths")
         if lengths is not None:
             return self._by_length(x, t_r, hidden, censored, lengths)
-        if t_r is None and not self.reference:
-            raise ValueError("t_r must be given, in seconds")
+        if t_r is None:
+            if not self.reference:
+                raise ValueError("t_r must be given, in seconds")
+            t_r = 1.0
         if self.reference and x.shape[1] != self.config.n_timepoints:
             raise ValueError(
                 f"x must have {self.config.n_timepoints} frames with compat='reference', got {x.shape[1]}: the draft's "
@@ -181,19 +155,19 @@ class MnemoDyn(nn.Module, Pretrained):
             )
         x, unseen, censored = _seen(x, hidden, censored)
         visible = torch.ones_like(x) if unseen is None else (~unseen).to(x.dtype)
-        derivative, given = None, x
+        given, derivative, put_back = x, None, unseen if self.front is not None else None
         if self.front is not None:
             if unseen is not None:
                 x = self.front(x, unseen) if filled is None else filled
         elif censored is not None and bool(censored.any()):
             if self.reference:
                 raise ValueError("censored frames are not known to the draft: compat='reference' takes none")
-            x, derivative = bridge(x, t_r if t_r is not None else 1.0, censored)
+            x, derivative = bridge(x, t_r, censored)
         total = x.new_zeros(()) if self.config.multiresolution else None
         latents = x
         for i, block in enumerate(self.blocks):
-            if i and self.front is not None and unseen is not None:
-                x = torch.where(unseen, x, given)
+            if i and put_back is not None:
+                x = torch.where(put_back, x, given)
             y, latents, loss = block(x, t_r, visible, derivative)
             derivative = None  # The path is whole from here on: each block's control comes from its own input.
             x = x + y if self.config.residual else y
@@ -207,32 +181,24 @@ class MnemoDyn(nn.Module, Pretrained):
         whole = not (lengths.is_floating_point() or lengths.is_complex() or lengths.dtype == torch.bool)
         if lengths.shape != (batch,) or not whole or not bool(((lengths >= 2) & (lengths <= time)).all()):
             raise ValueError(f"lengths must be {batch} whole numbers from 2 to {time} frames, got {lengths.tolist()}")
-        step = None if t_r is None else torch.as_tensor(t_r, device=x.device)
-        groups, outputs = [], []
-        for n in lengths.unique().tolist():
-            rows = (lengths == n).nonzero()[:, 0]
-            output = self(
-                x[rows, :n],
-                step[rows] if step is not None and step.ndim else step,
-                hidden=None if hidden is None else hidden[rows, :n],
-                censored=None if censored is None else censored[rows, :n],
-            )
-            groups.append(rows)
-            outputs.append(output)
-        order = torch.cat(groups).argsort()
+        step = None if t_r is None else torch.as_tensor(t_r, dtype=x.dtype, device=x.device).expand(batch)
+        groups = [(int(n), (lengths == n).nonzero()[:, 0]) for n in lengths.unique()]
+        outputs = []
+        for n, rows in groups:
+            masks = {k: None if m is None else m[rows, :n] for k, m in (("hidden", hidden), ("censored", censored))}
+            outputs.append(self(x[rows, :n], None if step is None else step[rows], **masks))
+        order = torch.cat([rows for _, rows in groups]).argsort()
 
-        def padded(parts: list[Tensor]) -> Tensor:
+        def padded(parts: Sequence[Tensor]) -> Tensor:
             longest = max(time, *(part.shape[1] for part in parts))
             return torch.cat([functional.pad(p, (0, 0, 0, longest - p.shape[1])) for p in parts])[order]
 
-        loss = prediction = None
+        reconstructions, latents, losses, predictions = zip(*outputs, strict=True)
+        loss = None
         if self.config.multiresolution:
-            parts = zip(outputs, groups, strict=True)
-            loss = sum(output.multiresolution_loss * len(rows) for output, rows in parts) / batch
-        if self.head is not None:
-            prediction = torch.cat([output.prediction for output in outputs])[order]
-        reconstruction, latents = (padded([output[i] for output in outputs]) for i in (0, 1))
-        return Output(reconstruction, latents, loss, prediction)
+            loss = sum(one * len(rows) for one, (_, rows) in zip(losses, groups, strict=True)) / batch
+        prediction = None if self.head is None else torch.cat(predictions)[order]
+        return Output(padded(reconstructions), padded(latents), loss, prediction)
 
 
 def _seen(x: Tensor, hidden: Tensor | None, censored: Tensor | None) -> tuple[Tensor, Tensor | None, Tensor | None]:

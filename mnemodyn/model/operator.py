@@ -1,7 +1,6 @@
 """One operator block: field, pyramid, coarse operator, banded operators, output."""
 
 import math
-from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -9,24 +8,12 @@ from torch.nn import functional
 
 from mnemodyn.model.config import ModelConfig
 from mnemodyn.model.control import control
-from mnemodyn.model.kernels import field_drive
+from mnemodyn.model.kernels import NAMES, field_drive
 from mnemodyn.model.wavelet import DB2, dwt, idwt, lattice, level_lengths
 
-__all__ = [
-    "ACTIVATIONS",
-    "BANDED",
-    "BandedOperator",
-    "CoarseOperator",
-    "DepthwiseBandedOperator",
-    "Field",
-    "OperatorBlock",
-]
+__all__ = ["ACTIVATIONS", "BandedOperator", "CoarseOperator", "Field", "OperatorBlock"]
 
-ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "tanh": torch.tanh,
-    "gelu": functional.gelu,
-    "silu": functional.silu,
-}
+ACTIVATIONS = {name: function for function, name in NAMES.items()}
 
 
 class Field(nn.Module):
@@ -58,10 +45,8 @@ class Field(nn.Module):
 
     def forward(self, x: Tensor, control: Tensor) -> Tensor:
         """Drive v (batch, time, channel) from x (batch, time, parcel) and the control (batch, time, row)."""
-        act = self.activation
-        z = act(self.bottleneck(act(self.input(x))))
-        v = field_drive(z, control, self.expansion.weight, self.expansion.bias, act)
-        return v * self.factor
+        z = self.activation(self.bottleneck(self.activation(self.input(x))))
+        return field_drive(z, control, self.expansion.weight, self.expansion.bias, self.activation) * self.factor
 
 
 class CoarseOperator(nn.Module):
@@ -84,14 +69,12 @@ class CoarseOperator(nn.Module):
         m = c.shape[-1]
         for weight, bias in zip(self.weight, self.bias, strict=True):
             # (channel, batch, m) @ (channel, m, n): one batched product for all channels.
-            c = torch.baddbmm(bias[:, None, :m], c, weight[:, :m, :m])
-            c = self.activation(c)
+            c = self.activation(torch.baddbmm(bias[:, None, :m], c, weight[:, :m, :m]))
         return c
 
     def forward(self, c: Tensor) -> Tensor:
         """Coefficients (batch, channel, m) to the same shape."""
-        m, n = c.shape[-1], self.n
-        c = c.transpose(0, 1)
+        m, n, c = c.shape[-1], self.n, c.transpose(0, 1)
         if m <= n:
             return self._stretch(c).transpose(0, 1)
         whole = m // n * n
@@ -101,50 +84,43 @@ class CoarseOperator(nn.Module):
         return torch.cat(parts, dim=-1).transpose(0, 1)
 
 
-class SegmentedOperator(nn.Module):
-    """What banded operators share: time is cut into segments, each with weights of its own and zeros beyond its edges.
+class BandedOperator(nn.Module):
+    """Convolution 2K -> 2K at one level of the pyramid, with its own kernel in each segment of time.
 
-    A segment has ``ceil(n / n_segments)`` samples, n the level's length in a scan of ``n_timepoints``. In a scan of
-    another length segments keep their length, and the operators repeat in turn. A subclass says what happens within
-    the segments: ``within`` takes and returns (segment, 2K, run, sample), in whatever layout is at hand.
+    A segment has ``ceil(n / n_segments)`` samples, n the level's length in a scan of ``n_timepoints``, and zeros beyond
+    its edges. In a scan of another length segments keep their length, and the operators repeat in turn.
+
+    With ``banded="depthwise"`` the kernel has two factors: each channel's own over time, then one matrix 2K -> 2K.
+    About `kernel_size` times fewer weights and operations. Not in the published network.
     """
 
     def __init__(self, n: int, config: ModelConfig):
         super().__init__()
-        self.n_segments = config.n_segments
-        self.segment = math.ceil(n / config.n_segments)
+        self.n_segments = s = config.n_segments
+        self.segment = math.ceil(n / s)
         self.activation = ACTIVATIONS[config.activation]
-
-    def within(self, u: Tensor) -> Tensor:
-        raise NotImplementedError
-
-    def forward(self, u: Tensor) -> Tensor:
-        """(batch, 2K, n) to the same shape."""
-        batch, k2, n = u.shape
-        s = self.n_segments
-        length = min(self.segment, n) if s == 1 else self.segment
-        turns = math.ceil(n / (s * length))
-        u = functional.pad(u, (0, turns * s * length - n)).view(batch, k2, turns, s, length)
-        u = self.within(u.permute(3, 1, 0, 2, 4).reshape(s, k2, batch * turns, length))
-        u = u.reshape(s, k2, batch, turns, length).permute(2, 1, 3, 0, 4).reshape(batch, k2, -1)
-        return self.activation(u[..., :n])
-
-
-class BandedOperator(SegmentedOperator):
-    """Convolution 2K -> 2K at one level of the pyramid, with its own kernel in each segment of time."""
-
-    def __init__(self, n: int, config: ModelConfig):
-        super().__init__(n, config)
-        k2, width = 2 * config.n_channels, config.kernel_size
-        weight = torch.randn(config.n_segments, k2, k2, width) * (0.1 / math.sqrt(k2 * width))
+        k2, width, pass_on = 2 * config.n_channels, config.kernel_size, torch.arange(config.n_channels)
         # Details pass, approximations are left to c, which carries them already: the fresh pyramid inverts itself.
-        index = torch.arange(config.n_channels)
-        weight[:, index, index, width // 2] += 1
-        self.weight = nn.Parameter(weight)
-        self.bias = nn.Parameter(torch.zeros(config.n_segments, k2))
+        if config.banded == "full":
+            weight = torch.randn(s, k2, k2, width) * (0.1 / math.sqrt(k2 * width))
+            weight[:, pass_on, pass_on, width // 2] += 1
+            self.weight = nn.Parameter(weight)
+        else:
+            kernel = torch.randn(s, k2, width) * (0.1 / math.sqrt(width))
+            kernel[..., width // 2] += 1
+            mixing = torch.randn(s, k2, k2) * (0.1 / math.sqrt(k2))
+            mixing[:, pass_on, pass_on] += 1
+            self.kernel, self.mixing = nn.Parameter(kernel), nn.Parameter(mixing)
+        self.bias = nn.Parameter(torch.zeros(s, k2))
 
-    def within(self, u: Tensor) -> Tensor:
-        """Each segment's convolution of (segment, 2K, run, sample)."""
+    def _within(self, u: Tensor) -> Tensor:
+        """Each segment's operator on (segment, 2K, run, sample)."""
+        if hasattr(self, "kernel"):
+            width, length = self.kernel.shape[-1], u.shape[-1]
+            u = functional.pad(u, (width // 2, width // 2))
+            first, *others = (u[..., i : i + length] * self.kernel[..., i, None, None] for i in range(width))
+            u = sum(others, first)
+            return torch.baddbmm(self.bias[..., None], self.mixing, u.flatten(2)).view(u.shape)
         half = self.weight.shape[-1] // 2
         if self.n_segments == 1:
             u = functional.conv1d(u[0].transpose(0, 1), self.weight[0], self.bias[0], padding=half)
@@ -155,44 +131,20 @@ class BandedOperator(SegmentedOperator):
         taps = taps.permute(0, 1, 4, 2, 3).reshape(self.n_segments, self.weight[0, 0].numel(), -1)
         return torch.baddbmm(self.bias[..., None], self.weight.flatten(2), taps).view(u.shape)
 
-
-class DepthwiseBandedOperator(SegmentedOperator):
-    """The banded operator in two factors: each channel's own kernel over time, then one matrix 2K -> 2K.
-
-    About `kernel_size` times fewer weights and operations than :class:`BandedOperator`. Not in the published network.
-    """
-
-    def __init__(self, n: int, config: ModelConfig):
-        super().__init__(n, config)
-        k, s, width = config.n_channels, config.n_segments, config.kernel_size
-        kernel = torch.randn(s, 2 * k, width) * (0.1 / math.sqrt(width))
-        kernel[..., width // 2] += 1
-        mixing = torch.randn(s, 2 * k, 2 * k) * (0.1 / math.sqrt(2 * k))
-        index = torch.arange(k)
-        mixing[:, index, index] += 1
-        self.kernel = nn.Parameter(kernel)
-        self.mixing = nn.Parameter(mixing)
-        self.bias = nn.Parameter(torch.zeros(s, 2 * k))
-
-    def within(self, u: Tensor) -> Tensor:
-        """Each segment's kernels and matrix on (segment, 2K, run, sample)."""
-        width, length = self.kernel.shape[-1], u.shape[-1]
-        u = functional.pad(u, (width // 2, width // 2))
-        taps = [u[..., i : i + length] * self.kernel[..., i, None, None] for i in range(width)]
-        u = sum(taps[1:], taps[0])
-        return torch.baddbmm(self.bias[..., None], self.mixing, u.flatten(2)).view(u.shape)
-
-
-BANDED = {"full": BandedOperator, "depthwise": DepthwiseBandedOperator}
+    def forward(self, u: Tensor) -> Tensor:
+        """(batch, 2K, n) to the same shape."""
+        batch, k2, n = u.shape
+        s = self.n_segments
+        length = min(self.segment, n) if s == 1 else self.segment
+        turns = math.ceil(n / (s * length))
+        u = functional.pad(u, (0, turns * s * length - n)).view(batch, k2, turns, s, length)
+        u = self._within(u.permute(3, 1, 0, 2, 4).reshape(s, k2, batch * turns, length))
+        u = u.reshape(s, k2, batch, turns, length).permute(2, 1, 3, 0, 4).reshape(batch, k2, -1)
+        return self.activation(u[..., :n])
 
 
 class OperatorBlock(nn.Module):
-    """Path in, path out: the drive goes through the operators on its wavelet pyramid and is read out per parcel.
-
-    Parameters
-    ----------
-    config : ModelConfig
-    """
+    """Path in, path out: the drive goes through the operators on its wavelet pyramid and is read out per parcel."""
 
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -202,7 +154,7 @@ class OperatorBlock(nn.Module):
         self.field = Field(config)
         self.lift = nn.Linear(2 * p, k) if config.lift else None
         self.coarse = CoarseOperator(lengths[-1], config)
-        self.banded = nn.ModuleList(BANDED[config.banded](n, config) for n in lengths[1:])
+        self.banded = nn.ModuleList(BandedOperator(n, config) for n in lengths[1:])
         self.output = nn.Linear(k, p, bias=config.linear_bias)
         if self.lift is not None:
             # The mask's half starts at zero: at first nothing is said about what is hidden.
@@ -230,11 +182,12 @@ class OperatorBlock(nn.Module):
         kind = self.config.control
         if kind in ("value", "none"):
             return x if kind == "value" else torch.zeros_like(x)
-        derivative = self.derivative(x, t_r) if derivative is None else derivative
+        if derivative is None:
+            derivative = self.derivative(x, t_r)
         return derivative if kind == "derivative" else torch.cat([derivative, x], dim=-1)
 
     def analysis(self, a: Tensor) -> tuple[Tensor, Tensor]:
-        """One level down: approximation and detail of `a`."""
+        """One level down: approximation and detail."""
         return dwt(a, self.wavelet)
 
     def synthesis(self, approximation: Tensor, detail: Tensor, length: int) -> Tensor:
@@ -246,8 +199,8 @@ class OperatorBlock(nn.Module):
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         """Output (batch, time, parcel), latents (batch, time, channel), and the multi-resolution loss.
 
-        `x` (batch, time, parcel) is the block's input, `visible` (batch, time, parcel) is 1.0 where the scan was
-        seen, and `t_r` is in seconds. `derivative` is given where the path was fitted around censored frames.
+        `x` is the block's input and `visible` 1.0 where the scan was seen, both (batch, time, parcel); `t_r` is in
+        seconds, and `derivative` given where the path was fitted around censored frames.
         """
         v = self.field(x, self.control(x, t_r, derivative))
         if self.lift is not None:
@@ -255,24 +208,18 @@ class OperatorBlock(nn.Module):
         c, loss = self.pyramid(v.transpose(1, 2))
         latents = c.transpose(1, 2)
         y = self.output(latents)
-        if self.parcel_scale is not None:
-            y = y * self.parcel_scale
-        return y, latents, loss
+        return y if self.parcel_scale is None else y * self.parcel_scale, latents, loss
 
     def pyramid(self, v: Tensor) -> tuple[Tensor, Tensor | None]:
         """The operators between the transform of v (batch, channel, time) and its inverse."""
-        config = self.config
-        approximations, details = [v], []
-        for _ in range(config.n_levels):
-            a, d = self.analysis(approximations[-1])
-            approximations.append(a)
-            details.append(d)
-        c = self.coarse(approximations[-1])
-        loss = v.new_zeros(()) if config.multiresolution else None
-        for level in reversed(range(config.n_levels)):
-            d, a = details[level], approximations[level + 1]
+        a, levels, loss = v, [], v.new_zeros(()) if self.config.multiresolution else None
+        for banded in self.banded:
+            n, (a, d) = a.shape[-1], self.analysis(a)
+            levels.append((banded, n, a, d))
+        c = self.coarse(a)
+        for banded, n, a, d in reversed(levels):
             if loss is not None:
                 loss = loss + functional.mse_loss(c, a)
-            detail, approximation = self.banded[level](torch.cat([d, a], dim=1)).chunk(2, dim=1)
-            c = self.synthesis(approximation + c, detail, approximations[level].shape[-1])
+            detail, approximation = banded(torch.cat([d, a], dim=1)).chunk(2, dim=1)
+            c = self.synthesis(approximation + c, detail, n)
         return c, loss

@@ -15,10 +15,7 @@ __all__ = ["Pretrained"]
 class Pretrained(ModelHubMixin, library_name="mnemodyn"):
     """The Hugging Face mixin in the project's own format of checkpoints.
 
-    Attributes
-    ----------
-    checkpoint : Checkpoint or None
-        What `from_pretrained` found beside the weights: parcels, scaling, repetition time, training.
+    `checkpoint` is what `from_pretrained` found beside the weights: parcels, scaling, repetition time, training.
     """
 
     checkpoint: Any = None

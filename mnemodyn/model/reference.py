@@ -31,26 +31,11 @@ from mnemodyn.parameters import read_yaml
 
 __all__ = ["ReferenceBlock", "misfits", "prediction_head", "read_lightning", "read_settings", "read_weights"]
 
-REQUIRED = {
-    "D": "n_parcels",
-    "original_length": "n_timepoints",
-    "dim_k": "n_channels",
-    "dim_d": "input_width",
-    "h_rank": "field_rank",
-    "n_levels": "n_levels",
-    "nb": "kernel_size",
-    "num_sparse_LC": "n_segments",
-    "K_dense": "n_dense_layers",
-    "wave": "wavelet",
-    "nonlinearity": "activation",
-    "interpol": "interpolation",
-}
-SWITCHES = {
-    "use_residual": ("residual", False),
-    "scale": ("parcel_scale", False),
-    "use_mRLoss": ("multiresolution", False),
-    "linear_bias": ("linear_bias", True),
-}
+REQUIRED = {"D": "n_parcels", "original_length": "n_timepoints", "dim_k": "n_channels", "dim_d": "input_width"}
+REQUIRED |= {"h_rank": "field_rank", "n_levels": "n_levels", "nb": "kernel_size", "num_sparse_LC": "n_segments"}
+REQUIRED |= {"K_dense": "n_dense_layers", "wave": "wavelet", "nonlinearity": "activation", "interpol": "interpolation"}
+SWITCHES = {"use_residual": "residual", "scale": "parcel_scale", "use_mRLoss": "multiresolution"}
+SWITCHES |= {"linear_bias": "linear_bias"}
 OTHERS = {"D_out", "num_layers", "predict", "num_classes", "duration"}
 # Stored by the draft, and without influence on what a network computes from a scaled scan.
 WITHOUT_EFFECT = {
@@ -62,52 +47,34 @@ ACTIVATIONS = {"tanh": "tanh", "gelu": "gelu", "swish": "silu"}
 
 
 def read_settings(draft: Mapping) -> ModelConfig:
-    """The configuration that settings under the draft's own names describe.
+    """The configuration that settings under the draft's own names describe, with ``compat="reference"``.
 
-    Parameters
-    ----------
-    draft : mapping
-        ``D``, ``dim_d``, ``dim_k`` and so on. Those that a Lightning checkpoint keeps for its trainer may be among
-        them. The number of blocks is ``num_layers`` or the length of ``D_out``.
-
-    Returns
-    -------
-    ModelConfig
-        With ``compat="reference"``.
-
-    Raises
-    ------
-    ValueError
-        If a setting is unknown, missing or contradicts another, or asks for what is not supported here.
+    ``D``, ``dim_d``, ``dim_k`` and so on; those that a Lightning checkpoint keeps for its trainer may be among them.
+    The number of blocks is ``num_layers`` or the length of ``D_out``. ValueError if a setting is unknown, missing or
+    contradicts another, or asks for what is not supported here.
     """
     known = {*REQUIRED, *SWITCHES, *OTHERS, *WITHOUT_EFFECT}
     if unknown := sorted(set(draft) - known, key=str):
         raise ValueError(f"unknown draft settings {unknown}; known are {sorted(known)}")
-    outputs, n_blocks = draft.get("D_out"), draft.get("num_layers")
+    outputs, n_blocks, predict = draft.get("D_out"), draft.get("num_layers"), draft.get("predict", False)
     if isinstance(outputs, (list, tuple)):
         if n_blocks not in (None, len(outputs)):
             raise ValueError(f"num_layers is {n_blocks}, but D_out has {len(outputs)} entries")
         n_blocks = len(outputs)
     missing = sorted(set(REQUIRED) - set(draft)) + ["num_layers"] * (n_blocks is None)
-    if missing:
+    if missing := missing + ["num_classes"] * bool(predict and "num_classes" not in draft):
         raise ValueError(f"draft settings lack {missing}")
-    for output in outputs if isinstance(outputs, (list, tuple)) else [outputs]:
-        if output not in (None, draft["D"]):
-            raise ValueError(f"D_out must repeat D = {draft['D']}, got {outputs}; other outputs are not supported")
-    if draft.get("duration", 1) != 1:
-        raise ValueError(f"duration must be 1, got {draft['duration']!r}")
-    if draft["nonlinearity"] not in ACTIVATIONS:
-        raise ValueError(f"nonlinearity must be one of {', '.join(ACTIVATIONS)}, got {draft['nonlinearity']!r}")
-    if draft["interpol"] not in ("spline", "linear"):
-        raise ValueError(f"interpol must be spline or linear, got {draft['interpol']!r}")
-    if draft.get("predict", False) and "num_classes" not in draft:
-        raise ValueError("draft settings with predict lack ['num_classes']")
+    if not {None, draft["D"]}.issuperset(outputs if isinstance(outputs, (list, tuple)) else [outputs]):
+        raise ValueError(f"D_out must repeat D = {draft['D']}, got {outputs}; other outputs are not supported")
+    allowed: dict[str, tuple] = {"duration": (1,), "nonlinearity": tuple(ACTIVATIONS), "interpol": ("spline", "linear")}
+    for name, options in allowed.items():
+        if (given := draft.get(name, 1)) not in options:
+            listed = " or ".join(map(str, options)) if len(options) < 3 else f"one of {', '.join(options)}"
+            raise ValueError(f"{name} must be {listed}, got {given!r}")
     settings = {ours: draft[theirs] for theirs, ours in REQUIRED.items()}
-    settings |= {ours: draft.get(theirs, default) for theirs, (ours, default) in SWITCHES.items()}
-    settings["activation"] = ACTIVATIONS[draft["nonlinearity"]]
-    n_classes = draft["num_classes"] if draft.get("predict", False) else 0
-    settings |= {"n_blocks": n_blocks, "n_classes": n_classes}
-    return ModelConfig(compat="reference", lift=False, **settings)
+    settings |= {ours: draft.get(theirs, theirs == "linear_bias") for theirs, ours in SWITCHES.items()}
+    settings |= {"activation": ACTIVATIONS[draft["nonlinearity"]], "n_blocks": n_blocks}
+    return ModelConfig(compat="reference", lift=False, n_classes=draft["num_classes"] if predict else 0, **settings)
 
 
 def _names(config: ModelConfig) -> Iterator[tuple[str, str, int | None]]:
@@ -133,31 +100,22 @@ def _names(config: ModelConfig) -> Iterator[tuple[str, str, int | None]]:
 
 def misfits(expected: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> str:
     """What keeps tensors from being loaded, by name: missing, unknown, both shapes where they differ; else empty."""
-    lines = [f"{name}: missing, expected {tuple(expected[name].shape)}" for name in expected.keys() - found.keys()]
-    lines += [f"{name}: unknown, got {tuple(found[name].shape)}" for name in found.keys() - expected.keys()]
-    lines += [
-        f"{name}: expected {tuple(expected[name].shape)}, got {tuple(found[name].shape)}"
-        for name in expected.keys() & found.keys()
-        if expected[name].shape != found[name].shape
-    ]
+    lines = []
+    for name in sorted(expected.keys() | found.keys()):
+        ours, theirs = (tuple(part[name].shape) if name in part else None for part in (expected, found))
+        if ours is None or theirs is None:
+            lines.append(f"{name}: unknown, got {theirs}" if ours is None else f"{name}: missing, expected {ours}")
+        elif ours != theirs:
+            lines.append(f"{name}: expected {ours}, got {theirs}")
     more = f"; and {len(lines) - 20} more" if len(lines) > 20 else ""
-    return "; ".join(sorted(lines)[:20]) + more
+    return "; ".join(lines[:20]) + more
 
 
 def read_weights(model: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """A state dict for `model`, a MnemoDyn with ``compat="reference"``, from one under the draft's names.
 
-    Parameters
-    ----------
-    model : MnemoDyn
-    state : mapping of str to Tensor
-        With or without the prefix ``model.`` of a Lightning checkpoint.
-
-    Raises
-    ------
-    ValueError
-        Naming every weight that is missing, unknown or of another shape, or if the wavelet filters stored beside
-        the weights are not those of the configuration's wavelet.
+    With or without the prefix ``model.`` of a Lightning checkpoint. ValueError naming every weight that is missing,
+    unknown or of another shape, or if the wavelet filters stored beside the weights are not those of the settings.
     """
     state = {name.removeprefix("model."): value for name, value in state.items()}
     filters = {name: state.pop(name) for name in list(state) if ".wavelet_processor." in name}
@@ -182,12 +140,8 @@ def read_lightning(path: Path) -> tuple[dict, dict[str, Tensor], dict]:
     """Settings, weights, and the epoch and step of a Lightning checkpoint of the draft; nothing in it is executed.
 
     Where the file holds no settings they come from ``hparams.yaml`` beside it or, as Lightning's logger lays out its
-    folders, one folder up.
-
-    Raises
-    ------
-    ValueError
-        If the file cannot be read as tensors and plain values, or is no Lightning checkpoint, or has no settings.
+    folders, one folder up. ValueError if the file cannot be read as tensors and plain values, is no Lightning
+    checkpoint, or has no settings.
     """
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
@@ -198,8 +152,7 @@ def read_lightning(path: Path) -> tuple[dict, dict[str, Tensor], dict]:
             f"({type(error).__name__}: {reason})"
         ) from None
     state = content.get("state_dict") if isinstance(content, dict) else None
-    tensors = isinstance(state, dict) and all(isinstance(k, str) and isinstance(v, Tensor) for k, v in state.items())
-    if not tensors or not state:
+    if not isinstance(state, dict) or not state or not all(isinstance(v, Tensor) for v in state.values()):
         raise ValueError(f"{path}: not a Lightning checkpoint: expected a state_dict of tensors")
     settings = content.get("hyper_parameters")
     if not settings:

@@ -11,15 +11,16 @@ such as :func:`lattice` makes from angles that are learned.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 
+import numpy as np
 import pywt
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-__all__ = ["DB2", "dwt", "idwt", "lattice", "level_lengths", "wavedec", "waverec"]
+__all__ = ["DB2", "dwt", "idwt", "lattice", "level_lengths", "wavedec"]
 
 Filter = Sequence[float] | Tensor
 
@@ -33,18 +34,9 @@ def lattice(angles: Tensor) -> Tensor:
     .. math:: R(\theta_n)\, \mathrm{diag}(1, z^{-2})\, R(\theta_{n-1}) \cdots \mathrm{diag}(1, z^{-2})\, R(\theta_1)
               \begin{pmatrix} 1 \\ z^{-1} \end{pmatrix}
 
-    is h and a second filter, orthogonal as every factor is. Source: Vaidyanathan and Hoang 1988, IEEE Trans. Acoust.
-    Speech Signal Process. 36, 81-94.
-
-    Parameters
-    ----------
-    angles : Tensor, shape (n,)
-        In radians.
-
-    Returns
-    -------
-    Tensor, shape (2 n,)
-        Of unit norm, and orthogonal to itself shifted by 2, 4, ... samples.
+    is h and a second filter, orthogonal as every factor is: n angles in radians to the 2n taps of h, of unit norm and
+    orthogonal to itself shifted by 2, 4, ... samples. Source: Vaidyanathan and Hoang 1988, IEEE Trans. Acoust. Speech
+    Signal Process. 36, 81-94.
     """
     low, high = angles.new_tensor([1.0, 0.0]), angles.new_tensor([0.0, 1.0])
     for i, (c, s) in enumerate(zip(angles.cos(), angles.sin(), strict=True)):
@@ -63,21 +55,17 @@ def _named(wavelet: str) -> tuple[list[float], list[float]]:
         bank = pywt.Wavelet(wavelet)
     except (ValueError, TypeError) as error:
         raise ValueError(f"wavelet must be a name from pywt.wavelist(), got {wavelet!r}") from error
-    low = torch.tensor(bank.dec_lo, dtype=torch.float64)
-    size = len(low)
-    overlaps = torch.stack([low[2 * k :] @ low[: size - 2 * k] for k in range(size // 2)])
-    overlaps[0] -= 1
+    low = np.array(bank.dec_lo)
+    overlaps = [low[2 * k :] @ low[: len(low) - 2 * k] - (k == 0) for k in range(len(low) // 2)]
     # dmey calls itself orthogonal, but its filters are so only to 2e-3: the inverse would not be exact.
-    if not bank.orthogonal or overlaps.abs().max() > 1e-6:
+    if not bank.orthogonal or np.abs(overlaps).max() > 1e-6:
         raise ValueError(f"wavelet must have orthogonal filters (such as db2), got {wavelet!r}")
     return bank.dec_lo, bank.dec_hi
 
 
 def _alternating(h: Tensor) -> tuple[Tensor, Tensor]:
     """h and g, its alternating flip."""
-    sign = torch.ones_like(h)
-    sign[::2] = -1
-    return h, h.flip(0) * sign
+    return h, h.flip(0) * h.new_tensor([-1.0, 1.0]).repeat(len(h) // 2)
 
 
 def _wrap(x: Tensor, left: int, right: int) -> Tensor:
@@ -85,8 +73,7 @@ def _wrap(x: Tensor, left: int, right: int) -> Tensor:
     n = x.shape[-1]
     if 0 <= left <= n and 0 <= right <= n:
         return torch.cat([x[..., n - left :], x, x[..., :right]], dim=-1)
-    index = torch.arange(-left, n + right, device=x.device) % n
-    return x[..., index]
+    return x[..., torch.arange(-left, n + right, device=x.device) % n]
 
 
 def _combine(parts: Sequence[Tensor], weights: Filter) -> Tensor:
@@ -126,54 +113,34 @@ def _synthesise(approximation: Tensor, detail: Tensor, low: Filter, high: Filter
 # faster than a convolution with one channel, and leave nothing for autograd to keep. Learned filters do without.
 
 
-class _Analysis(torch.autograd.Function):
-    """Signal of even length to the pair of coefficients."""
+class _Transform(torch.autograd.Function):
+    """Analysis of one signal of even length, or synthesis of a pair of coefficients."""
 
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(x: Tensor, wavelet: str) -> tuple[Tensor, Tensor]:
-        return _analyse(x, *_named(wavelet))
+    def forward(wavelet: str, *given: Tensor):
+        transform: Callable = _analyse if len(given) == 1 else _synthesise
+        return transform(*given, *_named(wavelet))
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        ctx.wavelet = inputs[1]
+        ctx.wavelet = inputs[0]
 
     @staticmethod
-    def backward(ctx, approximation: Tensor, detail: Tensor):
-        return _Synthesis.apply(approximation, detail, ctx.wavelet), None
-
-
-class _Synthesis(torch.autograd.Function):
-    """Pair of coefficients to the signal of even length."""
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(approximation: Tensor, detail: Tensor, wavelet: str) -> Tensor:
-        return _synthesise(approximation, detail, *_named(wavelet))
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        ctx.wavelet = inputs[2]
-
-    @staticmethod
-    def backward(ctx, signal: Tensor):
-        return *_Analysis.apply(signal, ctx.wavelet), None
+    def backward(ctx, *gradients: Tensor):
+        back = _Transform.apply(ctx.wavelet, *gradients)
+        return None, *(back if isinstance(back, tuple) else (back,))
 
 
 def dwt(x: Tensor, wavelet: str | Tensor) -> tuple[Tensor, Tensor]:
-    """One level of the transform.
+    """One level of the transform: approximation and detail, (batch, channel, ceil(time / 2)) each.
 
     Parameters
     ----------
     x : Tensor, shape (batch, channel, time), floating
     wavelet : str or Tensor of shape (F,)
         Name of a PyWavelets wavelet with orthogonal filters, or a filter h, orthogonal to its own even shifts.
-
-    Returns
-    -------
-    approximation, detail : Tensor, shape (batch, channel, ceil(time / 2))
 
     Raises
     ------
@@ -184,27 +151,14 @@ def dwt(x: Tensor, wavelet: str | Tensor) -> tuple[Tensor, Tensor]:
         raise ValueError(f"x must be floating with shape (batch, channel, time >= 1), got {x.dtype} {tuple(x.shape)}")
     if x.shape[-1] % 2:
         x = torch.cat([x, x[..., -1:]], dim=-1)
-    return _Analysis.apply(x, wavelet) if isinstance(wavelet, str) else _analyse(x, *_alternating(wavelet))
+    return _Transform.apply(wavelet, x) if isinstance(wavelet, str) else _analyse(x, *_alternating(wavelet))
 
 
 def idwt(approximation: Tensor, detail: Tensor, wavelet: str | Tensor, length: int | None = None) -> Tensor:
-    """Inverse of :func:`dwt`.
+    """Inverse of :func:`dwt`: the signal, (batch, channel, length).
 
-    Parameters
-    ----------
-    approximation, detail : Tensor, shape (batch, channel, n)
-    wavelet : str or Tensor of shape (F,)
-    length : int, optional
-        Length of the signal, ``2 n`` (default) or ``2 n - 1``.
-
-    Returns
-    -------
-    Tensor, shape (batch, channel, length)
-
-    Raises
-    ------
-    ValueError
-        If the two shapes differ or `length` fits neither.
+    Of coefficients (batch, channel, n) its `length` is ``2 n`` (default) or ``2 n - 1``. ValueError on other lengths,
+    or if the two shapes differ.
     """
     if approximation.ndim != 3 or approximation.shape != detail.shape:
         raise ValueError(
@@ -216,46 +170,22 @@ def idwt(approximation: Tensor, detail: Tensor, wavelet: str | Tensor, length: i
     if length not in (2 * n, 2 * n - 1):
         raise ValueError(f"length must be {2 * n} or {2 * n - 1} for {n} coefficients, got {length}")
     if isinstance(wavelet, str):
-        return _Synthesis.apply(approximation, detail, wavelet)[..., :length]
+        return _Transform.apply(wavelet, approximation, detail)[..., :length]
     return _synthesise(approximation, detail, *_alternating(wavelet))[..., :length]
 
 
 def level_lengths(n_timepoints: int, n_levels: int) -> list[int]:
     """Length of the signal and of each level's coefficients: ``[T, ceil(T/2), ...]``, n_levels + 1 entries."""
-    lengths = [n_timepoints]
-    for _ in range(n_levels):
-        lengths.append((lengths[-1] + 1) // 2)
-    return lengths
+    return [-(-n_timepoints // 2**level) for level in range(n_levels + 1)]
 
 
 def wavedec(x: Tensor, wavelet: str | Tensor, n_levels: int) -> list[Tensor]:
-    """Multi-level transform, coefficients in the order of ``pywt.wavedec``.
+    """Coefficients of x (batch, channel, time) over `n_levels`, as `dwt` makes them, coarsest first.
 
-    Parameters
-    ----------
-    x : Tensor, shape (batch, channel, time), floating
-    wavelet : str or Tensor of shape (F,)
-    n_levels : int
-        At least 1.
-
-    Returns
-    -------
-    list of Tensor
-        ``[a_J, d_J, ..., d_1]``, coarsest first; ``d_j`` has ``ceil(time / 2**j)`` samples.
+    In the order of ``pywt.wavedec``: ``[a_J, d_J, ..., d_1]``; ``d_j`` has ``ceil(time / 2**j)`` samples.
     """
-    if n_levels < 1:
-        raise ValueError(f"n_levels must be >= 1, got {n_levels}")
     details = []
     for _ in range(n_levels):
         x, detail = dwt(x, wavelet)
         details.append(detail)
     return [x, *details[::-1]]
-
-
-def waverec(coefficients: list[Tensor], wavelet: str | Tensor, length: int | None = None) -> Tensor:
-    """Inverse of :func:`wavedec`; `length` is the signal's length in samples (default: twice the finest detail's)."""
-    x, details = coefficients[0], coefficients[1:]
-    lengths = [d.shape[-1] for d in details[1:]] + [length]
-    for detail, n in zip(details, lengths, strict=True):
-        x = idwt(x, detail, wavelet, n)
-    return x

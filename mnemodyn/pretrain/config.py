@@ -81,10 +81,8 @@ class TrainingConfig:
         for name in positive:
             if not getattr(self, name):
                 raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
-        if self.ema_decay >= 1 or self.warmup_share >= 1:
-            raise ValueError(
-                f"ema_decay and warmup_share must be below 1, got {self.ema_decay} and {self.warmup_share}"
-            )
+        if max(self.ema_decay, self.warmup_share) >= 1:
+            raise ValueError(f"ema_decay {self.ema_decay} and warmup_share {self.warmup_share} must be below 1")
 
     def to_dict(self) -> dict:
         return asdict(self)
@@ -156,40 +154,17 @@ class DataConfig:
 def configure(
     name: str, sections: Mapping[str, Mapping[str, Any]], settings: Mapping[str, Any] | None = None
 ) -> tuple[Objective, dict[str, dict], TrainingConfig, Machine, DataConfig]:
-    """Check the settings of a training.
+    """Check the settings of a training with the objective `name`.
 
-    Parameters
-    ----------
-    name : str
-        Of the objective.
-    sections : mapping
-        ``model``, ``objective``, ``training``, ``machine`` and ``data``, each a mapping of settings; all optional.
-    settings : mapping, optional
-        Single settings without their section, which win.
-
-    Returns
-    -------
-    objective : Objective
-    model : dict
-        Settings of the network but the number of parcels, which the scans know.
-    training : TrainingConfig
-    machine : Machine
-    data : DataConfig
-
-    Raises
-    ------
-    ParameterError
-        If a section or a setting is unknown; the message has the known ones and the nearest.
+    `sections` are ``model``, ``objective``, ``training``, ``machine`` and ``data``, each a mapping of settings; all
+    optional. Single `settings` without their section win. The settings of the model that are returned lack the number
+    of parcels, which the scans know. ParameterError if a section or a setting is unknown; the message has the known
+    ones and the nearest.
     """
     if name not in OBJECTIVES:
         raise unknown("objective", name, OBJECTIVES)
-    classes: dict[str, Any] = {
-        "model": ModelConfig,
-        "objective": OBJECTIVES[name],
-        "training": TrainingConfig,
-        "machine": Machine,
-        "data": DataConfig,
-    }
+    classes: dict[str, Any] = {"model": ModelConfig, "objective": OBJECTIVES[name], "training": TrainingConfig}
+    classes |= {"machine": Machine, "data": DataConfig}
     known = {part: [f.name for f in fields(cls) if f.init] for part, cls in classes.items()}
     known["model"].remove("n_parcels")
     given: dict[str, dict] = {part: {} for part in classes}

@@ -3,43 +3,21 @@
 import torch
 from torch import Tensor
 
-__all__ = ["hide_stretches", "n_hidden"]
-
-
-def n_hidden(n_timepoints: int, share: float) -> int:
-    """Frames hidden in every parcel: `share` of `n_timepoints`, rounded to a whole frame."""
-    return round(share * n_timepoints)
+__all__ = ["hide_stretches"]
 
 
 def hide_stretches(shape: tuple[int, int, int], *, share: float, window: int, generator: torch.Generator) -> Tensor:
     """Hide stretches of time, in every parcel its own.
 
-    In each parcel of each scan ``n_hidden(time, share)`` frames are hidden, no more and no fewer: whole windows and
-    one shorter one for the rest, in random order and without overlap. Two windows may touch, and one may leave the
-    scan at its end and go on at its start: every frame is as likely to be hidden as any other.
+    In each parcel of each scan ``round(share * time)`` frames are hidden, no more and no fewer: whole windows of
+    `window` frames and one shorter one for the rest, in random order and without overlap. Two windows may touch, and
+    one may leave the scan at its end and go on at its start: every frame is as likely to be hidden as any other.
 
-    Parameters
-    ----------
-    shape : (batch, time, parcel)
-    share : float
-        Hidden share, between 0 and 1.
-    window : int
-        Length of a hidden window in frames.
-    generator : torch.Generator
-        Source of all randomness.
-
-    Returns
-    -------
-    Tensor of bool, shape (batch, time, parcel)
-        True where hidden.
-
-    Raises
-    ------
-    ValueError
-        If `share` hides no frame or all of them, or `window` is < 1.
+    True where hidden, of the `shape` (batch, time, parcel). ValueError if `share` hides no frame or all of them, or
+    `window` is < 1.
     """
     batch, time, parcel = shape
-    hidden = n_hidden(time, share)
+    hidden = round(share * time)
     if not 0 < hidden < time:
         raise ValueError(f"share must hide between 1 and {time - 1} of {time} frames, got {share} ({hidden} frames)")
     if window < 1:

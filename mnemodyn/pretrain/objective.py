@@ -7,7 +7,7 @@ in every run. Views depend on their seed alone; losses and scores are sums, so t
 import copy
 import inspect
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import lru_cache
 from typing import ClassVar
@@ -21,20 +21,8 @@ from mnemodyn.model.network import MnemoDyn, Output
 from mnemodyn.parameters import build, check_settings, unknown
 from mnemodyn.pretrain.masking import hide_stretches
 
-__all__ = [
-    "OBJECTIVES",
-    "Autoencode",
-    "Denoise",
-    "Forecast",
-    "Groups",
-    "Latent",
-    "Masked",
-    "Mixed",
-    "Objective",
-    "describe_objective",
-    "effective_rank",
-    "make_objective",
-]
+__all__ = ["OBJECTIVES", "Autoencode", "Denoise", "Forecast", "Groups", "Latent", "Masked", "Mixed", "Objective"]
+__all__ += ["describe_objective", "effective_rank", "make_objective"]
 
 Sums = dict[str, tuple[Tensor, Tensor]]
 
@@ -50,9 +38,9 @@ class Objective:
     """
 
     multiresolution_weight: float = field(default=1.0, kw_only=True)
-
     name: ClassVar[str]
-    metric: ClassVar[str]
+    metric: ClassVar[str] = "r2_hidden"
+    beside: ClassVar[Mapping[str, tuple[str, str]]] = {"r2_visible": ("visible_error", "visible_power")}
 
     def __post_init__(self):
         check_settings(self)
@@ -63,25 +51,10 @@ class Objective:
         return f"val_{self.metric}"
 
     def view(self, x: Tensor, *, t_r: float, parcels: Sequence[str], seed: int, training: bool = False) -> dict:
-        """What is done to one window.
+        """What is done to one window x (time, parcel), scaled, `t_r` in seconds; in training a view may vary more.
 
-        Parameters
-        ----------
-        x : Tensor, shape (time, parcel)
-            Scaled values.
-        t_r : float
-            Seconds.
-        parcels : sequence of str
-            Names of the columns.
-        seed : int
-        training : bool
-            In training a view may vary more than in validation.
-
-        Returns
-        -------
-        dict of str to Tensor, shape (time, parcel)
-            ``hidden`` (bool; not seen), ``input`` (seen in place of x), ``scored`` (bool; what the loss counts), and
-            what else an objective reads. All are optional.
+        Tensors of the shape of x, all optional: ``hidden`` (bool; not seen, and what the loss counts), ``input`` (seen
+        in place of x), and what else an objective reads.
         """
         raise NotImplementedError
 
@@ -90,41 +63,35 @@ class Objective:
         return nn.ModuleDict()
 
     def after_step(self, network: MnemoDyn, parts: nn.ModuleDict) -> None:
-        """Called after each step of the optimiser."""
+        """What follows each step of the optimiser."""
 
     def loss(self, network: MnemoDyn, batch: Mapping[str, Tensor], parts: nn.ModuleDict) -> Sums:
         """The loss in terms, each a (sum, count); it is the sum of the terms' means over the joined batch."""
-        output = _run(network, batch, batch.get("input", batch["x"]), batch.get("hidden"))
-        scored = _scored(batch)
+        output, scored = _run(network, batch, batch.get("input", batch["x"]), batch.get("hidden")), _scored(batch)
         terms = {"error": ((output.reconstruction.float() - batch["x"])[scored].square().sum(), scored.sum())}
-        return terms | self.levels(output)
+        return terms | self._levels(output)
 
-    def levels(self, output: Output) -> Sums:
+    def _levels(self, output: Output) -> Sums:
         """The multi-resolution loss as a term, where there is one."""
         if output.multiresolution_loss is None:
             return {}
-        n = len(output.latents)
-        weighted = self.multiresolution_weight * output.multiresolution_loss * n
-        return {"multiresolution": (weighted, torch.tensor(n, device=weighted.device))}
+        n = torch.tensor(len(output.latents), device=output.latents.device)
+        return {"multiresolution": (self.multiresolution_weight * output.multiresolution_loss * n, n)}
 
     def sums(self, network: MnemoDyn, batch: Mapping[str, Tensor], parts: nn.ModuleDict) -> dict[str, Tensor]:
         """Sums from which `scores` are formed: float64, added up over batches and processes."""
-        x, scored, valid = batch["x"], _scored(batch), _valid(batch)
-        given = batch.get("input", x)
+        x, scored = batch["x"], _scored(batch)
+        given, other = batch.get("input", x), _valid(batch) & ~scored
         error = (_run(network, batch, given, batch.get("hidden")).reconstruction - x).square().double()
         power, before = x.square().double(), (given - x).square().double()
-        other = valid & ~scored
-        return {
-            "error": error[scored].sum(),
-            "power": power[scored].sum(),
-            "before": before[scored].sum(),
-            "visible_error": error[other].sum(),
-            "visible_power": power[other].sum(),
-        }
+        found = {"error": error[scored], "power": power[scored], "before": before[scored]}
+        found |= {"visible_error": error[other], "visible_power": power[other]}
+        return {name: values.sum() for name, values in found.items()}
 
     def scores(self, sums: Mapping[str, Tensor]) -> dict[str, float]:
         """Scores by name; that of `metric` chooses the checkpoint."""
-        return {self.metric: _r2(sums["error"], sums["power"])}
+        ratios = {self.metric: ("error", "power"), **self.beside}
+        return {name: _r2(sums[error], sums[power]) for name, (error, power) in ratios.items()}
 
     def warning(self, scores: Mapping[str, float]) -> str:
         """What is wrong with a run whose scores are these; empty where nothing is."""
@@ -135,14 +102,12 @@ class Objective:
 
 
 def _run(network, batch: Mapping[str, Tensor], x: Tensor, hidden: Tensor | None) -> Output:
-    known = {k: batch[k] for k in ("censored", "lengths") if k in batch}
-    return network(x, batch["t_r"], hidden=hidden, **known)
+    return network(x, batch["t_r"], hidden=hidden, **{k: batch[k] for k in ("censored", "lengths") if k in batch})
 
 
 def _valid(batch: Mapping[str, Tensor]) -> Tensor:
     """True at the entries of a batch that were recorded: not padding, not censored."""
-    x = batch["x"]
-    valid = torch.ones_like(x, dtype=torch.bool)
+    x, valid = batch["x"], torch.ones_like(batch["x"], dtype=torch.bool)
     if "lengths" in batch:
         valid &= (torch.arange(x.shape[1], device=x.device) < batch["lengths"][:, None])[..., None]
     if "censored" in batch:
@@ -151,11 +116,7 @@ def _valid(batch: Mapping[str, Tensor]) -> Tensor:
 
 
 def _scored(batch: Mapping[str, Tensor]) -> Tensor:
-    valid = _valid(batch)
-    for key in ("scored", "hidden"):
-        if key in batch:
-            return batch[key] & valid
-    return valid
+    return _valid(batch) & batch["hidden"] if "hidden" in batch else _valid(batch)
 
 
 def _r2(error: Tensor, power: Tensor) -> float:
@@ -168,6 +129,7 @@ class Autoencode(Objective):
 
     name: ClassVar[str] = "autoencode"
     metric: ClassVar[str] = "r2"
+    beside: ClassVar[Mapping[str, tuple[str, str]]] = {}
 
     def view(self, x, *, t_r, parcels, seed, training=False):
         return {}
@@ -187,9 +149,9 @@ class Denoise(Objective):
     """
 
     sigma: float = 0.1
-
     name: ClassVar[str] = "denoise"
     metric: ClassVar[str] = "r2_clean"
+    beside: ClassVar[Mapping[str, tuple[str, str]]] = {"noise_removed": ("error", "before")}
 
     def __post_init__(self):
         super().__post_init__()
@@ -200,23 +162,12 @@ class Denoise(Objective):
         noise = torch.randn(x.shape, generator=torch.Generator().manual_seed(seed))
         return {"input": x + self.sigma * noise}
 
-    def scores(self, sums):
-        return super().scores(sums) | {"noise_removed": _r2(sums["error"], sums["before"])}
-
 
 @dataclass(frozen=True)
-class _Hiding(Objective):
-    """Fill what is hidden. Scores: R2 of hidden entries, and apart that of visible ones, which nothing asks for."""
-
-    metric: ClassVar[str] = "r2_hidden"
-
-    def scores(self, sums):
-        return super().scores(sums) | {"r2_visible": _r2(sums["visible_error"], sums["visible_power"])}
-
-
-@dataclass(frozen=True)
-class Masked(_Hiding):
+class Masked(Objective):
     """Hide stretches of each parcel; the loss is the mean squared error over hidden entries only.
+
+    Scores: R2 of hidden entries, and apart that of visible ones, which nothing asks for.
 
     Attributes
     ----------
@@ -236,7 +187,6 @@ class Masked(_Hiding):
     mask_window: int = 15
     share_spread: float = 0.0
     mask_seconds: float = 0.0
-
     name: ClassVar[str] = "masked"
 
     def __post_init__(self):
@@ -249,8 +199,7 @@ class Masked(_Hiding):
 
     def hide(self, shape: tuple[int, int, int], seed: int, *, training: bool = False, t_r: float = 1.0) -> Tensor:
         """The mask of one seed: bool, shape (batch, time, parcel), True where hidden. `t_r` in seconds."""
-        generator = torch.Generator().manual_seed(seed)
-        share = self.hidden_share
+        share, generator = self.hidden_share, torch.Generator().manual_seed(seed)
         if training:
             share += self.share_spread * (2 * torch.rand((), generator=generator).item() - 1)
         window = max(1, round(self.mask_seconds / t_r)) if self.mask_seconds else self.mask_window
@@ -261,7 +210,7 @@ class Masked(_Hiding):
 
 
 @dataclass(frozen=True)
-class Forecast(_Hiding):
+class Forecast(Objective):
     """Hide the last seconds of a window in all parcels.
 
     Attributes
@@ -271,7 +220,6 @@ class Forecast(_Hiding):
     """
 
     horizon: float = 10.0
-
     name: ClassVar[str] = "forecast"
 
     def view(self, x, *, t_r, parcels, seed, training=False):
@@ -287,7 +235,7 @@ class Forecast(_Hiding):
 
 
 @lru_cache
-def _members(pattern: str, parcels: tuple[str, ...]) -> tuple[tuple[int, ...], ...]:
+def _members(pattern: str, parcels: tuple[str, ...]) -> list[list[int]]:
     groups: dict[str, list[int]] = {}
     for i, parcel in enumerate(parcels):
         if found := re.search(pattern, parcel):
@@ -297,11 +245,11 @@ def _members(pattern: str, parcels: tuple[str, ...]) -> tuple[tuple[int, ...], .
             f"pattern {pattern!r} must tell at least two groups of parcels apart by its first bracket, found "
             f"{sorted(groups) or 'none'} in names such as {list(parcels[:3])}"
         )
-    return tuple(tuple(groups[name]) for name in sorted(groups))
+    return [groups[name] for name in sorted(groups)]
 
 
 @dataclass(frozen=True)
-class Groups(_Hiding):
+class Groups(Objective):
     """Hide one whole group of parcels, for the whole window: neither neighbours in time nor homotopic ones help.
 
     Attributes
@@ -312,14 +260,11 @@ class Groups(_Hiding):
     """
 
     pattern: str = r"(?:^|_)([LR])H?(?:_|$)"
-
     name: ClassVar[str] = "groups"
 
     def view(self, x, *, t_r, parcels, seed, training=False):
-        members = _members(self.pattern, tuple(parcels))
-        generator = torch.Generator().manual_seed(seed)
-        hidden = torch.zeros(x.shape, dtype=torch.bool)
-        hidden[:, list(members[torch.randint(len(members), (), generator=generator)])] = True
+        members, hidden = _members(self.pattern, tuple(parcels)), torch.zeros(x.shape, dtype=torch.bool)
+        hidden[:, members[torch.randint(len(members), (), generator=torch.Generator().manual_seed(seed))]] = True
         return {"hidden": hidden}
 
 
@@ -359,7 +304,6 @@ class Latent(Objective):
     teacher_decay: float = 0.99
     variance_weight: float = 0.2
     covariance_weight: float = 0.04
-
     name: ClassVar[str] = "latent"
     metric: ClassVar[str] = "r2_latent"
 
@@ -376,23 +320,15 @@ class Latent(Objective):
 
     def view(self, x, *, t_r, parcels, seed, training=False):
         time, parcel = x.shape
-        if time < 2 or parcel < 2:
-            raise ValueError(
-                f"a window must have 2 frames and 2 parcels or more to be cut in blocks, got {(time, parcel)}"
-            )
+        if min(time, parcel) < 2:
+            raise ValueError(f"a window must have 2 frames and 2 parcels or more for blocks, got {(time, parcel)}")
         generator = torch.Generator().manual_seed(seed)
-
-        def draw(n: int) -> int:
-            return int(torch.randint(n, (), generator=generator))
-
         observed = min(time - 1, max(1, round(self.observed_share * time)))
         target = min(time - observed, max(1, round(self.target_share * time)))
-        start = target + draw(time - observed - target + 1)
-        before = draw(start - target + 1)
-        some = torch.zeros(parcel, dtype=torch.bool)
-        some[
-            torch.randperm(parcel, generator=generator)[: min(parcel - 1, max(1, round(self.parcel_share * parcel)))]
-        ] = True
+        start = target + int(torch.randint(time - observed - target + 1, (), generator=generator))
+        before = int(torch.randint(start - target + 1, (), generator=generator))
+        chosen, some = min(parcel - 1, max(1, round(self.parcel_share * parcel))), torch.zeros(parcel, dtype=torch.bool)
+        some[torch.randperm(parcel, generator=generator)[:chosen]] = True
         frames, earlier = torch.zeros(2, time, 1, dtype=torch.bool)
         frames[start : start + observed], earlier[before : before + target] = True, True
         blocks = {"observed": frames & some}
@@ -417,9 +353,7 @@ class Latent(Objective):
         """The student's output, what the predictor makes of it and what the teacher says, (target, frame, channel)."""
         output = _run(network, batch, batch["x"], ~batch["observed"])
         blocks = torch.cat([batch[name] for name in TARGETS])
-        many = {
-            k: batch[k].repeat(3, *[1] * (batch[k].ndim - 1)) for k in ("x", "t_r", "censored", "lengths") if k in batch
-        }
+        many = {k: torch.cat([batch[k]] * 3) for k in ("x", "t_r", "censored", "lengths") if k in batch}
         with torch.no_grad():
             targets = _run(parts["teacher"], many, many["x"], ~blocks).latents.float()
             targets = functional.layer_norm(targets, targets.shape[-1:])
@@ -432,7 +366,7 @@ class Latent(Objective):
         # Layers that only the read-out uses take part with a gradient of zero: data-parallel training wants all.
         idle = 0 * output.reconstruction.float().sum()
         error = functional.mse_loss(guesses.float()[frames], targets[frames], reduction="sum") + idle
-        terms = {"error": (error, frames.sum() * targets.shape[-1])} | self.levels(output)
+        terms = {"error": (error, frames.sum() * targets.shape[-1])} | self._levels(output)
         seen = _run(network, batch, batch["x"], None).latents.float()[_valid(batch)[..., 0]]
         moments = _moments(seen)
         if torch.distributed.is_initialized():  # of the joined batch, whatever part of it this process has
@@ -440,39 +374,33 @@ class Latent(Objective):
             torch.distributed.all_reduce(joined)
             # Each process sends back its own part; their gradients are averaged later, which the factor makes a sum.
             moments = joined + torch.distributed.get_world_size() * (moments - moments.detach())
-        _, covariance = _covariance(moments, seen.shape[-1])
+        _, covariance = _covariance(moments)
         sd = (covariance.diagonal() + 1e-6).sqrt()
         spread = (sd - 1).square().mean()
         correlation = covariance / torch.outer(sd, sd)
         joint = (correlation.square().sum() - correlation.diagonal().square().sum()) / len(sd)
-        one = torch.ones((), device=seen.device)
-        return terms | {"guard": (self.variance_weight * spread + self.covariance_weight * joint, one)}
+        guard = self.variance_weight * spread + self.covariance_weight * joint
+        return terms | {"guard": (guard, torch.ones_like(guard))}
 
     def sums(self, network, batch, parts):
         _, guesses, targets, frames = self._guesses(network, batch, parts)
-        found = {}
+        whole = _run(network, batch, batch["x"], None).latents
+        found = {"moments": _moments(whole[_valid(batch)[..., 0]].double())}
         for name, guess, target, where in zip(TARGETS, *(a.chunk(3) for a in (guesses, targets, frames)), strict=True):
             guess, target = guess[where].double(), target[where].double()
             found |= {f"{name}_error": (guess - target).square().sum(), f"{name}_moments": _moments(target)}
-        whole = _run(network, batch, batch["x"], None).latents
-        return found | {"moments": _moments(whole[_valid(batch)[..., 0]].double())}
+        return found
 
     def scores(self, sums):
-        error, power, by_target = 0.0, 0.0, {}
-        width = round((len(sums["moments"]) - 0.75) ** 0.5 - 0.5)  # n, sums and products: 1 + k + k**2
+        parts = {}
         for name in TARGETS:
-            n, covariance = _covariance(sums[f"{name}_moments"], width)
-            one = sums[f"{name}_error"], n * covariance.trace()
-            by_target[f"r2_{name}"] = _r2(*one)
-            error, power = error + one[0], power + one[1]
-        _, covariance = _covariance(sums["moments"], width)
-        spread = covariance.diagonal().clamp_min(0).sqrt().mean()
-        return {
-            self.metric: _r2(error, power),
-            **by_target,
-            "embedding_sd": float(spread),
-            "rank_share": effective_rank(covariance) / width,
-        }
+            n, covariance = _covariance(sums[f"{name}_moments"])
+            parts[f"r2_{name}"] = sums[f"{name}_error"], n * covariance.trace()
+        error, power = (sum(column) for column in zip(*parts.values(), strict=True))
+        found = {self.metric: _r2(error, power)} | {name: _r2(*part) for name, part in parts.items()}
+        _, covariance = _covariance(sums["moments"])
+        found["embedding_sd"] = float(covariance.diagonal().clamp_min(0).sqrt().mean())
+        return found | {"rank_share": effective_rank(covariance) / len(covariance)}
 
     def warning(self, scores):
         if scores["rank_share"] > 0.5 and scores["embedding_sd"] > 0.05:
@@ -485,8 +413,9 @@ def _moments(z: Tensor) -> Tensor:
     return torch.cat([z.new_full((1,), len(z)), z.sum(0), (z.T @ z).flatten()])
 
 
-def _covariance(moments: Tensor, width: int) -> tuple[Tensor, Tensor]:
-    n = moments[0].clamp_min(1)
+def _covariance(moments: Tensor) -> tuple[Tensor, Tensor]:
+    """Number and covariance of the embeddings that `_moments` was made from."""
+    n, width = moments[0].clamp_min(1), round((len(moments) - 0.75) ** 0.5 - 0.5)  # 1 + width + width**2 entries
     mean = moments[1 : 1 + width] / n
     return n, moments[1 + width :].view(width, width) / n - torch.outer(mean, mean)
 
@@ -494,10 +423,7 @@ def _covariance(moments: Tensor, width: int) -> tuple[Tensor, Tensor]:
 def effective_rank(covariance: Tensor) -> float:
     """Exponential of the entropy of the eigenvalues' shares: k for k equal ones. Source: Roy and Vetterli, 2007."""
     values = torch.linalg.eigvalsh(covariance.double()).clamp_min(0)
-    if values.sum() == 0:
-        return 0.0
-    shares = values / values.sum()
-    return float(torch.special.entr(shares).sum().exp())
+    return float(torch.special.entr(values / values.sum()).sum().exp()) if values.any() else 0.0
 
 
 @dataclass(frozen=True)
@@ -513,9 +439,7 @@ class Mixed(Objective):
     """
 
     mix: Sequence[Mapping] = ({"name": "masked"}, {"name": "denoise"})
-
     members: ClassVar[Mapping[str, Objective]] = {}  # set on each instance, from `mix`
-
     name: ClassVar[str] = "mixed"
 
     def __post_init__(self):
@@ -535,6 +459,12 @@ class Mixed(Objective):
         first = next(iter(self.members.values()))
         return f"{first.name}_{first.metric}"
 
+    def _each(self, values: Mapping, mark: str = ".") -> Iterator[tuple]:
+        """Name, objective and weight of each member, and those of `values` that are its own or everybody's."""
+        for (name, member), one in zip(self.members.items(), self.mix, strict=True):
+            own = {key.removeprefix(name + mark): v for key, v in values.items() if key.startswith(name + mark)}
+            yield name, member, one["weight"], {k: v for k, v in values.items() if mark not in k} | own
+
     def view(self, x, **known):
         views = {name: member.view(x, **known) for name, member in self.members.items()}
         return {f"{name}.{key}": value for name, view in views.items() for key, value in view.items()}
@@ -547,18 +477,7 @@ class Mixed(Objective):
             member.after_step(network, parts[name])
 
     def warning(self, scores):
-        found = []
-        for name, member in self.members.items():
-            found.append(
-                member.warning({k.removeprefix(f"{name}_"): v for k, v in scores.items() if k.startswith(name)})
-            )
-        return "; ".join(filter(None, found))
-
-    def _each(self, batch):
-        shared = {key: value for key, value in batch.items() if "." not in key}
-        for one, (name, member) in zip(self.mix, self.members.items(), strict=True):
-            own = {key.removeprefix(f"{name}."): v for key, v in batch.items() if key.startswith(f"{name}.")}
-            yield name, member, one["weight"], shared | own
+        return "; ".join(filter(None, (member.warning(own) for _, member, _, own in self._each(scores, "_"))))
 
     def loss(self, network, batch, parts):
         found = {}
@@ -572,11 +491,8 @@ class Mixed(Objective):
         return {f"{name}.{key}": value for name, found in each for key, value in found.items()}
 
     def scores(self, sums):
-        found = {}
-        for name, member in self.members.items():
-            own = {key.removeprefix(f"{name}."): v for key, v in sums.items() if key.startswith(f"{name}.")}
-            found |= {f"{name}_{key}": value for key, value in member.scores(own).items()}
-        return found
+        each = ((name, member.scores(own)) for name, member, _, own in self._each(sums))
+        return {f"{name}_{key}": value for name, found in each for key, value in found.items()}
 
 
 OBJECTIVES: dict[str, type[Objective]] = {
@@ -585,13 +501,7 @@ OBJECTIVES: dict[str, type[Objective]] = {
 
 
 def make_objective(name: str, settings: Mapping | None = None) -> Objective:
-    """An objective by name.
-
-    Raises
-    ------
-    ParameterError
-        If the name or a setting is unknown; the message has the known ones and the nearest.
-    """
+    """An objective by name; ParameterError, with the nearest known one, if that or a setting is unknown."""
     if name not in OBJECTIVES:
         raise unknown("objective", name, OBJECTIVES)
     return build(OBJECTIVES[name], settings or {}, f"{name} setting")

@@ -1,6 +1,5 @@
 """Training with Lightning: resumable at any step, on one device or many, the two best checkpoints kept."""
 
-import csv
 import hashlib
 import io
 import itertools
@@ -11,7 +10,7 @@ import os
 import shutil
 import sys
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -19,6 +18,7 @@ from typing import Any, cast
 
 import lightning
 import numpy as np
+import pandas as pd
 import torch
 import torch.distributed
 import torch.utils.checkpoint
@@ -37,7 +37,7 @@ from mnemodyn.model.config import ModelConfig
 from mnemodyn.model.network import MnemoDyn
 from mnemodyn.pretrain.config import Machine, TrainingConfig
 from mnemodyn.pretrain.objective import Objective
-from mnemodyn.pretrain.windows import Draws, FixedWindows, RandomWindows, Windows, collate
+from mnemodyn.pretrain.windows import Draws, FixedWindows, RandomWindows, Windows, censored_frames, collate
 from mnemodyn.provenance import surroundings
 
 __all__ = ["Machine", "Pretraining", "ResumeError", "TrainingConfig", "TrainingError", "pretrain"]
@@ -108,9 +108,8 @@ class Pretraining(lightning.LightningModule):
         joined = torch.cat([value.reshape(-1) for value in self._sums.values()])
         if self.trainer.world_size > 1:
             torch.distributed.all_reduce(joined)
-        sizes = [value.numel() for value in self._sums.values()]
-        parts = zip(self._sums, joined.split(sizes), strict=True)
-        sums = {name: part[0] if len(part) == 1 else part for name, part in parts}
+        parts = joined.split([value.numel() for value in self._sums.values()])
+        sums = {k: part[0] if len(part) == 1 else part for k, part in zip(self._sums, parts, strict=True)}
         self._sums.clear()
         self.scores = {f"val_{name}": value for name, value in self.objective.scores(sums).items()}
         if self._losses:
@@ -119,18 +118,12 @@ class Pretraining(lightning.LightningModule):
 
     def configure_optimizers(self) -> Any:
         config = self.config
-        groups: dict[bool, list] = {True: [], False: []}
-        for name, p in self.named_parameters():
-            if p.requires_grad:
-                groups[p.ndim > 1 and not name.endswith("bias")].append(p)
-        optimizer = torch.optim.AdamW(
-            [
-                {"params": groups[True], "weight_decay": config.weight_decay},
-                {"params": groups[False], "weight_decay": 0.0},
-            ],
-            lr=config.learning_rate,
-            betas=(0.9, 0.95),
-        )
+        decays = {n: p.ndim > 1 and not n.endswith("bias") for n, p in self.named_parameters() if p.requires_grad}
+        groups: list[dict] = [
+            {"params": [self.get_parameter(n) for n, yes in decays.items() if yes == decay], "weight_decay": weight}
+            for decay, weight in ((True, config.weight_decay), (False, 0.0))
+        ]
+        optimizer = torch.optim.AdamW(groups, lr=config.learning_rate, betas=(0.9, 0.95))
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, rate_of(config))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
@@ -163,19 +156,13 @@ class Batches(lightning.LightningDataModule):
 
     def train_dataloader(self) -> DataLoader:
         trainer, config = cast(Trainer, self.trainer), self.config
-        draws = Draws(
-            config.windows_per_epoch,
-            config.batch_size,
-            lambda: trainer.global_step,
-            rank=trainer.global_rank,
-            world=trainer.world_size,
-            parts=config.accumulate,
-        )
+        place = {"rank": trainer.global_rank, "world": trainer.world_size, "parts": config.accumulate}
+        draws = Draws(config.windows_per_epoch, config.batch_size, lambda: trainer.global_step, **place)
         return self._loader(self.train, draws)
 
     def val_dataloader(self) -> DataLoader:
-        world = cast(Trainer, self.trainer).world_size
-        mine = range(cast(Trainer, self.trainer).global_rank, len(self.validation), world)
+        trainer = cast(Trainer, self.trainer)
+        mine, world = range(trainer.global_rank, len(self.validation), trainer.world_size), trainer.world_size
         if not mine:
             raise DataError(f"each process must have a validation window, got {len(self.validation)} for {world}")
         size = -(-self.config.batch_size // (world * self.config.accumulate))
@@ -189,12 +176,11 @@ class WholeFiles(TorchCheckpointIO):
     """Checkpoints are written whole or not at all, so that a full disk or a kill costs no earlier one."""
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: object = None) -> None:
-        content = io.BytesIO()
+        content, last = io.BytesIO(), Path(path).with_name("last.ckpt")
         torch.save(checkpoint, content)
         try:
             write_bytes(path, content.getbuffer())
         except OSError as error:
-            last = Path(path).with_name("last.ckpt")
             kept = (
                 f"{last} is whole: make room, and the same call goes on from it" if last.is_file() else "none is kept"
             )
@@ -223,16 +209,14 @@ class Last(ModelCheckpoint):
 
 
 class History(Callback):
-    """A row an epoch, kept in the checkpoint, written to ``history.csv``, and shown.
+    """A row an epoch, kept in the checkpoint, written to ``history.csv``, and shown in a line of its own.
 
-    A person at a terminal or in an open notebook gets a bar; an executed notebook, a pipe or a log one line an epoch.
     A resumed run shows the lines it resumes from first, so its output is that of a run never interrupted.
     """
 
-    def __init__(self, path: Path, objective: Objective, *, epochs: int, bar: bool):
-        self.path, self.objective, self.epochs, self.bar = path, objective, epochs, bar
+    def __init__(self, path: Path, objective: Objective, epochs: int):
+        self.path, self.objective, self.epochs = path, objective, epochs
         self.rows: list[dict] = []
-        self._progress = None
 
     def state_dict(self) -> dict:
         return {"rows": self.rows}
@@ -241,54 +225,28 @@ class History(Callback):
         self.rows = list(state_dict["rows"])
 
     def on_fit_start(self, trainer, pl_module) -> None:
-        for row in self.rows if trainer.is_global_zero else ():
-            self._say(row)
-
-    def on_train_start(self, trainer, pl_module) -> None:
-        if self.bar and trainer.is_global_zero:
-            from tqdm.std import tqdm
-
-            steps = int(trainer.estimated_stepping_batches)
-            self._progress = tqdm(total=steps, initial=trainer.global_step, unit="step", file=sys.stdout)
-
-    def on_train_batch_end(self, trainer, *_) -> None:
-        if self._progress is not None:
-            self._progress.update(trainer.global_step - self._progress.n)
+        for row in self.rows:
+            self._say(row, pl_module)
 
     def on_validation_end(self, trainer, pl_module) -> None:
-        if trainer.sanity_checking:
-            return
         row = {"epoch": trainer.current_epoch + 1, **pl_module.scores}
         self.rows = [r for r in self.rows if r["epoch"] < row["epoch"]] + [row]
         if trainer.is_global_zero:
-            text = io.StringIO()
-            writer = csv.DictWriter(text, row, lineterminator="\n")
-            writer.writeheader()
-            writer.writerows(self.rows)
-            write_text(self.path, text.getvalue())
-            self._say(row)
+            write_text(self.path, pd.DataFrame(self.rows).to_csv(index=False, lineterminator="\n"))
+        self._say(row, pl_module)
 
-    def _say(self, row: dict) -> None:
-        scores = "  ".join(f"{k.removeprefix('val_')} {v:.4f}" for k, v in row.items() if k.startswith("val_"))
+    def _say(self, row: dict, pl_module) -> None:
+        known = {k.removeprefix("val_"): v for k, v in row.items() if k.startswith("val_")}
+        scores = "  ".join(f"{name} {value:.4f}" for name, value in known.items())
         line = f"epoch {row['epoch']:3d}/{self.epochs}  train loss {row['train_loss']:.4f}  validation {scores}"
-        if warning := self.objective.warning({k.removeprefix("val_"): v for k, v in row.items()}):
+        if warning := self.objective.warning(known):
             line += f"\n  warning: {warning}"
-        if self._progress is not None:
-            monitor = self.objective.monitor
-            self._progress.set_postfix_str(f"{monitor} {row[monitor]:.3f}" + (f", {warning}" if warning else ""))
-        else:
-            print(line, flush=True)
-
-    def on_train_end(self, trainer, pl_module) -> None:
-        if self._progress is not None:
-            self._progress.close()
-
-    def on_exception(self, trainer, pl_module, exception) -> None:
-        self.on_train_end(trainer, pl_module)
+        pl_module.print(line)  # of the first process, and above the bar where there is one
+        sys.stdout.flush()
 
 
 def _someone_is_watching() -> bool:
-    """True at a terminal and in a notebook opened by a person, not in an executed one, a pipe or a log."""
+    """Whether to show a bar: at a terminal and in a notebook opened by a person, not in an executed one or a log."""
     if os.environ.get("MNEMODYN_HEADLESS"):
         return False
     # Jupyter servers and VS Code name the document they started a kernel for; papermill and nbconvert do not.
@@ -299,30 +257,23 @@ def _someone_is_watching() -> bool:
 def _code_digest() -> str:
     """SHA-256 over the source that decides what training computes."""
     root = Path(mnemodyn.__file__).parent
-    digest = hashlib.sha256()
-    for path in sorted(p for part in ("data", "model", "pretrain") for p in (root / part).glob("*.py")):
-        digest.update(path.read_bytes())
-    return digest.hexdigest()
+    paths = sorted(p for part in ("data", "model", "pretrain") for p in (root / part).glob("*.py"))
+    return hashlib.sha256(b"".join(path.read_bytes() for path in paths)).hexdigest()
 
 
-def _ema(decay: float):
-    def average(averaged, current, n_averaged):
-        # The average of a short run must not remember the initial weights: the decay rises to its value.
-        weight = torch.clamp((1 + n_averaged) / (10 + n_averaged), max=decay)
-        return averaged * weight.to(averaged) + current * (1 - weight).to(averaged)
-
-    return average
+def _average(averaged, current, n_averaged, decay: float):
+    # The average of a short run must not remember the initial weights: the decay rises to its value.
+    weight = torch.clamp((1 + n_averaged) / (10 + n_averaged), max=decay)
+    return averaged * weight.to(averaged) + current * (1 - weight).to(averaged)
 
 
-def _differences(there: dict, here: dict, prefix: str = "") -> list[str]:
-    found = []
+def _differences(there: dict, here: dict, prefix: str = "") -> Iterator[str]:
     for key in sorted(there.keys() | here.keys()):
         a, b = there.get(key), here.get(key)
         if isinstance(a, dict) and isinstance(b, dict):
-            found += _differences(a, b, f"{prefix}{key}.")
+            yield from _differences(a, b, f"{prefix}{key}.")
         elif a != b:
-            found.append(f"{prefix}{key} is {str(a)[:16]} there, {str(b)[:16]} here")
-    return found
+            yield f"{prefix}{key} is {str(a)[:16]} there, {str(b)[:16]} here"
 
 
 def _prepare(folder: Path, identity: dict, facts: dict, restart: bool) -> Path | None:
@@ -338,7 +289,7 @@ def _prepare(folder: Path, identity: dict, facts: dict, restart: bool) -> Path |
         except ValueError as error:
             mend = f"delete {folder}, or give --restart (restart=True)"
             raise ResumeError(f"{record}: damaged ({error}); {mend}") from error
-        different = _differences(there["identity"], identity)
+        different = list(_differences(there["identity"], identity))
         if not different and last.is_file():
             found = last
         elif different and last.is_file() and not there["finished"]:
@@ -347,14 +298,11 @@ def _prepare(folder: Path, identity: dict, facts: dict, restart: bool) -> Path |
                 "Go on with that one, name another folder, or give it up with --restart (restart=True)."
             )
     if getattr(rank_zero_only, "rank", 0) == 0:
-        if folder.is_dir():
-            for path in folder.glob(".*.tmp"):
-                path.unlink(missing_ok=True)
-        if folder.is_dir() and found is None:
-            for path in [*folder.glob("*.ckpt"), folder / "history.csv", record]:
-                path.unlink(missing_ok=True)
-            for name in ("best", "second"):
-                shutil.rmtree(folder / name, ignore_errors=True)
+        another = () if found else (*folder.glob("*.ckpt"), folder / "history.csv", record)
+        for path in (*folder.glob(".*.tmp"), *another):
+            path.unlink(missing_ok=True)
+        for name in () if found else ("best", "second"):
+            shutil.rmtree(folder / name, ignore_errors=True)
         write_json(record, {"identity": identity, "finished": False, **facts})
     return found
 
@@ -373,6 +321,9 @@ def pretrain(
 ) -> tuple[Checkpoint, list[dict]]:
     """Pretrain a network on scans without labels.
 
+    Returns the best checkpoint by the objective's validation metric, and the history: a row an epoch, with ``epoch``,
+    ``train_loss``, and the objective's scores, their names beginning with ``val_``.
+
     Parameters
     ----------
     train, validation : sequence of Scan
@@ -381,23 +332,11 @@ def pretrain(
     folder : str or Path
         Gets ``history.csv``, ``run.json`` (configuration, data, commit), the Lightning checkpoints, and the two best
         as ``best/`` and ``second/``. An interrupted run of the same configuration, data and code goes on from its last
-        checkpoint, to the same weights.
-    model : ModelConfig
-    objective : Objective
-    training : TrainingConfig
+        checkpoint, to the same weights; with `restart` an unfinished one is given up.
+    model, objective, training, machine
+        What is trained for what, how, and where.
     scaling : Scaling, optional
         Fitted here, on the training scans.
-    restart : bool
-        Give up an unfinished run in `folder`.
-    machine : Machine, optional
-        Devices, processes and the like.
-
-    Returns
-    -------
-    checkpoint : Checkpoint
-        The best by the objective's validation metric.
-    history : list of dict
-        A row an epoch: ``epoch``, ``train_loss``, and the objective's scores, their names beginning with ``val_``.
 
     Raises
     ------
@@ -409,59 +348,43 @@ def pretrain(
         If the loss is NaN or infinite, or a checkpoint cannot be written; earlier checkpoints stay as they are.
     """
     folder, machine = Path(folder), machine or Machine()
-    both = {s.participant_id for s in train} & {s.participant_id for s in validation}
-    if both:
+    sides = {"train": train, "validation": validation}
+    people = {name: {s.participant_id for s in scans} for name, scans in sides.items()}
+    if both := people["train"] & people["validation"]:
         raise DataError(f"participants in both training and validation: {sorted(both)}")
+    parcels = train[0].parcels
     for scan in itertools.chain(train, validation):
-        if scan.parcels != train[0].parcels:
+        if scan.parcels != parcels:
             raise DataError(f"{scan.source}: parcels differ from those of {train[0].source}")
-        if len(scan.parcels) != model.n_parcels:
-            raise DataError(f"{scan.source}: expected {model.n_parcels} parcels, got {len(scan.parcels)}")
+    if len(parcels) != model.n_parcels:
+        raise DataError(f"{train[0].source}: expected {model.n_parcels} parcels, got {len(parcels)}")
     scaling = (scaling or Scaling()).fit(train)
     settings = (scaling, objective, model.n_timepoints)
     windows = RandomWindows(train, *settings, training.seed, seconds=training.window_seconds)
     # The views of validation must not follow the seed of a run, or runs could not be compared.
     fixed = FixedWindows(validation, *settings, 0, seconds=training.window_seconds)
-    identity = {
-        "model": model.to_dict(),
-        "objective": objective.to_dict(),
-        "training": training.to_dict(),
-        "scaling": scaling.to_dict(),
-        "data": {
-            name: getattr(scans, "fingerprint", None) or fingerprint(scans)
-            for name, scans in (("train", train), ("validation", validation))
-        },
-        "code": _code_digest(),
-        "torch": torch.__version__,
-    }
-    identity = json.loads(json.dumps(identity))
+    parts: dict[str, Any] = {"model": model, "objective": objective, "training": training, "scaling": scaling}
+    identity: dict[str, Any] = {name: part.to_dict() for name, part in parts.items()}
+    identity["data"] = {name: getattr(s, "fingerprint", None) or fingerprint(s) for name, s in sides.items()}
+    identity = json.loads(json.dumps(identity | {"code": _code_digest(), "torch": torch.__version__}))
     facts = {"machine": asdict(machine), "ran_on": surroundings()}
     last = _prepare(folder, identity, facts, restart)
 
     torch.manual_seed(training.seed)
     network = MnemoDyn(model)
     if network.front is not None:
-        network.fit_front([scaling(scan) for scan in train])
+        network.fit_front(_Scaled(train, scaling))
     if machine.recompute:
         for block in network.blocks:
             block.forward = partial(torch.utils.checkpoint.checkpoint, block.forward, use_reentrant=False)
     module = Pretraining(network, objective, training)
-    history = History(folder / "history.csv", objective, epochs=training.epochs, bar=_someone_is_watching())
-    best = ModelCheckpoint(
-        folder,
-        "{epoch:03d}-{" + objective.monitor + ":.4f}",
-        monitor=objective.monitor,
-        mode="max",
-        save_top_k=2,
-        enable_version_counter=False,
-    )
-    callbacks = [
-        *([WeightAveraging(avg_fn=_ema(training.ema_decay))] if training.ema_decay else []),
-        history,
-        EarlyStopping(objective.monitor, mode="max", patience=training.patience),
-        best,
-        Last(folder, machine.checkpoint_every),
-    ]
+    history = History(folder / "history.csv", objective, training.epochs)
+    chosen: dict[str, Any] = {"monitor": objective.monitor, "mode": "max"}
+    name = "{epoch:03d}-{" + objective.monitor + ":.4f}"
+    best = ModelCheckpoint(folder, name, save_top_k=2, enable_version_counter=False, **chosen)
+    average = [WeightAveraging(avg_fn=partial(_average, decay=training.ema_decay))] if training.ema_decay else []
+    stop = EarlyStopping(patience=training.patience, **chosen)
+    callbacks: list[Callback] = [*average, history, stop, best, Last(folder, machine.checkpoint_every)]
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", module="lightning")
@@ -480,7 +403,7 @@ def pretrain(
             deterministic=machine.deterministic,
             use_distributed_sampler=False,
             num_sanity_val_steps=0,
-            enable_progress_bar=False,
+            enable_progress_bar=_someone_is_watching(),
             enable_model_summary=False,
         )
         trainer.fit(module, Batches(windows, fixed, training, machine.workers), ckpt_path=last, weights_only=True)
@@ -492,20 +415,28 @@ def pretrain(
             weights = torch.load(path, map_location="cpu", weights_only=True)["state_dict"]
             network = MnemoDyn(model)
             network.load_state_dict({k.removeprefix("model."): v for k, v in weights.items() if k.startswith("model.")})
-            record = {
-                "objective": objective.to_dict(),
-                "settings": training.to_dict(),
-                "train_participants": sorted({s.participant_id for s in train}),
-                "validation_participants": sorted({s.participant_id for s in validation}),
-                objective.monitor: float(score),
-            }
-            save_checkpoint(
-                folder / name,
-                Checkpoint(network, train[0].parcels, train[0].t_r, scaling, identity["data"]["train"], record),
-            )
+            record: dict[str, Any] = {"objective": objective.to_dict(), "settings": training.to_dict()}
+            record |= {f"{side}_participants": sorted(ids) for side, ids in people.items()}
+            record |= {objective.monitor: float(score)}
+            known = (parcels, train[0].t_r, scaling, identity["data"]["train"], record)
+            save_checkpoint(folder / name, Checkpoint(network, *known))
         write_json(folder / "run.json", {"identity": identity, "finished": True, **facts})
     trainer.strategy.barrier()
     return load_checkpoint(folder / "best"), state[history.state_key]["rows"]
+
+
+class _Scaled(Sequence):
+    """Scaled scans (time, parcel) with NaN in censored frames, each made when it is asked for."""
+
+    def __init__(self, scans: Sequence[Scan], scaling: Scaling):
+        self.scans, self.scaling = scans, scaling
+
+    def __len__(self) -> int:
+        return len(self.scans)
+
+    def __getitem__(self, i):
+        scan = self.scans[i]
+        return np.where(censored_frames(scan)[:, None], np.nan, self.scaling(scan))
 
 
 def _tensorboard(folder: Path):

@@ -19,22 +19,9 @@ __all__ = ["Draws", "FixedWindows", "RandomWindows", "Windows", "collate", "cut_
 
 
 def cut_windows(values: np.ndarray, n_timepoints: int) -> np.ndarray:
-    """Consecutive windows of a scan, those that fit whole.
+    """Consecutive windows of a scan (time, parcel), those that fit whole: (window, n_timepoints, parcel).
 
-    Parameters
-    ----------
-    values : ndarray, shape (time, parcel)
-    n_timepoints : int
-        Window length in frames.
-
-    Returns
-    -------
-    ndarray, shape (window, n_timepoints, parcel)
-
-    Raises
-    ------
-    ValueError
-        If the scan is shorter than a window.
+    ValueError if the scan is shorter than a window.
     """
     n = len(values) // n_timepoints
     if n == 0:
@@ -45,12 +32,7 @@ def cut_windows(values: np.ndarray, n_timepoints: int) -> np.ndarray:
 def window_frames(scan: Scan, n_timepoints: int, seconds: float) -> int:
     """Frames of a window of a scan: `n_timepoints`, or as many as `seconds` have where that is not 0.
 
-    A scan that is shorter than `seconds`, but not by more than half, is one window.
-
-    Raises
-    ------
-    DataError
-        If the scan is too short.
+    A scan that is shorter than `seconds`, but not by more than half, is one window. DataError if it is too short.
     """
     frames = round(seconds / scan.t_r) if seconds else n_timepoints
     least = max(2, -(-frames // 2)) if seconds else frames
@@ -69,19 +51,8 @@ class Windows(Dataset):
     An item is a dict: ``x`` (time, parcel), ``t_r`` (seconds), ``scan`` (where it is from), the objective's view of
     it, and ``censored`` (time,) where any scan has censored frames, whose values are set to zero.
 
-    Parameters
-    ----------
-    scans : sequence of Scan
-        Of one atlas. May read its items lazily; of a store, windows are read alone.
-    scaling : Scaling
-    objective : Objective
-    n_timepoints : int
-        Window length in frames.
-    seconds : float
-        Window length in seconds instead, where it is not 0.
-    seed : int
-    held : int
-        Scaled scans kept in memory.
+    Scans are of one atlas and may be read lazily; of a store, windows are read alone. Windows have `n_timepoints`
+    frames, or as many as `seconds` have where that is not 0. At most 256 scaled scans are kept in memory.
     """
 
     def __init__(
@@ -93,21 +64,30 @@ class Windows(Dataset):
         seed: int,
         *,
         seconds: float = 0.0,
-        held: int = 256,
     ):
         self.scans, self.scaling, self.objective, self.seed = scans, scaling, objective, seed
-        sizes = [(scan.n_frames, window_frames(scan, n_timepoints, seconds), _censored(scan).any()) for scan in scans]
+        sizes = [
+            (scan.n_frames, window_frames(scan, n_timepoints, seconds), censored_frames(scan).any()) for scan in scans
+        ]
         self.n_frames, self.frames, censored = (np.array(column) for column in zip(*sizes, strict=True))
         self.any_censored = bool(censored.any())
-        self._scaled = lru_cache(held)(lambda which: (scaling(self.scans[which]), _censored(self.scans[which])))
+        self._scaled = lru_cache(256)(lambda which: (scaling(self.scans[which]), censored_frames(self.scans[which])))
+
+    def usable(self, which: int, start: int) -> bool:
+        """Whether at least two frames of a window are not censored: a path needs as many."""
+        if not self.any_censored:
+            return True
+        stop = start + int(self.frames[which])
+        if isinstance(self.scans, Store):
+            censored = self.scans.censored(which, start, stop)
+        else:
+            censored = self._scaled(which)[1][start:stop]
+        return censored is None or int((~censored).sum()) >= 2
 
     def cut(self, which: int, start: int, seed: int, *, training: bool) -> dict:
         """The window of scan `which` that begins at frame `start`, and its view.
 
-        Raises
-        ------
-        DataError
-            If a value is NaN or infinite in a frame that is not censored.
+        DataError if a value is NaN or infinite in a frame that is not censored.
         """
         scan = self.scans[which]
         frames = slice(start, start + int(self.frames[which]))
@@ -130,20 +110,17 @@ class Windows(Dataset):
         return item | ({"censored": torch.from_numpy(censored.copy())} if self.any_censored else {})
 
 
-def _censored(scan: Scan) -> np.ndarray:
+def censored_frames(scan: Scan) -> np.ndarray:
     censored = getattr(scan, "censored", None)
     return np.zeros(scan.n_frames, dtype=bool) if censored is None else censored
 
 
 def collate(items: Sequence[dict]) -> dict:
     """A batch of windows: padded with zeros at their ends where they differ in length, which ``lengths`` then tells."""
-    batch: dict[str, Any] = {}
-    for key, first in items[0].items():
-        values = [item[key] for item in items]
-        if not isinstance(first, Tensor):
-            batch[key] = values
-        else:
-            batch[key] = pad_sequence(values, batch_first=True) if first.ndim else torch.stack(values)
+    batch: dict[str, Any] = {key: [item[key] for item in items] for key in items[0]}
+    for key, values in batch.items():
+        if isinstance(values[0], Tensor):
+            batch[key] = pad_sequence(values, batch_first=True) if values[0].ndim else torch.stack(values)
     lengths = torch.tensor([len(item["x"]) for item in items])
     return batch if bool((lengths == lengths[0]).all()) else batch | {"lengths": lengths}
 
@@ -163,8 +140,11 @@ class RandomWindows(Windows):
 
     def __getitem__(self, draw: int) -> dict:
         rng = np.random.default_rng([self.seed, draw])
-        which = int(self.share.searchsorted(rng.random(), side="right"))  # as rng.choice, without its pass over all
-        start = int(rng.integers(self.starts[which]))
+        for _ in range(1000):  # until a window is usable: all but always the first
+            which = int(self.share.searchsorted(rng.random(), side="right"))  # as rng.choice, without a pass over all
+            start = int(rng.integers(self.starts[which]))
+            if self.usable(which, start):
+                break
         return self.cut(which, start, int(rng.integers(2**62)), training=True)
 
 
@@ -172,21 +152,9 @@ class Draws(Sampler):
     """The draws of every batch, from the step that training has come to until the end of its epoch.
 
     Step s of an epoch of n draws takes `batch_size` draws in their order. They are dealt to the processes in turn, so
-    that the batches of all of them, joined, are the batch that one process would have. A step of several parts
-    (gradient accumulation) deals them to the parts in the same way.
-
-    Parameters
-    ----------
-    n : int
-        Draws in an epoch.
-    batch_size : int
-        Draws in a step, over all processes and parts.
-    step : callable
-        Returns the steps done so far; asked when an epoch, or the rest of one, begins.
-    rank, world : int
-        This process, and how many there are.
-    parts : int
-        Parts of a step.
+    that the batches of all of them, joined, are the batch that one process would have. A step of several `parts`
+    (gradient accumulation) deals them to the parts in the same way. `step` returns the steps done so far, and is asked
+    when an epoch, or the rest of one, begins; `rank` is this process of `world`.
     """
 
     def __init__(
@@ -198,13 +166,8 @@ class Draws(Sampler):
                 f"every step needs a window for each process and part: {world} processes and {parts} parts, but "
                 f"batch_size {batch_size} and windows_per_epoch {n} give a step of {rest}"
             )
-        self.n, self.batch_size, self.step = n, batch_size, step
+        self.n, self.batch_size, self.step, self.steps = n, batch_size, step, -(-n // batch_size)
         self.rank, self.world, self.parts = rank, world, parts
-
-    @property
-    def steps(self) -> int:
-        """Steps of an epoch."""
-        return -(-self.n // self.batch_size)
 
     def __len__(self) -> int:
         return self.steps * self.parts
@@ -226,6 +189,7 @@ class FixedWindows(Windows):
             (which, start)
             for which, (n, frames) in enumerate(zip(self.n_frames, self.frames, strict=True))
             for start in range(0, n - frames + 1, frames)
+            if self.usable(which, start)
         ]
 
     def __len__(self) -> int:
