@@ -103,7 +103,7 @@ class MnemoDynEncoder(TransformerMixin, BaseEstimator):
     Parameters
     ----------
     checkpoint : str, Path or Checkpoint
-        See :func:`mnemodyn.from_pretrained`: ``NAME/MODEL`` of the hub, a folder or a file.
+        See :func:`mnemodyn.hub.from_pretrained`: ``NAME/MODEL`` of the hub, a folder or a file.
     readouts : tuple of str
         Concatenated in this order; see :func:`readouts`.
     untrained : int, optional
