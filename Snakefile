@@ -130,6 +130,8 @@ rule pretrain:
             objective=wildcards.objective,
             output=f"{TRAINED}/{wildcards.objective}",
         ),
+    # What others wait for, and the longest page, begin early: the last job runs alone.
+    priority: 2
     threads: resource("pretrain", "threads", 2)
     resources:
         mem_mb=resource("pretrain", "mem_mb", 8000),
@@ -179,6 +181,7 @@ for page, (read, paths) in BOOK.items():
             "{input[0]}" + (f" of {page.partition('_')[2]}" if page != name else "") + " ..."
         params:
             parameters=parameters(name, page, **paths),
+        priority: int(name in ("objectives", "reconstruction"))
         threads: resource(name, "threads", 1)
         resources:
             mem_mb=resource(name, "mem_mb", 4000),
