@@ -237,7 +237,7 @@ def test_the_table_of_people_has_a_row_a_task_and_a_column_a_method(monkeypatch)
     }
     table = SimpleNamespace(config=SimpleNamespace(external_site_map={f"{results.RUNS}/d": SimpleNamespace(title="D")}))
     texts = results.PeopleTable.row(table, "d", "nc_vs_mci", "kfold", report, ["late", "fc", "none"])
-    assert texts == ["D, nc vs mci|people held out, n 9", "", "0.600|0.500\N{EN DASH}0.700", ""]
+    assert texts == ["D, nc vs mci|people held out, n\N{NO-BREAK SPACE}9", "", "0.600|0.500\N{EN DASH}0.700", ""]
     row["balanced_accuracy"] = score | {"low": -0.1}
     assert (
         results.PeopleTable.row(table, "d", "x", "a site", report, ["fc"])[-1] == "0.600|\N{MINUS SIGN}0.100 to 0.700"

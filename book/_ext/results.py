@@ -160,7 +160,7 @@ class PeopleTable(SphinxDirective):
         metric = "balanced_accuracy" if report["kind"] == "classification" else "r"
         found = {row["method"]: row for row in report["rows"]}
         cohort, held = self.config.external_site_map[f"{RUNS}/{name}"].title, "people" if plan == "kfold" else "a site"
-        texts = [f"{cohort}, {target.replace('_', ' ')}|{held} held out, n {write(report['n'])}"]
+        texts = [f"{cohort}, {target.replace('_', ' ')}|{held} held out, n\N{NO-BREAK SPACE}{write(report['n'])}"]
         for method in methods:
             score = found.get(method, {}).get(metric) or {"value": None}
             if score["value"] is None:
