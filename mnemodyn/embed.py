@@ -14,7 +14,7 @@ import pandas as pd
 import torch
 
 from mnemodyn.checkpoint import Checkpoint, CheckpointError
-from mnemodyn.data.formats import read_cifti
+from mnemodyn.data.formats import PARTICIPANT, read_cifti, stem
 from mnemodyn.data.scaling import Scaling, moments
 from mnemodyn.data.scans import DataError, Scan, load_scan, save_scan, scan_files
 from mnemodyn.evaluate.readout import READOUTS, readouts
@@ -160,9 +160,9 @@ def _jobs(sources: Sequence[str | Path], pattern: str, reading: dict) -> Iterato
 
 
 def _load(path: Path, reading: dict) -> Scan:
-    """A scan; where its name holds no participant, what comes before the first dot stands for one."""
-    named = re.search(r"sub-[A-Za-z0-9]+", path.name)
-    return load_scan(path, participant_id=None if named else path.name.split(".")[0], **reading)
+    """A scan; where its name holds no participant, the name without its ending stands for one."""
+    named = PARTICIPANT.search(path.name)
+    return load_scan(path, participant_id=None if named else stem(path.name), **reading)
 
 
 def _row(name: str, scan: Scan, checkpoint: Checkpoint, names: Sequence[str]) -> dict:
