@@ -41,12 +41,29 @@ from mnemodyn.provenance import surroundings
 
 TARGETS = {"diagnosis": "classification", "sex": "classification", "age": "regression"}
 METHODS = ("site", "confounds", "fc", "fc_harmonised", "fc_combat", "fc_pca", "fc_mlp", "tangent")
-METHODS += ("model", "model+fc", "untrained", "latent_correlation", "response", "last_frame", "adapted", "adapted+fc")
+METHODS += (
+    "model",
+    "model+fc",
+    "untrained",
+    "latent_correlation",
+    "response",
+    "last_frame",
+    "adapted",
+    "adapted+fc",
+)
 CONTROL = ("fc", "model", "model+fc", "adapted+fc")
 SHUFFLES = {"fc": 40, "model": 8, "model+fc": 8}
 NOISES = dict.fromkeys(CONTROL, 4)
 TUNED = ("fc", "finetune_last", "finetune_all")
-PARTS = ("kfold", "leave_one_site_out", "permuted", "noise", "noise_equal", "permutations", "noises")
+PARTS = (
+    "kfold",
+    "leave_one_site_out",
+    "permuted",
+    "noise",
+    "noise_equal",
+    "permutations",
+    "noises",
+)
 OUT = "book/data/abide.json"
 
 
@@ -57,7 +74,11 @@ def train(scans: Sequence[Scan], folder: Path, epochs: int) -> None:
     whole = [scan for scan in scans if not scan.constant.any()]
     order = [whole[i] for i in np.random.default_rng(0).permutation(len(whole))]
     config = ModelConfig(
-        n_parcels=len(whole[0].parcels), n_timepoints=64, n_channels=96, input_width=64, banded="depthwise"
+        n_parcels=len(whole[0].parcels),
+        n_timepoints=64,
+        n_channels=96,
+        input_width=64,
+        banded="depthwise",
     )
     pretrain(
         order[60:],
@@ -79,7 +100,11 @@ def with_front(checkpoint: Checkpoint, scans: Sequence[Scan]) -> Checkpoint:
     Where nothing is hidden a front end does nothing, so that what is read out of the blocks stays as it is.
     """
     config = dataclasses.replace(
-        checkpoint.model.config, front="gaussian", front_shrinkage=0.03, front_weight=100.0, front_modes=200
+        checkpoint.model.config,
+        front="gaussian",
+        front_shrinkage=0.03,
+        front_weight=100.0,
+        front_modes=200,
     )
     model = MnemoDyn(config)
     model.load_state_dict(checkpoint.model.state_dict(), strict=False)
@@ -91,13 +116,21 @@ def with_front(checkpoint: Checkpoint, scans: Sequence[Scan]) -> Checkpoint:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", required=True, help="folder of the scans, or a store")
-    parser.add_argument("--out", help=f"default: {OUT}, or with --finetune {OUT[:-5]}_finetune.json")
-    parser.add_argument("--checkpoint", help="folder of a checkpoint; one is trained where none is named")
-    parser.add_argument("--work", default="runs/abide", help="folder for the checkpoint, read-outs and folds")
+    parser.add_argument(
+        "--out", help=f"default: {OUT}, or with --finetune {OUT[:-5]}_finetune.json"
+    )
+    parser.add_argument(
+        "--checkpoint", help="folder of a checkpoint; one is trained where none is named"
+    )
+    parser.add_argument(
+        "--work", default="runs/abide", help="folder for the checkpoint, read-outs and folds"
+    )
     parser.add_argument("--epochs", type=int, default=6, help="of the training (default: 6)")
     parser.add_argument("--jobs", type=int, default=cpu_count())
     parser.add_argument("--finetune", action="store_true", help="the fine-tuning, and nothing else")
-    parser.add_argument("--only", nargs="+", default=[], choices=PARTS, help="parts of --out to measure again")
+    parser.add_argument(
+        "--only", nargs="+", default=[], choices=PARTS, help="parts of --out to measure again"
+    )
     parser.add_argument("--restart", action="store_true", help="give up what --work holds")
     options = parser.parse_args()
     torch.set_num_threads(1)
@@ -116,8 +149,12 @@ def main() -> int:
     folder = Path(options.checkpoint or work / "pretrain" / "best")
     before = json.loads(Path(out).read_text()) if options.only else {}
     if before and sha256(folder / "model.safetensors") != before["checkpoint"]["weights_sha256"]:
-        parser.error(f"{folder} is not the network of {out}: name that with --checkpoint, or leave --only out")
-    if not options.checkpoint and not (folder / "config.json").is_file():  # which is written when training ends
+        parser.error(
+            f"{folder} is not the network of {out}: name that with --checkpoint, or leave --only out"
+        )
+    if (
+        not options.checkpoint and not (folder / "config.json").is_file()
+    ):  # which is written when training ends
         train(scans, work / "pretrain", options.epochs)
         say("pretrained")
     checkpoint = with_front(load_checkpoint(folder), scans)
@@ -125,7 +162,9 @@ def main() -> int:
     used[f"--only {' '.join(options.only)}"] = options.only
     content = {
         "cohort": "abide",
-        "command": " ".join(["python -m benchmarks.abide --data FOLDER", *(k for k, v in used.items() if v)]),
+        "command": " ".join(
+            ["python -m benchmarks.abide --data FOLDER", *(k for k, v in used.items() if v)]
+        ),
         "date": datetime.date.today().isoformat(),
         "n_scans": len(scans),
         "n_excluded": len(indexed.excluded),

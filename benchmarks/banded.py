@@ -21,7 +21,9 @@ class Grouped(BandedOperator):
         s, k2, runs, length = u.shape
         u = u.permute(2, 0, 1, 3).reshape(runs, s * k2, length)
         padding = self.weight.shape[-1] // 2
-        u = functional.conv1d(u, self.weight.flatten(0, 1), self.bias.flatten(), padding=padding, groups=s)
+        u = functional.conv1d(
+            u, self.weight.flatten(0, 1), self.bias.flatten(), padding=padding, groups=s
+        )
         return u.view(runs, s, k2, length).permute(1, 2, 0, 3)
 
 
@@ -38,9 +40,13 @@ def main() -> None:
                 "product": lambda product=product, u=u: product(u).sum().backward(),
                 "grouped": lambda grouped=grouped, u=u: grouped(u).sum().backward(),
             }
-            seconds = {name: statistics.median(s) for name, s in interleaved(steps, 9, device).items()}
+            seconds = {
+                name: statistics.median(s) for name, s in interleaved(steps, 9, device).items()
+            }
             ratio = seconds["product"] / seconds["grouped"]
-            print(f"K {k} batch {batch} length {n}: {ratio:.2f} ({seconds['grouped'] * 1e3:.1f} ms grouped)")
+            print(
+                f"K {k} batch {batch} length {n}: {ratio:.2f} ({seconds['grouped'] * 1e3:.1f} ms grouped)"
+            )
 
 
 if __name__ == "__main__":

@@ -18,8 +18,12 @@ from mnemodyn.model.operator import BandedOperator, OperatorBlock
 def spline_derivative(x: Tensor, t_r: float) -> Tensor:
     """Derivative of the Hermite spline through x (batch, time, parcel) at its frames, fitted on the host."""
     times = t_r * torch.arange(x.shape[1], dtype=x.dtype)
-    coefficients = torchcde.hermite_cubic_coefficients_with_backward_differences(x.detach().cpu(), times)
-    return torchcde.CubicSpline(coefficients.to(x.device), times.to(x.device)).derivative(times.to(x.device))
+    coefficients = torchcde.hermite_cubic_coefficients_with_backward_differences(
+        x.detach().cpu(), times
+    )
+    return torchcde.CubicSpline(coefficients.to(x.device), times.to(x.device)).derivative(
+        times.to(x.device)
+    )
 
 
 def linear_derivative(x: Tensor, t_r: float) -> Tensor:
@@ -47,9 +51,13 @@ class Wavelet:
 
     def inverse(self, approximation: Tensor, detail: Tensor, length: int) -> Tensor:
         around = (self.kernel.shape[-1] + 3) // 4
-        pair = [functional.pad(c, (around, around), mode="circular") for c in (approximation, detail)]
+        pair = [
+            functional.pad(c, (around, around), mode="circular") for c in (approximation, detail)
+        ]
         pair = torch.stack(pair, dim=2)
-        x = functional.conv_transpose1d(pair.flatten(0, 1), self.kernel, stride=2).view(*pair.shape[:2], -1)
+        x = functional.conv_transpose1d(pair.flatten(0, 1), self.kernel, stride=2).view(
+            *pair.shape[:2], -1
+        )
         return x[..., 2 * around + self.reach :][..., :length]
 
 
@@ -59,7 +67,9 @@ def banded(operator: BandedOperator, u: Tensor) -> Tensor:
     u = functional.pad(u, (0, s * operator.segment - n))
     segments = torch.stack(u.split(operator.segment, dim=-1))
     half = operator.weight.shape[-1] // 2
-    convolve = torch.func.vmap(lambda x, weight, bias: functional.conv1d(x, weight, bias, padding=half))
+    convolve = torch.func.vmap(
+        lambda x, weight, bias: functional.conv1d(x, weight, bias, padding=half)
+    )
     u = torch.cat(list(convolve(segments, operator.weight, operator.bias)), dim=-1)
     return operator.activation(u[..., :n])
 
@@ -76,9 +86,13 @@ class Draft(nn.Module):
     def forward(self, x: Tensor, t_r: float) -> Tensor:
         """Reconstruction (batch, time, parcel) of fully visible scans x, one every `t_r` seconds."""
         if x.shape[1] != self.network.config.n_timepoints:
-            raise ValueError(f"x must have {self.network.config.n_timepoints} frames, got {x.shape[1]}")
+            raise ValueError(
+                f"x must have {self.network.config.n_timepoints} frames, got {x.shape[1]}"
+            )
         for i, block in enumerate(self.network.blocks):
-            y = self.block(block, x, spline_derivative(x, t_r) if i == 0 else linear_derivative(x, t_r))
+            y = self.block(
+                block, x, spline_derivative(x, t_r) if i == 0 else linear_derivative(x, t_r)
+            )
             x = x + y if self.network.config.residual else y
         return x
 
@@ -101,7 +115,9 @@ class Draft(nn.Module):
         for weight, bias in zip(block.coarse.weight, block.coarse.bias, strict=True):
             c = act(torch.einsum("bkm,kmn->bkn", c, weight) + bias)
         for level in reversed(range(config.n_levels)):
-            u = banded(block.banded[level], torch.cat([details[level], approximations[level + 1]], dim=1))
+            u = banded(
+                block.banded[level], torch.cat([details[level], approximations[level + 1]], dim=1)
+            )
             u = u + torch.cat([torch.zeros_like(c), c], dim=1)
             detail, approximation = u.chunk(2, dim=1)
             c = wavelet.inverse(approximation, detail, approximations[level].shape[-1])

@@ -30,11 +30,18 @@ def inputs(size: dict, device: str) -> list[torch.Tensor]:
     torch.manual_seed(0)
     entries = size["parcels"] * size["channels"]
     scans = size["batch"], size["time"]
-    shapes = [(*scans, size["rank"]), (*scans, size["parcels"]), (entries, size["rank"]), (entries,)]
+    shapes = [
+        (*scans, size["rank"]),
+        (*scans, size["parcels"]),
+        (entries, size["rank"]),
+        (entries,),
+    ]
     return [torch.randn(s, device=device, requires_grad=True) for s in shapes]
 
 
-def run(drive: Callable, tensors: list[torch.Tensor], activation: Callable, backward: bool = True) -> None:
+def run(
+    drive: Callable, tensors: list[torch.Tensor], activation: Callable, backward: bool = True
+) -> None:
     with torch.set_grad_enabled(backward):
         v = drive(*tensors, activation)
     if backward:
@@ -42,8 +49,12 @@ def run(drive: Callable, tensors: list[torch.Tensor], activation: Callable, back
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--published", action="store_true", help="450 parcels, 490 frames, 300 channels, batch 2")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--published", action="store_true", help="450 parcels, 490 frames, 300 channels, batch 2"
+    )
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--activation", choices=ACTIVATIONS, default="tanh")
@@ -54,7 +65,11 @@ def main() -> None:
     size, activation = PUBLISHED if settings.published else SMALL, ACTIVATIONS[settings.activation]
     tensors = inputs(size, settings.device)
     if settings.peak_of:
-        print(json.dumps(peak(partial(run, PATHS[settings.peak_of], tensors, activation), settings.device)))
+        print(
+            json.dumps(
+                peak(partial(run, PATHS[settings.peak_of], tensors, activation), settings.device)
+            )
+        )
         return
     result = {
         "size": size,
@@ -66,7 +81,10 @@ def main() -> None:
         "h_MB": 4 * size["batch"] * size["time"] * size["parcels"] * size["channels"] / 1e6,
     }
     for name, backward in {"forward": False, "forward_backward": True}.items():
-        steps = {path: partial(run, drive, tensors, activation, backward) for path, drive in PATHS.items()}
+        steps = {
+            path: partial(run, drive, tensors, activation, backward)
+            for path, drive in PATHS.items()
+        }
         seconds = interleaved(steps, settings.repeats, settings.device)
         ratios = sorted(e / f for e, f in zip(*seconds.values(), strict=True))
         result[name] = {

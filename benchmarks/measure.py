@@ -19,7 +19,11 @@ from torch.utils.flop_counter import flop_registry
 
 from mnemodyn.provenance import surroundings
 
-ACTIVATIONS = {f"{name}{ending}" for name in ("tanh", "sigmoid", "gelu", "silu") for ending in ("", "_", "_backward")}
+ACTIVATIONS = {
+    f"{name}{ending}"
+    for name in ("tanh", "sigmoid", "gelu", "silu")
+    for ending in ("", "_", "_backward")
+}
 
 aten = torch.ops.aten
 
@@ -33,7 +37,9 @@ def _convolution_backward(gradient, x, weight, *others, out_val) -> int:
 # torch has none for attention on a CPU.
 FORMULAS = {
     aten.convolution_backward: _convolution_backward,
-    aten._scaled_dot_product_flash_attention_for_cpu: flop_registry[aten._scaled_dot_product_flash_attention],
+    aten._scaled_dot_product_flash_attention_for_cpu: flop_registry[
+        aten._scaled_dot_product_flash_attention
+    ],
     aten._scaled_dot_product_flash_attention_for_cpu_backward: flop_registry[
         aten._scaled_dot_product_flash_attention_backward
     ],
@@ -51,7 +57,10 @@ def device_name(device: str) -> str:
         return torch.cuda.get_device_name()
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.exists() else []
-    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), "unknown CPU")
+    return next(
+        (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")),
+        "unknown CPU",
+    )
 
 
 def about(module: str, device: str = "cpu", threads: int = 1) -> dict:
@@ -72,13 +81,19 @@ def apart(module: str, *arguments: str) -> Any:
 
     Freed blocks go back to the system at once there, or they would hide what the next step takes.
     """
-    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
+    environment = {
+        **os.environ,
+        "MALLOC_MMAP_THRESHOLD_": "65536",
+        "MALLOC_TRIM_THRESHOLD_": "65536",
+    }
     command = [sys.executable, "-m", module, *arguments]
     done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def interleaved(steps: dict[str, Callable[[], None]], repeats: int, device: str) -> dict[str, list[float]]:
+def interleaved(
+    steps: dict[str, Callable[[], None]], repeats: int, device: str
+) -> dict[str, list[float]]:
     """Seconds of each step, `repeats` times in turn, after one that does not count: all share the machine's moods."""
     seconds = {name: [] for name in steps}
     for turn in range(repeats + 1):
@@ -93,7 +108,9 @@ def interleaved(steps: dict[str, Callable[[], None]], repeats: int, device: str)
 
 
 def _status(field: str) -> int:
-    line = next(x for x in Path("/proc/self/status").read_text().splitlines() if x.startswith(f"{field}:"))
+    line = next(
+        x for x in Path("/proc/self/status").read_text().splitlines() if x.startswith(f"{field}:")
+    )
     return int(line.split()[1]) * 1024
 
 
@@ -164,7 +181,10 @@ def ceilings(device: str, activation: str = "tanh") -> dict[str, float]:
     steps = {
         "matmul": (lambda: a @ b, 2 * n**3),
         "copy": (lambda: target.copy_(source), 2 * source.numel() * source.element_size()),
-        "activation": (lambda: [function(values, out=result) for _ in range(100)], 100 * values.numel()),
+        "activation": (
+            lambda: [function(values, out=result) for _ in range(100)],
+            100 * values.numel(),
+        ),
     }
     seconds = interleaved({name: step for name, (step, _) in steps.items()}, 15, device)
     units = {"matmul": "matmul_flops", "copy": "copy_bytes", "activation": "activations"}

@@ -28,7 +28,14 @@ from mnemodyn.checkpoint import Checkpoint, save_checkpoint
 from mnemodyn.data.cohorts import load_cohort
 from mnemodyn.data.scaling import Scaling
 from mnemodyn.data.scans import load_scans
-from mnemodyn.evaluate.baselines import VAR, Interpolation, LowRank, SpatialGaussian, SpatiotemporalGaussian, Zero
+from mnemodyn.evaluate.baselines import (
+    VAR,
+    Interpolation,
+    LowRank,
+    SpatialGaussian,
+    SpatiotemporalGaussian,
+    Zero,
+)
 from mnemodyn.evaluate.downstream import open_scans
 from mnemodyn.files import resolve, write_json
 from mnemodyn.model.config import ModelConfig
@@ -62,16 +69,37 @@ class Setting:
     seeds: tuple[int, ...] = (0, 1, 2)
     preset: str = "mnemodyn-small"
     rates: tuple[float, ...] = (1e-3, 3e-3)
-    front_rates: tuple[float, ...] = (1e-4, 1e-3)  # of blocks that begin as no change to the front end
+    front_rates: tuple[float, ...] = (
+        1e-4,
+        1e-3,
+    )  # of blocks that begin as no change to the front end
     batch_size: int = 8
 
 
 SETTINGS = {
     "hcp7": Setting(
-        240, 0.55, 15, (100.0, 200.0, 400.0), (0,), (0.03, 0.1, 0.2), (8, 16, 32), steps=600, draws=320, epochs=6
+        240,
+        0.55,
+        15,
+        (100.0, 200.0, 400.0),
+        (0,),
+        (0.03, 0.1, 0.2),
+        (8, 16, 32),
+        steps=600,
+        draws=320,
+        epochs=6,
     ),
     "abide": Setting(
-        112, 0.6, 5, (50.0, 100.0, 200.0), (0, 200), (0.01, 0.03, 0.1), (24, 48, 96), steps=1500, draws=800, epochs=6
+        112,
+        0.6,
+        5,
+        (50.0, 100.0, 200.0),
+        (0, 200),
+        (0.01, 0.03, 0.1),
+        (24, 48, 96),
+        steps=1500,
+        draws=800,
+        epochs=6,
     ),
 }
 
@@ -90,18 +118,28 @@ class Series:
 def read(data: str, setting: Setting, folder: Path | None) -> tuple[list[Series], dict]:
     """The usable scans, and how many were left out for what."""
     if data != "abide":
-        return [Series(s.participant_id, Scaling()(s), s.t_r, s.constant) for s in load_scans(data)], {}
+        return [
+            Series(s.participant_id, Scaling()(s), s.t_r, s.constant) for s in load_scans(data)
+        ], {}
     if folder is None:
         raise FileNotFoundError("ABIDE: name its folder with ABIDE=FOLDER or MNEMODYN_DATA")
     scans = open_scans(load_cohort("abide"), folder)
     series = [
-        Series(row.family, Scaling()(scans[i]), row.t_r, scans[i].constant, f"{row.site} {row.diagnosis}")
+        Series(
+            row.family,
+            Scaling()(scans[i]),
+            row.t_r,
+            scans[i].constant,
+            f"{row.site} {row.diagnosis}",
+        )
         for i, row in enumerate(scans.table.itertuples())
         if row.n_frames >= setting.n_timepoints
     ]
     left_out = scans.excluded["problem"].value_counts().to_dict()
     left_out.pop("no-phenotype", None)  # these are filled like any other
-    return series, {str(k): int(v) for k, v in left_out.items()} | {"too-short": len(scans.table) - len(series)}
+    return series, {str(k): int(v) for k, v in left_out.items()} | {
+        "too-short": len(scans.table) - len(series)
+    }
 
 
 def split(series: list[Series], seed: int = 1) -> dict[str, list[Series]]:
@@ -111,8 +149,14 @@ def split(series: list[Series], seed: int = 1) -> dict[str, list[Series]]:
         strata.setdefault(s.participant, s.stratum)
     people = list(np.random.default_rng(seed).permutation(sorted(strata)))
     people.sort(key=lambda p: strata[p])  # stable: drawn order within a stratum
-    side = {p: "test" if i % 10 == 3 else "validation" if i % 20 == 8 else "train" for i, p in enumerate(people)}
-    return {name: [s for s in series if side[s.participant] == name] for name in ("train", "validation", "test")}
+    side = {
+        p: "test" if i % 10 == 3 else "validation" if i % 20 == 8 else "train"
+        for i, p in enumerate(people)
+    }
+    return {
+        name: [s for s in series if side[s.participant] == name]
+        for name in ("train", "validation", "test")
+    }
 
 
 @dataclass(frozen=True)
@@ -149,7 +193,10 @@ class Hidden:
         for s, mask, values in zip(self.series, self.masks, filled, strict=True):
             scored = mask & ~s.constant
             squares = np.stack([(s.values - values) ** 2, s.values**2]) * scored
-            rows += [part.sum((1, 2), dtype=np.float64) for part in np.array_split(squares, self._parts(s), axis=1)]
+            rows += [
+                part.sum((1, 2), dtype=np.float64)
+                for part in np.array_split(squares, self._parts(s), axis=1)
+            ]
         return np.stack(rows, 1)
 
     def _parts(self, s: Series) -> int:
@@ -196,29 +243,43 @@ def choose(setting: Setting, sides: dict, log) -> dict:
     r2: dict[str, dict[str, float]] = {}
 
     def best(name: str, options: dict):
-        r2[name] = {str(label): held.r2(linear(method.fit(train))) for label, method in options.items()}
+        r2[name] = {
+            str(label): held.r2(linear(method.fit(train))) for label, method in options.items()
+        }
         log(f"{name}: {r2[name]}")
         return max(options, key=lambda label: r2[name][str(label)])
 
     found = {
-        "spatial_gaussian": best("spatial_gaussian", {a: SpatialGaussian(a) for a in setting.shrinkages}),
+        "spatial_gaussian": best(
+            "spatial_gaussian", {a: SpatialGaussian(a) for a in setting.shrinkages}
+        ),
         "var": best("var", {a: VAR(a) for a in setting.shrinkages}),
         "low_rank": best("low_rank", {r: LowRank(r) for r in setting.ranks}),
     }
     shrinkage = best("shrinkage", {a: SpatiotemporalGaussian(a, 8) for a in setting.shrinkages})
     n_lags = best("n_lags", {n: SpatiotemporalGaussian(shrinkage, n) for n in (2, 4, 8)})
     own = {w: SpatiotemporalGaussian(shrinkage, n_lags, own=w) for w in (0.02, 0.05, 0.1, 0.2)}
-    found |= {"spatiotemporal_gaussian": [shrinkage, n_lags], "own_covariance": best("own_covariance", own)}
+    found |= {
+        "spatiotemporal_gaussian": [shrinkage, n_lags],
+        "own_covariance": best("own_covariance", own),
+    }
     tried = {}
     for n_modes in setting.front_modes:
-        front = make_front({"n_lags": n_lags, "shrinkage": shrinkage, "n_modes": n_modes}, sides["train"])
+        front = make_front(
+            {"n_lags": n_lags, "shrinkage": shrinkage, "n_modes": n_modes}, sides["train"]
+        )
         for weight in setting.front_weights:
             front.weight = weight
             tried[n_modes, weight] = held.r2(front_fill(front))
             log(f"front end with {n_modes} modes and weight {weight}: {tried[n_modes, weight]:.4f}")
     n_modes, weight = max(tried, key=tried.__getitem__)
     r2["front_end"] = {f"{n} modes, weight {w}": value for (n, w), value in tried.items()}
-    found["front_end"] = {"n_lags": n_lags, "shrinkage": shrinkage, "weight": weight, "n_modes": n_modes}
+    found["front_end"] = {
+        "n_lags": n_lags,
+        "shrinkage": shrinkage,
+        "weight": weight,
+        "n_modes": n_modes,
+    }
     return {"chosen": found, "validation_r2": r2}
 
 
@@ -252,7 +313,9 @@ def closed_form(chosen: dict, known: list[Series], held: Hidden, log) -> dict[st
     return sums
 
 
-def fresh(series: list[Series], setting: Setting, seed: int, size: int | None = None) -> Iterator[dict]:
+def fresh(
+    series: list[Series], setting: Setting, seed: int, size: int | None = None
+) -> Iterator[dict]:
     """Batches of random windows of random scans, with random masks, without end."""
     rng, n = np.random.default_rng(seed), setting.n_timepoints
     hide = Masked(setting.hidden_share, setting.mask_window).hide
@@ -260,7 +323,10 @@ def fresh(series: list[Series], setting: Setting, seed: int, size: int | None = 
         chosen = [series[i] for i in rng.integers(len(series), size=size or setting.batch_size)]
         starts = [int(rng.integers(len(s.values) - n + 1)) for s in chosen]
         x = np.stack([s.values[a : a + n] for s, a in zip(chosen, starts, strict=True)])
-        mask, constant = hide(x.shape, int(rng.integers(2**31))), np.stack([s.constant for s in chosen])[:, None]
+        mask, constant = (
+            hide(x.shape, int(rng.integers(2**31))),
+            np.stack([s.constant for s in chosen])[:, None],
+        )
         yield {
             "x": torch.from_numpy(x),
             "hidden": mask | torch.from_numpy(constant),
@@ -279,15 +345,24 @@ def draw(setting: Setting, sides: dict, chosen: dict, log) -> dict:
     fold = {p: i % min(5, len(people)) for i, p in enumerate(people)}
     parts = {"train": [], "validation": []}
     for k in [*sorted(set(fold.values())), None]:
-        inside = sides["validation"] if k is None else [s for s in sides["train"] if fold[s.participant] == k]
+        inside = (
+            sides["validation"]
+            if k is None
+            else [s for s in sides["train"] if fold[s.participant] == k]
+        )
         front = make_front(chosen, [s for s in sides["train"] if fold[s.participant] != k])
         size = 64 if k is None else round(setting.draws * len(inside) / len(sides["train"]))
         batch = next(fresh(inside, setting, 200 if k is None else 201 + k, size))
         pairs = zip(batch["x"].split(8), batch["hidden"].split(8), strict=True)
         batch["filled"] = torch.cat([front(x, hidden) for x, hidden in pairs])
         parts["validation" if k is None else "train"].append(batch)
-        log(f"front end of fold {k}: R2 {1 - _errors(batch['filled'], batch) / _errors(0, batch):.4f}")
-    return {side: {name: torch.cat([b[name] for b in found]) for name in found[0]} for side, found in parts.items()}
+        log(
+            f"front end of fold {k}: R2 {1 - _errors(batch['filled'], batch) / _errors(0, batch):.4f}"
+        )
+    return {
+        side: {name: torch.cat([b[name] for b in found]) for name in found[0]}
+        for side, found in parts.items()
+    }
 
 
 def _errors(values, batch: dict) -> float:
@@ -317,7 +392,9 @@ def validate(network, batch: dict) -> float:
     return 1 - error / _errors(0, batch)
 
 
-def fit(network, batches: Iterator[dict], validation: dict, steps: int, rate: float, log) -> dict[int, float]:
+def fit(
+    network, batches: Iterator[dict], validation: dict, steps: int, rate: float, log
+) -> dict[int, float]:
     """AdamW with a cosine schedule; leaves the network with the averaged weights that are best on validation windows.
 
     Returns their R2 by step; step 0 is the network before training.
@@ -328,7 +405,10 @@ def fit(network, batches: Iterator[dict], validation: dict, steps: int, rate: fl
     ]
     optimizer = torch.optim.AdamW(groups, lr=rate, betas=(0.9, 0.95))
     schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda i: min(1, (i + 1) / (0.1 * steps)) * max(0.01, 0.5 * (1 + math.cos(math.pi * i / steps)))
+        optimizer,
+        lambda i: (
+            min(1, (i + 1) / (0.1 * steps)) * max(0.01, 0.5 * (1 + math.cos(math.pi * i / steps)))
+        ),
     )
     averaged = copy.deepcopy(network)
     best, curve = copy.deepcopy(network.state_dict()), {0: validate(network, validation)}
@@ -355,7 +435,9 @@ def fit(network, batches: Iterator[dict], validation: dict, steps: int, rate: fl
 def transformer_like(setting: Setting, n_parcels: int, n_parameters: int) -> PatchTransformer:
     """The widest transformer of four layers with at most `n_parameters`."""
     time_patch = setting.mask_window if setting.n_timepoints % setting.mask_window == 0 else 8
-    make = partial(PatchTransformer, n_parcels, setting.n_timepoints, n_layers=4, time_patch=time_patch)
+    make = partial(
+        PatchTransformer, n_parcels, setting.n_timepoints, n_layers=4, time_patch=time_patch
+    )
     width = 16
     while sum(p.numel() for p in make(width=width + 8).parameters()) <= n_parameters:
         width += 8
@@ -368,15 +450,21 @@ def config_of(setting: Setting, n_parcels: int, chosen: dict | None) -> ModelCon
     if chosen is not None:
         front = {f"front_{name.removeprefix('n_')}": value for name, value in chosen.items()}
         front["front_steps"] = FRONT_STEPS
-    return ModelConfig.preset(setting.preset, n_parcels=n_parcels, n_timepoints=setting.n_timepoints, **front)
+    return ModelConfig.preset(
+        setting.preset, n_parcels=n_parcels, n_timepoints=setting.n_timepoints, **front
+    )
 
 
-def train_seed(setting: Setting, seed: int, sides: dict, draws: dict, chosen: dict, rates: dict, log) -> dict:
+def train_seed(
+    setting: Setting, seed: int, sides: dict, draws: dict, chosen: dict, rates: dict, log
+) -> dict:
     """Every network of one seed, trained: name to (network, validation curves by rate, rate kept).
 
     `rates` are those to try; a later seed keeps what the first one found best on validation people.
     """
-    config, alone = (config_of(setting, sides["train"][0].values.shape[1], c) for c in (chosen, None))
+    config, alone = (
+        config_of(setting, sides["train"][0].values.shape[1], c) for c in (chosen, None)
+    )
     size = sum(p.numel() for p in MnemoDyn(alone).parameters())
     makers = {
         "model": lambda: MnemoDyn(config),
@@ -391,7 +479,11 @@ def train_seed(setting: Setting, seed: int, sides: dict, draws: dict, chosen: di
             network = make()
             log(f"seed {seed}: {name} at {rate}")
             if name == "model":
-                batches, side, steps = shuffled(draws["train"], setting, seed), draws["validation"], None
+                batches, side, steps = (
+                    shuffled(draws["train"], setting, seed),
+                    draws["validation"],
+                    None,
+                )
             else:
                 batches = fresh(sides["train"], setting, 1000 + seed)
                 side, steps = next(fresh(sides["validation"], setting, 200, 64)), setting.steps
@@ -402,7 +494,9 @@ def train_seed(setting: Setting, seed: int, sides: dict, draws: dict, chosen: di
     return trained
 
 
-def interval(model: np.ndarray, other: np.ndarray, total: np.ndarray, people: np.ndarray, n_boot: int = 2000) -> dict:
+def interval(
+    model: np.ndarray, other: np.ndarray, total: np.ndarray, people: np.ndarray, n_boot: int = 2000
+) -> dict:
     """R2 of `model` minus R2 of `other` (seed, stretch), and its 95 % bootstrap interval.
 
     A resample draws people, of each of them stretches, and training seeds, all with replacement; both methods get the
@@ -419,10 +513,16 @@ def interval(model: np.ndarray, other: np.ndarray, total: np.ndarray, people: np
     values = (seeds * (rows @ difference.T)).sum(1) / (n_seeds * (rows @ total))
     low, high = np.quantile(values, [0.025, 0.975])
     value = difference.sum() / (n_seeds * total.sum())
-    return {"value": round(float(value), 5), "low": round(float(low), 5), "high": round(float(high), 5)}
+    return {
+        "value": round(float(value), 5),
+        "low": round(float(low), 5),
+        "high": round(float(high), 5),
+    }
 
 
-def table(sums: dict[str, np.ndarray], total: np.ndarray, people: np.ndarray, ours: str = "model") -> dict:
+def table(
+    sums: dict[str, np.ndarray], total: np.ndarray, people: np.ndarray, ours: str = "model"
+) -> dict:
     """R2 of every method from its residual sums (seed, stretch), best first, and `ours` minus each."""
     rows = {name: interval(residual, total, total, people) for name, residual in sums.items()}
     for name, residual in sums.items():
@@ -445,20 +545,34 @@ def report(data: str, setting: Setting, folder: Path, held: Hidden, facts: dict)
         "best_linear": best,
         "above_best_linear": rows[best]["difference"],
         "windows": table(
-            {name.removesuffix("/windows"): r for name, r in sums.items() if name.endswith("/windows")}, total, people
+            {
+                name.removesuffix("/windows"): r
+                for name, r in sums.items()
+                if name.endswith("/windows")
+            },
+            total,
+            people,
         ),
         "linear": list(LINEAR),
         "interval": "95 %, bootstrap over people, stretches of their scans and training seeds",
-        "by_seed": {n: (1 - r.sum(1) / total.sum()).round(5).tolist() for n, r in sums.items() if len(r) > 1},
-        "validation": json.loads((folder / "choice.json").read_text()) | {"by_step": [s["curves"] for s in seeds]},
+        "by_seed": {
+            n: (1 - r.sum(1) / total.sum()).round(5).tolist() for n, r in sums.items() if len(r) > 1
+        },
+        "validation": json.loads((folder / "choice.json").read_text())
+        | {"by_step": [s["curves"] for s in seeds]},
         "n_parameters": seeds[0]["n_parameters"],
         "steps": {"blocks_alone": setting.steps, "transformer": setting.steps}
         | {"model": setting.epochs * math.ceil(setting.draws / setting.batch_size)},
         "preset": setting.preset,
         "n_people": len(set(people)),
         "n_stretches": len(people),
-        "n_hidden_entries": int(sum((m & ~s.constant).sum() for s, m in zip(held.series, held.masks, strict=True))),
-        **{name: getattr(setting, name) for name in ("hidden_share", "mask_window", "n_timepoints", "seeds")},
+        "n_hidden_entries": int(
+            sum((m & ~s.constant).sum() for s, m in zip(held.series, held.masks, strict=True))
+        ),
+        **{
+            name: getattr(setting, name)
+            for name in ("hidden_share", "mask_window", "n_timepoints", "seeds")
+        },
         **facts,
         "cpu_minutes": Stages(folder).cpu_minutes,
         "commit": seeds[0]["commit"],
@@ -470,7 +584,10 @@ def report(data: str, setting: Setting, folder: Path, held: Hidden, facts: dict)
     if turns:
         loaded = [dict(np.load(path)) for path in turns]
         every = {name: np.concatenate([one[name] for one in loaded])[None] for name in loaded[0]}
-        total, people = every.pop("total")[0], np.repeat(np.arange(len(loaded)), [len(o["total"]) for o in loaded])
+        total, people = (
+            every.pop("total")[0],
+            np.repeat(np.arange(len(loaded)), [len(o["total"]) for o in loaded]),
+        )
         every = {name: r for name, r in every.items() if "/" not in name}
         found["every_person_held_out"] = {
             "n_people": len(loaded),
@@ -488,7 +605,9 @@ def stamp() -> dict[str, str]:
 
 def options_of(parser: argparse.ArgumentParser) -> argparse.Namespace:
     """The command's options, with those that studies share; sets the number of threads."""
-    parser.add_argument("--folder", type=Path, default=os.environ.get("MNEMODYN_DATA"), help="of the ABIDE release")
+    parser.add_argument(
+        "--folder", type=Path, default=os.environ.get("MNEMODYN_DATA"), help="of the ABIDE release"
+    )
     parser.add_argument("--work", type=Path, help="where stages are kept; in runs otherwise")
     parser.add_argument("--out", type=Path, help="the JSON; in book/data otherwise")
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 2)))
@@ -506,7 +625,9 @@ class Stages:
 
     @property
     def cpu_minutes(self) -> float:
-        return round(sum(s["cpu_minutes"] for s in json.loads((self.folder / "times.json").read_text())), 1)
+        return round(
+            sum(s["cpu_minutes"] for s in json.loads((self.folder / "times.json").read_text())), 1
+        )
 
     def __call__(self, name: str, make) -> Path:
         path, start = self.folder / name, time.process_time()
@@ -516,7 +637,10 @@ class Stages:
             times = self.folder / "times.json"
             done = json.loads(times.read_text()) if times.is_file() else []
             minutes = (time.process_time() - start) / 60
-            write_json(times, [d for d in done if d["stage"] != name] + [{"stage": name, "cpu_minutes": minutes}])
+            write_json(
+                times,
+                [d for d in done if d["stage"] != name] + [{"stage": name, "cpu_minutes": minutes}],
+            )
         return path
 
 
@@ -529,14 +653,24 @@ def run(data: str, setting: Setting, folder: Path, source: Path | None) -> dict:
     if json.loads((folder / "setting.json").read_text()) != settings:
         raise ValueError(f"{folder} holds a run of other settings; delete it to start again")
     series, left_out = read(data, setting, source)
-    sides = split(series) if data == "abide" else {"train": series[:4], "validation": series[4:5], "test": series[5:]}
+    sides = (
+        split(series)
+        if data == "abide"
+        else {"train": series[:4], "validation": series[4:5], "test": series[5:]}
+    )
     facts = {"left_out": left_out} | {
         f"n_{k}": len({s.participant for s in v}) for k, v in sides.items() if k != "test"
     }
     stage("choice.json", lambda path: write_json(path, choose(setting, sides, stage.log)))
     chosen = json.loads((folder / "choice.json").read_text())["chosen"]
-    held, known = Hidden.of(sides["test"], setting, seed=10_000), [*sides["train"], *sides["validation"]]
-    stage("closed_form.npz", lambda path: np.savez(path, **closed_form(chosen, known, held, stage.log)))
+    held, known = (
+        Hidden.of(sides["test"], setting, seed=10_000),
+        [*sides["train"], *sides["validation"]],
+    )
+    stage(
+        "closed_form.npz",
+        lambda path: np.savez(path, **closed_form(chosen, known, held, stage.log)),
+    )
     if data != "abide":  # few people: each is held out once, the next one chooses, the others train
         for i in range(len(series)):
             one = {"validation": [series[i - 1]], "test": [series[i]]}
@@ -545,10 +679,15 @@ def run(data: str, setting: Setting, folder: Path, source: Path | None) -> dict:
 
             def whole_turn(path: Path, one=one, turn=turn) -> None:
                 found = choose(setting, one, stage.log)["chosen"]
-                np.savez(path, **closed_form(found, [*one["train"], *one["validation"]], turn, stage.log))
+                np.savez(
+                    path, **closed_form(found, [*one["train"], *one["validation"]], turn, stage.log)
+                )
 
             stage(f"turn-{i}.npz", whole_turn)
-    stage("draws.pt", lambda path: torch.save(draw(setting, sides, chosen["front_end"], stage.log), path))
+    stage(
+        "draws.pt",
+        lambda path: torch.save(draw(setting, sides, chosen["front_end"], stage.log), path),
+    )
     draws, front = torch.load(folder / "draws.pt"), make_front(chosen["front_end"], known)
     # The front end fills each test scan once for all seeds.
     kept: dict[bytes, torch.Tensor] = {}
@@ -559,21 +698,29 @@ def run(data: str, setting: Setting, folder: Path, source: Path | None) -> dict:
             kept[key] = front(x, hidden)
         return kept[key]
 
-    rates = {"model": setting.front_rates, "blocks_alone": setting.rates, "transformer": setting.rates}
+    rates = {
+        "model": setting.front_rates,
+        "blocks_alone": setting.rates,
+        "transformer": setting.rates,
+    }
 
     def one_seed(seed: int, path: Path) -> None:
         known_rates = rates
         if seed != setting.seeds[0]:
             first = json.loads((folder / f"seed-{setting.seeds[0]}.json").read_text())
             known_rates = {name: [rate] for name, rate in first["rates"].items()}
-        trained = train_seed(setting, seed, sides, draws, chosen["front_end"], known_rates, stage.log)
+        trained = train_seed(
+            setting, seed, sides, draws, chosen["front_end"], known_rates, stage.log
+        )
         residual = {}
         for name, (network, _, _) in trained.items():
             fill = partial(_network_fill, network, front_once if name == "model" else None)
             windows = held.sums(held.fill(fill, whole=False))[0].tolist()
             residual[name + "/windows"] = windows
             # A transformer has positions for its windows only.
-            residual[name] = windows if name == "transformer" else held.sums(held.fill(fill))[0].tolist()
+            residual[name] = (
+                windows if name == "transformer" else held.sums(held.fill(fill))[0].tolist()
+            )
             torch.save(network.state_dict(), folder / f"{name}-{seed}.pt")
         network = trained["model"][0].fit_front([s.values for s in known])
         record = {
@@ -581,7 +728,9 @@ def run(data: str, setting: Setting, folder: Path, source: Path | None) -> dict:
             "seed": seed,
             "train_participants": sorted({s.participant for s in sides["train"]}),
             "validation_participants": sorted({s.participant for s in sides["validation"]}),
-            "validation_r2_hidden": max(max(curve.values()) for curve in trained["model"][1].values()),
+            "validation_r2_hidden": max(
+                max(curve.values()) for curve in trained["model"][1].values()
+            ),
         }
         parcels = tuple(f"{data}-{i + 1}" for i in range(network.config.n_parcels))
         checkpoint = Checkpoint(network, parcels, float(known[0].t_r), Scaling(), None, record)
@@ -590,7 +739,9 @@ def run(data: str, setting: Setting, folder: Path, source: Path | None) -> dict:
             "residual": residual,
             "curves": {name: curves for name, (_, curves, _) in trained.items()},
             "rates": {name: rate for name, (_, _, rate) in trained.items()},
-            "n_parameters": {n: sum(p.numel() for p in net.parameters()) for n, (net, _, _) in trained.items()},
+            "n_parameters": {
+                n: sum(p.numel() for p in net.parameters()) for n, (net, _, _) in trained.items()
+            },
         }
         write_json(path, found | stamp())
 
@@ -610,7 +761,10 @@ def main() -> int:
         print(f"reconstruct: {error}", file=sys.stderr)
         return 2
     out = write_json(options.out or resolve(f"book/data/reconstruction_{options.data}.json"), found)
-    print(f"{out}: " + ", ".join(f"{name} {row['value']:.3f}" for name, row in found["r2_hidden"].items()))
+    print(
+        f"{out}: "
+        + ", ".join(f"{name} {row['value']:.3f}" for name, row in found["r2_hidden"].items())
+    )
     return 0
 
 

@@ -45,7 +45,9 @@ BUDGET, RATE, ADAPTING = 1000, 3e-3, 300
 MAPS = ("field.input", "field.expansion", "lift", "output")
 
 
-def blocks(setting: Setting, sides: dict, steps: int, seed: int, log, **changes) -> tuple[MnemoDyn, dict]:
+def blocks(
+    setting: Setting, sides: dict, steps: int, seed: int, log, **changes
+) -> tuple[MnemoDyn, dict]:
     """Operator blocks trained for `steps` on fresh windows of the training people."""
     config = replace(config_of(setting, sides["train"][0].values.shape[1], None), **changes)
     torch.manual_seed(seed)
@@ -59,12 +61,16 @@ def scores(held: Hidden, fills: dict[str, Callable]) -> dict:
     """R2 of every method with its interval over people."""
     sums = {name: held.sums(held.fill(fill)) for name, fill in fills.items()}
     total = next(iter(sums.values()))[1]
-    return table({n: s[0][None] for n, s in sums.items()}, total, held.people, ours=next(iter(fills)))
+    return table(
+        {n: s[0][None] for n, s in sums.items()}, total, held.people, ours=next(iter(fills))
+    )
 
 
 def by_people(n: int | None, setting: Setting, sides: dict, held: Hidden, log) -> dict:
     """All methods on the first `n` training people of one fixed order; all of them where `n` is None."""
-    people = np.random.default_rng(0).permutation(sorted({s.participant for s in sides["train"]}))[:n]
+    people = np.random.default_rng(0).permutation(sorted({s.participant for s in sides["train"]}))[
+        :n
+    ]
     some = sides | {"train": [s for s in sides["train"] if s.participant in set(people)]}
     train = [s.values for s in some["train"]]
     validation = Hidden.of(sides["validation"], setting, seed=100)
@@ -74,7 +80,12 @@ def by_people(n: int | None, setting: Setting, sides: dict, held: Hidden, log) -
         return max(made.items(), key=lambda item: validation.r2(linear(item[1])))
 
     shrinkage, process = best(partial(SpatiotemporalGaussian, n_lags=8), (0.03, 0.2))
-    chosen = {"n_lags": 8, "shrinkage": shrinkage, "weight": 100.0, "n_modes": min(200, len(train) // 2)}
+    chosen = {
+        "n_lags": 8,
+        "shrinkage": shrinkage,
+        "weight": 100.0,
+        "n_modes": min(200, len(train) // 2),
+    }
     fills = {
         "blocks_alone": partial(_network_fill, blocks(setting, some, BUDGET, 0, log)[0], None),
         "spatial_gaussian": linear(best(SpatialGaussian, (0.03, 0.2))[1]),
@@ -132,7 +143,11 @@ def run(folder: Path, source: Path | None) -> dict:
     for steps in STEPS:
         keep("steps", steps, lambda steps=steps: trained(steps, folder / "longest.pt"))
     for k in CHANNELS:
-        keep("parameters", k, lambda k=k: {"n_channels": k} | trained(BUDGET, n_channels=k, input_width=k))
+        keep(
+            "parameters",
+            k,
+            lambda k=k: {"n_channels": k} | trained(BUDGET, n_channels=k, input_width=k),
+        )
     longest = torch.load(folder / "longest.pt")
     for seed in SEEDS:
         keep("transfer", seed, lambda seed=seed: transfer(setting, longest, seed, stage.log))

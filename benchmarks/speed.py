@@ -61,7 +61,11 @@ class Case:
 
     def config(self) -> ModelConfig:
         """The published block at this size: no lift, tanh, residual."""
-        settings = {f: getattr(self, f) for f in ModelConfig.__dataclass_fields__ if f in self.__dataclass_fields__}
+        settings = {
+            f: getattr(self, f)
+            for f in ModelConfig.__dataclass_fields__
+            if f in self.__dataclass_fields__
+        }
         settings["n_timepoints"] = self.made_for or self.n_timepoints
         return ModelConfig(**settings, activation="tanh", lift=False)
 
@@ -77,26 +81,47 @@ def cases(*, quick: bool = False, published: bool = False) -> list[Case]:
     `quick` has small sweeps, `published` no sweeps but the published size and the scaling at that size; together they
     are small sweeps and the published size. With neither, all of it, at length.
     """
-    large = Case(section="published", batch=2, n_timepoints=490, n_parcels=450, n_channels=300, n_blocks=4)
+    large = Case(
+        section="published", batch=2, n_timepoints=490, n_parcels=450, n_channels=300, n_blocks=4
+    )
     grid = []
     if quick:
         base = Case(section="", batch=4, n_timepoints=240, n_parcels=94, n_channels=32)
         batches, lengths, parcels = (1, 16), (120, 480, 1200), (94, 200)
     else:
         base = Case(section="")
-        batches, lengths, parcels = (1, 4, 16, 64), (120, 240, 480, 1200, 2400, 4800), (94, 200, 450)
+        batches, lengths, parcels = (
+            (1, 4, 16, 64),
+            (120, 240, 480, 1200, 2400, 4800),
+            (94, 200, 450),
+        )
     if quick or not published:
         for kind in ("train", "infer"):
             grid += [replace(base, section="batch", kind=kind, batch=b) for b in batches]
-            grid += [replace(base, section="length", kind=kind, batch=1, n_timepoints=t) for t in lengths]
+            grid += [
+                replace(base, section="length", kind=kind, batch=1, n_timepoints=t) for t in lengths
+            ]
             grid += [replace(base, section="parcels", kind=kind, n_parcels=p) for p in parcels]
     # The network of the quick profile: the defaults of notebooks/pretrain.ipynb, but for the lift and the activation.
-    small = Case(section="profile", n_timepoints=240, n_parcels=94, n_channels=48, input_width=48, field_rank=4)
-    grid.append(replace(small, n_levels=4, n_segments=1, n_dense_layers=1, methods=("draft", "lean")))
+    small = Case(
+        section="profile",
+        n_timepoints=240,
+        n_parcels=94,
+        n_channels=48,
+        input_width=48,
+        field_rank=4,
+    )
+    grid.append(
+        replace(small, n_levels=4, n_segments=1, n_dense_layers=1, methods=("draft", "lean"))
+    )
     # One set of weights, made for the shorter scans: what a user with longer scans has.
     scaling = base if quick and not published else replace(large, n_blocks=1)
     scaling = replace(scaling, section="scaling", batch=1, made_for=480, methods=("lean",))
-    grid += [replace(scaling, kind=kind, n_timepoints=t) for kind in ("train", "infer") for t in (480, 4800)]
+    grid += [
+        replace(scaling, kind=kind, n_timepoints=t)
+        for kind in ("train", "infer")
+        for t in (480, 4800)
+    ]
     if published or not quick:
         grid += [replace(large, kind=kind) for kind in ("train", "infer")]
     return grid
@@ -170,7 +195,9 @@ def measure_peak(case: Case, method: str, device: str, threads: int) -> int | No
     return apart("benchmarks.speed", "--peak-of", json.dumps([asdict(case), method, threads]))
 
 
-def measure(case: Case, *, device: str, threads: int, repeats: int, most: dict[str, float]) -> tuple[list, list]:
+def measure(
+    case: Case, *, device: str, threads: int, repeats: int, most: dict[str, float]
+) -> tuple[list, list]:
     """Rows of a case, and what was left out and why; `repeats` steps are timed of each method, in turn.
 
     `most` is what the device does a second, from :func:`benchmarks.measure.ceilings`, and ``memory``, its bytes.
@@ -181,13 +208,19 @@ def measure(case: Case, *, device: str, threads: int, repeats: int, most: dict[s
     for method in ("draft", "eager"):
         if method in methods and case.field_bytes() > 0.6 * most["memory"]:
             methods.remove(method)
-            skipped.append({**size, "method": method, "reason": "its field needs more memory than there is"})
+            skipped.append(
+                {**size, "method": method, "reason": "its field needs more memory than there is"}
+            )
     models = make_models(case, tuple(methods), device)
     steps = {name: make_step(model, case, device) for name, model in models.items()}
     seconds = interleaved(steps, repeats, device)
     rows = []
     for name in methods:
-        row = {**size, "method": name, "n_parameters": sum(p.numel() for p in models[name].parameters())}
+        row = {
+            **size,
+            "method": name,
+            "n_parameters": sum(p.numel() for p in models[name].parameters()),
+        }
         row["seconds"] = statistics.median(seconds[name])
         row["seconds_range"] = [min(seconds[name]), max(seconds[name])]
         row["repeats"] = repeats
@@ -195,7 +228,11 @@ def measure(case: Case, *, device: str, threads: int, repeats: int, most: dict[s
         if name != "compiled":  # what it carries out is not seen from here
             with Count() as count:
                 steps[name]()
-            for key, ceiling in (("flops", "matmul_flops"), ("bytes", "copy_bytes"), ("activations", "activations")):
+            for key, ceiling in (
+                ("flops", "matmul_flops"),
+                ("bytes", "copy_bytes"),
+                ("activations", "activations"),
+            ):
                 row[key] = getattr(count, key)
                 row[f"{key}_share"] = row[key] / row["seconds"] / most[ceiling]
         rows.append(row)
@@ -209,10 +246,18 @@ def measure(case: Case, *, device: str, threads: int, repeats: int, most: dict[s
 def ratios(rows: list[dict]) -> dict[str, dict]:
     """Draft over lean at the published size and the quick profile's, and the longer scan over the shorter one."""
     found = {}
-    for section, pick in (("published", "method"), ("profile", "method"), ("scaling", "n_timepoints")):
+    for section, pick in (
+        ("published", "method"),
+        ("profile", "method"),
+        ("scaling", "n_timepoints"),
+    ):
         for kind in ("train", "infer"):
             group = {r[pick]: r for r in rows if r["section"] == section and r["kind"] == kind}
-            above, below = ("draft", "lean") if pick == "method" else (max(group, default=0), min(group, default=0))
+            above, below = (
+                ("draft", "lean")
+                if pick == "method"
+                else (max(group, default=0), min(group, default=0))
+            )
             if above in group and below in group and above != below:
                 a, b = group[above], group[below]
                 known = a["peak_bytes"] and b["peak_bytes"]
@@ -226,14 +271,22 @@ def ratios(rows: list[dict]) -> dict[str, dict]:
 
 def main() -> None:
     """Command line."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.speed", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.speed", description=__doc__.splitlines()[0]
+    )
     parser.add_argument("--out", help="JSON file to write")
     parser.add_argument("--quick", action="store_true", help="small sizes, one or two minutes")
-    parser.add_argument("--published", action="store_true", help="scaling with T and the published size alone")
-    parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument(
+        "--published", action="store_true", help="scaling with T and the published size alone"
+    )
+    parser.add_argument(
+        "--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu"
+    )
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="CPU threads")
     parser.add_argument("--repeats", type=int, default=5, help="steps timed of each method")
-    parser.add_argument("--compile", action="store_true", help="measure torch.compile too; needs a compiler")
+    parser.add_argument(
+        "--compile", action="store_true", help="measure torch.compile too; needs a compiler"
+    )
     parser.add_argument("--peak-of", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     torch.backends.mha.set_fastpath_enabled(False)  # one form of attention, counted and not
@@ -241,7 +294,11 @@ def main() -> None:
         settings, method, threads = json.loads(arguments.peak_of)
         torch.set_num_threads(threads)
         case = Case(**{**settings, "methods": (method,)})
-        print(json.dumps(peak(make_step(make_models(case, (method,), "cpu")[method], case, "cpu"), "cpu")))
+        print(
+            json.dumps(
+                peak(make_step(make_models(case, (method,), "cpu")[method], case, "cpu"), "cpu")
+            )
+        )
         return
     if not arguments.out:
         parser.error("--out is needed")
@@ -257,7 +314,9 @@ def main() -> None:
     for case in cases(quick=arguments.quick, published=arguments.published):
         if arguments.compile and "lean" in case.methods:
             case = replace(case, methods=(*case.methods, "compiled"))
-        new, left = measure(case, device=device, threads=threads, repeats=arguments.repeats, most=most)
+        new, left = measure(
+            case, device=device, threads=threads, repeats=arguments.repeats, most=most
+        )
         rows += new
         skipped += left
         for row in new:

@@ -42,7 +42,10 @@ class Simulated:
     simulated, excluded = True, ()
 
     def __init__(self, n: int, n_frames: int, n_parcels: int):
-        self.size, self.parcels = (n_frames, n_parcels), tuple(f"parcel-{i}" for i in range(n_parcels))
+        self.size, self.parcels = (
+            (n_frames, n_parcels),
+            tuple(f"parcel-{i}" for i in range(n_parcels)),
+        )
         self.table = pd.DataFrame({"participant_id": [f"sub-{i:06d}" for i in range(n)]})
         self.table["path"] = self.table["participant_id"] + "_timeseries.tsv"
 
@@ -54,14 +57,18 @@ class Simulated:
 
 def spline(batch: list[np.ndarray]) -> torch.Tensor:
     """Coefficients of the Hermite cubic through every frame: what the draft's loader ends with."""
-    return torchcde.hermite_cubic_coefficients_with_backward_differences(torch.from_numpy(np.stack(batch)))
+    return torchcde.hermite_cubic_coefficients_with_backward_differences(
+        torch.from_numpy(np.stack(batch))
+    )
 
 
 def z(x: np.ndarray) -> np.ndarray:
     return (x - x.mean(0)) / x.std(0).clip(1e-6)
 
 
-def each_file(paths: list[Path], read: Callable[[Path], np.ndarray], n_frames: int) -> Callable[[], None]:
+def each_file(
+    paths: list[Path], read: Callable[[Path], np.ndarray], n_frames: int
+) -> Callable[[], None]:
     """A step that reads, scales and cuts `BATCH` files drawn at random and fits their splines."""
     rng = np.random.default_rng(0)
 
@@ -89,7 +96,9 @@ def from_store(store: Store, n_frames: int) -> Callable[[], None]:
     return step
 
 
-def timed_steps(section: str, case: str, steps: dict[str, Callable[[], None]], repeats: int) -> list[dict]:
+def timed_steps(
+    section: str, case: str, steps: dict[str, Callable[[], None]], repeats: int
+) -> list[dict]:
     """A row a method; a step is `RUN` batches but for the slow way through each file, which is one."""
     found = interleaved(steps, repeats, "cpu")
     return [
@@ -101,7 +110,14 @@ def timed_steps(section: str, case: str, steps: dict[str, Callable[[], None]], r
 def row(section: str, case: str, method: str, seconds: list[float], **facts) -> dict:
     median = statistics.median(seconds)
     print(f"{section} {case} {method}: {1e3 * median:.3f} ms", flush=True)
-    return {"section": section, "case": case, "method": method, "seconds": median, "repeats": seconds, **facts}
+    return {
+        "section": section,
+        "case": case,
+        "method": method,
+        "seconds": median,
+        "repeats": seconds,
+        **facts,
+    }
 
 
 def formats(folder: Path, repeats: int) -> list[dict]:
@@ -119,23 +135,35 @@ def formats(folder: Path, repeats: int) -> list[dict]:
 
         return step
 
-    steps = {"numpy memory map": reading(lambda i, start: store._parts(i, start, start + WINDOW)[0])}
+    steps = {
+        "numpy memory map": reading(lambda i, start: store._parts(i, start, start + WINDOW)[0])
+    }
     try:
         import zarr
 
-        for name, how in (("zarr, plain chunks", {"compressors": None}), ("zarr, its default compression", {})):
+        for name, how in (
+            ("zarr, plain chunks", {"compressors": None}),
+            ("zarr, its default compression", {}),
+        ):
             path = folder / f"{len(steps)}.zarr"
-            array = zarr.create_array(path, shape=values.shape, chunks=(120, 450), dtype="float16", **how)
+            array = zarr.create_array(
+                path, shape=values.shape, chunks=(120, 450), dtype="float16", **how
+            )
             array[:] = values
             array = zarr.open_array(path, mode="r")
-            steps[name] = reading(lambda i, start, a=array: a[1200 * i + start : 1200 * i + start + WINDOW])
+            steps[name] = reading(
+                lambda i, start, a=array: a[1200 * i + start : 1200 * i + start + WINDOW]
+            )
     except ImportError:
         print("zarr is not installed")
     try:
         import pyarrow as pa
 
         kind = pa.schema([("values", pa.list_(pa.float16(), 450))])
-        with pa.OSFile(str(folder / "scans.arrow"), "wb") as sink, pa.ipc.new_file(sink, kind) as writer:
+        with (
+            pa.OSFile(str(folder / "scans.arrow"), "wb") as sink,
+            pa.ipc.new_file(sink, kind) as writer,
+        ):
             for scan in np.split(values, 64):
                 flat = pa.FixedSizeListArray.from_arrays(pa.array(scan.ravel()), 450)
                 writer.write_batch(pa.record_batch([flat], schema=kind))
@@ -177,9 +205,15 @@ def abide(source: Path, folder: Path, repeats: int) -> tuple[list[dict], dict]:
     paths = sorted(source.glob("*.1D"))
     index = Simulated(1, 1, 1)  # a plain index: every file, no phenotype
     index.simulated = False
-    index.table = pd.DataFrame({"path": [str(p) for p in paths], "participant_id": [f"sub-{p.stem}" for p in paths]})
+    index.table = pd.DataFrame(
+        {"path": [str(p) for p in paths], "participant_id": [f"sub-{p.stem}" for p in paths]}
+    )
     index.load = lambda row: load_scan(
-        row["path"], t_r=2.0, frames_first=True, max_constant_parcels=10, participant_id=row["participant_id"]
+        row["path"],
+        t_r=2.0,
+        frames_first=True,
+        max_constant_parcels=10,
+        participant_id=row["participant_id"],
     )
     start = time.perf_counter()
     store = convert(index, folder / "abide")
@@ -213,7 +247,10 @@ def large(folder: Path, n: int) -> dict:
         found[f"{name}_seconds"] = time.perf_counter() - start
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
         found["peak_bytes"] = peak
-        print(f"{n} scans, {name}: {found[f'{name}_seconds']:.1f} s, {peak / 2**20:.0f} MiB so far", flush=True)
+        print(
+            f"{n} scans, {name}: {found[f'{name}_seconds']:.1f} s, {peak / 2**20:.0f} MiB so far",
+            flush=True,
+        )
         return result
 
     index = Simulated(n, 200, 100)
@@ -232,10 +269,14 @@ def large(folder: Path, n: int) -> dict:
 
 def main() -> None:
     """Command line."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.store", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.store", description=__doc__.splitlines()[0]
+    )
     parser.add_argument("--out", required=True, help="JSON file to write")
     parser.add_argument("--abide", type=Path, help="folder of ABIDE's .1D files")
-    parser.add_argument("--scans", type=int, default=40_000, help="scans of the large store; 0 for none")
+    parser.add_argument(
+        "--scans", type=int, default=40_000, help="scans of the large store; 0 for none"
+    )
     parser.add_argument("--repeats", type=int, default=7, help="steps timed of each method")
     parser.add_argument("--large", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -245,7 +286,9 @@ def main() -> None:
         return
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        rows = formats(folder / "formats", arguments.repeats) + published(folder / "published", arguments.repeats)
+        rows = formats(folder / "formats", arguments.repeats) + published(
+            folder / "published", arguments.repeats
+        )
         conversion = many = None
         if arguments.abide:
             new, conversion = abide(arguments.abide, folder, arguments.repeats)

@@ -30,7 +30,13 @@ class PatchTransformer(nn.Module):
         self.embedding = nn.Linear(2 * entries, width)
         self.position = nn.Parameter(0.02 * torch.randn(self.grid[0] * self.grid[1], width))
         layer = nn.TransformerEncoderLayer(
-            width, n_heads, 4 * width, dropout=0.0, activation="gelu", batch_first=True, norm_first=True
+            width,
+            n_heads,
+            4 * width,
+            dropout=0.0,
+            activation="gelu",
+            batch_first=True,
+            norm_first=True,
         )
         self.encoder = nn.TransformerEncoder(layer, n_layers, enable_nested_tensor=False)
         self.output = nn.Linear(width, entries)
@@ -42,7 +48,11 @@ class PatchTransformer(nn.Module):
         visible = torch.ones_like(x) if hidden is None else (~hidden).to(x.dtype)
         x = x if hidden is None else x.masked_fill(hidden, 0)
         seen = functional.pad(torch.stack([x, visible]), (0, m * b - parcel, 0, n * a - time))
-        tokens = seen.view(2, batch, n, a, m, b).permute(1, 2, 4, 0, 3, 5).reshape(batch, n * m, 2 * a * b)
+        tokens = (
+            seen.view(2, batch, n, a, m, b)
+            .permute(1, 2, 4, 0, 3, 5)
+            .reshape(batch, n * m, 2 * a * b)
+        )
         tokens = self.output(self.encoder(self.embedding(tokens) + self.position))
         x = tokens.view(batch, n, m, a, b).transpose(2, 3).reshape(batch, n * a, m * b)
         return x[:, :time, :parcel]

@@ -147,12 +147,22 @@ def far_away(folder, pages, clicks=3):
     reached, ring = {front}, {front}
     for _ in range(clicks):
         links = {(page, urlsplit(urldefrag(link).url)) for page in ring for link in Page(page).text}
-        targets = {(page.parent / unquote(url.path)).resolve() for page, url in links if url.path and not url.scheme}
+        targets = {
+            (page.parent / unquote(url.path)).resolve()
+            for page, url in links
+            if url.path and not url.scheme
+        }
         ring = (targets & set(pages)) - reached
         reached |= ring
     for path in sorted(set(pages) - reached):
-        if path.name not in ("search.html", "genindex.html", "py-modindex.html") and path.parent != folder:
-            yield f"{path.relative_to(folder)}: more than {clicks} clicks from the front page", "every view"
+        if (
+            path.name not in ("search.html", "genindex.html", "py-modindex.html")
+            and path.parent != folder
+        ):
+            yield (
+                f"{path.relative_to(folder)}: more than {clicks} clicks from the front page",
+                "every view",
+            )
 
 
 def note_outside(found, request):
@@ -173,13 +183,17 @@ async def open_page(tab, base, name, views, shoot):
     await tab.emulate_media(color_scheme=views[0][0])
     await tab.set_viewport_size({"width": views[0][1], "height": 900})
     await tab.goto(f"{base}/{name}", wait_until="networkidle" if redirects else "load")
-    await tab.add_style_tag(content="*, ::before, ::after { transition: none !important; animation: none !important }")
+    await tab.add_style_tag(
+        content="*, ::before, ::after { transition: none !important; animation: none !important }"
+    )
     await tab.evaluate("window.MathJax?.startup?.promise.then(() => true)")
     for theme, width in views:
         view = f"{base[:4]}-{theme}-{width}"
         await tab.emulate_media(color_scheme=theme)
         await tab.set_viewport_size({"width": width, "height": 900})
-        await tab.evaluate("new Promise(done => requestAnimationFrame(() => requestAnimationFrame(() => done())))")
+        await tab.evaluate(
+            "new Promise(done => requestAnimationFrame(() => requestAnimationFrame(() => done())))"
+        )
         if await tab.evaluate("document.documentElement.dataset.theme") not in (theme, None):
             yield f"{name}: does not turn {theme}", view
         for text in await tab.evaluate(LOOK, width):
@@ -219,7 +233,9 @@ async def open_pages(folder, names, bases, options):
                     looked = search(tab, base)
                     reports.extend([(text, f"{base[:4]}-light-1280") async for text in looked])
                 else:
-                    looked = open_page(tab, base, name, VIEWS if served else VIEWS[:1], options.screenshots)
+                    looked = open_page(
+                        tab, base, name, VIEWS if served else VIEWS[:1], options.screenshots
+                    )
                     reports.extend([report async for report in looked])
                 reports.extend((f"{name or 'search'}: {text}", base[:4]) for text in found)
                 found.clear()
@@ -248,7 +264,11 @@ def main():
     server = ThreadingHTTPServer(("127.0.0.1", 0), partial(handler, directory=folder))
     threading.Thread(target=server.serve_forever, daemon=True).start()
     reports = [*broken_links(folder, pages), *far_away(folder, pages)]
-    names = [name for name in (path.relative_to(folder).as_posix() for path in pages) if options.pages in name]
+    names = [
+        name
+        for name in (path.relative_to(folder).as_posix() for path in pages)
+        if options.pages in name
+    ]
     bases = (f"http://127.0.0.1:{server.server_port}", folder.as_uri())
     reports += asyncio.run(open_pages(folder, names, bases, options))
     server.shutdown()

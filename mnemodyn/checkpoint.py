@@ -54,10 +54,14 @@ class Checkpoint:
         """
         expected = self.model.config.n_parcels
         if len(scan.parcels) != expected:
-            raise CheckpointError(f"{scan.source}: the checkpoint expects {expected} parcels, got {len(scan.parcels)}")
+            raise CheckpointError(
+                f"{scan.source}: the checkpoint expects {expected} parcels, got {len(scan.parcels)}"
+            )
         if self.parcels is None:
             said = f"their number, {expected}, fits, but not their names or order were checked"
-            warnings.warn(f"{scan.source}: the checkpoint does not know its parcels; {said}", stacklevel=2)
+            warnings.warn(
+                f"{scan.source}: the checkpoint does not know its parcels; {said}", stacklevel=2
+            )
             return
         for i, (name, got) in enumerate(zip(self.parcels, scan.parcels, strict=True)):
             if name != got:
@@ -74,10 +78,20 @@ def save_checkpoint(folder: str | Path, checkpoint: Checkpoint) -> Path:
     folder = Path(folder)
     weights = {k: v.detach().cpu().contiguous() for k, v in checkpoint.model.state_dict().items()}
     write_bytes(folder / "model.safetensors", save_tensors(weights))
-    known = {name: getattr(checkpoint, name) for name in ("parcels", "t_r", "scaling", "data_fingerprint", "training")}
+    known = {
+        name: getattr(checkpoint, name)
+        for name in ("parcels", "t_r", "scaling", "data_fingerprint", "training")
+    }
     known["scaling"] = None if checkpoint.scaling is None else checkpoint.scaling.to_dict()
-    facts = {"format": FORMAT, "mnemodyn": version("mnemodyn"), "model": checkpoint.model.config.to_dict(), **known}
-    write_json(folder / "config.json", facts | {"weights_sha256": sha256(folder / "model.safetensors")})
+    facts = {
+        "format": FORMAT,
+        "mnemodyn": version("mnemodyn"),
+        "model": checkpoint.model.config.to_dict(),
+        **known,
+    }
+    write_json(
+        folder / "config.json", facts | {"weights_sha256": sha256(folder / "model.safetensors")}
+    )
     return folder
 
 
@@ -98,7 +112,9 @@ def describe(folder: str | Path) -> dict:
     except (ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{path}: damaged, not a checkpoint's JSON ({error})") from error
     if found != FORMAT:
-        raise CheckpointError(f"{path}: format must be {FORMAT}, got {found}; another version of mnemodyn wrote it")
+        raise CheckpointError(
+            f"{path}: format must be {FORMAT}, got {found}; another version of mnemodyn wrote it"
+        )
     found, expected = sha256(weights), str(config.get("weights_sha256"))
     if found != expected:
         said = f"its SHA-256 is {found[:12]}..., config.json expects {expected[:12]}...; copy or train it again"
@@ -106,7 +122,9 @@ def describe(folder: str | Path) -> dict:
     return config
 
 
-def load_checkpoint(folder: str | Path, *, compat: Literal["none", "reference"] = "none") -> Checkpoint:
+def load_checkpoint(
+    folder: str | Path, *, compat: Literal["none", "reference"] = "none"
+) -> Checkpoint:
     """Load a checkpoint, its model on the CPU, in evaluation mode; nothing in its files is executed.
 
     `folder` has ``config.json`` and ``model.safetensors``; with ``compat="reference"`` it is a Lightning ``.ckpt`` of
@@ -129,26 +147,46 @@ def load_checkpoint(folder: str | Path, *, compat: Literal["none", "reference"] 
     try:
         model = MnemoDyn(ModelConfig.from_dict(config["model"])).eval()
         weights = load_tensors(path.read_bytes())
-        made: dict[str, Any] = {"parcels": tuple, "t_r": float, "scaling": lambda found: Scaling(**found)}
-        known: dict = {k: None if config[k] is None else make(config[k]) for k, make in made.items()}
-        checkpoint = Checkpoint(model, **known, **{k: config[k] for k in ("data_fingerprint", "training")})
+        made: dict[str, Any] = {
+            "parcels": tuple,
+            "t_r": float,
+            "scaling": lambda found: Scaling(**found),
+        }
+        known: dict = {
+            k: None if config[k] is None else make(config[k]) for k, make in made.items()
+        }
+        checkpoint = Checkpoint(
+            model, **known, **{k: config[k] for k in ("data_fingerprint", "training")}
+        )
     except (KeyError, TypeError, ValueError, SafetensorError) as error:
-        raise CheckpointError(f"{folder}: config.json and weights do not make a checkpoint: {error}") from error
+        raise CheckpointError(
+            f"{folder}: config.json and weights do not make a checkpoint: {error}"
+        ) from error
     if wrong := misfits(model.state_dict(), weights):
         raise CheckpointError(f"{path}: weights do not fit the configuration: {wrong}")
     model.load_state_dict(weights)
     if checkpoint.parcels is None and model.config.compat == "none":
-        raise CheckpointError(f"{folder}: config.json names no parcels, which only reference networks may lack")
+        raise CheckpointError(
+            f"{folder}: config.json names no parcels, which only reference networks may lack"
+        )
     if checkpoint.parcels is not None and len(checkpoint.parcels) != model.config.n_parcels:
-        raise CheckpointError(f"{folder}: {len(checkpoint.parcels)} parcel names for {model.config.n_parcels} parcels")
+        raise CheckpointError(
+            f"{folder}: {len(checkpoint.parcels)} parcel names for {model.config.n_parcels} parcels"
+        )
     return checkpoint
 
 
 def _load_lightning(path: Path) -> Checkpoint:
     if path.is_dir():
         ours = (path / "config.json").is_file()
-        what = "load_checkpoint(path), without compat, loads it" if ours else "give the .ckpt file itself"
-        raise CheckpointError(f"{path} is a folder, and compat='reference' expects a Lightning .ckpt file; {what}")
+        what = (
+            "load_checkpoint(path), without compat, loads it"
+            if ours
+            else "give the .ckpt file itself"
+        )
+        raise CheckpointError(
+            f"{path} is a folder, and compat='reference' expects a Lightning .ckpt file; {what}"
+        )
     if not path.is_file():
         raise CheckpointError(f"there is no file {path}")
     try:
@@ -160,4 +198,6 @@ def _load_lightning(path: Path) -> Checkpoint:
     except (TypeError, ValueError) as error:
         raise CheckpointError(f"{path}: {error}") from error
     training |= {"source": path.name, "source_sha256": sha256(path), "settings": settings}
-    return Checkpoint(model, parcels=None, t_r=None, scaling=None, data_fingerprint=None, training=training)
+    return Checkpoint(
+        model, parcels=None, t_r=None, scaling=None, data_fingerprint=None, training=training
+    )

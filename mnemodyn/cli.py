@@ -64,14 +64,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = vars(_parser().parse_args(arguments))
     if arguments is None:
         warnings.showwarning = lambda message, *_: print(f"mnemodyn: {message}", file=sys.stderr)
-        warnings.filterwarnings("ignore", "Detected pickle protocol|IProgress not found|.* is deprecated")
+        warnings.filterwarnings(
+            "ignore", "Detected pickle protocol|IProgress not found|.* is deprecated"
+        )
     if not sys.stderr.isatty():
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     run, as_json = COMMANDS[options.pop("command")].run, options.pop("json", False)
     try:
         if os.path.isdir(options.get("out") or ""):
             raise ParameterError(f"{options['out']} is a folder; name the file to write")
-        content, text, *status = run(**{k: tuple(v) if isinstance(v, list) else v for k, v in options.items()})
+        content, text, *status = run(
+            **{k: tuple(v) if isinstance(v, list) else v for k, v in options.items()}
+        )
     except KeyboardInterrupt:
         if arguments is not None:
             raise
@@ -110,7 +114,9 @@ class _Help(argparse.RawDescriptionHelpFormatter):
     """Text as it is written; commands are listed there, under headings."""
 
     def _format_action(self, action: argparse.Action) -> str:
-        return "" if isinstance(action, argparse._SubParsersAction) else super()._format_action(action)
+        return (
+            "" if isinstance(action, argparse._SubParsersAction) else super()._format_action(action)
+        )
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -120,7 +126,9 @@ def _parser() -> argparse.ArgumentParser:
     listed = "\n".join(line for group, lines in groups.items() for line in (f"  {group}:", *lines))
     installed = installed_version("mnemodyn") or "(not installed)"
     said = f"Operator learning for resting-state fMRI: a reproducible research book.\n\ncommands:\n{listed}"
-    parser = argparse.ArgumentParser(prog="mnemodyn", description=said, epilog=_START, formatter_class=_Help)
+    parser = argparse.ArgumentParser(
+        prog="mnemodyn", description=said, epilog=_START, formatter_class=_Help
+    )
     parser.add_argument("--version", action="version", version=f"mnemodyn {installed}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, command in COMMANDS.items():
@@ -167,7 +175,12 @@ def _command(listed: str, *arguments: tuple) -> Callable:
 
 def _progress(done: int, total: int) -> None:
     if sys.stderr.isatty():
-        print(f"\r{done} of {total} scans", end="\n" if done == total else "", file=sys.stderr, flush=True)
+        print(
+            f"\r{done} of {total} scans",
+            end="\n" if done == total else "",
+            file=sys.stderr,
+            flush=True,
+        )
 
 
 def _file(name: str | None) -> dict:
@@ -177,7 +190,9 @@ def _file(name: str | None) -> dict:
     if name != "-" and not Path(name).is_file():
         raise ParameterError(f"there is no parameters file {name}")
     with _asked(ValueError, f"{name}: "):
-        content = read_yaml(sys.stdin.read() if name == "-" else Path(name).read_text(encoding="utf-8"))
+        content = read_yaml(
+            sys.stdin.read() if name == "-" else Path(name).read_text(encoding="utf-8")
+        )
     if not isinstance(content, dict):
         raise ParameterError(f"{name} must hold a mapping 'name: value', got {content!r}")
     return content
@@ -211,7 +226,9 @@ def _index(cohort: str, folder: str, table: str, workers: int) -> Done:
     """
     found = _found(cohort, folder, workers)
     if table:
-        write_text(table, found.table.to_csv(index=False, sep="," if table.endswith(".csv") else "\t"))
+        write_text(
+            table, found.table.to_csv(index=False, sep="," if table.endswith(".csv") else "\t")
+        )
     return found.summary(), str(found)
 
 
@@ -227,7 +244,11 @@ def _found(cohort: str, folder: str, workers: int) -> Any:
     "scans: turn dense series or volumes into parcels",
     _arg("SOURCES...", "files, or folders that are searched"),
     _arg("-o --output FOLDER", "where the scans go", required=True),
-    _arg("--atlas ATLAS", "schaefer400-tian3, a .dlabel.nii, or a .nii.gz of labels for volumes", required=True),
+    _arg(
+        "--atlas ATLAS",
+        "schaefer400-tian3, a .dlabel.nii, or a .nii.gz of labels for volumes",
+        required=True,
+    ),
     _arg("--low-pass HZ", "upper end of the band that is kept (needs nilearn)", type=float),
     _arg("--high-pass HZ", "lower end of the band that is kept (needs nilearn)", type=float),
     _arg("--confounds COLUMN...", "regressed out (needs nilearn)", default=[]),
@@ -260,7 +281,9 @@ def _preprocess(sources: Sequence[str], output: str, jobs: int, **settings: Any)
     failed = rows.loc[rows["status"] == "failed", ["problem", "message"]].to_dict("records")
     for row in failed:
         print(f"{row['problem']}: {row['message']}", file=sys.stderr)
-    counts = {status: int((rows["status"] == status).sum()) for status in ("done", "skipped", "failed")}
+    counts = {
+        status: int((rows["status"] == status).sum()) for status in ("done", "skipped", "failed")
+    }
     text = ", ".join(f"{n} {status}" for status, n in counts.items())
     return {**counts, "output": output, "problems": failed}, text, int(bool(failed))
 
@@ -271,7 +294,10 @@ def _preprocess(sources: Sequence[str], output: str, jobs: int, **settings: Any)
     _arg("FOLDER", "where its scans are"),
     _arg("STORE", "folder of the store, new or with scans of the same parcels"),
     _arg(
-        "--dtype", "float16: z-scores, to 0.0002 SD; float32: as is", default="float16", choices=["float16", "float32"]
+        "--dtype",
+        "float16: z-scores, to 0.0002 SD; float32: as is",
+        default="float16",
+        choices=["float16", "float32"],
     ),
     _WORKERS,
     _JSON,
@@ -297,7 +323,11 @@ def _convert(cohort: str, folder: str, store: str, dtype: str, workers: int) -> 
     _arg("--seed S", type=int, default=0),
     _arg("--parcels N", "even", default=40, dest="n_parcels"),
     _arg("--frames N", "as in the real cohort by default", type=int, dest="n_frames"),
-    _arg("--effect NAME D", "of a target, site or mean_fd, in SD (default: 1); may be repeated", action="append"),
+    _arg(
+        "--effect NAME D",
+        "of a target, site or mean_fd, in SD (default: 1); may be repeated",
+        action="append",
+    ),
     _arg("--generator", choices=("ou", "hcp7"), default="ou"),
     _JSON,
 )
@@ -319,11 +349,17 @@ def _simulate(cohort: str, folder: str, effect: Sequence, **settings: Any) -> Do
     _arg("OUTPUT", "folder of the run; an interrupted one is gone on with"),
     _arg("--objective NAME", "what is learned", default="masked"),
     _arg("--config FILE", "YAML file of settings in sections; - is standard input"),
-    _arg("-s --set NAME VALUE", "one setting, in any section; may be repeated, wins over --config", action="append"),
+    _arg(
+        "-s --set NAME VALUE",
+        "one setting, in any section; may be repeated, wins over --config",
+        action="append",
+    ),
     _arg("--restart", "give up an unfinished run of other settings in OUTPUT"),
     _JSON,
 )
-def _pretrain(data: str, output: str, objective: str, config: str | None, set: Sequence, restart: bool) -> Done:
+def _pretrain(
+    data: str, output: str, objective: str, config: str | None, set: Sequence, restart: bool
+) -> Done:
     """Pretrain a network on scans without labels.
 
     OUTPUT gets the two best checkpoints (best, second), history.csv, and run.json with the settings, the commit and
@@ -348,7 +384,12 @@ def _pretrain(data: str, output: str, objective: str, config: str | None, set: S
     held_out = {"n_test": read.n_test, "n_validation": read.n_validation}
     train, validation, _ = split_participants(scans, **held_out)
     network = mnemodyn.ModelConfig(n_parcels=len(scans[0].parcels), **model)
-    how = {"objective": asked, "training": training, "scaling": mnemodyn.Scaling(read.scaling), "machine": machine}
+    how = {
+        "objective": asked,
+        "training": training,
+        "scaling": mnemodyn.Scaling(read.scaling),
+        "machine": machine,
+    }
     checkpoint, history = pretrain(train, validation, output, model=network, restart=restart, **how)
     best, score = Path(output) / "best", checkpoint.training[asked.monitor]
     content = {"checkpoint": str(best), "epochs": len(history), asked.monitor: score}
@@ -372,7 +413,14 @@ def _pretrain(data: str, output: str, objective: str, config: str | None, set: S
     _arg("--seed S", type=int, default=0),
 )
 def _evaluate(
-    cohort: str, source: str, target: str, out: str, methods: Sequence, control: str, by_site: bool, **settings: Any
+    cohort: str,
+    source: str,
+    target: str,
+    out: str,
+    methods: Sequence,
+    control: str,
+    by_site: bool,
+    **settings: Any,
 ) -> Done:
     """Predict a target from a cohort's scans by several methods on the same folds over participants, and write scores
     with 95 % intervals. Without --method: confounds and fc, and with --checkpoint model and model+fc too.
@@ -392,14 +440,20 @@ def _evaluate(
         kinds = {known.name: known.kind for known in described.targets}
         if target not in kinds:
             known = f"{', '.join(kinds)} for {described.name}"
-            raise ValueError(f"--target must be one of {known}, got {target!r}; a cohort's YAML can describe others")
+            raise ValueError(
+                f"--target must be one of {known}, got {target!r}; a cohort's YAML can describe others"
+            )
         if wrong := [m for m in methods if m not in downstream.METHODS]:
-            raise ValueError(f"--method must be among {', '.join(downstream.METHODS)}, got {wrong[0]!r}")
+            raise ValueError(
+                f"--method must be among {', '.join(downstream.METHODS)}, got {wrong[0]!r}"
+            )
     settings["checkpoint"] = mnemodyn.from_pretrained(checkpoint) if checkpoint else None
     opened = downstream.open_scans(described, source, workers=settings["n_jobs"])
     task = downstream.Task.of(opened.table, target, kinds[target])
     scans: Sequence = downstream.Rows(opened, task.rows)
-    repeated = partial(splits.repeated_folds, target=target, n_folds=n_folds, n_repeats=n_repeats, seed=seed)
+    repeated = partial(
+        splits.repeated_folds, target=target, n_folds=n_folds, n_repeats=n_repeats, seed=seed
+    )
     folds = (splits.leave_one_site_out if by_site else repeated)(task.table)
     if control == "permuted":
         task = downstream.permuted(task, seed)
@@ -414,13 +468,18 @@ def _evaluate(
     lines = []
     for row in content["rows"]:
         value = row[task.metric]
-        shown = f"{value['value']:.3f} ({value['low']:.3f} to {value['high']:.3f})" if row["failed"] == [] else "FAILED"
+        shown = (
+            f"{value['value']:.3f} ({value['low']:.3f} to {value['high']:.3f})"
+            if row["failed"] == []
+            else "FAILED"
+        )
         lines.append(f"{row['method']}: {task.metric} {shown}, n = {row['n']}")
     return content, "\n".join(lines), int(any(row["failed"] for row in content["rows"]))
 
 
 @_command(
-    "a model: describe a checkpoint", _arg("CHECKPOINT", "folder of a run or a checkpoint, or a file of the latter")
+    "a model: describe a checkpoint",
+    _arg("CHECKPOINT", "folder of a run or a checkpoint, or a file of the latter"),
 )
 def _info(checkpoint: str) -> Done:
     """Print what a checkpoint holds (architecture, data, training) as JSON."""
@@ -440,26 +499,45 @@ _CHECKPOINT = (
     _arg("--scaling METHOD", "for a checkpoint that does not know its own"),
     _arg("--device DEVICE", "cpu or cuda", default="cpu"),
     _arg("--t-r SECONDS", "for files that do not state it", type=float),
-    _arg("--frames-first", "rows are frames, where a file does not say", action=argparse.BooleanOptionalAction),
+    _arg(
+        "--frames-first",
+        "rows are frames, where a file does not say",
+        action=argparse.BooleanOptionalAction,
+    ),
     _arg("--max-constant-parcels N", "that a scan may have (default: 0)", type=int, default=0),
     _JSON,
 )
 
 
 def _checkpoint(
-    checkpoint: str, revision: str | None, subfolder: str, compat: Any, scaling: str | None, device: str, **others: Any
+    checkpoint: str,
+    revision: str | None,
+    subfolder: str,
+    compat: Any,
+    scaling: str | None,
+    device: str,
+    **others: Any,
 ) -> tuple[Any, dict]:
     """The checkpoint that those options name, and the other options."""
-    found = mnemodyn.from_pretrained(checkpoint, compat=compat, revision=revision, subfolder=subfolder)
+    found = mnemodyn.from_pretrained(
+        checkpoint, compat=compat, revision=revision, subfolder=subfolder
+    )
     if scaling:
         if found.scaling is not None:
-            raise ValueError(f"{checkpoint} was trained with scaling {found.scaling.method!r}; leave --scaling out")
+            raise ValueError(
+                f"{checkpoint} was trained with scaling {found.scaling.method!r}; leave --scaling out"
+            )
         found = replace(found, scaling=mnemodyn.Scaling(scaling))
     try:
         found.model.to(device)
-    except (AssertionError, RuntimeError) as error:  # PyTorch's own, of a build without GPUs, is an assertion
+    except (
+        AssertionError,
+        RuntimeError,
+    ) as error:  # PyTorch's own, of a build without GPUs, is an assertion
         reason = str(error).partition("\n")[0]
-        raise ValueError(f"--device must be cpu, or cuda where PyTorch finds one, got {device!r} ({reason})") from error
+        raise ValueError(
+            f"--device must be cpu, or cuda where PyTorch finds one, got {device!r} ({reason})"
+        ) from error
     return found, others
 
 
@@ -467,7 +545,12 @@ def _checkpoint(
     "a model: write a vector for every scan",
     _arg("SCANS...", "files, folders or stores"),
     _arg("-o --output FILE", "table to write: .csv or .parquet", required=True),
-    _arg("--readout NAME...", "(default: latent_mean latent_sd)", default=["latent_mean", "latent_sd"], dest="names"),
+    _arg(
+        "--readout NAME...",
+        "(default: latent_mean latent_sd)",
+        default=["latent_mean", "latent_sd"],
+        dest="names",
+    ),
     _arg("--pattern GLOB", "which names of a folder, such as '*4S456*'", default="*"),
     *_CHECKPOINT,
 )
@@ -509,7 +592,10 @@ def _reconstruct(scan: str, output: str, **given: Any) -> Done:
 
     checkpoint, how = _checkpoint(**given)
     done = embed.reconstruct(scan, checkpoint, output, **how)
-    return {"output": output, **done}, f"{output}: {done['n_filled']} of {done['n_frames']} frames filled"
+    return {
+        "output": output,
+        **done,
+    }, f"{output}: {done['n_filled']} of {done['n_frames']} frames filled"
 
 
 @_command(
@@ -546,7 +632,12 @@ def _export(checkpoint: str, file: str, frames: int | None) -> Done:
     _JSON,
 )
 def _publish(
-    source: str, dry_run: bool, private: bool | None, revision: str | None, commit_message: str, **contents: Any
+    source: str,
+    dry_run: bool,
+    private: bool | None,
+    revision: str | None,
+    commit_message: str,
+    **contents: Any,
 ) -> Done:
     """Push a checkpoint to the Hugging Face Hub: weights (safetensors), configuration, scaling, parcels in their order,
     training metrics, and a model card written from the run.
@@ -568,7 +659,9 @@ def _publish(
     with TemporaryDirectory() as folder:
         hub.write_folder(source, folder, **contents)
         home = "/".join(filter(None, (contents["repo_id"], contents["subfolder"])))
-        files = {f"{home}/{path.name}": path.stat().st_size for path in sorted(Path(folder).iterdir())}
+        files = {
+            f"{home}/{path.name}": path.stat().st_size for path in sorted(Path(folder).iterdir())
+        }
         card = Path(folder, "README.md").read_text(encoding="utf-8")
     listed = "\n".join(f"{name}\t{size} bytes" for name, size in files.items())
     return {"files": files, "card": card}, f"{listed}\n\n{card}"
@@ -578,8 +671,14 @@ def _publish(
     "the book: run a notebook with given parameters",
     _arg("NOTEBOOK", "notebook to run; it is not changed"),
     _arg("OUTPUT", "where the executed notebook goes"),
-    _arg("-p --parameter NAME VALUE", "may be repeated, and wins over -f. Lists as '[1, 2]'", action="append"),
-    _arg("-f --parameters-file FILE", "YAML or JSON, one 'name: value' a line; - is standard input"),
+    _arg(
+        "-p --parameter NAME VALUE",
+        "may be repeated, and wins over -f. Lists as '[1, 2]'",
+        action="append",
+    ),
+    _arg(
+        "-f --parameters-file FILE", "YAML or JSON, one 'name: value' a line; - is standard input"
+    ),
     _JSON,
 )
 def _run(notebook: str, output: str, parameter: Sequence, parameters_file: str | None) -> Done:
@@ -639,7 +738,9 @@ def _notebook(name: str | None, no_browser: bool) -> Done:
     root, path = _in_clone("notebooks", name or "data", ".ipynb")
     words = [f"--notebook-dir={root}", *["--no-browser"] * no_browser]
     words += [f"--LabApp.default_url=/lab/tree/notebooks/{path.name}"] * bool(name)
-    words += ["--allow-root"] * (hasattr(os, "geteuid") and os.geteuid() == 0)  # in a container; the token guards it
+    words += ["--allow-root"] * (
+        hasattr(os, "geteuid") and os.geteuid() == 0
+    )  # in a container; the token guards it
     return _module(root, "jupyterlab", "lab", *words)
 
 
@@ -656,7 +757,9 @@ def _book(profile: str, cores: int, data: str | None, dry_run: bool) -> Done:
     """
     root, path = _in_clone("profiles", profile, ".yaml")
     words = ["--configfile", str(path), "--cores", str(cores), *["-n"] * dry_run]
-    return _module(root, "snakemake", "book", *words, *(["--config", f"data={data}"] if data else []))
+    return _module(
+        root, "snakemake", "book", *words, *(["--config", f"data={data}"] if data else [])
+    )
 
 
 @_command("more: print a script for the shell's completion", _arg("SHELL", "bash, zsh or tcsh"))
@@ -670,7 +773,9 @@ def _completion(shell: str) -> Done:
     import shtab
 
     if shell not in shtab.SUPPORTED_SHELLS:
-        raise ParameterError(f"shell must be one of {', '.join(shtab.SUPPORTED_SHELLS)}, got {shell!r}")
+        raise ParameterError(
+            f"shell must be one of {', '.join(shtab.SUPPORTED_SHELLS)}, got {shell!r}"
+        )
     return None, shtab.complete(_parser(), shell=shell)
 
 
@@ -684,7 +789,9 @@ def _completion(shell: str) -> Done:
     _arg("--cohort NAME", "whose folder DATA is, for a size with a target"),
     _arg("--threads N", "CPU threads", default=1),
 )
-def _ablate(data: str, grid: str, size: str, folder: str, out: str, cohort: str | None, threads: int) -> Done:
+def _ablate(
+    data: str, grid: str, size: str, folder: str, out: str, cohort: str | None, threads: int
+) -> Done:
     """Train and score every cell of a grid of ablations, fold by fold, and write what each changes.
 
     FOLDER keeps every finished cell: the same command goes on where it was stopped. GRID is a YAML file such as

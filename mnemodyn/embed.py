@@ -121,8 +121,15 @@ def embed(
         listing.unlink(missing_ok=True)
     done = [places[name][1] for name, _, _ in jobs if name in places]
     if not done:
-        mend = "; `mnemodyn info CHECKPOINT` lists what the network reads" if "parcel" in refused[0]["problem"] else ""
-        raise DataError(f"none of {len(jobs)} scans could be used, the first: {refused[0]['message']}{mend}", "none")
+        mend = (
+            "; `mnemodyn info CHECKPOINT` lists what the network reads"
+            if "parcel" in refused[0]["problem"]
+            else ""
+        )
+        raise DataError(
+            f"none of {len(jobs)} scans could be used, the first: {refused[0]['message']}{mend}",
+            "none",
+        )
     with open(kept, "rb") as stream:
         width = _write_table(output, stream, done)
     kept.unlink()
@@ -131,7 +138,9 @@ def embed(
 
 def _keep(sources: Sequence[str | Path], output: str | Path) -> None:
     if Path(output).resolve() in {Path(source).resolve() for source in sources}:
-        raise DataError(f"{output} is a scan that is read, and would be replaced; name another output", "output")
+        raise DataError(
+            f"{output} is a scan that is read, and would be replaced; name another output", "output"
+        )
 
 
 def refused_listing(output: str | Path) -> Path:
@@ -147,14 +156,21 @@ def _jobs(sources: Sequence[str | Path], pattern: str, reading: dict) -> Iterato
             from mnemodyn.data.store import Store
 
             store = Store(path)
-            yield from ((f"{path}[{i}]", [len(store)], partial(store.__getitem__, i)) for i in range(len(store)))
+            yield from (
+                (f"{path}[{i}]", [len(store)], partial(store.__getitem__, i))
+                for i in range(len(store))
+            )
             continue
         if not path.exists():
             raise DataError(f"there is no file or folder {path}", problem="no-file")
         for file in scan_files(path, pattern) if path.is_dir() else [path]:
             if str(file) not in seen:
                 seen.add(str(file))
-                yield str(file), [file.stat().st_size, file.stat().st_mtime_ns], partial(_load, file, reading)
+                yield (
+                    str(file),
+                    [file.stat().st_size, file.stat().st_mtime_ns],
+                    partial(_load, file, reading),
+                )
     if not sources:
         raise DataError("no scan was named; give files or folders", problem="no-file")
 
@@ -172,21 +188,32 @@ def _row(name: str, scan: Scan, checkpoint: Checkpoint, names: Sequence[str]) ->
     if model.reference:  # the draft's weights belong to one length
         n = model.config.n_timepoints
         if len(x) < n:
-            raise DataError(f"{name}: the checkpoint reads {n} frames, got {len(x)}", problem="too-short")
+            raise DataError(
+                f"{name}: the checkpoint reads {n} frames, got {len(x)}", problem="too-short"
+            )
         parts = [(x[i : i + n], None) for i in range(0, len(x) - n + 1, n)]
     found = [readouts(model, part, scan.t_r, names, censored=censored) for part, censored in parts]
-    features = {k: np.mean([f[k] for f in found], axis=0).astype(np.float32).tolist() for k in names}
-    return {"about": {"file": name} | {k: getattr(scan, k) for k in list(ABOUT)[1:]}, "features": features}
+    features = {
+        k: np.mean([f[k] for f in found], axis=0).astype(np.float32).tolist() for k in names
+    }
+    return {
+        "about": {"file": name} | {k: getattr(scan, k) for k in list(ABOUT)[1:]},
+        "features": features,
+    }
 
 
 def _scaling(checkpoint: Checkpoint) -> Scaling:
     if checkpoint.scaling is None:
-        raise CheckpointError("the checkpoint does not know its scaling; name it (--scaling, or dataclasses.replace)")
+        raise CheckpointError(
+            "the checkpoint does not know its scaling; name it (--scaling, or dataclasses.replace)"
+        )
     return checkpoint.scaling
 
 
 def _digest(checkpoint: Checkpoint) -> str:
-    digest = hashlib.sha256(repr((checkpoint.model.config, checkpoint.scaling, checkpoint.parcels)).encode())
+    digest = hashlib.sha256(
+        repr((checkpoint.model.config, checkpoint.scaling, checkpoint.parcels)).encode()
+    )
     for name, value in sorted(checkpoint.model.state_dict().items()):
         digest.update(name.encode() + value.cpu().numpy().tobytes())
     return digest.hexdigest()
@@ -220,7 +247,11 @@ def _write_table(output: Path, stream: BinaryIO, places: list[int]) -> int:
             for place in places[start : start + ROWS]:
                 stream.seek(place)
                 row = json.loads(stream.readline())
-                features = {f"{k}_{i}": v for k, values in row["features"].items() for i, v in enumerate(values)}
+                features = {
+                    f"{k}_{i}": v
+                    for k, values in row["features"].items()
+                    for i, v in enumerate(values)
+                }
                 rows.append(row["about"] | features)
             table = pd.DataFrame(rows).astype(dict.fromkeys(features, np.float32) | ABOUT)
             if output.suffix == ".csv":
@@ -238,13 +269,20 @@ def _parquet() -> Any:
     try:
         import pyarrow.parquet
     except ImportError as error:
-        raise ValueError("a .parquet needs pyarrow: pip install 'mnemodyn[parquet]', or write a .csv") from error
+        raise ValueError(
+            "a .parquet needs pyarrow: pip install 'mnemodyn[parquet]', or write a .csv"
+        ) from error
     return pyarrow
 
 
 @torch.no_grad()
 def reconstruct(
-    path: str | Path, checkpoint: Checkpoint, output: str | Path, *, whole: bool = False, **reading: Any
+    path: str | Path,
+    checkpoint: Checkpoint,
+    output: str | Path,
+    *,
+    whole: bool = False,
+    **reading: Any,
 ) -> dict:
     """Fill the censored frames of a scan with what the network makes of the others.
 
@@ -271,7 +309,9 @@ def reconstruct(
     if not whole and not censored.any():
         mend = "a table *_outliers.tsv beside the scan names such frames"
         mend += ", and whole=True (--whole) writes the reconstruction of every frame"
-        raise DataError(f"{path.name}: no frame is censored, so there is nothing to fill; {mend}", "censoring")
+        raise DataError(
+            f"{path.name}: no frame is censored, so there is nothing to fill; {mend}", "censoring"
+        )
     from nibabel.cifti2 import ParcelsAxis
 
     parameter = next(checkpoint.model.parameters())
@@ -282,13 +322,23 @@ def reconstruct(
     y = np.where(np.isfinite(scale), y, 0) * np.where(np.isfinite(scale), scale, 0) + offset
     filled = np.ones_like(censored) if whole else censored
     values = np.where(filled[:, None], y, scan.values).astype(np.float32)
-    axis = read_cifti(path)[1][1] if path.name.endswith(".nii") and str(output).endswith(".nii") else None
+    axis = (
+        read_cifti(path)[1][1]
+        if path.name.endswith(".nii") and str(output).endswith(".nii")
+        else None
+    )
     axis = axis if isinstance(axis, ParcelsAxis) else None
     output = save_scan(replace(scan, values=values), output, axis=axis)
-    facts = {"RepetitionTime": scan.t_r, "Sources": [path.name], "NetworkSHA256": _digest(checkpoint)}
+    facts = {
+        "RepetitionTime": scan.t_r,
+        "Sources": [path.name],
+        "NetworkSHA256": _digest(checkpoint),
+    }
     facts |= {"FilledFrames": np.flatnonzero(filled), "GeneratedBy": generated_by()}
     write_json(output.with_name(f"{output.name.split('.')[0]}.json"), facts)
-    root = next((folder.parent for folder in output.parents if folder.name.startswith("sub-")), None)
+    root = next(
+        (folder.parent for folder in output.parents if folder.name.startswith("sub-")), None
+    )
     if root is not None:
         describe_derivative(root, "Scans with censored frames filled")
     return {"n_frames": scan.n_frames, "n_filled": int(filled.sum())}

@@ -57,14 +57,26 @@ def export(checkpoint: Checkpoint, path: str | Path, *, n_timepoints: int | None
                 import onnx  # noqa: F401
                 import onnxscript  # noqa: F401
             except ImportError as error:
-                raise ValueError("an .onnx needs onnx and onnxscript: pip install 'mnemodyn[export]'") from error
+                raise ValueError(
+                    "an .onnx needs onnx and onnxscript: pip install 'mnemodyn[export]'"
+                ) from error
             logging.getLogger("torch.onnx").setLevel(logging.ERROR)
             names = ["reconstruction", "latents"]
             made: Any = torch.onnx.export(program, dynamo=True, verbose=False, output_names=names)
             content.write(made.model_proto.SerializeToString())
     write_bytes(path, content.getvalue())
-    shapes = {"reconstruction": ["batch", n, config.n_parcels], "latents": ["batch", n, latents.shape[-1]]}
-    facts = {"input": {"x": ["batch", n, config.n_parcels]}, "output": shapes, "t_r": checkpoint.t_r}
+    shapes = {
+        "reconstruction": ["batch", n, config.n_parcels],
+        "latents": ["batch", n, latents.shape[-1]],
+    }
+    facts = {
+        "input": {"x": ["batch", n, config.n_parcels]},
+        "output": shapes,
+        "t_r": checkpoint.t_r,
+    }
     scaling = None if checkpoint.scaling is None else checkpoint.scaling.to_dict()
-    write_json(path.with_name(f"{path.name}.json"), facts | {"parcels": checkpoint.parcels, "scaling": scaling})
+    write_json(
+        path.with_name(f"{path.name}.json"),
+        facts | {"parcels": checkpoint.parcels, "scaling": scaling},
+    )
     return path

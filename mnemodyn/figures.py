@@ -63,7 +63,9 @@ class show:
 
     def __init__(self, figure: Figure | bytes, *, caption: str, alt: str):
         self.caption, self.alt = caption, alt
-        self.source = base64.b64encode(figure if isinstance(figure, bytes) else svg(figure)).decode()
+        self.source = base64.b64encode(
+            figure if isinstance(figure, bytes) else svg(figure)
+        ).decode()
 
     def _repr_html_(self) -> str:
         return (
@@ -86,7 +88,9 @@ def table(frame: pd.DataFrame, *, precision: int = 3) -> "HTML":
     frame = frame.reset_index(drop=True)
     columns = frame.select_dtypes("floating").columns
     words = [
-        name for name in frame.select_dtypes(["object", "str"]) if frame[name].astype(str).str.match("[A-Za-z]").any()
+        name
+        for name in frame.select_dtypes(["object", "str"])
+        if frame[name].astype(str).str.match("[A-Za-z]").any()
     ]
     style = frame.style.format(dict.fromkeys(columns, number)).hide(axis="index")
     style = style.set_td_classes(pd.DataFrame("text", frame.index, words))
@@ -107,10 +111,16 @@ def _named(methods: Iterable) -> list[str]:
     return [LABELS.get(method, method) for method in methods]
 
 
-def _lines(ax: Axes, rows: pd.DataFrame, x: str, y: str = "r2", by: str = "method", **style) -> None:
+def _lines(
+    ax: Axes, rows: pd.DataFrame, x: str, y: str = "r2", by: str = "method", **style
+) -> None:
     """A line and a marker a group, by the names of the book."""
     for (name, group), marker in zip(rows.groupby(by, sort=False), cycle(MARKERS), strict=False):
-        ax.plot(group[x], group[y], **{"marker": marker, "ms": 4, "lw": 1.2, "label": LABELS.get(name, name)} | style)
+        ax.plot(
+            group[x],
+            group[y],
+            **{"marker": marker, "ms": 4, "lw": 1.2, "label": LABELS.get(name, name)} | style,
+        )
 
 
 def _errors(rows: pd.DataFrame, value: str) -> np.ndarray:
@@ -150,7 +160,9 @@ def carpet(scan: Scan) -> Figure:
         bottom.plot(t, z[:, i], lw=0.7, label=scan.parcels[i])
     if scan.censored is not None and scan.censored.any():
         at = t[scan.censored]
-        bottom.plot(at, np.full(len(at), bottom.get_ylim()[0]), "|", color=COLOURS[1], label="censored")
+        bottom.plot(
+            at, np.full(len(at), bottom.get_ylim()[0]), "|", color=COLOURS[1], label="censored"
+        )
     bottom.set(xlabel="time (s)", ylabel="SD", xlim=(0, end))
     bottom.legend(ncols=3, loc="lower right", bbox_to_anchor=(1, 0.97), borderpad=0)
     return figure
@@ -162,19 +174,33 @@ def spectra(measured: Sequence[tuple[np.ndarray, np.ndarray]], t_r: Sequence[flo
     nyquist = 0.5 / np.asarray(t_r)
     if len(measured) <= 20:
         for i, (frequency, power) in enumerate(measured):
-            ax.plot(frequency, power, color=COLOURS[0], alpha=0.6, lw=1, label="scans" if i == 0 else None)
+            ax.plot(
+                frequency,
+                power,
+                color=COLOURS[0],
+                alpha=0.6,
+                lw=1,
+                label="scans" if i == 0 else None,
+            )
     else:
         # The lowest frequencies differ with the length of a scan; beyond the slowest sampling scans drop out.
         grid = np.linspace(max(f[1] for f, _ in measured), nyquist.max(), 200)
         power = np.stack([np.interp(grid, f, p, right=np.nan) for f, p in measured])
         low, median, high = np.nanpercentile(power, [5, 50, 95], axis=0)
-        ax.fill_between(grid, low, high, color=COLOURS[0], alpha=0.3, lw=0, label="90 % of the scans")
+        ax.fill_between(
+            grid, low, high, color=COLOURS[0], alpha=0.3, lw=0, label="90 % of the scans"
+        )
         ax.plot(grid, median, color=COLOURS[0], label="median")
     for i, end in enumerate(np.unique(nyquist.round(6))):
         label = "white noise of the same variance" if i == 0 else None
         ax.plot([0, end], [1 / end, 1 / end], color=COLOURS[1], ls="--", lw=1, label=label)
     ax.axvspan(0, SLOW, color="0.92", zorder=0, label=f"below {SLOW} Hz")
-    ax.set(xlabel="frequency (Hz)", ylabel="power (SD² per Hz)", xlim=(0, nyquist.max()), ylim=(0, None))
+    ax.set(
+        xlabel="frequency (Hz)",
+        ylabel="power (SD² per Hz)",
+        xlim=(0, nyquist.max()),
+        ylim=(0, None),
+    )
     ax.legend()
     return figure
 
@@ -193,14 +219,20 @@ def outlying(measured: pd.DataFrame, found: pd.DataFrame) -> Figure:
     """
     known = {name: label for name, label in MEASURES.items() if measured[name].notna().any()}
     figure, axes = _row(len(known), 2.4)
-    height = np.random.default_rng(0).uniform(-1, 1, len(measured))  # so that equal values do not hide one another
+    height = np.random.default_rng(0).uniform(
+        -1, 1, len(measured)
+    )  # so that equal values do not hide one another
     for ax, (name, measure) in zip(axes, known.items(), strict=True):
         far, values = found["reasons"].str.contains(name), measured[name]
-        ax.scatter(values[~far], height[~far], s=12, color=COLOURS[0], alpha=0.6, lw=0, label="scans")
+        ax.scatter(
+            values[~far], height[~far], s=12, color=COLOURS[0], alpha=0.6, lw=0, label="scans"
+        )
         label = f"robust z beyond {OUTLYING}"
         ax.scatter(values[far], height[far], s=24, marker="x", lw=1, color=COLOURS[1], label=label)
         ax.axvline(values.median(), color="black", lw=0.8, label="median")
-        ax.set(xlabel=measure, yticks=[], ylim=(-2, 2), xscale="log" if name == "mean_fd" else "linear")
+        ax.set(
+            xlabel=measure, yticks=[], ylim=(-2, 2), xscale="log" if name == "mean_fd" else "linear"
+        )
         ax.spines["left"].set_visible(False)
         if name == "mean_fd":
             ax.xaxis.set_major_formatter("{x:g}")
@@ -223,7 +255,9 @@ def _surfaces() -> dict[str, tuple[np.ndarray, np.ndarray]]:
     return {side: _image(path).agg_data(("pointset", "triangle")) for side, path in paths}
 
 
-def _hemisphere(ax: Axes, surface: tuple[np.ndarray, np.ndarray], colours: np.ndarray, side: str, view: str) -> None:
+def _hemisphere(
+    ax: Axes, surface: tuple[np.ndarray, np.ndarray], colours: np.ndarray, side: str, view: str
+) -> None:
     """One view of a hemisphere, its vertices' colours (vertex, 3) shaded."""
     points, faces = surface
     corners = points[faces]
@@ -234,7 +268,9 @@ def _hemisphere(ax: Axes, surface: tuple[np.ndarray, np.ndarray], colours: np.nd
     seen = seen[np.argsort(corners[seen, :, 0].mean(1) * towards)]
     shaded = colours[faces[seen, 0]] * (0.55 + 0.45 * normal[seen, 0] * towards)[:, None]
     style: dict = {"edgecolors": "face", "linewidths": 0.2, "rasterized": True}
-    drawn = matplotlib.collections.PolyCollection(corners[seen][:, :, 1:] * [towards, 1], facecolors=shaded, **style)
+    drawn = matplotlib.collections.PolyCollection(
+        corners[seen][:, :, 1:] * [towards, 1], facecolors=shaded, **style
+    )
     ax.add_collection(drawn)
     ax.autoscale()
     ax.set(aspect="equal", title=f"{side.lower()}, {view}")
@@ -266,27 +302,43 @@ def cortex(maps: dict[str, np.ndarray], vertices: dict[str, np.ndarray]) -> Figu
     """
     surfaces = _surfaces()
     figure = plt.figure(figsize=(7, 2.1 * len(maps)))
-    for part, (label, values) in zip(figure.subfigures(len(maps), 1, squeeze=False)[:, 0], maps.items(), strict=True):
+    for part, (label, values) in zip(
+        figure.subfigures(len(maps), 1, squeeze=False)[:, 0], maps.items(), strict=True
+    ):
         low, high = np.nanquantile(values, [0.02, 0.98])
         signed = low < 0 < high
         top = max(-low, high)
         norm = matplotlib.colors.Normalize(-top if signed else low, top if signed else high)
         shown = matplotlib.cm.ScalarMappable(norm, "RdBu_r" if signed else "cividis")
-        light = np.where(np.isnan(values)[:, None], 0.85, shown.to_rgba(np.nan_to_num(values))[:, :3])
+        light = np.where(
+            np.isnan(values)[:, None], 0.85, shown.to_rgba(np.nan_to_num(values))[:, :3]
+        )
         light = np.vstack([np.full((1, 3), 0.85), light])
         axes = part.subplots(1, 4)
         for ax, (side, view) in zip(axes, VIEWS, strict=True):
             _hemisphere(ax, surfaces[side], light[vertices[side]], side, view)
-        part.colorbar(shown, ax=axes, label=label, orientation="horizontal", shrink=0.4, aspect=40, extend="both")
+        part.colorbar(
+            shown,
+            ax=axes,
+            label=label,
+            orientation="horizontal",
+            shrink=0.4,
+            aspect=40,
+            extend="both",
+        )
     return figure
 
 
 def atlas(drawn: Atlas) -> Figure:
     """Networks of an atlas on the cortex, lateral and medial, and how many parcels each has."""
-    colours = dict(zip([*NETWORKS, "Subcortex", ""], [*COLOURS[:6], "#F0E442", "0.6", "0.85"], strict=True))
+    colours = dict(
+        zip([*NETWORKS, "Subcortex", ""], [*COLOURS[:6], "#F0E442", "0.6", "0.85"], strict=True)
+    )
     figure = plt.figure(figsize=(7, 4))
     grid = figure.add_gridspec(2, 3, width_ratios=[1, 1, 0.9])
-    light = np.array([matplotlib.colors.to_rgb(colours.get(n, "0.85")) for n in drawn.networks] + [(0.85,) * 3])
+    light = np.array(
+        [matplotlib.colors.to_rgb(colours.get(n, "0.85")) for n in drawn.networks] + [(0.85,) * 3]
+    )
     surfaces = _surfaces()
     for side, view in VIEWS:
         mine = drawn.axis.name == f"CIFTI_STRUCTURE_CORTEX_{side}"
@@ -295,8 +347,14 @@ def atlas(drawn: Atlas) -> Figure:
         ax = figure.add_subplot(grid[int(view == "medial"), int(side == "RIGHT")])
         _hemisphere(ax, surfaces[side], light[labels - 1], side, view)
     ax = figure.add_subplot(grid[:, 2])
-    counts = pd.Series(drawn.networks).value_counts().reindex([n for n in colours if n in drawn.networks])[::-1]
-    bars = ax.barh([n or "other" for n in counts.index], counts, color=[colours[n] for n in counts.index])
+    counts = (
+        pd.Series(drawn.networks)
+        .value_counts()
+        .reindex([n for n in colours if n in drawn.networks])[::-1]
+    )
+    bars = ax.barh(
+        [n or "other" for n in counts.index], counts, color=[colours[n] for n in counts.index]
+    )
     ax.bar_label(bars, padding=2)
     ax.set(xlabel="parcels")
     ax.margins(x=0.15)
@@ -323,7 +381,9 @@ SCORES = {
 def _curve(ax: Axes, history: pd.DataFrame, column: str, label: str, **style) -> None:
     ax.plot(history["epoch"], history[column], "o-", ms=3, **style)
     ax.set(xlabel="epoch", ylabel=label)
-    ax.xaxis.set_major_locator(matplotlib.ticker.MaxNLocator("auto", steps=[1, 2, 2.5, 5, 10], integer=True))
+    ax.xaxis.set_major_locator(
+        matplotlib.ticker.MaxNLocator("auto", steps=[1, 2, 2.5, 5, 10], integer=True)
+    )
 
 
 def learning_curve(history: pd.DataFrame, metric: str = "val_r2_hidden") -> Figure:
@@ -367,13 +427,21 @@ def r2_parcels(rows: pd.DataFrame) -> Figure:
 
 
 def filled_stretches(
-    x: np.ndarray, hidden: np.ndarray, fills: dict[str, np.ndarray], parcels: dict[int, str], t_r: float
+    x: np.ndarray,
+    hidden: np.ndarray,
+    fills: dict[str, np.ndarray],
+    parcels: dict[int, str],
+    t_r: float,
 ) -> Figure:
     """What methods put into the hidden stretches of a few parcels of one window, (time, parcel) each."""
-    figure, axes = plt.subplots(len(parcels), 1, figsize=(7, 1.7 * len(parcels)), sharex=True, squeeze=False)
+    figure, axes = plt.subplots(
+        len(parcels), 1, figsize=(7, 1.7 * len(parcels)), sharex=True, squeeze=False
+    )
     t = _seconds(len(x), t_r)
     for ax, (i, name) in zip(axes[:, 0], parcels.items(), strict=True):
-        ax.fill_between(t, 0, 1, where=hidden[:, i], transform=ax.get_xaxis_transform(), color="0.92", lw=0)
+        ax.fill_between(
+            t, 0, 1, where=hidden[:, i], transform=ax.get_xaxis_transform(), color="0.92", lw=0
+        )
         ax.plot(t, x[:, i], color="black", lw=0.9, label="scan")
         for (method, fill), colour in zip(fills.items(), COLOURS, strict=False):
             shown = np.where(hidden[:, i], fill[:, i], np.nan)
@@ -391,7 +459,9 @@ def reconstruction(rows: pd.DataFrame) -> Figure:
     figure, ax = plt.subplots(figsize=(7, 0.5 + 0.4 * len(rows)))
     place = np.arange(len(rows))
     colours = [COLOURS[0] if m == "model" else "0.6" for m in rows["method"]]
-    ax.barh(place, rows["r2"], color=colours, xerr=_errors(rows, "r2"), error_kw={"lw": 1, "capsize": 2})
+    ax.barh(
+        place, rows["r2"], color=colours, xerr=_errors(rows, "r2"), error_kw={"lw": 1, "capsize": 2}
+    )
     ax.set_yticks(place, _named(rows["method"]))
     _across(ax, "y")
     for y, value, high in zip(place, rows["r2"], rows["high"], strict=True):
@@ -408,7 +478,13 @@ def differences(rows: pd.DataFrame) -> Figure:
     order = rows.groupby("method")["value"].mean().sort_values(ascending=False).index
     for ax, name in zip(axes, sets, strict=True):
         part = rows[rows["data"] == name].set_index("method").reindex(order)
-        bars: dict = {"xerr": _errors(part, "value"), "fmt": "o", "ms": 4, "capsize": 2, "color": COLOURS[0]}
+        bars: dict = {
+            "xerr": _errors(part, "value"),
+            "fmt": "o",
+            "ms": 4,
+            "capsize": 2,
+            "color": COLOURS[0],
+        }
         ax.errorbar(part["value"], np.arange(len(part)), **bars)
         _across(ax, "y")
         ax.set_title(name)
@@ -457,9 +533,13 @@ def speed(rows: pd.DataFrame, by: str, label: str) -> Figure:
     `rows` are one sweep of ``benchmarks.speed``, `by` is the column of the size, `label` that of its axis.
     """
     figure, axes = _row(2, 2.9)
-    mebibytes = rows["peak_bytes"] / 2**20  # a peak under one is below what the memory of a process can tell
+    mebibytes = (
+        rows["peak_bytes"] / 2**20
+    )  # a peak under one is below what the memory of a process can tell
     rows = rows.assign(method=rows["method"].map(SPEED), mebibytes=mebibytes.where(mebibytes >= 1))
-    for ax, y, title in zip(axes, ("seconds", "mebibytes"), ("seconds a step", "MiB a step needs"), strict=True):
+    for ax, y, title in zip(
+        axes, ("seconds", "mebibytes"), ("seconds a step", "MiB a step needs"), strict=True
+    ):
         _lines(ax, rows, by, y)
         ax.set(yscale="log", xlabel=label, ylabel=title)
         ax.yaxis.set_major_locator(matplotlib.ticker.LogLocator(subs=(1, 2, 5)))
@@ -476,12 +556,22 @@ def ablations(rows: pd.DataFrame, label: str = "change of R² on hidden entries"
     """
     rows = rows.sort_values("value", ascending=False).reset_index(drop=True)
     figure, ax = plt.subplots(figsize=(7, 0.9 + 0.21 * len(rows)))
-    for (name, group), marker, colour in zip(rows.groupby("group"), cycle(MARKERS), cycle(COLOURS), strict=False):
+    for (name, group), marker, colour in zip(
+        rows.groupby("group"), cycle(MARKERS), cycle(COLOURS), strict=False
+    ):
         ax.plot([], [], marker, color=colour, ms=5, label=name)
         ax.hlines(group.index, group["low"], group["high"], color=colour, lw=1.2)
         clear = (group["low"] > 0) | (group["high"] < 0)
         for kept, fill in ((clear, colour), (~clear, "white")):
-            ax.plot(group.loc[kept, "value"], group.index[kept], marker, ms=5, mec=colour, mfc=fill, ls="none")
+            ax.plot(
+                group.loc[kept, "value"],
+                group.index[kept],
+                marker,
+                ms=5,
+                mec=colour,
+                mfc=fill,
+                ls="none",
+            )
     _across(ax, "y")
     ax.set_yticks(rows.index, rows["label"])
     ax.set(xlabel=label, ylim=(len(rows) - 0.4, -0.6))
@@ -489,9 +579,14 @@ def ablations(rows: pd.DataFrame, label: str = "change of R² on hidden entries"
     ax.set_xscale("symlog", linthresh=0.01)
     ends = max(0.01, float(rows[["value", "low", "high"]].abs().max().max()))
     ticks = [t for t in (0.01, 0.03, 0.1, 0.3, 1, 3) if t <= 1.3 * ends]
-    low, high = float(rows[["value", "low"]].min().min()), float(rows[["value", "high"]].max().max())
+    low, high = (
+        float(rows[["value", "low"]].min().min()),
+        float(rows[["value", "high"]].max().max()),
+    )
     ticks = [-t for t in ticks[::-1] if -t > 1.5 * low] + [0] + [t for t in ticks if t < 1.5 * high]
-    ax.set_xticks(ticks, [f"{t:+g}".replace("-", "\N{MINUS SIGN}") if t else "0" for t in ticks], fontsize=7)
+    ax.set_xticks(
+        ticks, [f"{t:+g}".replace("-", "\N{MINUS SIGN}") if t else "0" for t in ticks], fontsize=7
+    )
     ax.minorticks_off()
     ax.grid(axis="x", color="0.9", lw=0.6)
     ax.set_axisbelow(True)
@@ -528,7 +623,14 @@ def field(responses: Sequence[dict], t_r: float) -> Figure:
     """Singular values of each block's mean field (of `mnemodyn.evaluate.inside.field_response`), and z in a window."""
     figure, (left, right) = plt.subplots(1, 2, figsize=(7, 2.6), width_ratios=[1, 1.6])
     for i, (found, marker) in enumerate(zip(responses, "os^vDP", strict=False), 1):
-        left.plot(np.arange(1, len(found["values"]) + 1), found["values"], marker, ls="-", ms=3, label=f"block {i}")
+        left.plot(
+            np.arange(1, len(found["values"]) + 1),
+            found["values"],
+            marker,
+            ls="-",
+            ms=3,
+            label=f"block {i}",
+        )
     left.set(xlabel="singular value", ylabel="share of the sum", ylim=(0, None))
     left.legend()
     z = responses[0]["z"]
@@ -541,7 +643,10 @@ def field(responses: Sequence[dict], t_r: float) -> Figure:
 def scales(shares: dict[str, np.ndarray], bands: Sequence[str]) -> Figure:
     """Share of the energy in each scale of the pyramid, a line a series, the slowest band first."""
     figure, ax = plt.subplots(figsize=(7, 3))
-    parts = [pd.DataFrame({"series": name, "i": range(len(v)), "share": v[::-1]}) for name, v in shares.items()]
+    parts = [
+        pd.DataFrame({"series": name, "i": range(len(v)), "share": v[::-1]})
+        for name, v in shares.items()
+    ]
     _lines(ax, pd.concat(parts), "i", "share", "series")
     ax.set_xticks(range(len(bands)), list(bands)[::-1])
     ax.set(xlabel="band of the scale (Hz)", ylabel="share of the energy", ylim=(0, None))
@@ -554,9 +659,19 @@ def generated(found: dict[str, list[dict]]) -> Figure:
     figure, (left, middle, right) = plt.subplots(1, 3, figsize=(7, 2.9), width_ratios=[1.6, 1, 1])
     for i, ((name, series), marker) in enumerate(zip(found.items(), "os^vDP", strict=False)):
         colour = COLOURS[i]
-        left.plot(series[0]["frequency"], np.mean([s["power"] for s in series], 0), color=colour, lw=1.3)
+        left.plot(
+            series[0]["frequency"], np.mean([s["power"] for s in series], 0), color=colour, lw=1.3
+        )
         for ax, measure in ((middle, "fc_similarity"), (right, "metastability")):
-            ax.plot([i] * len(series), [s[measure] for s in series], marker, color=colour, ms=5, mfc="none", label=name)
+            ax.plot(
+                [i] * len(series),
+                [s[measure] for s in series],
+                marker,
+                color=colour,
+                ms=5,
+                mfc="none",
+                label=name,
+            )
     left.set(xlabel="frequency (Hz)", ylabel="power (per Hz)", yscale="log")
     left.yaxis.set_major_formatter("{x:g}")
     left.minorticks_off()
@@ -580,19 +695,29 @@ METRICS = {
 }
 
 
-def downstream(reports: dict[str, dict], metric: str, chance: float | None, title: str = "") -> Figure:
+def downstream(
+    reports: dict[str, dict], metric: str, chance: float | None, title: str = ""
+) -> Figure:
     """A score a method with its interval, a colour a report of `mnemodyn.evaluate.downstream.report`.
 
     `reports` has them by their name in the legend. Chance is a dotted line.
     """
-    names = list(dict.fromkeys(row["method"] for report in reports.values() for row in report["rows"]))[::-1]
+    names = list(
+        dict.fromkeys(row["method"] for report in reports.values() for row in report["rows"])
+    )[::-1]
     figure, ax = plt.subplots(figsize=(7, 1.2 + 0.3 * len(names)))
     for number, (label, report) in enumerate(reports.items()):
         rows = [row for row in report["rows"] if row[metric]["value"] is not None]
-        place = [names.index(row["method"]) - 0.34 * (number - (len(reports) - 1) / 2) for row in rows]
+        place = [
+            names.index(row["method"]) - 0.34 * (number - (len(reports) - 1) / 2) for row in rows
+        ]
         value = np.array([row[metric]["value"] for row in rows])
-        error = np.abs([[row[metric][side] - row[metric]["value"] for row in rows] for side in ("low", "high")])
-        ax.errorbar(value, place, xerr=error, fmt="os^v"[number % 4], ms=4, lw=1.2, capsize=2, label=label)
+        error = np.abs(
+            [[row[metric][side] - row[metric]["value"] for row in rows] for side in ("low", "high")]
+        )
+        ax.errorbar(
+            value, place, xerr=error, fmt="os^v"[number % 4], ms=4, lw=1.2, capsize=2, label=label
+        )
     if chance is not None:
         _across(ax, "y", chance, ls=":")
     ax.set_yticks(range(len(names)), _named(names))
@@ -614,7 +739,11 @@ def scores(report: dict, metrics: Sequence[str]) -> pd.DataFrame:
 
     rows = []
     for row in report["rows"]:
-        line = {"method": LABELS.get(row["method"], row["method"]), "n": row["n"], "folds": row["n_folds"]}
+        line = {
+            "method": LABELS.get(row["method"], row["method"]),
+            "n": row["n"],
+            "folds": row["n_folds"],
+        }
         line |= {METRICS[metric]: text(row.get(metric)) for metric in metrics}
         p = row.get("p")
         rows.append(line | {"p": "" if p is None else "< 0.001" if p < 0.001 else f"{p:.3f}"})
@@ -630,10 +759,14 @@ def scaling(panels: dict[str, pd.DataFrame], bar: float) -> Figure:
     figure, axes = _row(len(panels), 3.2, sharey=True)
     for ax, (label, rows) in zip(axes, panels.items(), strict=True):
         x = rows.columns[0]
-        rows = rows.sort_values([x, "method"])  # one colour a method in every panel: the blocks come first
+        rows = rows.sort_values(
+            [x, "method"]
+        )  # one colour a method in every panel: the blocks come first
         _lines(ax, rows, x, "value")
         for line, (_, mine) in zip(ax.get_lines(), rows.groupby("method", sort=False), strict=True):
-            ax.fill_between(mine[x], mine["low"], mine["high"], color=line.get_color(), alpha=0.15, lw=0)
+            ax.fill_between(
+                mine[x], mine["low"], mine["high"], color=line.get_color(), alpha=0.15, lw=0
+            )
         _across(ax, at=bar, ls=":")
         ax.set(xlabel=label, xscale="log")
     axes[0].set_ylabel("R², hidden entries")

@@ -3,7 +3,7 @@
 import hashlib
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -90,3 +90,74 @@ def resolve(path: str | os.PathLike) -> Path:
         raise ValueError("path must not be empty")
     path = Path(path).expanduser()
     return path if path.is_absolute() else find_root() / path
+
+
+def digest(*parts: Any) -> str:
+    """SHA-256 (64 hexadecimal digits) of what a result depends on: the one digest of this package.
+
+    A part is bytes, text, a number, None, an array or a tensor, or lists and mappings of these; a
+    mapping's order of keys does not matter, shape and dtype of an array do.
+    """
+    found = hashlib.sha256()
+    for part in parts:
+        _feed(found, part)
+    return found.hexdigest()
+
+
+def _feed(found: Any, part: Any) -> None:
+    """Give a part to the digest: its kind and size first, so that no two different parts read alike."""
+    if isinstance(part, dict):
+        found.update(f"dict {len(part)}:".encode())
+        for key in sorted(part, key=str):
+            _feed(found, str(key))
+            _feed(found, part[key])
+    elif isinstance(part, (list, tuple)):
+        found.update(f"list {len(part)}:".encode())
+        for item in part:
+            _feed(found, item)
+    elif isinstance(part, (bytes, memoryview)):
+        found.update(f"bytes {len(part)}:".encode())
+        found.update(part)
+    elif hasattr(part, "detach"):  # a tensor, without an import of torch
+        _feed(found, part.detach().cpu().numpy())
+    elif hasattr(part, "dtype") and hasattr(part, "shape"):
+        values = part if part.flags.c_contiguous else part.copy()
+        found.update(f"array {values.dtype.str} {values.shape}:".encode())
+        found.update(values.tobytes())
+    elif isinstance(part, (str, int, float, type(None), os.PathLike)):
+        content = f"{type(part).__name__} {part!r}".encode()
+        found.update(f"{len(content)}:".encode() + content)
+    else:
+        raise TypeError(f"no digest of a {type(part).__name__}")
+
+
+class Kept:
+    """Results kept in a folder, so that what was interrupted goes on: the one way to resume a computation.
+
+    A result is found again only if everything that it depends on is the same, by content.
+    """
+
+    def __init__(self, folder: str | os.PathLike | None):
+        """`folder` is made when something is kept; nothing is kept where it is None."""
+        self.folder = None if folder is None else Path(folder)
+
+    def __call__(self, name: str, depends_on: Any, make: Callable[[], Any]) -> Any:
+        """The JSON-like result of ``make()``, made only if none is kept for `name` and `depends_on`.
+
+        What is returned has been through JSON either way: tuples are lists, arrays are lists.
+        """
+        if self.folder is None:
+            return json.loads(_as_json(make()))
+        path = self.folder / f"{name}-{digest(depends_on)[:16]}.json"
+        if path.is_file():
+            try:
+                return json.loads(path.read_text(encoding="utf-8"))["result"]
+            except (ValueError, KeyError, TypeError):
+                path.unlink()  # a damaged file: computed again
+        result = json.loads(_as_json(make()))
+        write_json(path, {"result": result})
+        return result
+
+
+def _as_json(content: Any) -> str:
+    return json.dumps(content, default=_plain)

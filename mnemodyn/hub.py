@@ -16,13 +16,28 @@ from string import Template
 from typing import Any, Literal, NamedTuple
 
 import httpx2
-from huggingface_hub import EvalResult, HfApi, ModelCard, ModelCardData, constants, snapshot_download
+from huggingface_hub import (
+    EvalResult,
+    HfApi,
+    ModelCard,
+    ModelCardData,
+    constants,
+    snapshot_download,
+)
 from huggingface_hub import errors as hub_errors
 
 from mnemodyn.checkpoint import Checkpoint, CheckpointError, load_checkpoint, save_checkpoint
 from mnemodyn.files import write_text
 
-__all__ = ["HubError", "Source", "find_checkpoint", "from_pretrained", "publish", "save_network", "write_folder"]
+__all__ = [
+    "HubError",
+    "Source",
+    "find_checkpoint",
+    "from_pretrained",
+    "publish",
+    "save_network",
+    "write_folder",
+]
 
 PEOPLE = ("train_participants", "validation_participants")
 BEST = re.compile(r"(val\w*)=(-?\d+(?:\.\d+)?(?:e-?\d+)?)")
@@ -59,15 +74,25 @@ def find_checkpoint(source: str | Path) -> Source:
         if (folder / "config.json").is_file():
             return Source(folder, "none", _beside(folder / "config.json", "history.csv"))
     if (path / "run.json").is_file():
-        raise CheckpointError(f"{path} is a run without best/: let its training come to its end, then try again")
+        raise CheckpointError(
+            f"{path} is a run without best/: let its training come to its end, then try again"
+        )
     if path.is_file() and path.suffix != ".ckpt":
         files = " or ".join(CHECKPOINT_FILES)
-        raise CheckpointError(f"{path} is no checkpoint: expected its folder, its {files}, or a .ckpt")
-    found = [path] if path.is_file() else [p for p in sorted(path.rglob("*.ckpt")) if p.stem != "last"]
+        raise CheckpointError(
+            f"{path} is no checkpoint: expected its folder, its {files}, or a .ckpt"
+        )
+    found = (
+        [path] if path.is_file() else [p for p in sorted(path.rglob("*.ckpt")) if p.stem != "last"]
+    )
     if len(found) != 1:
         scored = [(match[-1], p) for p in found if (match := BEST.findall(p.stem))]
         if not found or len(scored) < len(found) or len({name for (name, _), _ in scored}) > 1:
-            what = f"{len(found)} .ckpt files that do not all name one validation metric" if found else "no checkpoint"
+            what = (
+                f"{len(found)} .ckpt files that do not all name one validation metric"
+                if found
+                else "no checkpoint"
+            )
             raise CheckpointError(f"{path} holds {what}; name the checkpoint itself")
         sign = -1 if LARGER_IS_BETTER.search(scored[0][0][0]) else 1
         found = [min(scored, key=lambda item: sign * float(item[0][1]))[1]]
@@ -75,7 +100,14 @@ def find_checkpoint(source: str | Path) -> Source:
 
 
 def _beside(path: Path, name: str) -> Path | None:
-    return next((folder / name for folder in (path.parent, path.parent.parent) if (folder / name).is_file()), None)
+    return next(
+        (
+            folder / name
+            for folder in (path.parent, path.parent.parent)
+            if (folder / name).is_file()
+        ),
+        None,
+    )
 
 
 def from_pretrained(
@@ -104,20 +136,36 @@ def from_pretrained(
     path = Path(name_or_path)
     if not path.exists():
         if not re.fullmatch(r"[\w.-]+/[\w.-]+", str(name_or_path)):
-            raise CheckpointError(f"there is no file or folder {name_or_path}, and it is no NAME/MODEL of the hub")
+            raise CheckpointError(
+                f"there is no file or folder {name_or_path}, and it is no NAME/MODEL of the hub"
+            )
         wanted = CHECKPOINT_FILES if compat == "none" else ("*.ckpt", "hparams.yaml")
         inside = f"{subfolder}/" if subfolder else ""
         with _explained(f"{name_or_path} (no file or folder here)", revision):
             patterns = [inside + name for name in wanted]  # * matches / too
-            path = Path(snapshot_download(str(name_or_path), revision=revision, allow_patterns=patterns, **download))
+            path = Path(
+                snapshot_download(
+                    str(name_or_path), revision=revision, allow_patterns=patterns, **download
+                )
+            )
         if not (path / subfolder).is_dir():
-            place = f"in its folder {subfolder or '/'}{f' at revision {revision}' if revision else ''}"
+            place = (
+                f"in its folder {subfolder or '/'}{f' at revision {revision}' if revision else ''}"
+            )
             mend = "give subfolder, or another revision"
-            raise CheckpointError(f"{name_or_path} on the hub has no {' and '.join(wanted)} {place}; {mend}")
+            raise CheckpointError(
+                f"{name_or_path} on the hub has no {' and '.join(wanted)} {place}; {mend}"
+            )
     found = find_checkpoint(path / subfolder if subfolder else path)
     if found.compat != compat:
-        mend = "without compat" if found.compat == "none" else "with compat='reference' (--compat reference)"
-        raise CheckpointError(f"{found.checkpoint}: not a checkpoint of compat={compat!r}; load it {mend}")
+        mend = (
+            "without compat"
+            if found.compat == "none"
+            else "with compat='reference' (--compat reference)"
+        )
+        raise CheckpointError(
+            f"{found.checkpoint}: not a checkpoint of compat={compat!r}; load it {mend}"
+        )
     return load_checkpoint(found.checkpoint, compat=compat)
 
 
@@ -151,8 +199,14 @@ def publish(
             api.create_repo(repo_id, private=private, exist_ok=True)
             if revision:
                 api.create_branch(repo_id, branch=revision, exist_ok=True)
-            place: dict = {"repo_id": repo_id, "path_in_repo": subfolder or None, "revision": revision}
-            return api.upload_folder(**place, folder_path=folder, commit_message=commit_message).commit_url
+            place: dict = {
+                "repo_id": repo_id,
+                "path_in_repo": subfolder or None,
+                "revision": revision,
+            }
+            return api.upload_folder(
+                **place, folder_path=folder, commit_message=commit_message
+            ).commit_url
 
 
 def write_folder(
@@ -185,7 +239,9 @@ def write_folder(
         path = found.checkpoint
         if hyper_parameters is not None:
             if found.compat == "none":
-                raise CheckpointError(f"{path}: its config.json holds its hyper-parameters; leave hyper_parameters out")
+                raise CheckpointError(
+                    f"{path}: its config.json holds its hyper-parameters; leave hyper_parameters out"
+                )
             path = Path(temporary, path.name)
             path.symlink_to(found.checkpoint.resolve())
             shutil.copy(hyper_parameters, Path(temporary, "hparams.yaml"))
@@ -215,12 +271,19 @@ def save_network(model: Any, folder: Path) -> None:
     _write(replace(model.checkpoint, model=model), folder, ("NAME/MODEL", "", "mit"), [], False)
 
 
-def _write(checkpoint: Checkpoint, folder: Path, names: tuple[str, str, str], rows: list[dict], people: bool) -> None:
+def _write(
+    checkpoint: Checkpoint,
+    folder: Path,
+    names: tuple[str, str, str],
+    rows: list[dict],
+    people: bool,
+) -> None:
     """A checkpoint, its parcels and its card; names are the repository, the folder in it, and the licence."""
     if not people:
         counts = {k: (f"n_{k}", len(v)) for k, v in checkpoint.training.items() if k in PEOPLE}
         checkpoint = replace(
-            checkpoint, training=dict(counts.get(item[0], item) for item in checkpoint.training.items())
+            checkpoint,
+            training=dict(counts.get(item[0], item) for item in checkpoint.training.items()),
         )
     save_checkpoint(folder, checkpoint)
     if checkpoint.parcels is not None:
@@ -235,20 +298,32 @@ def _results(name: str, content: Any) -> list[dict]:
         raise ValueError(f"expected a mapping, got {type(content).__name__}")
     values, label, intervals = content, "", {k: content.get(f"{k}_interval") for k in content}
     if isinstance(content.get("r2_hidden"), dict):
-        values, label, intervals = content["r2_hidden"], "R² of hidden entries, ", content.get("r2_hidden_interval", {})
+        values, label, intervals = (
+            content["r2_hidden"],
+            "R² of hidden entries, ",
+            content.get("r2_hidden_interval", {}),
+        )
         n = content.get("n_participants")
         name = f"{n} held-out participants" if n else "held-out participants"
     rows = []
     for k, v in values.items():
-        v, ends = (v.get("value"), [v.get("low"), v.get("high")]) if isinstance(v, dict) else (v, intervals.get(k))
+        v, ends = (
+            (v.get("value"), [v.get("low"), v.get("high")])
+            if isinstance(v, dict)
+            else (v, intervals.get(k))
+        )
         if isinstance(v, (int, float)) and not isinstance(v, bool):
             ends = ends if isinstance(ends, list) and len(ends) == 2 and None not in ends else None
             ours = not label or k == "model"
-            rows.append({"name": f"{label}{k}", "value": v, "interval": ends, "ours": ours, "on": name})
+            rows.append(
+                {"name": f"{label}{k}", "value": v, "interval": ends, "ours": ours, "on": name}
+            )
     return rows
 
 
-def _card(checkpoint: Checkpoint, repo_id: str, subfolder: str, licence: str, rows: list[dict]) -> ModelCard:
+def _card(
+    checkpoint: Checkpoint, repo_id: str, subfolder: str, licence: str, rows: list[dict]
+) -> ModelCard:
     """The model card: metadata that the hub reads, and what a person should know before use."""
     config, training = checkpoint.model.config, checkpoint.training
     scores = [
@@ -274,14 +349,18 @@ def _card(checkpoint: Checkpoint, repo_id: str, subfolder: str, licence: str, ro
     unknown = "not recorded in the checkpoint"
     people = [len(training[k]) if k in training else training.get(f"n_{k}") for k in PEOPLE]
     fingerprint = checkpoint.data_fingerprint
-    trained = f"{people[0]} participants, {people[1]} to choose it; fingerprint of the data {fingerprint}"
+    trained = (
+        f"{people[0]} participants, {people[1]} to choose it; fingerprint of the data {fingerprint}"
+    )
     results = ["No results on held-out participants were published with these weights."]
     if rows:
         results = ["| measure | value | 95 % interval | on |", "| --- | --- | --- | --- |"]
     for row in rows:
         ends = "{:.3f} to {:.3f}".format(*row["interval"]) if row["interval"] else "not given"
         results.append(f"| {row['name']} | {row['value']:.3f} | {ends} | {row['on']} |")
-    if chosen := {k: v for k, v in training.items() if k.startswith("val_") and isinstance(v, float)}:
+    if chosen := {
+        k: v for k, v in training.items() if k.startswith("val_") and isinstance(v, float)
+    }:
         said = f"On the validation participants, which chose this checkpoint: {_words(chosen)}. Expect less elsewhere."
         results.append(f"\n{said}")
     template = Template(Path(__file__).with_name("model_card.md").read_text(encoding="utf-8"))
@@ -290,7 +369,9 @@ def _card(checkpoint: Checkpoint, repo_id: str, subfolder: str, licence: str, ro
         metadata=data.to_yaml(),
         name=data.model_name,
         n_parameters=f"{sum(p.numel() for p in checkpoint.model.parameters()):,}",
-        order="in the order of parcels.tsv" if checkpoint.parcels else f"(names and order {unknown})",
+        order="in the order of parcels.tsv"
+        if checkpoint.parcels
+        else f"(names and order {unknown})",
         t_r=f"{checkpoint.t_r:g} s" if checkpoint.t_r else unknown,
         scaling=checkpoint.scaling.method if checkpoint.scaling else unknown,
         trained=unknown if people[0] is None else trained,
@@ -308,7 +389,9 @@ def _card(checkpoint: Checkpoint, repo_id: str, subfolder: str, licence: str, ro
 def _words(settings: Any) -> str:
     if not isinstance(settings, dict):
         return "" if settings is None else str(settings)
-    return ", ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in settings.items())
+    return ", ".join(
+        f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in settings.items()
+    )
 
 
 @contextlib.contextmanager
@@ -318,12 +401,21 @@ def _explained(repo_id: str, revision: str | None) -> Iterator[None]:
         yield
     except hub_errors.HFValidationError as error:
         raise HubError(f"{repo_id!r} is no NAME/MODEL of the hub: {_first_line(error)}") from error
-    except (hub_errors.HfHubHTTPError, httpx2.TransportError, RuntimeError, OSError, ValueError) as error:
+    except (
+        hub_errors.HfHubHTTPError,
+        httpx2.TransportError,
+        RuntimeError,
+        OSError,
+        ValueError,
+    ) as error:
         raise HubError(f"{repo_id}: {_mend(error, revision)}") from error
 
 
 def _mend(error: Exception, revision: str | None) -> str:
-    said, status = _first_line(error), getattr(getattr(error, "response", None), "status_code", None)
+    said, status = (
+        _first_line(error),
+        getattr(getattr(error, "response", None), "status_code", None),
+    )
     if isinstance(error, hub_errors.RevisionNotFoundError):
         return f"has no revision {revision!r}; look at its branches and tags"
     if isinstance(error, hub_errors.RepositoryNotFoundError):
@@ -332,7 +424,14 @@ def _mend(error: Exception, revision: str | None) -> str:
         return f"no token; {LOGIN}"
     if status in (401, 403):
         return f"the hub refused the token (status {status}); {LOGIN}"
-    if isinstance(error, (hub_errors.OfflineModeIsEnabled, hub_errors.LocalEntryNotFoundError, httpx2.TransportError)):
+    if isinstance(
+        error,
+        (
+            hub_errors.OfflineModeIsEnabled,
+            hub_errors.LocalEntryNotFoundError,
+            httpx2.TransportError,
+        ),
+    ):
         mend = "check the connection, HF_ENDPOINT and HF_HUB_OFFLINE, and try again"
         return f"{constants.ENDPOINT} was not reached and no copy is here ({said}); {mend}"
     if isinstance(error, hub_errors.HfHubHTTPError):
@@ -344,4 +443,6 @@ def _mend(error: Exception, revision: str | None) -> str:
 
 
 def _first_line(error: BaseException) -> str:
-    return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)[:200]
+    return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)[
+        :200
+    ]

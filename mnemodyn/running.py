@@ -38,7 +38,9 @@ class NotebookFailed(RuntimeError):
 
 
 def run_notebook(
-    notebook: str | os.PathLike, output: str | os.PathLike, parameters: Mapping[str, Any] | None = None
+    notebook: str | os.PathLike,
+    output: str | os.PathLike,
+    parameters: Mapping[str, Any] | None = None,
 ) -> dict:
     """Run ``notebook`` from start to end, by the caller's interpreter, and keep it, executed, as ``output``.
 
@@ -78,7 +80,9 @@ def run_notebook(
     if notebook.resolve() == output.resolve():
         raise ParameterError(f"output must not be the notebook itself, got {output}")
     if output.is_dir():
-        raise ParameterError(f"output must be the file of the executed notebook, and {output} is a folder")
+        raise ParameterError(
+            f"output must be the file of the executed notebook, and {output} is a folder"
+        )
     source = _read(notebook)
     try:
         known = read_parameters(source)
@@ -109,7 +113,9 @@ def run_notebook(
     executed, running = _tidy(partial)
     if failure and executed and failure["cell"] is None and running is not None:
         failure["cell"], name, message = running, failure["type"], failure["message"]
-        said = nbformat.v4.new_output("error", ename=name, evalue=message, traceback=[f"{name}: {message}"])
+        said = nbformat.v4.new_output(
+            "error", ename=name, evalue=message, traceback=[f"{name}: {message}"]
+        )
         executed.cells[running].outputs.append(said)  # the cell itself does not say why it stopped
     if executed:
         write_text(output, nbformat.writes(executed) + "\n")
@@ -153,7 +159,11 @@ def _read(path: Path) -> Any:
 def _execute(source: Any, partial: Path, parameters: dict) -> None:
     import logging
 
-    with warnings.catch_warnings(), _terminating(), tempfile.TemporaryDirectory(prefix="mnemodyn-") as folder:
+    with (
+        warnings.catch_warnings(),
+        _terminating(),
+        tempfile.TemporaryDirectory(prefix="mnemodyn-") as folder,
+    ):
         warnings.simplefilter("ignore")  # of papermill and its dependencies; not the notebook's
         import papermill
         from jupyter_client.kernelspec import KernelSpecManager

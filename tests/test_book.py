@@ -38,24 +38,55 @@ def test_rows_of_a_mapping_take_their_intervals_from_another():
     found = read({"values": "a", "intervals": "b", "n": "n_people", "task": "T"}, content)
     assert found == [
         {"task": "T", "method": "x", "value": 1.0, "low": 0.5, "high": 1.5, "n": 3, "kind": "real"},
-        {"task": "T", "method": "y", "value": 2.0, "low": None, "high": None, "n": 3, "kind": "real"},
+        {
+            "task": "T",
+            "method": "y",
+            "value": 2.0,
+            "low": None,
+            "high": None,
+            "n": 3,
+            "kind": "real",
+        },
     ]
 
 
 def test_rows_of_a_mapping_or_list_take_intervals_that_stand_in_them():
     content = {"a": {"x": {"value": 1.0, "low": 0.0, "high": 2.0}, "none": {"value": None}}}
-    assert [(r["method"], r["low"], r["high"]) for r in read({"values": "a"}, content)] == [("x", 0.0, 2.0)]
-    content = {"cells": [{"label": "haar", "group": "wavelets", "r2": 0.3, "from": 0.2, "to": 0.4, "n": 5}]}
-    how = {"list": "cells", "method": ["group", "label"], "value": "r2", "low": "from", "high": "to"}
+    assert [(r["method"], r["low"], r["high"]) for r in read({"values": "a"}, content)] == [
+        ("x", 0.0, 2.0)
+    ]
+    content = {
+        "cells": [{"label": "haar", "group": "wavelets", "r2": 0.3, "from": 0.2, "to": 0.4, "n": 5}]
+    }
+    how = {
+        "list": "cells",
+        "method": ["group", "label"],
+        "value": "r2",
+        "low": "from",
+        "high": "to",
+    }
     (row,) = read(how, content)
-    assert (row["method"], row["value"], row["low"], row["high"], row["n"]) == ("wavelets, haar", 0.3, 0.2, 0.4, 5)
+    assert (row["method"], row["value"], row["low"], row["high"], row["n"]) == (
+        "wavelets, haar",
+        0.3,
+        0.2,
+        0.4,
+        5,
+    )
 
 
 def test_a_file_that_says_it_is_simulated_wins_over_the_entry():
     score = {"value": 0.6, "low": 0.5, "high": 0.7}
-    report = {"kind": "classification", "rows": [{"method": "fc", "n": 9, "auc": score}, {"method": "late", "n": 9}]}
+    report = {
+        "kind": "classification",
+        "rows": [{"method": "fc", "n": 9, "auc": score}, {"method": "late", "n": 9}],
+    }
     content = {"simulated": True, "targets": {"sex": {"kfold": report, "other": report}}}
-    how = {"targets": "targets", "plans": {"kfold": "held out"}, "scores": {"classification": "auc"}}
+    how = {
+        "targets": "targets",
+        "plans": {"kfold": "held out"},
+        "scores": {"classification": "auc"},
+    }
     assert read(how, content) == [
         {"task": "sex, held out", "method": "fc", **score, "n": 9, "kind": "SIMULATED"},
     ]
@@ -63,8 +94,17 @@ def test_a_file_that_says_it_is_simulated_wins_over_the_entry():
 
 
 def test_published_rows_name_their_source():
-    line = {"study": "s", "method": "BNT", "cohort": "ADNI", "target": "sex", "metric": "accuracy", "value": "78.9"}
-    (row,) = collect.read_rows({"kind": "published", "rows": "csv"}, [line | {"sd": "4.1", "source": "Table 2"}])
+    line = {
+        "study": "s",
+        "method": "BNT",
+        "cohort": "ADNI",
+        "target": "sex",
+        "metric": "accuracy",
+        "value": "78.9",
+    }
+    (row,) = collect.read_rows(
+        {"kind": "published", "rows": "csv"}, [line | {"sd": "4.1", "source": "Table 2"}]
+    )
     assert row["method"] == "BNT (Table 2)"
     assert row["score"] == "accuracy (SD 4.1)"
     assert row["value"] == 78.9
@@ -102,7 +142,9 @@ def test_figures_have_one_font_on_every_machine(monkeypatch, tmp_path):
     ("ends", "text"), [((-0.25, 0.5), "\N{MINUS SIGN}0.25 to +0.50"), ((None, None), "no interval")]
 )
 def test_an_interval_may_be_absent(ends, text, monkeypatch):
-    monkeypatch.setattr(results, "lookup", lambda place, name, key: dict(zip(("low", "high"), ends, strict=True)))
+    monkeypatch.setattr(
+        results, "lookup", lambda place, name, key: dict(zip(("low", "high"), ends, strict=True))
+    )
     role = results.Interval()
     role.text = "data/a:x:+.2f"
     assert role.run()[0][0].astext() == text
@@ -116,7 +158,9 @@ def test_a_key_finds_an_element_by_what_it_says():
         results.step(rows, "method=none")
 
 
-@pytest.mark.parametrize("cls", [ModelConfig, TrainingConfig, Machine, DataConfig, *OBJECTIVES.values()])
+@pytest.mark.parametrize(
+    "cls", [ModelConfig, TrainingConfig, Machine, DataConfig, *OBJECTIVES.values()]
+)
 def test_every_setting_is_documented(cls):
     rows = {name: said for name, _, _, said in reference.settings(cls)}
     assert list(rows) == [f.name for f in fields(cls) if f.init]
@@ -132,15 +176,29 @@ def test_settings_say_their_default_and_what_is_allowed():
 
 def test_the_command_of_a_run_gives_back_its_parameters(tmp_path):
     notebook = nbformat.v4.new_notebook()
-    cell = nbformat.v4.new_code_cell("epochs = 3\nrate = 0.1\nname = 'a'\nlengths = [1, 2]\nsettings = {}\nt_r = None")
+    cell = nbformat.v4.new_code_cell(
+        "epochs = 3\nrate = 0.1\nname = 'a'\nlengths = [1, 2]\nsettings = {}\nt_r = None"
+    )
     cell.metadata["tags"] = ["parameters"]
     notebook.cells = [cell]
     nbformat.write(notebook, tmp_path / "n.ipynb")
-    given = {"epochs": 3, "rate": 0.25, "name": "it's", "lengths": [4], "settings": {"a": {"b": True}}, "t_r": None}
+    given = {
+        "epochs": 3,
+        "rate": 0.25,
+        "name": "it's",
+        "lengths": [4],
+        "settings": {"a": {"b": True}},
+        "t_r": None,
+    }
     run = {"notebook": "n.ipynb", "output": "out.ipynb", "parameters": given}
     words = runs.shlex.split(runs.rerun(tmp_path, run))
     assert words[:4] == ["mnemodyn", "run", "n.ipynb", "out.ipynb"]
-    assert [words[i + 1] for i, word in enumerate(words) if word == "-p"] == ["rate", "name", "lengths", "settings"]
+    assert [words[i + 1] for i, word in enumerate(words) if word == "-p"] == [
+        "rate",
+        "name",
+        "lengths",
+        "settings",
+    ]
     defaults = read_parameters(notebook)
     typed = {words[i + 1]: words[i + 2] for i, word in enumerate(words) if word == "-p"}
     assert defaults | check_parameters(defaults, typed) == given
@@ -156,7 +214,9 @@ def test_the_command_of_a_run_gives_back_its_parameters(tmp_path):
     ],
 )
 def test_a_verdict_follows_from_the_interval(ends, text, monkeypatch):
-    monkeypatch.setattr(results, "lookup", lambda place, name, key: dict(zip(("low", "high"), ends, strict=True)))
+    monkeypatch.setattr(
+        results, "lookup", lambda place, name, key: dict(zip(("low", "high"), ends, strict=True))
+    )
     role = results.Verdict()
     role.text = "data/a:x"
     assert role.run()[0][0].astext() == text
@@ -173,14 +233,20 @@ def test_pages_of_one_notebook_have_titles_of_their_own(tmp_path):
     folder = tmp_path / runs.RUNS
     folder.mkdir(parents=True)
     made = {
-        "downstream_hbn": ("downstream", "HBN", {"targets": {"sex": 1, "nc_vs_mci": 1, "age": 1}, "simulated": True}),
+        "downstream_hbn": (
+            "downstream",
+            "HBN",
+            {"targets": {"sex": 1, "nc_vs_mci": 1, "age": 1}, "simulated": True},
+        ),
         "downstream_abide": ("downstream", "ABIDE", {"targets": {"sex": 1}, "simulated": False}),
         "pretrain_denoise": ("pretrain", "Denoising", {}),
         "data": ("data", "Data", {}),
     }
     titles = {}
     for name, (notebook, short, found) in made.items():
-        (folder / f"{name}.manifest.json").write_text(json.dumps({"notebook": f"notebooks/{notebook}.ipynb"}))
+        (folder / f"{name}.manifest.json").write_text(
+            json.dumps({"notebook": f"notebooks/{notebook}.ipynb"})
+        )
         (folder / f"{name}.json").write_text(json.dumps(found))
         section = runs.nodes.section("", runs.nodes.title("", "A question: what do scans tell?"))
         env, docname = SimpleNamespace(docname=f"{runs.RUNS}/{name}"), f"{runs.RUNS}/{name}"
@@ -199,9 +265,13 @@ def cell(text, output="", tags=(), **metadata):
     """A notebook's cell as the book's builder makes it."""
     parts = [runs.nodes.container("", runs.nodes.literal_block("", text), classes=["cell_input"])]
     if output:
-        parts.append(runs.nodes.container("", runs.nodes.paragraph("", output), classes=["cell_output"]))
+        parts.append(
+            runs.nodes.container("", runs.nodes.paragraph("", output), classes=["cell_output"])
+        )
     classes = ["cell", *(f"tag_{tag}" for tag in tags)]
-    return runs.nodes.container("", *parts, nb_element="cell_code", cell_metadata=metadata, classes=classes)
+    return runs.nodes.container(
+        "", *parts, nb_element="cell_code", cell_metadata=metadata, classes=classes
+    )
 
 
 def test_a_page_begins_with_what_was_found_and_folds_the_rest(tmp_path, monkeypatch):
@@ -210,7 +280,11 @@ def test_a_page_begins_with_what_was_found_and_folds_the_rest(tmp_path, monkeypa
     run = {"notebook": "notebooks/a.ipynb", "output": "a.ipynb", "parameters": {}}
     (folder / "a.manifest.json").write_text(json.dumps(run))
     nodes = runs.nodes
-    cells = [cell("x = 1", tags=["parameters"]), cell("silent"), cell("long", "table", fold="A <table>")]
+    cells = [
+        cell("x = 1", tags=["parameters"]),
+        cell("silent"),
+        cell("long", "table", fold="A <table>"),
+    ]
     cells += [cell("said", "it is better", tags=["finding"]), cell("end", "versions")]
     page = nodes.section("", nodes.title("", "A"), nodes.paragraph("", "why"), *cells)
     env = SimpleNamespace(docname=f"{runs.RUNS}/a", note_dependency=lambda path: None)
@@ -235,10 +309,20 @@ def test_the_table_of_people_has_a_row_a_task_and_a_column_a_method(monkeypatch)
         "n": 9,
         "rows": [row, row | {"method": "late", "balanced_accuracy": {"value": None}}],
     }
-    table = SimpleNamespace(config=SimpleNamespace(external_site_map={f"{results.RUNS}/d": SimpleNamespace(title="D")}))
-    texts = results.PeopleTable.row(table, "d", "nc_vs_mci", "kfold", report, ["late", "fc", "none"])
-    assert texts == ["D, nc vs mci|people held out, n\N{NO-BREAK SPACE}9", "", "0.600|0.500\N{EN DASH}0.700", ""]
+    table = SimpleNamespace(
+        config=SimpleNamespace(external_site_map={f"{results.RUNS}/d": SimpleNamespace(title="D")})
+    )
+    texts = results.PeopleTable.row(
+        table, "d", "nc_vs_mci", "kfold", report, ["late", "fc", "none"]
+    )
+    assert texts == [
+        "D, nc vs mci|people held out, n\N{NO-BREAK SPACE}9",
+        "",
+        "0.600|0.500\N{EN DASH}0.700",
+        "",
+    ]
     row["balanced_accuracy"] = score | {"low": -0.1}
     assert (
-        results.PeopleTable.row(table, "d", "x", "a site", report, ["fc"])[-1] == "0.600|\N{MINUS SIGN}0.100 to 0.700"
+        results.PeopleTable.row(table, "d", "x", "a site", report, ["fc"])[-1]
+        == "0.600|\N{MINUS SIGN}0.100 to 0.700"
     )

@@ -21,9 +21,13 @@ PARCELS = ("a", "b", "c")
 @pytest.fixture
 def folder(tmp_path):
     torch.manual_seed(0)
-    model = MnemoDyn(ModelConfig(n_parcels=3, n_timepoints=16, n_blocks=1, n_channels=4, n_levels=2))
+    model = MnemoDyn(
+        ModelConfig(n_parcels=3, n_timepoints=16, n_blocks=1, n_channels=4, n_levels=2)
+    )
     scaling = Scaling("subtract_mean_global_sd", 2.5)
-    save_checkpoint(tmp_path / "best", Checkpoint(model, PARCELS, 0.72, scaling, "f" * 64, {"epochs": 3}))
+    save_checkpoint(
+        tmp_path / "best", Checkpoint(model, PARCELS, 0.72, scaling, "f" * 64, {"epochs": 3})
+    )
     return tmp_path / "best"
 
 
@@ -107,9 +111,13 @@ def test_refuses_other_parcels_or_another_order(folder):
         return Scan("sub-1", values, 0.72, parcels, source="scan.tsv")
 
     checkpoint.check(scan(PARCELS))
-    with pytest.raises(CheckpointError, match=r"scan\.tsv: the checkpoint expects 3 parcels, got 2"):
+    with pytest.raises(
+        CheckpointError, match=r"scan\.tsv: the checkpoint expects 3 parcels, got 2"
+    ):
         checkpoint.check(scan(("a", "b")))
-    with pytest.raises(CheckpointError, match="in another order .* column 0 should be 'a', got 'b'"):
+    with pytest.raises(
+        CheckpointError, match="in another order .* column 0 should be 'a', got 'b'"
+    ):
         checkpoint.check(scan(("b", "a", "c")))
     with pytest.raises(CheckpointError, match="others .* column 2 should be 'c', got 'd'"):
         checkpoint.check(scan(("a", "b", "d")))

@@ -74,7 +74,9 @@ def test_an_absent_notebook_is_status_2(notebook, capsys):
     assert capsys.readouterr().err == "mnemodyn: there is no notebook b.ipynb\n"
 
 
-@pytest.mark.parametrize("arguments", [[], ["walk"], ["run", "a.ipynb"], ["run", "a", "b", "-p", "x"]])
+@pytest.mark.parametrize(
+    "arguments", [[], ["walk"], ["run", "a.ipynb"], ["run", "a", "b", "-p", "x"]]
+)
 def test_wrong_usage_is_status_2(arguments, capsys):
     with pytest.raises(SystemExit) as stopped:
         main(arguments)
@@ -87,7 +89,9 @@ def test_help_and_version(arguments, capsys):
     with pytest.raises(SystemExit) as stopped:
         main(arguments)
     assert stopped.value.code == 0
-    expected = f"mnemodyn {version('mnemodyn')}\n" if arguments == ["--version"] else "usage: mnemodyn"
+    expected = (
+        f"mnemodyn {version('mnemodyn')}\n" if arguments == ["--version"] else "usage: mnemodyn"
+    )
     assert capsys.readouterr().out.startswith(expected)
 
 
@@ -114,8 +118,12 @@ def test_notebook_opens_jupyterlab(monkeypatch, tmp_path, capsys):
     assert "there is no notebooks/pretrian.ipynb; notebooks/ has " in capsys.readouterr().err
     ran = []
     monkeypatch.setattr("mnemodyn.cli.find_spec", lambda _: True)
-    monkeypatch.setattr(subprocess, "run", lambda words, cwd, check: ran.append((words, cwd)) or Ended(3))
-    assert main(["notebook", "pretrain", "--no-browser"]) == 1, "JupyterLab's own status is not passed for a success"
+    monkeypatch.setattr(
+        subprocess, "run", lambda words, cwd, check: ran.append((words, cwd)) or Ended(3)
+    )
+    assert main(["notebook", "pretrain", "--no-browser"]) == 1, (
+        "JupyterLab's own status is not passed for a success"
+    )
     (words, cwd) = ran[0]
     assert words[:4] == [sys.executable, "-m", "jupyterlab", f"--notebook-dir={root}"]
     assert {"--LabApp.default_url=/lab/tree/notebooks/pretrain.ipynb", "--no-browser"} <= set(words)
@@ -136,7 +144,23 @@ def test_what_a_program_reads_is_json(notebook, capsys):
     assert main(["run", notebook, "out.ipynb", "--json"]) == 0
     printed = capsys.readouterr()
     assert json.loads(printed.out) == json.loads(Path("out.manifest.json").read_text())
-    assert main(["simulate", "abide", "s", "--participants", "12", "--frames", "60", "--parcels", "20", "--json"]) == 0
+    assert (
+        main(
+            [
+                "simulate",
+                "abide",
+                "s",
+                "--participants",
+                "12",
+                "--frames",
+                "60",
+                "--parcels",
+                "20",
+                "--json",
+            ]
+        )
+        == 0
+    )
     assert json.loads(capsys.readouterr().out) == json.loads(Path("s/simulated.json").read_text())
     assert main(["convert", "abide", "s", "store", "--json"]) == 0
     printed = capsys.readouterr()
@@ -177,12 +201,17 @@ def test_an_interruption_is_no_traceback(monkeypatch, capsys):
     [
         (["--objective", "latnet"], "unknown objective latnet; did you mean latent?"),
         (["-s", "epoch", "3"], "unknown setting epoch; did you mean epochs?"),
-        (["--config", "c.yaml"], "unknown training setting learning_rat; did you mean learning_rate?"),
+        (
+            ["--config", "c.yaml"],
+            "unknown training setting learning_rat; did you mean learning_rate?",
+        ),
         (["-s", "epochs", "many"], "epochs must be int, got 'many'"),
         (["-s", "epochs", "["], "epochs: not valid YAML"),
     ],
 )
-def test_refused_settings_of_pretrain_are_status_2(tmp_path, monkeypatch, capsys, arguments, message):
+def test_refused_settings_of_pretrain_are_status_2(
+    tmp_path, monkeypatch, capsys, arguments, message
+):
     monkeypatch.chdir(tmp_path)
     Path("c.yaml").write_text("training: {learning_rat: 1e-3}\n")
     assert main(["pretrain", "absent", "out", *arguments]) == 2
@@ -205,12 +234,27 @@ def test_pretrain_from_a_file_of_settings(tmp_path, monkeypatch, capsys):
         "model: {n_timepoints: 16, n_blocks: 1, n_channels: 4, input_width: 4, n_levels: 2}\n"
         "training: {epochs: 3, windows_per_epoch: 4}\ndata: {t_r: 2.0, n_test: 1}\nmachine: {accelerator: cpu}\n"
     )
-    command = ["pretrain", ".", "out", "--objective", "denoise", "--config", "c.yaml", "-s", "sigma", "0.5"]
+    command = [
+        "pretrain",
+        ".",
+        "out",
+        "--objective",
+        "denoise",
+        "--config",
+        "c.yaml",
+        "-s",
+        "sigma",
+        "0.5",
+    ]
     assert main([*command, "-s", "epochs", "1"]) == 0
     assert Path("out/best/config.json").is_file()
     assert "out/best: val_r2_clean " in capsys.readouterr().out
     record = json.loads(Path("out/run.json").read_text())
-    assert record["identity"]["objective"] == {"name": "denoise", "multiresolution_weight": 1.0, "sigma": 0.5}
+    assert record["identity"]["objective"] == {
+        "name": "denoise",
+        "multiresolution_weight": 1.0,
+        "sigma": 0.5,
+    }
     assert record["ran_on"]["versions"]["torch"]
     assert main(["pretrain", "absent", "out"]) == 1
     assert "data must be 'hcp7' or a folder" in capsys.readouterr().err

@@ -23,7 +23,10 @@ MINIMAL = {
     "phenotype": {"file": "people.csv", "match": {"id": "{participant}"}},
     "missing": [-9],
     "sex": {"column": "sex", "mapping": {1: "male", 2: "female"}},
-    "targets": ["sex", {"name": "dx", "column": "dx", "kind": "classification", "mapping": {0: "no", 1: "yes"}}],
+    "targets": [
+        "sex",
+        {"name": "dx", "column": "dx", "kind": "classification", "mapping": {0: "no", 1: "yes"}},
+    ],
 }
 
 
@@ -35,7 +38,9 @@ def describe(folder, **changes):
 
 def scan(path, seed, *, n_frames=20, parcels=("a", "b", "c")):
     path.parent.mkdir(parents=True, exist_ok=True)
-    values = np.random.default_rng(seed).standard_normal((n_frames, len(parcels))).astype(np.float32)
+    values = (
+        np.random.default_rng(seed).standard_normal((n_frames, len(parcels))).astype(np.float32)
+    )
     pd.DataFrame(values, columns=parcels).to_csv(path, sep="\t", index=False)
     return values
 
@@ -45,12 +50,16 @@ def data(tmp_path):
     folder = tmp_path / "data"
     for who in range(1, 6):
         scan(folder / f"sub-{who:02d}" / f"sub-{who:02d}_ses-a_x_timeseries.tsv", who)
-    (folder / "people.csv").write_text("id,sex,dx,age\n1,1,0,20\nsub-02,2,1.0,31\n003,1,,-9\n4,2,1,44\n5,-9,0,n/a\n")
+    (folder / "people.csv").write_text(
+        "id,sex,dx,age\n1,1,0,20\nsub-02,2,1.0,31\n003,1,,-9\n4,2,1,44\n5,-9,0,n/a\n"
+    )
     return folder
 
 
 def excluded(found):
-    return sorted(zip(found.excluded.file, found.excluded.problem, found.excluded.left_out_of, strict=True))
+    return sorted(
+        zip(found.excluded.file, found.excluded.problem, found.excluded.left_out_of, strict=True)
+    )
 
 
 def test_shipped_cohorts_have_the_targets_of_the_published_work():
@@ -106,7 +115,13 @@ def test_phenotypes_are_matched_whatever_zeros_and_prefixes(tmp_path, data):
     found = index(describe(tmp_path, age="age"), data)
     table = found.table.set_index("participant_id")
     assert list(table.index) == [f"sub-{i:02d}" for i in range(1, 6)]
-    assert [None if pd.isna(v) else v for v in table.sex] == ["male", "female", "male", "female", None]
+    assert [None if pd.isna(v) else v for v in table.sex] == [
+        "male",
+        "female",
+        "male",
+        "female",
+        None,
+    ]
     assert [None if pd.isna(v) else v for v in table.dx] == ["no", "yes", None, "yes", "no"]
     assert [None if pd.isna(v) else v for v in table.age] == [20, 31, None, 44, None]
     assert set(table.session) == {"a"}
@@ -122,13 +137,20 @@ def test_loading_a_row_gives_what_the_file_holds(tmp_path, data):
     found = index(describe(tmp_path, reader={"t_r": 1.5, "atlas": "three"}), data)
     loaded = found.load(found.table.iloc[-1])
     np.testing.assert_array_equal(loaded.values, values)
-    assert (loaded.participant_id, loaded.session, loaded.t_r, loaded.atlas) == ("sub-06", "b", 1.5, "three")
+    assert (loaded.participant_id, loaded.session, loaded.t_r, loaded.atlas) == (
+        "sub-06",
+        "b",
+        1.5,
+        "three",
+    )
     assert [scan.participant_id for scan in found[-2:]] == ["sub-05", "sub-06"]
 
 
 def test_rows_missing_repeated_and_contradictory_are_told_apart(tmp_path, data):
     with open(data / "people.csv", "a") as table:
-        table.write("1,1,0,20\n2,2,0,31\n77,1,1,50\n4,2,1,45\n")  # 4: another age, which nothing here reads
+        table.write(
+            "1,1,0,20\n2,2,0,31\n77,1,1,50\n4,2,1,45\n"
+        )  # 4: another age, which nothing here reads
     scan(data / "sub-08" / "sub-08_ses-a_x_timeseries.tsv", 8)
     found = index(describe(tmp_path), data)
     assert found.rows == {"rows": 9, "identical": 2, "contradictory": 1, "without_scan": 1}
@@ -168,15 +190,35 @@ def test_several_tables_are_joined(tmp_path, data):
 @pytest.mark.parametrize(
     ("rows", "changes", "message"),
     [
-        ("1,1,2,20\n2,1,2,3\n3,1,x,3\n", {}, r"dx of cohort.*'dx'.*one of \['0', '1'\].*'2' \(2\), 'x' \(1\)"),
+        (
+            "1,1,2,20\n2,1,2,3\n3,1,x,3\n",
+            {},
+            r"dx of cohort.*'dx'.*one of \['0', '1'\].*'2' \(2\), 'x' \(1\)",
+        ),
         ("1,3,0,20\n", {}, r"sex of cohort.*'3' \(1\)"),
         ("1,1,0,old\n", {"age": "age"}, r"age of cohort.*numbers.*'old' \(1\)"),
         ("1,1,0,inf\n", {"age": "age"}, r"'inf' \(1\)"),
-        ("1,1,0,240\n", {"age": "age"}, r"0 to 120 years, got 1 others, for example 240; is its unit"),
+        (
+            "1,1,0,240\n",
+            {"age": "age"},
+            r"0 to 120 years, got 1 others, for example 240; is its unit",
+        ),
         ("1,1,0,20\n", {"age": "years"}, r"no column 'years'.*'age'"),
-        ("1,1,0,20\n", {"phenotype": {"file": "no.csv", "match": {"id": "{participant}"}}}, "no.csv is needed"),
-        ("1,1,0,20\n", {"phenotype": {"file": "people.csv", "match": {"pid": "x"}}}, "no column 'pid'.*'sex'"),
-        ("1,1,0,20\n", {"phenotype": {"file": "people.csv", "match": {"id": "{who}"}}}, "no scan.*'{who}'"),
+        (
+            "1,1,0,20\n",
+            {"phenotype": {"file": "no.csv", "match": {"id": "{participant}"}}},
+            "no.csv is needed",
+        ),
+        (
+            "1,1,0,20\n",
+            {"phenotype": {"file": "people.csv", "match": {"pid": "x"}}},
+            "no column 'pid'.*'sex'",
+        ),
+        (
+            "1,1,0,20\n",
+            {"phenotype": {"file": "people.csv", "match": {"id": "{who}"}}},
+            "no scan.*'{who}'",
+        ),
         ("1,1,0,20\n", {"scans": "*.1D"}, r"none of its 6 files.*people.csv matches \*.1D"),
     ],
 )
@@ -188,7 +230,13 @@ def test_tables_that_are_not_as_described_are_errors(tmp_path, data, rows, chang
 
 def test_excluded_labels_months_and_sites(tmp_path, data):
     (data / "people.csv").write_text("id,sex,dx,age,centre\n1,1,0,120,A\n2,1,9,126,B\n3,2,1,132,\n")
-    target = {"name": "dx", "column": "dx", "kind": "classification", "mapping": {0: "no", 1: "yes"}, "exclude": [9]}
+    target = {
+        "name": "dx",
+        "column": "dx",
+        "kind": "classification",
+        "mapping": {0: "no", 1: "yes"},
+        "exclude": [9],
+    }
     cohort = describe(
         tmp_path,
         targets=[target],
@@ -234,12 +282,18 @@ def test_a_folder_of_several_atlases_is_said_so(tmp_path, data):
     (row,) = excluded(found := index(describe(tmp_path), data))
     assert row[1:] == ("parcel-count", "all")
     (message,) = found.excluded.message
-    assert "2 parcels, and most scans have 3; name one of the atlases ['Big', 'Small'] in the cohort's" in message
+    assert (
+        "2 parcels, and most scans have 3; name one of the atlases ['Big', 'Small'] in the cohort's"
+        in message
+    )
 
 
 def test_families_join_through_each_other(tmp_path, data):
     (data / "people.csv").write_text("id,sex,dx,fam\n1,1,0,x\n2,1,0,x\n3,2,1,y\n4,1,1,\n5,1,1,\n")
-    found = index(describe(tmp_path, family="fam", families=[["sub-02", "sub-03"], ["sub-04", "sub-99"]]), data)
+    found = index(
+        describe(tmp_path, family="fam", families=[["sub-02", "sub-03"], ["sub-04", "sub-99"]]),
+        data,
+    )
     family = dict(zip(found.table.participant_id, found.table.family, strict=True))
     assert family["sub-01"] == family["sub-02"] == family["sub-03"]
     assert len({family["sub-01"], family["sub-04"], family["sub-05"]}) == 3
@@ -253,14 +307,18 @@ def test_patterns(tmp_path, data):
     assert found.summary()["n_scans"] == 5
     nested = data / "deep" / "er" / "sub-09_ses-a_dir-AP_run-2_timeseries.tsv"
     scan(nested, 51)
-    found = index(describe(tmp_path, scans=["no-*", "**/sub-{participant}_*dir*.tsv"], run="{dir}{run}"), data)
+    found = index(
+        describe(tmp_path, scans=["no-*", "**/sub-{participant}_*dir*.tsv"], run="{dir}{run}"), data
+    )
     assert found.table[["path", "session", "run"]].to_numpy().tolist() == [
         ["deep/er/sub-09_ses-a_dir-AP_run-2_timeseries.tsv", "a", "AP2"]
     ]
 
 
 def test_times_that_print_alike_are_counted_together(data, tmp_path):
-    for path, t_r in zip(sorted(data.rglob("*.tsv")), (0.72, 0.7200000286, 0.72, 2.0, 0.8), strict=True):
+    for path, t_r in zip(
+        sorted(data.rglob("*.tsv")), (0.72, 0.7200000286, 0.72, 2.0, 0.8), strict=True
+    ):
         path.with_suffix(".json").write_text(f'{{"RepetitionTime": {t_r}}}')
     found = index(describe(tmp_path, reader={}), data)
     assert list(found.summary()["t_r"].items()) == [("0.72", 3), ("0.8", 1), ("2", 1)]
@@ -280,7 +338,9 @@ def test_bids_needs_no_table(data):
         path.with_suffix(".json").write_text('{"RepetitionTime": 0.8}')
     found = index("bids", data)
     assert found.summary()["problems"] == {"no-phenotype": 5}
-    (data / "participants.tsv").write_text("participant_id\tsex\tage\nsub-01\tF\t20\nsub-02\tM\t30\n")
+    (data / "participants.tsv").write_text(
+        "participant_id\tsex\tage\nsub-01\tF\t20\nsub-02\tM\t30\n"
+    )
     found = index("bids", data)
     assert list(found.table.sex.dropna()) == ["female", "male"]
     assert found.summary()["t_r"] == {"0.8": 5}
@@ -300,7 +360,11 @@ def test_the_pages_example_runs(tmp_path):
     (tmp_path / "mine.yaml").write_text(text)
     folder = tmp_path / "data"
     for who in (1, 2, 3):
-        scan(folder / f"sub-{who}" / "func" / f"sub-{who}_ses-1_atlas-x_timeseries.tsv", who, n_frames=40)
+        scan(
+            folder / f"sub-{who}" / "func" / f"sub-{who}_ses-1_atlas-x_timeseries.tsv",
+            who,
+            n_frames=40,
+        )
     rows = ["id,visit,centre,family,age_months,sex,fd,dx,recall", "001,1,A,f,120,1,0.1,0,7"]
     rows += ["002,1,B,f,132,2,0.2,2,-9999", "003,1,B,,144,1,,9,5"]
     (folder / "participants.csv").write_text("\n".join(rows) + "\n")
@@ -316,7 +380,12 @@ def test_command(tmp_path, data, capsys):
     cohort = str(describe(tmp_path))
     assert main(["index", cohort, str(data), "--json", "--table", str(tmp_path / "t.csv")]) == 0
     content = json.loads(capsys.readouterr().out)
-    assert {"n_scans": 5, "n_participants": 5, "n_sites": 0, "excluded": []}.items() <= content.items()
+    assert {
+        "n_scans": 5,
+        "n_participants": 5,
+        "n_sites": 0,
+        "excluded": [],
+    }.items() <= content.items()
     assert content["targets"]["sex"]["classes"] == {"female": 2, "male": 2}
     assert len(pd.read_csv(tmp_path / "t.csv")) == 5
     assert main(["index", cohort, str(data)]) == 0

@@ -63,14 +63,18 @@ def cohort(n=80, effect=0.0, seed=0, frames=60):
         common = rng.standard_normal(frames)
         x[:, :2] += effect * (row.diagnosis == "patients") * common[:, None]
         x[:, 2:4] += effect * (row.age - 20) / 40 * rng.standard_normal(frames)[:, None]
-        scans.append(Scan(row.participant_id, x.astype(np.float32), 2.0, PARCELS, source=row.participant_id))
+        scans.append(
+            Scan(row.participant_id, x.astype(np.float32), 2.0, PARCELS, source=row.participant_id)
+        )
     return scans, table
 
 
 @pytest.fixture(scope="module")
 def checkpoint():
     torch.manual_seed(0)
-    config = ModelConfig(n_parcels=8, n_timepoints=32, n_blocks=1, n_channels=6, input_width=6, n_levels=2)
+    config = ModelConfig(
+        n_parcels=8, n_timepoints=32, n_blocks=1, n_channels=6, input_width=6, n_levels=2
+    )
     return Checkpoint(MnemoDyn(config).eval(), PARCELS, 2.0, Scaling(), "none", {})
 
 
@@ -102,7 +106,9 @@ def test_scores_of_numbers_are_those_of_repeated_people():
     for i, w in enumerate(weights):
         a, b, s = (np.repeat(v, w) for v in (y, p, site))
         onehot = np.eye(3)[s]
-        within = [v - LinearRegression(fit_intercept=False).fit(onehot, v).predict(onehot) for v in (a, b)]
+        within = [
+            v - LinearRegression(fit_intercept=False).fit(onehot, v).predict(onehot) for v in (a, b)
+        ]
         expected = {
             "r": stats.pearsonr(a, b)[0],
             "r_plain": stats.pearsonr(a, b)[0],
@@ -116,7 +122,9 @@ def test_scores_of_numbers_are_those_of_repeated_people():
 
 def test_the_area_under_the_curve_compares_within_folds_only():
     y, fold = np.array([0, 1, 0, 1]), np.array([0, 0, 1, 1])
-    p = np.array([5.0, 6.0, -6.0, -5.0])  # in order in each fold; across folds two of the four pairs are
+    p = np.array(
+        [5.0, 6.0, -6.0, -5.0]
+    )  # in order in each fold; across folds two of the four pairs are
     ones = np.ones((1, 4))
     assert scores.measure("classification", y, p, ones, fold=fold)["auc"][0] == 1.0
     assert scores.measure("classification", y, p, ones, fold=np.zeros(4))["auc"][0] == 0.75
@@ -147,7 +155,9 @@ def test_the_interval_covers_the_truth():
         y = rng.integers(0, 2, 100)
         p = np.where(rng.random(100) < 0.7, 2 * y - 1, 1 - 2 * y)
         w = scores.resamples(range(100), 300, seed)
-        found = scores.interval(scores.measure("classification", y, p, w, fold=np.zeros(100))["accuracy"])
+        found = scores.interval(
+            scores.measure("classification", y, p, w, fold=np.zeros(100))["accuracy"]
+        )
         hits += found["low"] <= 0.7 <= found["high"]
     assert 88 <= hits <= 99
 
@@ -173,7 +183,11 @@ def test_rotated_features_give_the_predictions_of_all_features(kind):
     assert a.shape == (30, 29)
     centred = x.astype(float) - x[train].mean(0, dtype=float)
     unit = np.sqrt((centred[train] ** 2).sum(1).mean())
-    make = (lambda: LogisticRegression(C=3.0, tol=1e-8, max_iter=9999)) if kind == "classification" else Ridge
+    make = (
+        (lambda: LogisticRegression(C=3.0, tol=1e-8, max_iter=9999))
+        if kind == "classification"
+        else Ridge
+    )
     method = "decision_function" if kind == "classification" else "predict"
     whole = getattr(make().fit(centred[train] / unit, y[train]), method)(centred[test] / unit)
     np.testing.assert_allclose(getattr(make().fit(a, y[train]), method)(b), whole, atol=1e-4)
@@ -203,7 +217,9 @@ def test_standardised_features_use_the_training_scans_alone():
     other[20:] *= 7
     one, two = (heads.Standardised(v).products(train) for v in (x, other))
     np.testing.assert_allclose(one[:20, :20], two[:20, :20])
-    z = (x[:20] - np.nanmean(x[:20], 0)) / np.where(np.nanstd(x[:20], 0) > 0, np.nanstd(x[:20], 0), np.inf)
+    z = (x[:20] - np.nanmean(x[:20], 0)) / np.where(
+        np.nanstd(x[:20], 0) > 0, np.nanstd(x[:20], 0), np.inf
+    )
     np.testing.assert_allclose(one[:20, :20], np.nan_to_num(z) @ np.nan_to_num(z).T, atol=1e-8)
 
 
@@ -281,7 +297,9 @@ def test_a_planted_effect_is_found_and_noise_is_not(checkpoint):
         assert rows["confounds"][metric]["low"] < guess + 0.05
         assert rows["fc"]["p"] < 0.01
         assert rows["fc"]["n"] == 80
-        better = [c for c in found["comparisons"] if c["method"] == "confounds" and c["metric"] == metric]
+        better = [
+            c for c in found["comparisons"] if c["method"] == "confounds" and c["metric"] == metric
+        ]
         assert better[0]["difference"]["high"] < 0
         once = replace(folds, test_fold=folds.test_fold[:1])
         for control in (
@@ -298,13 +316,22 @@ def test_equal_noise_does_not_tell_who_was_scanned_longer_or_with_what(checkpoin
     scans, table = cohort(60)
     old = table["age"] > 40
     scans = [
-        replace(s, values=s.values[: 30 + 30 * a], t_r=1.0 + 2 * a, censored=np.arange(30 + 30 * a) < 5 * a)
+        replace(
+            s,
+            values=s.values[: 30 + 30 * a],
+            t_r=1.0 + 2 * a,
+            censored=np.arange(30 + 30 * a) < 5 * a,
+        )
         for s, a in zip(scans, old, strict=True)
     ]
     plain, equal = noise_scans(scans, 0), noise_scans(scans, 0, equal=True)
-    assert [(len(s.values), s.t_r, s.n_usable) for s in plain] == [(60, 3.0, 55) if a else (30, 1.0, 30) for a in old]
+    assert [(len(s.values), s.t_r, s.n_usable) for s in plain] == [
+        (60, 3.0, 55) if a else (30, 1.0, 30) for a in old
+    ]
     most = 1.0 + 2 * (old.mean() > 0.5)
-    assert {(len(s.values), s.t_r, s.n_usable, s.values.std() > 0.8) for s in equal} == {(30, most, 30, True)}
+    assert {(len(s.values), s.t_r, s.n_usable, s.values.std() > 0.8) for s in equal} == {
+        (30, most, 30, True)
+    }
     np.testing.assert_array_equal(equal[3].values, plain[3].values[:30])
     # Frames are few, so that the lengths and the repetition times that the network is told are all that there is.
     task = Task.of(table, "age", "regression")
@@ -318,7 +345,10 @@ def test_equal_noise_does_not_tell_who_was_scanned_longer_or_with_what(checkpoin
 def test_luck_has_a_p_that_is_uniform():
     rng = np.random.default_rng(0)
     draws = rng.normal(0.5, 0.03, (2000, 9))
-    p = [scores.draw_p(d[0], 0.5, {"n": 8, "mean": d[1:].mean(), "sd": d[1:].std(ddof=1)}) for d in draws]
+    p = [
+        scores.draw_p(d[0], 0.5, {"n": 8, "mean": d[1:].mean(), "sd": d[1:].std(ddof=1)})
+        for d in draws
+    ]
     assert stats.kstest(p, "uniform").pvalue > 0.01
     assert scores.draw_p(0.6, 0.5, {"n": 8, "sd": 0.03}) < 0.02
 
@@ -328,7 +358,9 @@ def test_shuffled_labels_are_at_chance_on_average():
     for target, kind, guess in (("diagnosis", "classification", 0.5), ("age", "regression", 0.0)):
         task = Task.of(table, target, kind)
         folds = repeated_folds(task.table, target, n_repeats=1)
-        found = downstream.draws(lambda i, task=task: (scans, permuted(task, i)), folds, {"fc": 8})["fc"]
+        found = downstream.draws(lambda i, task=task: (scans, permuted(task, i)), folds, {"fc": 8})[
+            "fc"
+        ]
         assert found["n"] == 8
         assert abs(found["mean"] - guess) < 4 * found["sd"] / np.sqrt(8)
         assert found["sd"] < 0.2
@@ -337,15 +369,28 @@ def test_shuffled_labels_are_at_chance_on_average():
 
 def test_parts_of_a_study_are_measured_alone():
     scans, table = cohort(60, effect=1.5)
-    plan = {"control": ["fc"], "shuffles": {"fc": 2}, "noises": {"fc": 3}, "shots": ["fc"], "n_boot": 50}
-    found = downstream.study(scans, table, {"diagnosis": "classification"}, ["fc"], only=["noises", "noise"], **plan)
+    plan = {
+        "control": ["fc"],
+        "shuffles": {"fc": 2},
+        "noises": {"fc": 3},
+        "shots": ["fc"],
+        "n_boot": 50,
+    }
+    found = downstream.study(
+        scans, table, {"diagnosis": "classification"}, ["fc"], only=["noises", "noise"], **plan
+    )
     assert set(found["diagnosis"]) == {"noise", "noises"}
     noises = found["diagnosis"]["noises"]["fc"]
     assert noises["n"] == 3
     assert 0 < noises["sd"] < 0.2
-    task, folds = Task.of(table, "diagnosis", "classification"), repeated_folds(table, "diagnosis", n_repeats=1)
+    task, folds = (
+        Task.of(table, "diagnosis", "classification"),
+        repeated_folds(table, "diagnosis", n_repeats=1),
+    )
     each = [evaluate(noise_scans(scans, i, equal=True), task, folds, ["fc"]) for i in range(3)]
-    assert noises["mean"] == pytest.approx(np.mean([report(one)["rows"][0]["fold_mean"] for one in each]))
+    assert noises["mean"] == pytest.approx(
+        np.mean([report(one)["rows"][0]["fold_mean"] for one in each])
+    )
 
 
 def test_fine_tuning_learns_and_makes_nothing_of_noise(checkpoint):
@@ -364,7 +409,14 @@ def test_fine_tuning_learns_and_makes_nothing_of_noise(checkpoint):
     ]
     for data, low, high in ((louder, 0.75, 1.0), (scans, 0.3, 0.7)):
         p, chosen = finetune(
-            Series.of(checkpoint, data), y, train, test, what="all", kind="classification", split=split, seed=0
+            Series.of(checkpoint, data),
+            y,
+            train,
+            test,
+            what="all",
+            kind="classification",
+            split=split,
+            seed=0,
         )
         assert low <= roc_auc_score(y[test], p) <= high
         assert chosen.startswith("epoch ")
@@ -398,7 +450,9 @@ def test_an_interrupted_evaluation_goes_on(tmp_path, monkeypatch):
     again = evaluate(scans, task, folds, ["fc"], cache=tmp_path)
     np.testing.assert_array_equal(first.predictions["fc"], again.predictions["fc"])
     monkeypatch.undo()
-    other = evaluate(scans, permuted(task, 0), folds, ["fc"], cache=tmp_path)  # not from the cache of other labels
+    other = evaluate(
+        scans, permuted(task, 0), folds, ["fc"], cache=tmp_path
+    )  # not from the cache of other labels
     assert not np.array_equal(first.predictions["fc"], other.predictions["fc"])
 
 
@@ -455,9 +509,19 @@ def test_confounds_leave_the_target_out():
     ("change", "target", "kind", "message"),
     [
         ({}, "iq", "classification", "target must be a column"),
-        ({"diagnosis": "controls"}, "diagnosis", "classification", "two classes .* got only 'controls'"),
+        (
+            {"diagnosis": "controls"},
+            "diagnosis",
+            "classification",
+            "two classes .* got only 'controls'",
+        ),
         ({"diagnosis": None}, "diagnosis", "classification", "no value at all"),
-        ({"diagnosis": list("abc" * 27)[:80]}, "diagnosis", "classification", "two classes are expected"),
+        (
+            {"diagnosis": list("abc" * 27)[:80]},
+            "diagnosis",
+            "classification",
+            "two classes are expected",
+        ),
     ],
 )
 def test_a_target_that_is_none_is_refused(change, target, kind, message):
@@ -468,7 +532,11 @@ def test_a_target_that_is_none_is_refused(change, target, kind, message):
 
 def test_scans_without_the_target_are_counted():
     _, table = cohort()
-    task = Task.of(table.assign(diagnosis=table["diagnosis"].where(table.index > 4)), "diagnosis", "classification")
+    task = Task.of(
+        table.assign(diagnosis=table["diagnosis"].where(table.index > 4)),
+        "diagnosis",
+        "classification",
+    )
     assert (task.n_missing, len(task.y)) == (5, 75)
 
 
@@ -482,7 +550,9 @@ def test_the_encoder_is_a_transformer_of_scikit_learn(checkpoint, tmp_path):
     encoder = MnemoDynEncoder(checkpoint, ("latent_sd", "response"), cache=tmp_path)
     found = encoder.fit_transform(scans)
     expected = [
-        np.concatenate(list(readouts(checkpoint.model, Scaling()(s), 2.0, ("latent_sd", "response")).values()))
+        np.concatenate(
+            list(readouts(checkpoint.model, Scaling()(s), 2.0, ("latent_sd", "response")).values())
+        )
         for s in scans
     ]
     np.testing.assert_allclose(found, expected, atol=1e-6)
@@ -490,10 +560,16 @@ def test_the_encoder_is_a_transformer_of_scikit_learn(checkpoint, tmp_path):
     again = pickle.loads(pickle.dumps(encoder))
     np.testing.assert_array_equal(again.transform(scans[::-1]), found[::-1])  # now from the cache
     assert len(list(tmp_path.rglob("*.npz"))) == 6
-    save_checkpoint(tmp_path / "run" / "best", checkpoint)  # what from_pretrained takes, the encoder takes
+    save_checkpoint(
+        tmp_path / "run" / "best", checkpoint
+    )  # what from_pretrained takes, the encoder takes
     of_a_run = MnemoDynEncoder(str(tmp_path / "run"), ("latent_sd", "response"))
     np.testing.assert_array_equal(of_a_run.fit_transform(scans), found)
-    fresh = MnemoDynEncoder(checkpoint, ("latent_sd",), untrained=5, cache=tmp_path).fit(scans).transform(scans)
+    fresh = (
+        MnemoDynEncoder(checkpoint, ("latent_sd",), untrained=5, cache=tmp_path)
+        .fit(scans)
+        .transform(scans)
+    )
     assert not np.allclose(fresh, found[:, :6])
 
 

@@ -20,7 +20,16 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import cross_val_score
 
 import mnemodyn.embed
-from mnemodyn import Checkpoint, MnemoDyn, ModelConfig, Scaling, Scan, load_checkpoint, load_scan, save_checkpoint
+from mnemodyn import (
+    Checkpoint,
+    MnemoDyn,
+    ModelConfig,
+    Scaling,
+    Scan,
+    load_checkpoint,
+    load_scan,
+    save_checkpoint,
+)
 from mnemodyn.cli import main
 from mnemodyn.data.scans import save_scan
 
@@ -30,7 +39,9 @@ PARCELS = tuple(f"p{i}" for i in range(6))
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
     torch.manual_seed(0)
-    config = ModelConfig(n_parcels=6, n_timepoints=32, n_channels=4, input_width=4, field_rank=2, n_levels=2)
+    config = ModelConfig(
+        n_parcels=6, n_timepoints=32, n_channels=4, input_width=4, field_rank=2, n_levels=2
+    )
     folder = tmp_path_factory.mktemp("model") / "checkpoint"
     return save_checkpoint(folder, Checkpoint(MnemoDyn(config), PARCELS, 0.8, Scaling(), None, {}))
 
@@ -45,7 +56,10 @@ def scans(tmp_path):
         values = rng.standard_normal((50 + i, 6)).astype(np.float32).cumsum(0) * (1 + i % 2)
         scan = Scan(f"sub-{i:02}", values, 0.8, PARCELS)
         if i % 3 == 2:
-            lines = ["\t".join(f"#{p}" for p in PARCELS), *("\t".join(map(str, row)) for row in values)]
+            lines = [
+                "\t".join(f"#{p}" for p in PARCELS),
+                *("\t".join(map(str, row)) for row in values),
+            ]
             (folder / f"sub-{i:02}.1D").write_text("\n".join(lines) + "\n")
             (folder / f"sub-{i:02}.json").write_text('{"RepetitionTime": 0.8}')
         else:
@@ -128,7 +142,9 @@ def test_rows_of_other_settings_are_not_taken_up(scans, checkpoint, tmp_path, ca
     path = next(scans.glob("*.1D"))
     path.write_text(path.read_text().replace("\n", "\n1\t2\t3\t4\t5\t6\n", 1))
     assert embed(scans, tmp_path / "e.csv", checkpoint, "--json") == 0
-    assert json.loads(capsys.readouterr().out)["n_resumed"] == 11, "the scan that changed is read again"
+    assert json.loads(capsys.readouterr().out)["n_resumed"] == 11, (
+        "the scan that changed is read again"
+    )
     table = pd.read_csv(tmp_path / "e.csv").set_index("file")
     assert table.loc[str(path), "n_frames"] == len(path.read_text().splitlines()) - 1
     with monkeypatch.context() as patch:
@@ -157,24 +173,34 @@ def test_a_bad_scan_is_listed_and_stops_nothing(scans, checkpoint, tmp_path, cap
 def test_censored_frames_are_filled(checkpoint, tmp_path, capsys):
     rng = np.random.default_rng(1)
     t = np.arange(60)[:, None]
-    values = (1000 + 20 * np.sin(t / 4 + np.arange(6)) + rng.standard_normal((60, 6))).astype(np.float32)
+    values = (1000 + 20 * np.sin(t / 4 + np.arange(6)) + rng.standard_normal((60, 6))).astype(
+        np.float32
+    )
     censored = np.zeros(60, bool)
     censored[[10, 11, 30]] = True
     damaged = values.copy()
     damaged[censored] += 500
-    path = save_scan(Scan("sub-1", damaged, 0.8, PARCELS, censored=censored), tmp_path / "sub-1.ptseries.nii")
+    path = save_scan(
+        Scan("sub-1", damaged, 0.8, PARCELS, censored=censored), tmp_path / "sub-1.ptseries.nii"
+    )
     output = tmp_path / "out" / "sub-1" / "func" / "sub-1_timeseries.ptseries.nii"
     assert main(["reconstruct", str(path), "-o", str(output), "-c", str(checkpoint)]) == 0
     assert capsys.readouterr().out == f"{output}: 3 of 60 frames filled\n"
     filled = load_scan(output)
-    assert json.loads((output.parent / "sub-1_timeseries.json").read_text())["FilledFrames"] == [10, 11, 30]
+    assert json.loads((output.parent / "sub-1_timeseries.json").read_text())["FilledFrames"] == [
+        10,
+        11,
+        30,
+    ]
     described = json.loads((tmp_path / "out" / "dataset_description.json").read_text())
     assert described["DatasetType"] == "derivative"
     assert {"Name", "BIDSVersion", "GeneratedBy"} <= set(described)
     unnamed = (tmp_path / "out" / ".bidsignore").read_text().split()
     files = [p.name for p in (tmp_path / "out").rglob("sub-1*") if p.is_file()]
     assert len(files) == 3
-    assert all(any(fnmatch(name, pattern) for pattern in unnamed) for name in files), "BIDS has no names for these yet"
+    assert all(any(fnmatch(name, pattern) for pattern in unnamed) for name in files), (
+        "BIDS has no names for these yet"
+    )
     assert np.array_equal(filled.values[~censored], values[~censored])
     assert np.array_equal(filled.censored, censored)
     trained = load_checkpoint(checkpoint)
@@ -184,10 +210,27 @@ def test_censored_frames_are_filled(checkpoint, tmp_path, capsys):
         y = trained.model(z, 0.8, censored=torch.tensor(censored)[None]).reconstruction[0].numpy()
     np.testing.assert_allclose(filled.values[censored], (y * sd + mean)[censored], rtol=1e-5)
     whole = tmp_path / "sub-1_timeseries.tsv"
-    assert main(["reconstruct", str(path), "-o", str(whole), "-c", str(checkpoint), "--whole", "--json"]) == 0
+    assert (
+        main(
+            ["reconstruct", str(path), "-o", str(whole), "-c", str(checkpoint), "--whole", "--json"]
+        )
+        == 0
+    )
     np.testing.assert_allclose(load_scan(whole).values, y * sd + mean, rtol=1e-4)
     save_scan(Scan("sub-2", values, 0.8, PARCELS), tmp_path / "sub-2.ptseries.nii")
-    assert main(["reconstruct", str(tmp_path / "sub-2.ptseries.nii"), "-o", str(whole), "-c", str(checkpoint)]) == 1
+    assert (
+        main(
+            [
+                "reconstruct",
+                str(tmp_path / "sub-2.ptseries.nii"),
+                "-o",
+                str(whole),
+                "-c",
+                str(checkpoint),
+            ]
+        )
+        == 1
+    )
     assert "no frame is censored" in capsys.readouterr().err
 
 
@@ -266,11 +309,15 @@ def test_holding_it_wrong_names_the_mend(how, checkpoint, tmp_path, monkeypatch,
         def full(*_):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-        monkeypatch.setattr(*((os, "replace") if how == "full disk" else (mnemodyn.embed, "_resume")), full)
+        monkeypatch.setattr(
+            *((os, "replace") if how == "full disk" else (mnemodyn.embed, "_resume")), full
+        )
     elif how == "unwritable folder":
         folder = tmp_path / "closed"
         folder.mkdir(mode=0o500)
-        output = (folder if os.getuid() else Path("/sys")) / "e.csv"  # nothing stops root but the kernel
+        output = (
+            folder if os.getuid() else Path("/sys")
+        ) / "e.csv"  # nothing stops root but the kernel
     elif how == "no scans":
         scan = tmp_path / "none"
         scan.mkdir()
@@ -284,7 +331,14 @@ def test_holding_it_wrong_names_the_mend(how, checkpoint, tmp_path, monkeypatch,
     elif how == "a scan that is not there":
         scan = tmp_path / "sub-9_timeseries.tsv"
     elif how == "a folder for a scan":
-        words = ["reconstruct", str(tmp_path), "-o", str(tmp_path / "sub-1_timeseries.tsv"), "-c", str(model)]
+        words = [
+            "reconstruct",
+            str(tmp_path),
+            "-o",
+            str(tmp_path / "sub-1_timeseries.tsv"),
+            "-c",
+            str(model),
+        ]
     elif how == "a file for a folder":
         output = scan / "e.csv"
     elif how == "a scan as output":
@@ -302,14 +356,25 @@ def test_holding_it_wrong_names_the_mend(how, checkpoint, tmp_path, monkeypatch,
     assert not output.is_file()
 
 
-def test_ten_lines_from_the_hub_to_a_cross_validated_score(scans, checkpoint, tmp_path, monkeypatch):
+def test_ten_lines_from_the_hub_to_a_cross_validated_score(
+    scans, checkpoint, tmp_path, monkeypatch
+):
     """The lines stand in the README; here they are run against the loopback hub."""
     import huggingface_hub
     from hub_server import TOKEN, Hub
 
     hub = Hub()
-    environment = {**os.environ, "HF_ENDPOINT": hub.url, "HF_TOKEN": TOKEN, "HF_HUB_DISABLE_XET": "1"}
-    environment |= {"HF_HUB_DISABLE_TELEMETRY": "1", "HF_HOME": str(tmp_path / "hf"), "OMP_NUM_THREADS": "1"}
+    environment = {
+        **os.environ,
+        "HF_ENDPOINT": hub.url,
+        "HF_TOKEN": TOKEN,
+        "HF_HUB_DISABLE_XET": "1",
+    }
+    environment |= {
+        "HF_HUB_DISABLE_TELEMETRY": "1",
+        "HF_HOME": str(tmp_path / "hf"),
+        "OMP_NUM_THREADS": "1",
+    }
     environment["PYTHONPATH"] = str(Path(__file__).parents[1])
     api = huggingface_hub.HfApi(endpoint=hub.url, token=TOKEN)
     api.create_repo("NAME/MODEL")
@@ -322,7 +387,9 @@ def test_ten_lines_from_the_hub_to_a_cross_validated_score(scans, checkpoint, tm
     readme = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
     lines = readme.split("<!-- ten lines -->\n```python\n")[1].split("```")[0]
     assert len([line for line in lines.splitlines() if line]) <= 10  # the formatter sets one apart
-    people = pd.DataFrame({"participant_id": [f"sub-{i:02}" for i in range(12)], "diagnosis": [0, 1] * 6})
+    people = pd.DataFrame(
+        {"participant_id": [f"sub-{i:02}" for i in range(12)], "diagnosis": [0, 1] * 6}
+    )
     people.to_csv(scans / "participants.tsv", sep="\t", index=False)
     done = subprocess.run(
         [sys.executable, "-c", lines],
@@ -344,9 +411,13 @@ def test_ten_lines_from_the_hub_to_a_cross_validated_score(scans, checkpoint, tm
 
 def test_an_hour_in_seconds_and_bounded_memory(tmp_path):
     """450 parcels, 5000 frames of 0.72 s: the network of the quick profile's size."""
-    config = ModelConfig(n_parcels=450, n_timepoints=240, n_blocks=2, n_channels=48, input_width=48, n_levels=4)
+    config = ModelConfig(
+        n_parcels=450, n_timepoints=240, n_blocks=2, n_channels=48, input_width=48, n_levels=4
+    )
     parcels = tuple(f"p{i}" for i in range(450))
-    save_checkpoint(tmp_path / "model", Checkpoint(MnemoDyn(config), parcels, 0.72, Scaling(), None, {}))
+    save_checkpoint(
+        tmp_path / "model", Checkpoint(MnemoDyn(config), parcels, 0.72, Scaling(), None, {})
+    )
     values = np.random.default_rng(0).standard_normal((5000, 450)).astype(np.float32)
     path = save_scan(Scan("sub-1", values, 0.72, parcels), tmp_path / "sub-1.ptseries.nii")
     before, start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.process_time()

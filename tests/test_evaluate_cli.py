@@ -13,13 +13,25 @@ from mnemodyn.evaluate.downstream import Rows, Task, open_scans, planted, publis
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("simulated") / "abide"
-    simulate_cohort("abide", folder, n_participants=50, n_parcels=30, n_frames=80, effects={"diagnosis": 6.0})
+    simulate_cohort(
+        "abide", folder, n_participants=50, n_parcels=30, n_frames=80, effects={"diagnosis": 6.0}
+    )
     return folder
 
 
 def test_a_command_from_scans_to_scores(folder, tmp_path, capsys):
     out = tmp_path / "out.json"
-    settings = ["--target", "diagnosis", "--json", str(out), "--repeats", "1", "--method", "fc", "confounds"]
+    settings = [
+        "--target",
+        "diagnosis",
+        "--json",
+        str(out),
+        "--repeats",
+        "1",
+        "--method",
+        "fc",
+        "confounds",
+    ]
     assert main(["evaluate", "abide", str(folder), *settings]) == 0
     found = json.loads(out.read_text())
     rows = {row["method"]: row for row in found["rows"]}
@@ -49,7 +61,10 @@ def test_a_folder_in_place_of_the_scores_is_refused_before_the_work(folder, tmp_
     ],
 )
 def test_what_cannot_be_done_is_said(folder, tmp_path, capsys, more, message, status):
-    assert main(["evaluate", "abide", str(folder), "--json", str(tmp_path / "o.json"), *more]) == status
+    assert (
+        main(["evaluate", "abide", str(folder), "--json", str(tmp_path / "o.json"), *more])
+        == status
+    )
     assert message in capsys.readouterr().err
 
 
@@ -59,13 +74,21 @@ def test_planted_effects_are_found_in_every_cohort(tmp_path):
         cohort, folder = load_cohort(name), tmp_path / name
         n_frames = max(80, cohort.reader.min_frames)
         truth = simulate_cohort(
-            name, folder, n_participants=50, n_parcels=30, n_frames=n_frames, effects={"sex": 2.0}, broken=False
+            name,
+            folder,
+            n_participants=50,
+            n_parcels=30,
+            n_frames=n_frames,
+            effects={"sex": 2.0},
+            broken=False,
         )
         scans = open_scans(cohort, folder)
         for target in cohort.targets:
             task = Task.of(scans.table, target.name, target.kind)
             effect = planted(Rows(scans, task.rows), task, truth, n_boot=300)
-            found[name, target.name] = effect["found"]["low"] <= effect["planted"] <= effect["found"]["high"]
+            found[name, target.name] = (
+                effect["found"]["low"] <= effect["planted"] <= effect["found"]["high"]
+            )
     assert len(found) >= 14
     assert sum(found.values()) >= len(found) - 3, found  # of 95 % intervals, one in twenty misses
 

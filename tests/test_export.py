@@ -24,7 +24,13 @@ assert "mnemodyn" not in sys.modules
 def folder(tmp_path_factory):
     torch.manual_seed(0)
     config = ModelConfig(
-        n_parcels=5, n_timepoints=17, n_channels=3, input_width=3, field_rank=2, n_levels=1, n_blocks=1
+        n_parcels=5,
+        n_timepoints=17,
+        n_channels=3,
+        input_width=3,
+        field_rank=2,
+        n_levels=1,
+        n_blocks=1,
     )
     parcels = tuple("abcde")
     checkpoint = Checkpoint(MnemoDyn(config).eval(), parcels, 0.8, Scaling(), None, {})

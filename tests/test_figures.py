@@ -35,7 +35,10 @@ def test_vertices_take_the_nearest_parcel_and_parcels_their_colour(volume):
         assert set(vertices[side][points[:, 1] < -50]) == {0}
     figure = figures.cortex({"a": np.array([-1.0, 2.0]), "b": np.array([1.0, np.nan])}, vertices)
     faces = [ax.collections[0].get_facecolors() for part in figure.subfigs for ax in part.axes[:4]]
-    for colours, own, other in ((faces[0], 0, 2), (faces[3], 2, 0)):  # lateral: parcel 2 is red, parcel 1 blue
+    for colours, own, other in (
+        (faces[0], 0, 2),
+        (faces[3], 2, 0),
+    ):  # lateral: parcel 2 is red, parcel 1 blue
         assert (colours[:, own] > 1.3 * colours[:, other]).mean() > 0.4
         assert (colours[:, other] > 1.3 * colours[:, own]).mean() < 0.1
     assert (np.ptp(faces[4][:, :3], axis=1) < 1e-6).mean() > 0.9  # not known, hence grey

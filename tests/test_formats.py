@@ -31,12 +31,16 @@ XCPD = "sub-01_ses-2_task-rest_run-1"
 
 
 def cifti(path, values, *axes, t_r=0.72):
-    Cifti2Image(values, axes or (SeriesAxis(0, t_r, len(values)), formats.parcels_axis(NAMES))).to_filename(path)
+    Cifti2Image(
+        values, axes or (SeriesAxis(0, t_r, len(values)), formats.parcels_axis(NAMES))
+    ).to_filename(path)
     return path
 
 
 def table(path, header=NAMES, separator="\t", values=VALUES, fmt="%.9g"):
-    np.savetxt(path, values, delimiter=separator, header=separator.join(header), comments="", fmt=fmt)
+    np.savetxt(
+        path, values, delimiter=separator, header=separator.join(header), comments="", fmt=fmt
+    )
     return path
 
 
@@ -58,8 +62,16 @@ def write_npy(path, array):
 SERIES = SeriesAxis(0, 0.72, 30)
 WRITERS = {  # name: (write, settings, names expected)
     "x.ptseries.nii": (lambda p: cifti(p, VALUES), {}, NAMES),
-    "turned.ptseries.nii": (lambda p: cifti(p, VALUES.T, formats.parcels_axis(NAMES), SERIES), {}, NAMES),
-    "x_parcellated.dtseries.nii": (lambda p: cifti(p, VALUES, SERIES, ScalarAxis(NAMES)), {}, NAMES),
+    "turned.ptseries.nii": (
+        lambda p: cifti(p, VALUES.T, formats.parcels_axis(NAMES), SERIES),
+        {},
+        NAMES,
+    ),
+    "x_parcellated.dtseries.nii": (
+        lambda p: cifti(p, VALUES, SERIES, ScalarAxis(NAMES)),
+        {},
+        NAMES,
+    ),
     "y_3_parcellated.dtseries.nii": (
         lambda p: cifti(p, VALUES, SERIES, BrainModelAxis.from_surface([0, 1, 2], 9, "CortexLeft")),
         {},
@@ -73,13 +85,21 @@ WRITERS = {  # name: (write, settings, names expected)
         NAMES,
     ),
     "x.1D": (lambda p: table(p, [f"#{n}" for n in NAMES]), {"t_r": 0.72}, NAMES),
-    "x.npy": (lambda p: write_npy(p, VALUES.T), {"t_r": 0.72, "frames_first": False}, ("1", "2", "3")),
+    "x.npy": (
+        lambda p: write_npy(p, VALUES.T),
+        {"t_r": 0.72, "frames_first": False},
+        ("1", "2", "3"),
+    ),
     "fortran.npy": (
         lambda p: write_npy(p, np.asfortranarray(VALUES)),
         {"t_r": 0.72, "frames_first": True, "parcels": NAMES},
         NAMES,
     ),
-    "x.npz": (lambda p: write_npz(p, bold=VALUES, t_r=0.72), {"t_r": 0.72, "frames_first": True}, ("1", "2", "3")),
+    "x.npz": (
+        lambda p: write_npz(p, bold=VALUES, t_r=0.72),
+        {"t_r": 0.72, "frames_first": True},
+        ("1", "2", "3"),
+    ),
     "x.mat": (
         lambda p: write_mat(p, sc=np.eye(3), tc=VALUES.T),
         {"t_r": 0.72, "frames_first": False, "key": "tc"},
@@ -111,7 +131,9 @@ def problem(path, **settings):
 def test_orientation_is_never_guessed(tmp_path):
     assert problem(write_npy(tmp_path / "sub-1.npy", VALUES)) == "orientation"
     assert problem(table(tmp_path / "sub-1.tsv"), frames_first=False) == "orientation"
-    numbered = table(tmp_path / "sub-1.csv", ("", *"012"), ",", np.column_stack([np.arange(30), VALUES]))
+    numbered = table(
+        tmp_path / "sub-1.csv", ("", *"012"), ",", np.column_stack([np.arange(30), VALUES])
+    )
     assert problem(numbered) == "orientation"
     assert problem(table(tmp_path / "sub-2.csv", "012", ",")) == "header"
     unnamed = table(tmp_path / "sub-4.csv", ("", "b", "c"), ",")
@@ -126,7 +148,9 @@ def test_arrays_are_chosen_by_key(tmp_path):
     path = write_npz(tmp_path / "sub-1.npz", a=VALUES, b=VALUES + 1)
     assert problem(path, frames_first=True) == "key"
     assert problem(path, frames_first=True, key="c") == "key"
-    np.testing.assert_array_equal(load_scan(path, t_r=1, frames_first=True, key="b").values, VALUES + 1)
+    np.testing.assert_array_equal(
+        load_scan(path, t_r=1, frames_first=True, key="b").values, VALUES + 1
+    )
     beside = np.array([{"note": 1}], dtype=object)  # never unpickled
     path = write_npz(tmp_path / "sub-2.npz", bold=VALUES, about=beside)
     np.testing.assert_array_equal(load_scan(path, t_r=1, frames_first=True).values, VALUES)
@@ -150,7 +174,9 @@ def test_matlab_files_of_every_version_and_number(tmp_path, kind, how):
         other |= {"cells": np.array([[1, "a"]], dtype=object), "inside": {"a": np.eye(3)}}
     path = tmp_path / "sub-1.mat"
     savemat(path, {**other, "tc": values}, **how)
-    np.testing.assert_array_equal(load_scan(path, t_r=1, frames_first=True, key="tc").values, values)
+    np.testing.assert_array_equal(
+        load_scan(path, t_r=1, frames_first=True, key="tc").values, values
+    )
 
 
 def test_what_is_no_parcellated_series(tmp_path):
@@ -168,7 +194,10 @@ def test_what_is_no_parcellated_series(tmp_path):
         assert problem(volume) == "not-cifti"
     assert problem(shutil.copy(volume, tmp_path / "sub-1_bold.nii.gz")) == "not-cifti"
     matrix = formats.parcels_axis(NAMES)
-    assert problem(cifti(tmp_path / "sub-1.pconn.nii", np.eye(3, dtype=np.float32), matrix, matrix)) == "not-a-series"
+    assert (
+        problem(cifti(tmp_path / "sub-1.pconn.nii", np.eye(3, dtype=np.float32), matrix, matrix))
+        == "not-a-series"
+    )
     (tmp_path / "sub-1.mat").write_bytes(b"MATLAB 7.3 MAT-file, Platform: GLNXA64" + b" " * 500)
     assert problem(tmp_path / "sub-1.mat", frames_first=True) == "mat-7.3"
     assert problem(tmp_path / "sub-1.xlsx") == "format"
@@ -201,7 +230,9 @@ def test_problems_have_names(tmp_path, values, settings, name):
 
 
 def test_constant_parcels_are_allowed_by_number(tmp_path):
-    values = altered(altered(VALUES, (slice(None), 2), 5), (slice(None), 0), np.nan)  # NaN: not covered
+    values = altered(
+        altered(VALUES, (slice(None), 2), 5), (slice(None), 0), np.nan
+    )  # NaN: not covered
     path = cifti(tmp_path / "sub-1.ptseries.nii", values)
     scan = load_scan(path, max_constant_parcels=2)
     np.testing.assert_array_equal(scan.constant, [True, False, True])
@@ -212,7 +243,9 @@ def test_constant_parcels_are_allowed_by_number(tmp_path):
         (survey([scan]).table.lag1, survey([full]).table.lag1),
     ):
         np.testing.assert_allclose(with_constant, without, rtol=1e-5)
-    wide = Scan("sub-1", np.array([[-128], [127]], np.int8), 1.0, ("a",))  # the difference is -1 in int8
+    wide = Scan(
+        "sub-1", np.array([[-128], [127]], np.int8), 1.0, ("a",)
+    )  # the difference is -1 in int8
     assert not wide.constant.any()
 
 
@@ -234,7 +267,9 @@ def test_files_cut_short(tmp_path):
 
 def test_declared_sizes_are_held_against_the_file(tmp_path):
     header = io.BytesIO()
-    np.lib.format.write_array_header_1_0(header, {"descr": "<f4", "fortran_order": False, "shape": (10**6, 10**6)})
+    np.lib.format.write_array_header_1_0(
+        header, {"descr": "<f4", "fortran_order": False, "shape": (10**6, 10**6)}
+    )
     path = tmp_path / "sub-1.npy"
     path.write_bytes(header.getvalue() + b"\0" * 64)
     assert problem(path, frames_first=True) == "truncated"
@@ -293,10 +328,17 @@ def test_time_from_the_series_it_was_made_of(tmp_path):
     """XCP-D's tables say ``SamplingFrequency: TR`` and name the dense series, whose sidecar has the time."""
     path = table(tmp_path / f"{XCPD}_space-fsLR_seg-Tian_stat-mean_timeseries.tsv")
     dense = f"{XCPD}_space-fsLR_den-91k_desc-denoised_bold"
-    sources = ["bids:atlas:atlas-Tian/atlas-Tian_dseg.dlabel.nii", f"bids::sub-01/ses-2/func/{dense}.dtseries.nii"]
-    path.with_suffix(".json").write_text(json.dumps({"SamplingFrequency": "TR", "Sources": sources}))
+    sources = [
+        "bids:atlas:atlas-Tian/atlas-Tian_dseg.dlabel.nii",
+        f"bids::sub-01/ses-2/func/{dense}.dtseries.nii",
+    ]
+    path.with_suffix(".json").write_text(
+        json.dumps({"SamplingFrequency": "TR", "Sources": sources})
+    )
     assert problem(path, t_r=None) == "no-t-r"
-    (tmp_path / f"{dense}.json").write_text(json.dumps({"RepetitionTime": 0.8, "Sources": [path.name]}))  # a circle
+    (tmp_path / f"{dense}.json").write_text(
+        json.dumps({"RepetitionTime": 0.8, "Sources": [path.name]})
+    )  # a circle
     assert (load_scan(path).t_r, load_scan(path).t_r_source) == (0.8, "sidecar")
     path.with_suffix(".json").write_text(json.dumps({"Sources": [*sources, "other_bold.nii.gz"]}))
     (tmp_path / "other_bold.json").write_text(json.dumps({"RepetitionTime": 2}))
@@ -327,7 +369,9 @@ def test_sidecars_are_inherited(tmp_path):
         assert (scan.t_r, scan.t_r_source) == (t_r, "sidecar")
     assert (scan.session, scan.run, scan.atlas) == ("2", "1", "4S456Parcels")
     path.with_suffix(".json").unlink()
-    state(folder, f"{XCPD}_space-fsLR_den-91k_atlas-4S456Parcels_timeseries.json", 1)  # another order: not the name's
+    state(
+        folder, f"{XCPD}_space-fsLR_den-91k_atlas-4S456Parcels_timeseries.json", 1
+    )  # another order: not the name's
     state(folder, f"{XCPD}_atlas-4S456Parcels_den-91k_stat-mean_timeseries.json", 1.7)
     assert problem(path, t_r=None) == "t-r-conflict"
     path.with_suffix(".json").write_text("[1]")
@@ -346,7 +390,11 @@ def xcpd(folder, values):
     lines = ["framewise_displacement", *(str(float(o)) for o in OUT)]
     (folder / f"{XCPD}_outliers.tsv").write_text("\n".join(lines))
     fd = np.where(OUT, 0.9, 0.1)
-    table(folder / f"{XCPD}_motion.tsv", ("rot_x", "framewise_displacement"), values=np.column_stack([fd, fd]))
+    table(
+        folder / f"{XCPD}_motion.tsv",
+        ("rot_x", "framewise_displacement"),
+        values=np.column_stack([fd, fd]),
+    )
     return path, fd.mean()
 
 
@@ -357,7 +405,9 @@ def test_censored_frames_of_xcpd(tmp_path):
     np.testing.assert_array_equal(scan.values, VALUES)
     assert scan.mean_fd == pytest.approx(fd)
     assert scan.n_usable == 26
-    path, _ = xcpd(tmp_path, VALUES[~OUT])  # its censored output: the frames are back in their places
+    path, _ = xcpd(
+        tmp_path, VALUES[~OUT]
+    )  # its censored output: the frames are back in their places
     scan = load_scan(path, t_r=2, interpolate=False)
     np.testing.assert_array_equal(np.isnan(scan.values), np.repeat(OUT[:, None], 3, axis=1))
     np.testing.assert_array_equal(scan.values[~OUT], VALUES[~OUT])
@@ -381,12 +431,16 @@ def test_censored_frames_of_fmriprep(tmp_path):
     rows[:, 0] = 0.2
     rows[7, 1] = rows[0, 2] = 1
     names = ("framewise_displacement", "motion_outlier00", "non_steady_state_outlier00")
-    confounds = table(tmp_path / "sub-1_task-rest_desc-confounds_timeseries.tsv", names, values=rows)
+    confounds = table(
+        tmp_path / "sub-1_task-rest_desc-confounds_timeseries.tsv", names, values=rows
+    )
     confounds.write_text(confounds.read_text().replace("0.2", "n/a", 1))
     scan = load_scan(path, t_r=2)
     np.testing.assert_array_equal(np.flatnonzero(scan.censored), [0, 7])
     assert scan.mean_fd == pytest.approx(0.2)
-    assert [s.source for s in load_scans(tmp_path, t_r=2)] == [path.name]  # the confounds are no scan
+    assert [s.source for s in load_scans(tmp_path, t_r=2)] == [
+        path.name
+    ]  # the confounds are no scan
     confounds.write_text("framewise_displacement\nword\n")
     with pytest.raises(DataError, match="not a readable table of confounds"):
         load_scan(path, t_r=2)
@@ -399,10 +453,14 @@ def test_one_series_under_two_names(tmp_path):
     table(tmp_path / "sub-1_timeseries.tsv")
     cifti(tmp_path / "sub-1_timeseries.ptseries.nii", VALUES)
     assert [s.source for s in load_scans(tmp_path)] == ["sub-1_timeseries.ptseries.nii"]
-    cifti(tmp_path / "sub-1_den-91k_timeseries.ptseries.nii", VALUES)  # as XCP-D names it beside sub-1_timeseries.tsv
+    cifti(
+        tmp_path / "sub-1_den-91k_timeseries.ptseries.nii", VALUES
+    )  # as XCP-D names it beside sub-1_timeseries.tsv
     (tmp_path / "sub-1_timeseries.ptseries.nii").unlink()
     assert [s.source for s in load_scans(tmp_path)] == ["sub-1_den-91k_timeseries.ptseries.nii"]
-    (tmp_path / "sub-1_den-91k_timeseries.ptseries.nii").rename(tmp_path / "sub-1_timeseries.ptseries.nii")
+    (tmp_path / "sub-1_den-91k_timeseries.ptseries.nii").rename(
+        tmp_path / "sub-1_timeseries.ptseries.nii"
+    )
     cifti(tmp_path / "sub-2_timeseries.ptseries.nii", VALUES)
     with pytest.raises(DataError, match=r"sub-1_time.*sub-2_time") as caught:
         load_scans(tmp_path)
@@ -415,8 +473,14 @@ def test_one_series_under_two_names(tmp_path):
 def test_a_dot_within_a_name_ends_nothing(tmp_path):
     for hertz in ("0.01", "0.1"):
         values = VALUES * float(hertz)
-        save_scan(Scan("sub-01", values, 2.0, NAMES), tmp_path / f"sub-01_run-{hertz[-1]}_hp{hertz}_timeseries.tsv")
-    assert [s.t_r for s in load_scans(tmp_path)] == [2.0, 2.0]  # two scans, each with its own sidecar
+        save_scan(
+            Scan("sub-01", values, 2.0, NAMES),
+            tmp_path / f"sub-01_run-{hertz[-1]}_hp{hertz}_timeseries.tsv",
+        )
+    assert [s.t_r for s in load_scans(tmp_path)] == [
+        2.0,
+        2.0,
+    ]  # two scans, each with its own sidecar
 
 
 def test_confounds_of_a_name_without_a_space(tmp_path):
@@ -440,10 +504,14 @@ def test_what_is_written_is_read_back(tmp_path, ending, gaps):
         save_scan(Scan("sub-01", VALUES, 1.0, NAMES), tmp_path / "sub-01.nii")
 
 
-@pytest.mark.skipif(shutil.which("wb_command") is None, reason="Connectome Workbench is not installed")
+@pytest.mark.skipif(
+    shutil.which("wb_command") is None, reason="Connectome Workbench is not installed"
+)
 def test_workbench_opens_what_is_written(tmp_path):
     path = save_scan(Scan("sub-01", VALUES, 0.72, NAMES), tmp_path / "sub-01.ptseries.nii")
-    shown = subprocess.run(["wb_command", "-file-information", path], check=True, capture_output=True, text=True).stdout
+    shown = subprocess.run(
+        ["wb_command", "-file-information", path], check=True, capture_output=True, text=True
+    ).stdout
     assert "CIFTI - Parcel Series" in shown
     assert "Step:                 0.720" in shown
     assert all(name in shown for name in NAMES)

@@ -12,12 +12,24 @@ from mnemodyn.data.scaling import Scaling
 from mnemodyn.evaluate.baselines import LowRank, SpatialGaussian, SpatiotemporalGaussian
 from mnemodyn.evaluate.readout import readout
 from mnemodyn.model.config import PRESETS, ModelConfig
-from mnemodyn.model.front import Front, adapted_covariance, conditional_mean, covariance_modes, lag_covariances
+from mnemodyn.model.front import (
+    Front,
+    adapted_covariance,
+    conditional_mean,
+    covariance_modes,
+    lag_covariances,
+)
 from mnemodyn.model.network import MnemoDyn
 
 P, T, LAGS = 5, 14, 3
 CONFIG = ModelConfig(
-    n_parcels=P, n_timepoints=T, n_levels=2, n_channels=8, input_width=8, front="gaussian", front_lags=LAGS
+    n_parcels=P,
+    n_timepoints=T,
+    n_levels=2,
+    n_channels=8,
+    input_width=8,
+    front="gaussian",
+    front_lags=LAGS,
 )
 
 
@@ -73,7 +85,9 @@ def test_censored_frames_do_not_count(scans):
     given = [np.where(g[:, None], np.nan, s) for g, s in zip(gone, scans, strict=True)]
     mean, lags = lag_covariances(given, LAGS, 0.2)
     n = sum((~g).sum() for g in gone)
-    np.testing.assert_allclose(mean, np.concatenate([s[~g] for g, s in zip(gone, scans, strict=True)]).mean(0))
+    np.testing.assert_allclose(
+        mean, np.concatenate([s[~g] for g, s in zip(gone, scans, strict=True)]).mean(0)
+    )
     for lag in range(LAGS + 1):
         plain = np.zeros((P, P))
         for g, s in zip(gone, scans, strict=True):
@@ -84,10 +98,16 @@ def test_censored_frames_do_not_count(scans):
         np.testing.assert_allclose(lags[lag], expected)
     assert np.linalg.eigvalsh(joint(lags)).min() > 0
     whole = [s[~g] for g, s in zip(gone, scans, strict=True)]
-    for a, b in zip(covariance_modes(given, mean, lags[0], 2), covariance_modes(whole, mean, lags[0], 2), strict=True):
+    for a, b in zip(
+        covariance_modes(given, mean, lags[0], 2),
+        covariance_modes(whole, mean, lags[0], 2),
+        strict=True,
+    ):
         np.testing.assert_array_equal(a, b)
     given[1][7, 2] = np.nan
-    with pytest.raises(ValueError, match=r"scans\[1\] must be finite .* with 1 entries that are not finite"):
+    with pytest.raises(
+        ValueError, match=r"scans\[1\] must be finite .* with 1 entries that are not finite"
+    ):
         lag_covariances(given, LAGS, 0.2)
 
 
@@ -96,7 +116,9 @@ def test_spatiotemporal_gaussian_is_the_conditional_mean_of_the_window(scans, ba
     model = SpatiotemporalGaussian(shrinkage=0.1, n_lags=LAGS).fit(scans)
     filled = model.fill(np.where(hidden, np.nan, x), hidden)
     for i in range(len(x)):
-        expected = condition(x[i].ravel(), hidden[i].ravel(), np.tile(model.mean, T), joint(model.lags))
+        expected = condition(
+            x[i].ravel(), hidden[i].ravel(), np.tile(model.mean, T), joint(model.lags)
+        )
         np.testing.assert_allclose(filled[i].ravel(), expected, atol=1e-3)
 
 
@@ -118,7 +140,9 @@ def test_low_rank_is_ppca(scans, batch):
     values = np.linalg.eigvalsh(full)
     expected = np.sort(np.r_[values[-2:], np.full(P - 2, values[:-2].mean())])
     np.testing.assert_allclose(np.linalg.eigvalsh(covariance), expected)
-    np.testing.assert_allclose(LowRank(P - 1).fit(scans).fill(*batch), SpatialGaussian(1e-6).fit(scans).fill(*batch))
+    np.testing.assert_allclose(
+        LowRank(P - 1).fit(scans).fill(*batch), SpatialGaussian(1e-6).fit(scans).fill(*batch)
+    )
     with pytest.raises(ValueError, match=f"rank must be between 1 and {P - 1}, got {P}"):
         LowRank(P).fit(scans)
 
@@ -142,7 +166,9 @@ def test_adaptation_is_em_and_fills_as_the_mixed_process(scans, batch):
     x, hidden = batch
     mean, lags = lag_covariances(scans, LAGS, 0.1)
     given = np.where(hidden, 0, x - mean)
-    adapted = adapted_covariance(*map(torch.tensor, (given, hidden, lags[0])), weight=6.0, steps=3).numpy()
+    adapted = adapted_covariance(
+        *map(torch.tensor, (given, hidden, lags[0])), weight=6.0, steps=3
+    ).numpy()
     front = Front(P, n_lags=LAGS, shrinkage=0.1, weight=6.0, steps=3).fit(scans)
     filled = front(torch.tensor(np.where(hidden, np.nan, x)).float(), torch.tensor(hidden)).numpy()
     for i in range(len(x)):
@@ -162,14 +188,22 @@ def test_em_never_lowers_the_likelihood_of_what_is_visible(scans, batch):
     given, weight = np.where(hidden, 0, x - mean), 3.0
 
     def objective(covariance):
-        total = -0.5 * weight * (np.linalg.slogdet(covariance)[1] + np.trace(np.linalg.solve(covariance, lags[0])))
+        total = (
+            -0.5
+            * weight
+            * (np.linalg.slogdet(covariance)[1] + np.trace(np.linalg.solve(covariance, lags[0])))
+        )
         for value, h in zip(given[0], ~hidden[0], strict=True):
             block = covariance[np.ix_(h, h)]
-            total -= 0.5 * (np.linalg.slogdet(block)[1] + value[h] @ np.linalg.solve(block, value[h]))
+            total -= 0.5 * (
+                np.linalg.slogdet(block)[1] + value[h] @ np.linalg.solve(block, value[h])
+            )
         return total
 
     steps = [
-        adapted_covariance(*map(torch.tensor, (given, hidden, lags[0])), weight=weight, steps=n)[0].numpy()
+        adapted_covariance(*map(torch.tensor, (given, hidden, lags[0])), weight=weight, steps=n)[
+            0
+        ].numpy()
         for n in range(6)
     ]
     assert np.all(np.diff([objective(c) for c in steps]) > 0)
@@ -182,7 +216,11 @@ def people():
     direction = np.zeros((P, P))
     direction[0, 1] = direction[1, 0] = 0.5**0.5
     amount = rng.normal(scale=0.4, size=60).clip(-1.2, 1.2)
-    return direction, amount, [rng.multivariate_normal(np.zeros(P), np.eye(P) + a * direction, 300) for a in amount]
+    return (
+        direction,
+        amount,
+        [rng.multivariate_normal(np.zeros(P), np.eye(P) + a * direction, 300) for a in amount],
+    )
 
 
 def test_modes_are_the_directions_in_which_people_differ(people):
@@ -217,7 +255,9 @@ def test_along_modes_more_is_kept(people, scans, batch):
         expected = (vectors * values.clip(1e-4 * values.max())) @ vectors.T
         np.testing.assert_allclose(after, expected, atol=1e-8)
     silent = [modes[0], torch.zeros(1), modes[2]]
-    np.testing.assert_allclose(adapted_covariance(*given, weight=20.0, steps=1, modes=silent), plain, atol=1e-9)
+    np.testing.assert_allclose(
+        adapted_covariance(*given, weight=20.0, steps=1, modes=silent), plain, atol=1e-9
+    )
 
 
 def test_a_network_with_modes_fits_fills_and_is_saved(people, tmp_path):
@@ -227,7 +267,9 @@ def test_a_network_with_modes_fits_fills_and_is_saved(people, tmp_path):
     hidden = torch.rand(x.shape, generator=torch.Generator().manual_seed(0)) < 0.5
     out = network(x, 2.0, hidden=hidden).reconstruction
     assert out.isfinite().all()
-    assert not torch.equal(out, MnemoDyn(CONFIG).fit_front(series)(x, 2.0, hidden=hidden).reconstruction)
+    assert not torch.equal(
+        out, MnemoDyn(CONFIG).fit_front(series)(x, 2.0, hidden=hidden).reconstruction
+    )
     saved = save_checkpoint(tmp_path, Checkpoint(network, tuple("abcde"), 2.0, Scaling(), None, {}))
     assert torch.equal(load_checkpoint(saved).model(x, 2.0, hidden=hidden).reconstruction, out)
 
@@ -285,7 +327,9 @@ def test_censored_frames_and_lengths(scans, batch):
     padded = torch.cat([x, torch.full_like(x, 99.0)], 1)
     more = torch.cat([hidden, torch.zeros_like(hidden)], 1)
     short = network(padded, 2.0, hidden=more, lengths=[T, 2 * T]).reconstruction
-    torch.testing.assert_close(short[0, :T], network(x, 2.0, hidden=hidden).reconstruction[0], atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(
+        short[0, :T], network(x, 2.0, hidden=hidden).reconstruction[0], atol=1e-4, rtol=1e-4
+    )
 
 
 def test_conditional_mean_does_not_read_hidden_entries_and_needs_none(scans, batch):
@@ -301,7 +345,10 @@ def test_conditional_mean_does_not_read_hidden_entries_and_needs_none(scans, bat
     ("change", "message"),
     [
         ({"shrinkage": 0.0}, r"shrinkage in \(0, 1\], got 4 scans and 0.0"),
-        ({"n_lags": 200}, r"scans\[0\] must be finite and \(time > 200, parcel = 5\), got shape \(200, 5\)"),
+        (
+            {"n_lags": 200},
+            r"scans\[0\] must be finite and \(time > 200, parcel = 5\), got shape \(200, 5\)",
+        ),
         ({"scans": []}, "got 0 scans"),
         ({"scans": [np.ones((10, P))]}, "must vary over time"),
     ],
@@ -317,7 +364,10 @@ def test_unusable_scans_are_refused(scans, change, message):
         ({"residual": False}, "front needs residual=True"),
         ({"front_weight": 0.0}, "front_weight > 0 frames"),
         ({"front": "kalman"}, "front must be one of none, gaussian"),
-        ({"compat": "reference", "interpolation": "linear", "lift": False}, "front must be none with compat"),
+        (
+            {"compat": "reference", "interpolation": "linear", "lift": False},
+            "front must be none with compat",
+        ),
     ],
 )
 def test_contradictory_settings_are_refused(change, message):
@@ -327,7 +377,9 @@ def test_contradictory_settings_are_refused(change, message):
 
 def test_filled_needs_a_front_end(batch):
     x, hidden = (torch.tensor(a) for a in batch)
-    network = MnemoDyn(ModelConfig(n_parcels=P, n_timepoints=T, n_levels=2, n_channels=8, input_width=8))
+    network = MnemoDyn(
+        ModelConfig(n_parcels=P, n_timepoints=T, n_levels=2, n_channels=8, input_width=8)
+    )
     with pytest.raises(ValueError, match="filled is for a network with a front end"):
         network(x.float(), 2.0, hidden=hidden, filled=x.float())
 
@@ -338,8 +390,16 @@ def test_presets_have_the_sizes_they_state():
         with torch.device("meta"):
             network = MnemoDyn(ModelConfig.preset(name, n_parcels=200, n_timepoints=112))
         sizes[name] = sum(p.numel() for p in network.parameters())
-    assert sizes["mnemodyn-small"] < sizes["mnemodyn-base"] < sizes["mnemodyn-large"] < sizes["reference"]
-    assert ModelConfig.preset("mnemodyn-base", n_parcels=9, n_timepoints=32, n_channels=8).n_channels == 8
+    assert (
+        sizes["mnemodyn-small"]
+        < sizes["mnemodyn-base"]
+        < sizes["mnemodyn-large"]
+        < sizes["reference"]
+    )
+    assert (
+        ModelConfig.preset("mnemodyn-base", n_parcels=9, n_timepoints=32, n_channels=8).n_channels
+        == 8
+    )
     with pytest.raises(ValueError, match="preset must be one of mnemodyn-small"):
         ModelConfig.preset("small", n_parcels=9, n_timepoints=32)
 
@@ -354,20 +414,30 @@ def test_connectivity_is_the_logarithm_at_the_group(scans, n_modes):
     deviation = whiten @ (centred.T @ centred / len(centred) - group) @ whiten
     kept = len(centred) / (50 + len(centred))
     adapted = np.eye(P) + kept * deviation
-    for direction, signal, noise in zip(front.modes.numpy(), front.signal.numpy(), front.noise.numpy(), strict=True):
+    for direction, signal, noise in zip(
+        front.modes.numpy(), front.signal.numpy(), front.noise.numpy(), strict=True
+    ):
         more = max(0, signal / (signal + noise / len(centred)) - kept)
         adapted += more * (deviation * direction).sum() * direction
     np.testing.assert_allclose(found, scipy.linalg.logm(adapted), atol=2e-4)
 
 
 def test_adapted_readout_is_one_of_a_front_end_only():
-    x = np.random.default_rng(0).standard_normal((CONFIG.n_timepoints, CONFIG.n_parcels)).astype(np.float32)
+    x = (
+        np.random.default_rng(0)
+        .standard_normal((CONFIG.n_timepoints, CONFIG.n_parcels))
+        .astype(np.float32)
+    )
     model = MnemoDyn(CONFIG).eval()
     vector = readout(model, x, 2.0, "adapted")
-    matrix = model.front.connectivity(torch.from_numpy(x)[None], torch.zeros(1, *x.shape, dtype=torch.bool))
+    matrix = model.front.connectivity(
+        torch.from_numpy(x)[None], torch.zeros(1, *x.shape, dtype=torch.bool)
+    )
     assert vector.shape == (CONFIG.n_parcels * (CONFIG.n_parcels + 1) // 2,)
     assert np.linalg.norm(vector) == pytest.approx(float(matrix.norm()), rel=1e-5)
-    with pytest.raises(ValueError, match="read-out must be one of .* for this network, got 'adapted'"):
+    with pytest.raises(
+        ValueError, match="read-out must be one of .* for this network, got 'adapted'"
+    ):
         readout(MnemoDyn(replace(CONFIG, front="none")).eval(), x, 2.0, "adapted")
 
 
@@ -380,7 +450,9 @@ def test_no_more_scans_are_held_for_modes_than_are_said_to_be(monkeypatch):
     monkeypatch.setattr(front, "MODE_SCANS", 5)
     found = front.covariance_modes(scans, mean, lags[0], 2)
     monkeypatch.undo()
-    for array, expected in zip(found, front.covariance_modes(scans[::2], mean, lags[0], 2), strict=True):
+    for array, expected in zip(
+        found, front.covariance_modes(scans[::2], mean, lags[0], 2), strict=True
+    ):
         np.testing.assert_array_equal(array, expected)
 
 

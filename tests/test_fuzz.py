@@ -49,7 +49,18 @@ EDIT = st.tuples(
     st.integers(0, 4),  # bytes removed there
     st.one_of(
         st.binary(max_size=4),
-        st.sampled_from([b"9999999999", b"-1", b"\xff\xff\xff\x7f", b"\0\0\0\x80", b"\0" * 8, b"nan", b"<", b"\t\n"]),
+        st.sampled_from(
+            [
+                b"9999999999",
+                b"-1",
+                b"\xff\xff\xff\x7f",
+                b"\0\0\0\x80",
+                b"\0" * 8,
+                b"nan",
+                b"<",
+                b"\t\n",
+            ]
+        ),
     ),  # bytes put there
 )
 DAMAGE = st.tuples(st.one_of(st.just(1.0), st.floats(0, 1)), st.lists(EDIT, max_size=4))
@@ -64,7 +75,12 @@ def damaged(content: bytes, keep: float, edits) -> bytes:
 
 def read(path, content: bytes):
     path.write_bytes(content)
-    return load_scan(path, t_r=0.72, override_t_r=True, frames_first=True if path.name.endswith(NO_HEADER) else None)
+    return load_scan(
+        path,
+        t_r=0.72,
+        override_t_r=True,
+        frames_first=True if path.name.endswith(NO_HEADER) else None,
+    )
 
 
 @pytest.mark.parametrize("ending", WHOLE)
@@ -72,7 +88,13 @@ def test_damaged_files_are_named_problems(tmp_path, ending):
     path = tmp_path / f"sub-01{ending}"
     np.testing.assert_allclose(read(path, WHOLE[ending]).values, VALUES, rtol=1e-4)
 
-    @settings(max_examples=40, deadline=5000, derandomize=True, database=None, suppress_health_check=list(HealthCheck))
+    @settings(
+        max_examples=40,
+        deadline=5000,
+        derandomize=True,
+        database=None,
+        suppress_health_check=list(HealthCheck),
+    )
     @given(DAMAGE)
     def examine(damage):
         try:

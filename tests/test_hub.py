@@ -11,7 +11,15 @@ import torch
 from hub_server import TOKEN, Hub
 from safetensors.torch import load_file
 
-from mnemodyn import Checkpoint, MnemoDyn, ModelConfig, Scaling, from_pretrained, load_checkpoint, publish
+from mnemodyn import (
+    Checkpoint,
+    MnemoDyn,
+    ModelConfig,
+    Scaling,
+    from_pretrained,
+    load_checkpoint,
+    publish,
+)
 from mnemodyn.checkpoint import CheckpointError, save_checkpoint
 from mnemodyn.hub import HubError, find_checkpoint, write_folder
 
@@ -27,7 +35,9 @@ def run(tmp_path_factory):
     folder = tmp_path_factory.mktemp("run")
     torch.manual_seed(0)
     model = MnemoDyn(
-        ModelConfig(n_parcels=6, n_timepoints=32, n_channels=4, input_width=4, field_rank=2, n_levels=2)
+        ModelConfig(
+            n_parcels=6, n_timepoints=32, n_channels=4, input_width=4, field_rank=2, n_levels=2
+        )
     ).eval()
     training = {
         "objective": {"hidden_share": 0.5},
@@ -76,7 +86,9 @@ def test_published_and_loaded_again(run, hub):
     url = publish(run, "lab/tiny", results=[run / "reconstruction.json"])
     assert url.startswith(f"{hub.url}/lab/tiny/commit/")
     files = hub.files("lab/tiny")
-    assert {"README.md", "config.json", "model.safetensors", "parcels.tsv", "history.csv"} <= set(files)
+    assert {"README.md", "config.json", "model.safetensors", "parcels.tsv", "history.csv"} <= set(
+        files
+    )
     assert files["parcels.tsv"].splitlines()[:2] == [b"index\tname", b"0\tp0"]
     assert ("PUT", f"/lfs/{json.loads(files['config.json'])['weights_sha256']}") in hub.log
     there, back = load_checkpoint(run / "best"), from_pretrained("lab/tiny")
@@ -89,18 +101,31 @@ def test_published_and_loaded_again(run, hub):
     assert model.checkpoint.parcels == PARCELS
     hub.shutdown()
     hub.server_close()
-    assert same(from_pretrained("lab/tiny").model, there.model), "the copy in the cache serves without a network"
+    assert same(from_pretrained("lab/tiny").model, there.model), (
+        "the copy in the cache serves without a network"
+    )
 
 
 def test_the_card_states_what_the_run_states(run, tmp_path):
-    folder = write_folder(run, tmp_path, repo_id="lab/tiny", results=[run / "reconstruction.json"], licence="cc-by-4.0")
+    folder = write_folder(
+        run,
+        tmp_path,
+        repo_id="lab/tiny",
+        results=[run / "reconstruction.json"],
+        licence="cc-by-4.0",
+    )
     card = huggingface_hub.ModelCard.load(folder / "README.md")
     assert card.data.license == "cc-by-4.0"
     assert [(r.metric_name, r.metric_value) for r in card.data.eval_results] == [
         ("R² of hidden entries, model", 0.31)
     ], "a baseline's score is no result of this network"
-    assert "| R² of hidden entries, var | 0.420 | not given | 9 held-out participants |" in card.text
-    assert "| R² of hidden entries, model | 0.310 | 0.200 to 0.400 | 9 held-out participants |" in card.text
+    assert (
+        "| R² of hidden entries, var | 0.420 | not given | 9 held-out participants |" in card.text
+    )
+    assert (
+        "| R² of hidden entries, model | 0.310 | 0.200 to 0.400 | 9 held-out participants |"
+        in card.text
+    )
     assert "2 participants, 1 to choose it" in card.text
     assert "val_r2_hidden 0.25. Expect less" in card.text
     code = card.text.split("```python\n")[1].split("```")[0]
@@ -113,12 +138,26 @@ def test_the_card_states_what_the_run_states(run, tmp_path):
 def test_results_of_any_shape_that_the_book_writes(run, tmp_path):
     beside = {"value": 0.31, "low": 0.2, "high": 0.4}
     for name, content, row in (
-        ("beside", {"r2_hidden": {"model": beside}}, "| R² of hidden entries, model | 0.310 | 0.200 to 0.400 |"),
-        ("top", {"acc_interval": [0.4, 0.6], "acc": 0.5, "rows": [], "done": True}, "| acc | 0.500 | 0.400 to 0.600 |"),
-        ("none", {"acc": 0.5, "acc_interval": [None, None], "auc": None}, "| acc | 0.500 | not given | none |"),
+        (
+            "beside",
+            {"r2_hidden": {"model": beside}},
+            "| R² of hidden entries, model | 0.310 | 0.200 to 0.400 |",
+        ),
+        (
+            "top",
+            {"acc_interval": [0.4, 0.6], "acc": 0.5, "rows": [], "done": True},
+            "| acc | 0.500 | 0.400 to 0.600 |",
+        ),
+        (
+            "none",
+            {"acc": 0.5, "acc_interval": [None, None], "auc": None},
+            "| acc | 0.500 | not given | none |",
+        ),
     ):
         (tmp_path / f"{name}.json").write_text(json.dumps(content))
-        text = (write_folder(run, tmp_path / "o", results=[tmp_path / f"{name}.json"]) / "README.md").read_text()
+        text = (
+            write_folder(run, tmp_path / "o", results=[tmp_path / f"{name}.json"]) / "README.md"
+        ).read_text()
         (found,) = text.split("| --- | --- | --- | --- |\n")[1].split("\n\n")[0].splitlines()
         assert found.startswith(row), "that row, and no other"
 
@@ -130,7 +169,9 @@ def test_private_branch_and_subfolder(run, hub, monkeypatch):
     assert "small/config.json" in hub.files("lab/p", "v1")
     assert from_pretrained("lab/p", revision="v1", subfolder="small").parcels == PARCELS
     publish(run, "lab/p", revision="v1", subfolder="small")
-    with pytest.raises(CheckpointError, match="has no config.json and model.safetensors in its folder /"):
+    with pytest.raises(
+        CheckpointError, match="has no config.json and model.safetensors in its folder /"
+    ):
         from_pretrained("lab/p", revision="v1")
     monkeypatch.delenv("HF_TOKEN")
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", "elsewhere")
@@ -184,7 +225,9 @@ def test_the_best_of_a_version_folder(tmp_path):
     assert find_checkpoint(tmp_path).checkpoint.name == "epoch=02-val_mae=0.40.ckpt"
     assert find_checkpoint(tmp_path).metrics == tmp_path / "metrics.csv"
     (tmp_path / "checkpoints" / "epoch=04.ckpt").touch()
-    with pytest.raises(CheckpointError, match="4 .ckpt files that do not all name one.*name the checkpoint itself"):
+    with pytest.raises(
+        CheckpointError, match="4 .ckpt files that do not all name one.*name the checkpoint itself"
+    ):
         find_checkpoint(tmp_path)
     for name in ("a-val_acc=0.7", "b-val_acc=0.9"):
         (tmp_path / "acc").mkdir(exist_ok=True)
@@ -262,7 +305,8 @@ def test_refusals_name_the_mend(run, hub, monkeypatch):
         publish(run, "lab/tiny", results=["absent.json"])
     monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:9")
     with pytest.raises(
-        HubError, match=r"lab/other \(no file or folder here\): http://127.0.0.1:9 was not reached.*HF_HUB_OFFLINE"
+        HubError,
+        match=r"lab/other \(no file or folder here\): http://127.0.0.1:9 was not reached.*HF_HUB_OFFLINE",
     ):
         from_pretrained("lab/other")
     with pytest.raises(HubError, match="was not reached"):

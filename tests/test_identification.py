@@ -22,7 +22,9 @@ def planted(n=12, n_features=80, noise=0.5, seed=0):
 
 def test_pearson_fc_agrees_with_scipy():
     x = np.random.default_rng(1).normal(size=(50, 5)) @ np.random.default_rng(2).normal(size=(5, 5))
-    expected = [np.arctanh(pearsonr(x[:, i], x[:, j])[0]) for i in range(5) for j in range(i + 1, 5)]
+    expected = [
+        np.arctanh(pearsonr(x[:, i], x[:, j])[0]) for i in range(5) for j in range(i + 1, 5)
+    ]
     np.testing.assert_allclose(pearson_fc(x), expected, rtol=1e-10)
     np.testing.assert_allclose(pearson_fc(3 * x + 7), expected, rtol=1e-10)
 
@@ -120,7 +122,8 @@ def test_permutations_tell_identities_from_noise():
     np.testing.assert_array_equal(found["null"], again["null"])
     rng = np.random.default_rng(13)
     noise = [
-        permutation_interval(*rng.normal(size=(2, 12, 30)), n_permutations=99, seed=s)["p_value"] for s in range(60)
+        permutation_interval(*rng.normal(size=(2, 12, 30)), n_permutations=99, seed=s)["p_value"]
+        for s in range(60)
     ]
     assert binom.cdf(sum(p <= 0.05 for p in noise) - 1, 60, 0.05) < 0.999
 

@@ -27,7 +27,14 @@ from mnemodyn.evaluate.inside import (
 from mnemodyn.model.config import ModelConfig
 from mnemodyn.model.network import MnemoDyn
 
-SMALL = {"n_parcels": 4, "n_timepoints": 16, "n_channels": 3, "input_width": 4, "field_rank": 2, "n_levels": 2}
+SMALL = {
+    "n_parcels": 4,
+    "n_timepoints": 16,
+    "n_channels": 3,
+    "input_width": 4,
+    "field_rank": 2,
+    "n_levels": 2,
+}
 
 
 def make(**changes):
@@ -43,7 +50,10 @@ def test_the_jacobian_equals_finite_differences(front):
     model = make(front=front, front_steps=0, front_lags=2).double()
     rng = np.random.default_rng(1)
     model.fit_front(list(rng.standard_normal((2, 40, 4)) @ rng.standard_normal((4, 4))))
-    x, hidden = torch.from_numpy(rng.standard_normal((16, 4))), torch.from_numpy(rng.random((16, 4)) < 0.4)
+    x, hidden = (
+        torch.from_numpy(rng.standard_normal((16, 4))),
+        torch.from_numpy(rng.random((16, 4)) < 0.4),
+    )
     model.float()
     x = x.float()
     strength, sign = reads_from(model, x, hidden, 0.7, seed=3, chunk=3, tolerance=1e-4)
@@ -68,18 +78,29 @@ def test_operators_and_field_are_what_their_names_say():
     found = field_response(block, x)
     with torch.no_grad():
         field = block.field
-        h = np.stack([field(x[None], torch.eye(4)[p].expand(1, 16, 4))[0].numpy() for p in range(4)], 1) / field.factor
+        h = (
+            np.stack(
+                [field(x[None], torch.eye(4)[p].expand(1, 16, 4))[0].numpy() for p in range(4)], 1
+            )
+            / field.factor
+        )
     values = np.linalg.svd(h.mean(0), compute_uv=False)
     np.testing.assert_allclose(found["values"], values / values.sum(), atol=1e-5)
-    assert found["varying"] == pytest.approx(1 - (h.mean(0) ** 2).sum() / (h**2).mean(0).sum(), abs=1e-5)
+    assert found["varying"] == pytest.approx(
+        1 - (h.mean(0) ** 2).sum() / (h**2).mean(0).sum(), abs=1e-5
+    )
     weight = block.coarse.weight.detach().numpy()
     np.testing.assert_allclose(coarse_mean(block), np.mean(weight[0] @ weight[1], 0), atol=1e-6)
     kernels = block.banded[1].weight.detach().numpy()
-    np.testing.assert_allclose(banded_gain(block, 1), np.sqrt((kernels**2).sum(-1)).mean(0), atol=1e-6)
+    np.testing.assert_allclose(
+        banded_gain(block, 1), np.sqrt((kernels**2).sum(-1)).mean(0), atol=1e-6
+    )
     deep = make(banded="depthwise", n_segments=2).blocks[0].banded[0]
     full = deep.mixing[:, :, :, None] * deep.kernel[:, None]
     np.testing.assert_allclose(
-        banded_gain(make(banded="depthwise", n_segments=2).blocks[0], 0), full.detach().norm(dim=-1).mean(0), atol=1e-6
+        banded_gain(make(banded="depthwise", n_segments=2).blocks[0], 0),
+        full.detach().norm(dim=-1).mean(0),
+        atol=1e-6,
     )
 
 
@@ -140,7 +161,11 @@ def test_rolling_forward_appends_what_the_network_fills():
     np.testing.assert_array_equal(noisy[0], noisy[1])
     assert not np.allclose(noisy[0], noisy[2])
     alone = generate(None, start, 8, 0.7, step=4, errors=errors, seed=0)
-    assert all(any(np.allclose(part, e) for e in errors.numpy()) for row in alone for part in np.split(row, 2))
+    assert all(
+        any(np.allclose(part, e) for e in errors.numpy())
+        for row in alone
+        for part in np.split(row, 2)
+    )
     drawn = noisy[0][:, :4] - expected[:, :4]
     assert all(any(np.allclose(d, e, atol=1e-5) for e in errors.numpy()) for d in drawn)
 

@@ -21,8 +21,15 @@ SIZES = [(2, 41, 7, 35, 3), (1, 1, 1, 1, 1), (3, 5, 33, 2, 8), (1, 70, 2, 40, 5)
 def inputs(size, dtype=torch.float64, bias=True, seed=0, device="cpu"):
     batch, time, parcels, channels, rank = size
     generator = torch.Generator().manual_seed(seed)
-    shapes = [(batch, time, rank), (batch, time, parcels), (parcels * channels, rank), (parcels * channels,)]
-    made = [torch.randn(s, generator=generator, dtype=torch.float64).to(device, dtype) for s in shapes]
+    shapes = [
+        (batch, time, rank),
+        (batch, time, parcels),
+        (parcels * channels, rank),
+        (parcels * channels,),
+    ]
+    made = [
+        torch.randn(s, generator=generator, dtype=torch.float64).to(device, dtype) for s in shapes
+    ]
     return [a.requires_grad_() for a in made[: 3 + bias]] + [None] * (not bias)
 
 
@@ -46,7 +53,12 @@ def assert_close(got, expected, dtype, tolerance):
         assert (a.double() - b).abs().max() <= tolerance * b.abs().max().clamp(min=1), (a, b)
 
 
-PRECISION = [(torch.float64, 1e-12), (torch.float32, 1e-5), (torch.bfloat16, 2**-8), (torch.float16, 2**-11)]
+PRECISION = [
+    (torch.float64, 1e-12),
+    (torch.float32, 1e-5),
+    (torch.bfloat16, 2**-8),
+    (torch.float16, 2**-11),
+]
 
 
 @pytest.fixture(params=[4096, kernels.TILE_BYTES["cpu"]], ids=["small tiles", "tiles"])
@@ -59,9 +71,16 @@ def tile_bytes(request, monkeypatch):
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize(("dtype", "tolerance"), PRECISION)
 @pytest.mark.parametrize("activation", ACTIVATIONS)
-def test_drive_and_gradients_are_those_of_the_equation(tile_bytes, activation, dtype, tolerance, size, bias):
+def test_drive_and_gradients_are_those_of_the_equation(
+    tile_bytes, activation, dtype, tolerance, size, bias
+):
     tensors = inputs(size, dtype, bias)
-    assert_close(with_gradients(field_drive, tensors, activation), oracle(tensors, activation), dtype, tolerance)
+    assert_close(
+        with_gradients(field_drive, tensors, activation),
+        oracle(tensors, activation),
+        dtype,
+        tolerance,
+    )
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
@@ -79,16 +98,27 @@ def test_differentiates_once():
 def test_gradients_where_the_derivative_is_data(activation):
     """As in the first block, where the work for its gradient is left out."""
     z, derivative, weight, bias = inputs((2, 9, 4, 3, 2))
-    expected = torch.autograd.grad(field_drive_eager(z, derivative, weight, bias, activation).sum(), [z, weight, bias])
-    got = torch.autograd.grad(field_drive(z, derivative.detach(), weight, bias, activation).sum(), [z, weight, bias])
+    expected = torch.autograd.grad(
+        field_drive_eager(z, derivative, weight, bias, activation).sum(), [z, weight, bias]
+    )
+    got = torch.autograd.grad(
+        field_drive(z, derivative.detach(), weight, bias, activation).sum(), [z, weight, bias]
+    )
     torch.testing.assert_close(got, expected)
 
 
 def test_large_arguments_saturate():
     z, derivative, weight, bias = (t.detach().float() for t in inputs((1, 4, 3, 2, 2)))
     for activation in ACTIVATIONS:
-        tensors = [a.requires_grad_() for a in (1e4 * z, derivative.clone(), weight.clone(), bias.clone())]
-        assert_close(with_gradients(field_drive, tensors, activation), oracle(tensors, activation), z.dtype, 1e-5)
+        tensors = [
+            a.requires_grad_() for a in (1e4 * z, derivative.clone(), weight.clone(), bias.clone())
+        ]
+        assert_close(
+            with_gradients(field_drive, tensors, activation),
+            oracle(tensors, activation),
+            z.dtype,
+            1e-5,
+        )
 
 
 def test_strided_inputs():
@@ -180,7 +210,9 @@ for f in field_drive, field_drive_eager:
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads Linux's /proc")
 def test_h_never_exists():
     """Growth of the process over forward and backward, in units of H (400 MB)."""
-    out = subprocess.run([sys.executable, "-c", MEMORY], capture_output=True, text=True, check=True).stdout
+    out = subprocess.run(
+        [sys.executable, "-c", MEMORY], capture_output=True, text=True, check=True
+    ).stdout
     lean, eager = map(float, out.split())
     assert lean < 0.1
     assert eager > 0.9
@@ -188,14 +220,20 @@ def test_h_never_exists():
 
 def test_triton_in_the_interpreter():
     """The kernels on the CPU, in a process of their own: triton reads the variable when it is imported."""
-    pytest.importorskip("triton", reason="needs triton: pip install 'mnemodyn[triton]'", exc_type=ImportError)
+    pytest.importorskip(
+        "triton", reason="needs triton: pip install 'mnemodyn[triton]'", exc_type=ImportError
+    )
     command = [sys.executable, "-m", "pytest", "-k", "test_triton_kernels", __file__]
-    done = subprocess.run(command, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True)
+    done = subprocess.run(
+        command, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stdout
     assert "12 passed" in done.stdout
 
 
-@pytest.mark.skipif(not (CUDA or INTERPRETED), reason="needs CUDA; test_triton_in_the_interpreter runs it without")
+@pytest.mark.skipif(
+    not (CUDA or INTERPRETED), reason="needs CUDA; test_triton_in_the_interpreter runs it without"
+)
 @pytest.mark.parametrize(
     ("dtype", "tolerance", "size", "bias"),
     [
@@ -222,23 +260,39 @@ def test_triton_kernels(monkeypatch, activation, dtype, tolerance, size, bias):
 
 
 @pytest.mark.skipif(INTERPRETED, reason="the interpreter does not compile")
-@pytest.mark.filterwarnings("ignore:AnnAssign.__init__ missing")  # Triton's own, from Python 3.13 on
+@pytest.mark.filterwarnings(
+    "ignore:AnnAssign.__init__ missing"
+)  # Triton's own, from Python 3.13 on
 @pytest.mark.parametrize("activation", ["tanh", "gelu", "silu"])
 def test_triton_compiles_without_a_gpu(tmp_path, monkeypatch, activation):
     """To machine code for an H100: what the interpreter accepts, the compiler need not."""
-    triton = pytest.importorskip("triton", reason="needs triton: pip install 'mnemodyn[triton]'", exc_type=ImportError)
+    triton = pytest.importorskip(
+        "triton", reason="needs triton: pip install 'mnemodyn[triton]'", exc_type=ImportError
+    )
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
     from mnemodyn.model import field_triton
 
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    constants = {"R": 4, "RR": 4, "NAME": activation, "BN": field_triton.ROWS, "BK": field_triton.CHANNELS}
+    constants = {
+        "R": 4,
+        "RR": 4,
+        "NAME": activation,
+        "BN": field_triton.ROWS,
+        "BK": field_triton.CHANNELS,
+    }
     for kernel in (field_triton._drive, field_triton._drive_rows, field_triton._drive_weights):
         signature = {
-            a: "constexpr" if a in constants else "i32" if a in ("N", "P", "K", "SHARE") else "*fp32"
+            a: "constexpr"
+            if a in constants
+            else "i32"
+            if a in ("N", "P", "K", "SHARE")
+            else "*fp32"
             for a in kernel.arg_names
         }
-        source = ASTSource(kernel, signature, {a: c for a, c in constants.items() if a in kernel.arg_names})
+        source = ASTSource(
+            kernel, signature, {a: c for a, c in constants.items() if a in kernel.arg_names}
+        )
         made = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=field_triton.FUSED)
         assert made.asm["cubin"]

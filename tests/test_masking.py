@@ -9,7 +9,9 @@ from mnemodyn.pretrain.objective import Masked
 
 
 def make(shape=(3, 240, 20), share=0.55, window=15, seed=0):
-    return hide_stretches(shape, share=share, window=window, generator=torch.Generator().manual_seed(seed))
+    return hide_stretches(
+        shape, share=share, window=window, generator=torch.Generator().manual_seed(seed)
+    )
 
 
 @pytest.mark.parametrize("share", [0.05, 0.3, 0.55, 0.9])

@@ -97,7 +97,9 @@ def test_difference_is_paired():
     swapped = bootstrap_r2(baseline, total, baseline - 0.05 * total, seed=8)
     assert swapped[1] == pytest.approx(-0.05)
     # Over a baseline that predicts zero it is R2 itself.
-    assert bootstrap_r2(baseline, total, total, seed=8) == pytest.approx(bootstrap_r2(baseline, total, seed=8))
+    assert bootstrap_r2(baseline, total, total, seed=8) == pytest.approx(
+        bootstrap_r2(baseline, total, seed=8)
+    )
 
 
 def test_bootstrap_refuses_what_it_cannot_resample():

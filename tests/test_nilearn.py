@@ -33,21 +33,34 @@ def of_labels(output="default"):
 @pytest.fixture(scope="module")
 def checkpoint():
     torch.manual_seed(0)
-    config = ModelConfig(n_parcels=4, n_timepoints=32, n_blocks=1, n_channels=6, input_width=6, n_levels=2)
+    config = ModelConfig(
+        n_parcels=4, n_timepoints=32, n_blocks=1, n_channels=6, input_width=6, n_levels=2
+    )
     return Checkpoint(MnemoDyn(config).eval(), PARCELS, 2.0, Scaling(), "none", {})
 
 
 def test_an_array_is_a_scan():
     masker = of_labels()
     x = masker.transform(image(0))
-    scan = load_scan(x, t_r=2.0, parcels=list(masker.region_names_.values()), participant_id="sub-1")
-    means = np.stack([np.asarray(image(0).dataobj)[label == LABELS].mean(0) for label in (2, 5, 7, 9)], axis=1)
+    scan = load_scan(
+        x, t_r=2.0, parcels=list(masker.region_names_.values()), participant_id="sub-1"
+    )
+    means = np.stack(
+        [np.asarray(image(0).dataobj)[label == LABELS].mean(0) for label in (2, 5, 7, 9)], axis=1
+    )
     np.testing.assert_allclose(scan.values, means, rtol=1e-6)
-    assert (scan.parcels, scan.t_r, scan.t_r_source, scan.participant_id) == (PARCELS, 2.0, "setting", "sub-1")
+    assert (scan.parcels, scan.t_r, scan.t_r_source, scan.participant_id) == (
+        PARCELS,
+        2.0,
+        "setting",
+        "sub-1",
+    )
     named = load_scan(of_labels("pandas").transform(image(0)), t_r=2.0, participant_id="sub-1")
     np.testing.assert_array_equal(named.values, scan.values)
     assert named.parcels == PARCELS
-    maps = nibabel.Nifti1Image(np.eye(4)[np.resize(range(4), 120)].reshape(5, 6, 4, 4).astype(np.float32), np.eye(4))
+    maps = nibabel.Nifti1Image(
+        np.eye(4)[np.resize(range(4), 120)].reshape(5, 6, 4, 4).astype(np.float32), np.eye(4)
+    )
     x = maskers.NiftiMapsMasker(maps, standardize=None).fit_transform(image(0))
     assert load_scan(x, t_r=2.0, parcels=4, participant_id="sub-1").values.shape == (40, 4)
 
@@ -81,7 +94,9 @@ def test_arrays_go_through_the_encoder(checkpoint):
     for given in (arrays, np.stack(arrays), [x.astype(float) for x in arrays]):
         np.testing.assert_array_equal(encoder.fit(given).transform(given), expected)
     tables = [of_labels("pandas").transform(image(i)) for i in range(4)]
-    found = make_pipeline(MnemoDynEncoder(checkpoint, t_r=2.0), StandardScaler()).fit_transform(tables)
+    found = make_pipeline(MnemoDynEncoder(checkpoint, t_r=2.0), StandardScaler()).fit_transform(
+        tables
+    )
     np.testing.assert_allclose(found, StandardScaler().fit_transform(expected))
     covered = arrays[0].copy()
     covered[:, 2] = 0  # a region outside the field of view
@@ -91,7 +106,11 @@ def test_arrays_go_through_the_encoder(checkpoint):
 @pytest.mark.parametrize(
     ("settings", "error", "message"),
     [
-        ({"parcels": PARCELS}, DataError, "array 0: an array states no repetition time; give t_r in seconds"),
+        (
+            {"parcels": PARCELS},
+            DataError,
+            "array 0: an array states no repetition time; give t_r in seconds",
+        ),
         ({"t_r": 2.0}, DataError, "array 0: an array does not name its columns; give parcels"),
         ({"t_r": 2000.0, "parcels": PARCELS}, DataError, "array 0: .*looks like milliseconds"),
         ({"t_r": 2.0, "parcels": PARCELS[:3]}, DataError, "array 0: expected 3 parcels, got 4"),

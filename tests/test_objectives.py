@@ -37,7 +37,12 @@ from mnemodyn.pretrain.windows import Draws, FixedWindows, RandomWindows, collat
 SETTINGS = {
     "masked": {"hidden_share": 0.5, "mask_window": 4, "share_spread": 0.2},
     "groups": {"pattern": r"parcel-([0-2]|[3-5])"},
-    "mixed": {"mix": [{"name": "masked", "hidden_share": 0.5, "mask_window": 4}, {"name": "latent", "weight": 0.5}]},
+    "mixed": {
+        "mix": [
+            {"name": "masked", "hidden_share": 0.5, "mask_window": 4},
+            {"name": "latent", "weight": 0.5},
+        ]
+    },
 }
 ALL = {name: make_objective(name, SETTINGS.get(name)) for name in OBJECTIVES}
 EVERY = pytest.mark.parametrize("objective", ALL.values(), ids=ALL)
@@ -54,16 +59,22 @@ def view(objective, time=40, seed=0, **known):
 
 
 @pytest.mark.parametrize("time", [2, 3, 5, 64])
-@pytest.mark.parametrize("shares", [(0.5, 0.25, 0.5), (0.01, 0.01, 0.01), (0.98, 0.01, 0.99), (0.5, 0.5, 0.5)])
+@pytest.mark.parametrize(
+    "shares", [(0.5, 0.25, 0.5), (0.01, 0.01, 0.01), (0.98, 0.01, 0.99), (0.5, 0.5, 0.5)]
+)
 def test_blocks_are_never_empty_and_lie_where_they_should(time, shares):
-    objective = Latent(**dict(zip(("observed_share", "target_share", "parcel_share"), shares, strict=True)))
+    objective = Latent(
+        **dict(zip(("observed_share", "target_share", "parcel_share"), shares, strict=True))
+    )
     for seed in range(50):
         _, blocks = view(objective, time, seed)
         frames, parcels = ({k: b.any(axis) for k, b in blocks.items()} for axis in (1, 0))
         assert set(blocks) == {"observed", *TARGETS}
         for name, block in blocks.items():
             assert block.any()
-            assert torch.equal(block, frames[name][:, None] & parcels[name])  # a block, and nothing beside it
+            assert torch.equal(
+                block, frames[name][:, None] & parcels[name]
+            )  # a block, and nothing beside it
             assert name == "observed" or not (block & blocks["observed"]).any()
         first = int(frames["observed"].int().argmax())
         for name in ("earlier", "both"):
@@ -131,7 +142,9 @@ def test_scores_mean_what_they_say():
     assert noise.std() == pytest.approx(0.5, rel=0.05)
     idle = scores(Denoise(0.5), identity, batch)
     assert idle["noise_removed"] == 0
-    assert idle["r2_clean"] == pytest.approx(1 - float(noise.square().sum() / batch["x"].square().sum()), abs=1e-5)
+    assert idle["r2_clean"] == pytest.approx(
+        1 - float(noise.square().sum() / batch["x"].square().sum()), abs=1e-5
+    )
     half = scores(Denoise(0.5), lambda x, *_, **__: Output(x - noise / 2, x, None), batch)
     assert half["noise_removed"] == pytest.approx(0.75, abs=1e-5)
     for objective in (Masked(), Forecast(), Groups()):
@@ -152,7 +165,10 @@ def test_padding_and_censored_frames_count_for_nothing():
     network = lambda x, *_, **__: Output(x + 1, x, None)  # noqa: E731
     total, count = objective.loss(network, batch, torch.nn.ModuleDict())["error"]
     assert count == (37 + 27) * 8
-    expected = sum(((it["input"] + 1 - it["x"])[~it["censored"]].square().sum() for it in items), torch.zeros(()))
+    expected = sum(
+        ((it["input"] + 1 - it["x"])[~it["censored"]].square().sum() for it in items),
+        torch.zeros(()),
+    )
     assert total.item() == pytest.approx(expected.item(), rel=1e-5)
 
 
@@ -174,11 +190,16 @@ def test_latent_scores_against_numpy():
     assert found["embedding_sd"] == pytest.approx(latents.std(0).mean(), rel=1e-5)
     shares = np.linalg.eigvalsh(np.cov(latents.T))
     shares /= shares.sum()
-    assert found["rank_share"] == pytest.approx(np.exp(-(shares * np.log(shares)).sum()) / 8, rel=1e-5)
+    assert found["rank_share"] == pytest.approx(
+        np.exp(-(shares * np.log(shares)).sum()) / 8, rel=1e-5
+    )
     error = power = 0.0
     for guess, target, where in zip(*(a.chunk(3) for a in (guesses, targets, frames)), strict=True):
         guess, target = guess[where].double().numpy(), target[where].double().numpy()
-        error, power = error + ((guess - target) ** 2).sum(), power + ((target - target.mean(0)) ** 2).sum()
+        error, power = (
+            error + ((guess - target) ** 2).sum(),
+            power + ((target - target.mean(0)) ** 2).sum(),
+        )
     assert found["r2_latent"] == pytest.approx(1 - error / power, rel=1e-5)
 
 
@@ -188,9 +209,15 @@ def scores_with(objective, network, parts, batch):
 
 
 def test_teacher_gets_no_gradient_and_follows():
-    objective, network = Latent(teacher_decay=0.9), MnemoDyn(replace(MODEL, n_parcels=8, n_timepoints=40))
+    objective, network = (
+        Latent(teacher_decay=0.9),
+        MnemoDyn(replace(MODEL, n_parcels=8, n_timepoints=40)),
+    )
     parts = objective.parts(network)
-    total = sum(total / count for total, count in objective.loss(network, batch_of(objective), parts).values())
+    total = sum(
+        total / count
+        for total, count in objective.loss(network, batch_of(objective), parts).values()
+    )
     total.backward()
     assert all(p.grad is not None for p in network.parameters())
     assert all(p.grad is None for p in parts["teacher"].parameters())
@@ -209,7 +236,10 @@ def test_teacher_gets_no_gradient_and_follows():
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: make_objective("maskd"), r"unknown objective maskd; did you mean masked\? \(known: masked, denoise"),
+        (
+            lambda: make_objective("maskd"),
+            r"unknown objective maskd; did you mean masked\? \(known: masked, denoise",
+        ),
         (
             lambda: make_objective("masked", {"hiden_share": 0.5}),
             "unknown masked setting hiden_share; did you mean hid",
@@ -218,14 +248,23 @@ def test_teacher_gets_no_gradient_and_follows():
             lambda: configure("latent", {"training": {"epoch": 3}}),
             "unknown training setting epoch; did you mean epochs",
         ),
-        (lambda: configure("latent", {"trianing": {}}), r"unknown section trianing; did you mean training\?"),
+        (
+            lambda: configure("latent", {"trianing": {}}),
+            r"unknown section trianing; did you mean training\?",
+        ),
         (
             lambda: configure("latent", {}, {"teacher_dekay": 0.9}),
             "unknown setting teacher_dekay; did you mean teacher_d",
         ),
         (lambda: configure("masked", {}, {"n_levels": 20}), "n_levels 20 halves a scan"),
-        (lambda: configure("masked", {}, {"schedule": "linear"}), "schedule must be one of cosine, restarts"),
-        (lambda: make_objective("mixed", {"mix": [{"name": "masked"}]}), "mix must list two objectives or more"),
+        (
+            lambda: configure("masked", {}, {"schedule": "linear"}),
+            "schedule must be one of cosine, restarts",
+        ),
+        (
+            lambda: make_objective("mixed", {"mix": [{"name": "masked"}]}),
+            "mix must list two objectives or more",
+        ),
         (lambda: make_objective("denoise", {"sigma": 0.0}), "sigma must be > 0"),
         (lambda: make_objective("latent", {"observed_share": 0.9}), "at most 1; got"),
     ],
@@ -239,7 +278,11 @@ def test_settings_find_their_section():
     objective, model, training, machine, _ = configure(
         "denoise", {"training": {"epochs": 3}}, {"sigma": 0.2, "n_blocks": 1, "workers": 2}
     )
-    assert (objective, training, machine.workers) == (Denoise(sigma=0.2), TrainingConfig(epochs=3), 2)
+    assert (objective, training, machine.workers) == (
+        Denoise(sigma=0.2),
+        TrainingConfig(epochs=3),
+        2,
+    )
     assert model == {"n_timepoints": 240, "n_blocks": 1}
     mixed = ALL["mixed"]
     assert Mixed(mix=mixed.to_dict()["mix"]) == mixed
@@ -250,7 +293,12 @@ def test_settings_find_their_section():
 
 def test_warm_restarts_are_those_of_torch():
     config = TrainingConfig(
-        epochs=8, windows_per_epoch=1, batch_size=1, schedule="restarts", restart_epochs=2, warmup_share=0
+        epochs=8,
+        windows_per_epoch=1,
+        batch_size=1,
+        schedule="restarts",
+        restart_epochs=2,
+        warmup_share=0,
     )
     optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
     oracle = torch.optim.lr_scheduler.CosineAnnealingWarmRestarts(optimizer, 2, 2, eta_min=0.0)
@@ -258,15 +306,23 @@ def test_warm_restarts_are_those_of_torch():
     for step in range(1, 14):
         optimizer.step()
         oracle.step()
-        assert rate(step + 1) == pytest.approx(max(0.01, oracle.get_last_lr()[0]), abs=1e-9)  # one step of warm-up
+        assert rate(step + 1) == pytest.approx(
+            max(0.01, oracle.get_last_lr()[0]), abs=1e-9
+        )  # one step of warm-up
 
 
-@pytest.mark.parametrize(("n", "batch", "world", "parts"), [(20, 8, 2, 1), (24, 6, 3, 2), (10, 4, 1, 2)])
+@pytest.mark.parametrize(
+    ("n", "batch", "world", "parts"), [(20, 8, 2, 1), (24, 6, 3, 2), (10, 4, 1, 2)]
+)
 def test_processes_share_what_one_would_draw(n, batch, world, parts):
     whole = list(Draws(n, batch, lambda: 0))
-    ranks = [list(Draws(n, batch, lambda: 0, rank=r, world=world, parts=parts)) for r in range(world)]
+    ranks = [
+        list(Draws(n, batch, lambda: 0, rank=r, world=world, parts=parts)) for r in range(world)
+    ]
     for step, draws in enumerate(whole):
-        joined = [d for rank in ranks for part in rank[step * parts : (step + 1) * parts] for d in part]
+        joined = [
+            d for rank in ranks for part in rank[step * parts : (step + 1) * parts] for d in part
+        ]
         assert sorted(joined) == draws
     later = list(Draws(n, batch, lambda: len(whole) + 1, world=world, parts=parts))
     assert later[0][0] == n + batch
@@ -276,14 +332,27 @@ def test_processes_share_what_one_would_draw(n, batch, world, parts):
 
 
 def test_windows_in_seconds_mix_lengths_and_repetition_times():
-    scans = [*simulated(1), *(replace(s, t_r=1.0, participant_id="b") for s in simulated(1, seed=4))]
+    scans = [
+        *simulated(1),
+        *(replace(s, t_r=1.0, participant_id="b") for s in simulated(1, seed=4)),
+    ]
     windows = RandomWindows(scans, Scaling(), ALL["masked"], 32, 0, seconds=40.0)
     batch = collate([windows[i] for i in range(6)])
-    assert {(float(t), int(n)) for t, n in zip(batch["t_r"], batch["lengths"], strict=True)} == {(2.0, 20), (1.0, 40)}
+    assert {(float(t), int(n)) for t, n in zip(batch["t_r"], batch["lengths"], strict=True)} == {
+        (2.0, 20),
+        (1.0, 40),
+    }
     short = [replace(scans[0], values=scans[0].values[:15])]
     assert len(FixedWindows(short, Scaling(), ALL["masked"], 32, 0, seconds=40.0)[0]["x"]) == 15
     with pytest.raises(DataError, match=r"expected at least 10 frames of 6 parcels, got \(9, 6\)"):
-        FixedWindows([replace(short[0], values=short[0].values[:9])], Scaling(), ALL["masked"], 32, 0, seconds=40.0)
+        FixedWindows(
+            [replace(short[0], values=short[0].values[:9])],
+            Scaling(),
+            ALL["masked"],
+            32,
+            0,
+            seconds=40.0,
+        )
 
 
 def test_a_store_gives_the_windows_of_its_scans(tmp_path):
@@ -324,7 +393,10 @@ def in_a_child(call) -> int:
 
 
 def train(folder, objective, config=SHORT, machine=CPU, **scans):
-    scans = scans or {"train": simulated(3, n_frames=64), "validation": simulated(1, seed=9, n_frames=64)}
+    scans = scans or {
+        "train": simulated(3, n_frames=64),
+        "validation": simulated(1, seed=9, n_frames=64),
+    }
     return run(folder, objective=objective, training=config, machine=machine, **scans)
 
 
@@ -368,7 +440,10 @@ def test_killed_anywhere_resumes_to_the_same_weights(objective, tmp_path, monkey
     ):
         with monkeypatch.context() as m:
             m.setattr(place, name, value)
-            assert in_a_child(lambda: train(tmp_path / "cut", objective, config, machine)) == signal.SIGKILL
+            assert (
+                in_a_child(lambda: train(tmp_path / "cut", objective, config, machine))
+                == signal.SIGKILL
+            )
     assert weights(tmp_path / "cut")["global_step"] == 4
     _, resumed = train(tmp_path / "cut", objective, config, machine)
     assert resumed == history
@@ -378,7 +453,9 @@ def test_killed_anywhere_resumes_to_the_same_weights(objective, tmp_path, monkey
         assert same(one[key], two[key]), key
     assert same(one.get("current_model_state"), two.get("current_model_state"))
     for name in ("best", "second"):
-        a, b = ((tmp_path / kind / name / "model.safetensors").read_bytes() for kind in ("whole", "cut"))
+        a, b = (
+            (tmp_path / kind / name / "model.safetensors").read_bytes() for kind in ("whole", "cut")
+        )
         assert a == b
 
 
@@ -432,7 +509,10 @@ def test_mixed_precision_trains(tmp_path):
 def test_latents_keep_their_rank(tmp_path):
     """SIMULATED scans of six independent sources: nothing but the objective itself could take the rank away."""
     rng = np.random.default_rng(0)
-    scans = [replace(s, values=rng.standard_normal(s.values.shape, dtype=np.float32)) for s in simulated(4)]
+    scans = [
+        replace(s, values=rng.standard_normal(s.values.shape, dtype=np.float32))
+        for s in simulated(4)
+    ]
     scans = [replace(s, participant_id=f"sub-{i}") for i, s in enumerate(scans)]
     config = replace(TRAINING, epochs=3, windows_per_epoch=64)
     _, history = train(tmp_path, Latent(), config, train=scans[:3], validation=scans[3:])
@@ -451,10 +531,19 @@ def test_collapse_is_said(capsys, tmp_path):
 def test_a_nan_in_a_scan_or_a_loss_stops_with_the_scans_named(tmp_path, monkeypatch):
     scans = simulated(2, n_frames=64)
     # As a lazily read scan may hold it: a Scan itself refuses.
-    broken = SimpleNamespace(**{**vars(scans[1]), "n_frames": 64, "values": scans[1].values.copy(), "censored": None})
+    broken = SimpleNamespace(
+        **{**vars(scans[1]), "n_frames": 64, "values": scans[1].values.copy(), "censored": None}
+    )
     broken.values[10, 2] = np.nan
-    with pytest.raises(DataError, match=r"scan-1: .* NaN or infinite, first in frame \d+, parcel 'parcel-2'"):
-        train(tmp_path / "a", ALL["masked"], train=[scans[0], broken], validation=simulated(1, seed=9, n_frames=64))
+    with pytest.raises(
+        DataError, match=r"scan-1: .* NaN or infinite, first in frame \d+, parcel 'parcel-2'"
+    ):
+        train(
+            tmp_path / "a",
+            ALL["masked"],
+            train=[scans[0], broken],
+            validation=simulated(1, seed=9, n_frames=64),
+        )
 
     train(tmp_path / "b", ALL["masked"], replace(SHORT, epochs=1))
     step = type(ALL["masked"]).loss
@@ -463,11 +552,17 @@ def test_a_nan_in_a_scan_or_a_loss_stops_with_the_scans_named(tmp_path, monkeypa
     def nan_at_last(self, network, batch, parts):
         seen.append(1)
         return {
-            "error": (step(self, network, batch, parts)["error"][0] * (np.nan if len(seen) > 7 else 1), torch.tensor(1))
+            "error": (
+                step(self, network, batch, parts)["error"][0] * (np.nan if len(seen) > 7 else 1),
+                torch.tensor(1),
+            )
         }
 
     monkeypatch.setattr(Masked, "loss", nan_at_last)
-    with pytest.raises(TrainingError, match=r"loss is nan at step 7 .* in a batch of scan-\d.*smaller learning_rate"):
+    with pytest.raises(
+        TrainingError,
+        match=r"loss is nan at step 7 .* in a batch of scan-\d.*smaller learning_rate",
+    ):
         train(tmp_path / "c", ALL["masked"])
     assert weights(tmp_path / "c")["global_step"] == 5
     assert all(p.isfinite().all() for p in weights(tmp_path / "c")["state_dict"].values())
@@ -481,7 +576,8 @@ def test_a_full_disk_costs_no_checkpoint(tmp_path):
     def full():
         resource.setrlimit(resource.RLIMIT_FSIZE, (size // 2, size // 2))
         with pytest.raises(
-            TrainingError, match=r"(?s)could not be written \(File too large\).*last\.ckpt is whole: make room"
+            TrainingError,
+            match=r"(?s)could not be written \(File too large\).*last\.ckpt is whole: make room",
         ):
             training_module.WholeFiles().save_checkpoint(
                 torch.load(tmp_path / "last.ckpt"), str(tmp_path / "last.ckpt")
@@ -502,7 +598,11 @@ def test_tensorboard_is_asked_for_by_name(tmp_path, monkeypatch):
 
 def test_biases_and_scales_do_not_decay():
     model = MnemoDyn(replace(MODEL, parcel_scale=True))
-    groups = Pretraining(model, Masked(), TrainingConfig()).configure_optimizers()["optimizer"].param_groups
+    groups = (
+        Pretraining(model, Masked(), TrainingConfig())
+        .configure_optimizers()["optimizer"]
+        .param_groups
+    )
     kept = {id(p) for g in groups if g["weight_decay"] == 0 for p in g["params"]}
     for name, p in model.named_parameters():
         assert (id(p) in kept) == name.endswith(("bias", "parcel_scale")), name

@@ -52,11 +52,17 @@ def double_of_block(weights: dict, x: np.ndarray, visible: np.ndarray, t_r: floa
     for i in range(time):
         z = act(weights["field.input.weight"] @ x[i] + weights["field.input.bias"])
         z = act(weights["field.bottleneck.weight"] @ z + weights["field.bottleneck.bias"])
-        h = act(weights["field.expansion.weight"] @ z + weights["field.expansion.bias"]).reshape(-1, k)
-        driver = {"derivative": dx[i], "value": x[i], "both": np.concatenate([dx[i], x[i]])}[c.control]
+        h = act(weights["field.expansion.weight"] @ z + weights["field.expansion.bias"]).reshape(
+            -1, k
+        )
+        driver = {"derivative": dx[i], "value": x[i], "both": np.concatenate([dx[i], x[i]])}[
+            c.control
+        ]
         v[i] = driver @ h / math.sqrt(len(driver))
         if c.lift:
-            v[i] += weights["lift.weight"] @ np.concatenate([x[i], visible[i]]) + weights["lift.bias"]
+            v[i] += (
+                weights["lift.weight"] @ np.concatenate([x[i], visible[i]]) + weights["lift.bias"]
+            )
     a, approximations, details = v.T, [v.T], []
     for _ in range(c.n_levels):
         a, d = pywt.dwt(a, c.wavelet, mode="periodization", axis=-1)
@@ -73,7 +79,9 @@ def double_of_block(weights: dict, x: np.ndarray, visible: np.ndarray, t_r: floa
         n, half = u.shape[1], c.kernel_size // 2
         biases = weights[f"banded.{j}.bias"]
         if c.banded == "depthwise":
-            kernels = np.einsum("soi,siw->soiw", weights[f"banded.{j}.mixing"], weights[f"banded.{j}.kernel"])
+            kernels = np.einsum(
+                "soi,siw->soiw", weights[f"banded.{j}.mixing"], weights[f"banded.{j}.kernel"]
+            )
         else:
             kernels = weights[f"banded.{j}.weight"]
         segment = math.ceil(n / c.n_segments)
@@ -98,7 +106,13 @@ def double_of_block(weights: dict, x: np.ndarray, visible: np.ndarray, t_r: floa
 CASES = [
     {},
     {"lift": False, "activation": "tanh"},
-    {"n_timepoints": 61, "wavelet": "sym4", "n_segments": 4, "parcel_scale": True, "n_dense_layers": 3},
+    {
+        "n_timepoints": 61,
+        "wavelet": "sym4",
+        "n_segments": 4,
+        "parcel_scale": True,
+        "n_dense_layers": 3,
+    },
     {"n_timepoints": 50, "activation": "silu", "n_segments": 2, "wavelet": "coif1"},
     {"n_dense_layers": 0, "n_levels": 1, "kernel_size": 1},
     {"n_timepoints": 61, "banded": "depthwise", "n_segments": 3},
@@ -170,7 +184,9 @@ def test_control_refuses():
         control(torch.zeros(1, 1, 2), 1.0)
 
 
-@pytest.mark.parametrize(("banded", "expected"), [("full", 2 * (36 * 5 + 6)), ("depthwise", 2 * (36 + 6 * 5 + 6))])
+@pytest.mark.parametrize(
+    ("banded", "expected"), [("full", 2 * (36 * 5 + 6)), ("depthwise", 2 * (36 + 6 * 5 + 6))]
+)
 def test_parameters_of_a_banded_operator(banded, expected):
     operator = BandedOperator(16, config(n_segments=2, kernel_size=5, banded=banded))
     assert sum(p.numel() for p in operator.parameters()) == expected
@@ -216,7 +232,9 @@ def test_hidden_entries_have_no_influence():
 @pytest.mark.parametrize("length", [2, 3, 17, 31, 32, 33, 61, 200])
 @pytest.mark.parametrize("n_segments", [1, 3])
 def test_any_length(length, n_segments):
-    net = MnemoDyn(config(n_segments=n_segments, n_blocks=2, n_dense_layers=2, multiresolution=True))
+    net = MnemoDyn(
+        config(n_segments=n_segments, n_blocks=2, n_dense_layers=2, multiresolution=True)
+    )
     x = torch.randn(2, length, 5, requires_grad=True)
     output = net(x, 2.0)
     assert output.reconstruction.shape == x.shape

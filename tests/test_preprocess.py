@@ -19,11 +19,16 @@ from mnemodyn.data.preprocess import Preprocessing, align, averaging, parcellate
 from mnemodyn.data.scans import DataError, load_scan
 
 AFFINE = np.array([[-2.0, 0, 0, 4], [0, 2, 0, -4], [0, 0, 2, -2], [0, 0, 0, 1]])
-needs_workbench = pytest.mark.skipif(shutil.which("wb_command") is None, reason="wb_command is not installed")
+needs_workbench = pytest.mark.skipif(
+    shutil.which("wb_command") is None, reason="wb_command is not installed"
+)
 
 
 def axis(medial_wall=False):
-    left, right = np.arange(12) > (-1 if medial_wall else 2), np.arange(12) > (-1 if medial_wall else 1)
+    left, right = (
+        np.arange(12) > (-1 if medial_wall else 2),
+        np.arange(12) > (-1 if medial_wall else 1),
+    )
     return (
         BrainModelAxis.from_mask(left, name="CORTEX_LEFT")
         + BrainModelAxis.from_mask(right, name="CORTEX_RIGHT")
@@ -43,7 +48,11 @@ def series(n=20, seed=0, n_grayordinates=31):
 
 
 def write_dense(
-    folder, name="sub-01_ses-a_task-rest_space-fsLR_den-91k_bold.dtseries.nii", t_r=2.0, unit="SECOND", x=None
+    folder,
+    name="sub-01_ses-a_task-rest_space-fsLR_den-91k_bold.dtseries.nii",
+    t_r=2.0,
+    unit="SECOND",
+    x=None,
 ):
     x = series() if x is None else x
     image = nibabel.Cifti2Image(x, (SeriesAxis(0, t_r, len(x), unit=unit), axis()))
@@ -59,7 +68,9 @@ def atlas_file(tmp_path):
 
 
 def plain(x, labels):
-    return np.stack([x[:, labels == i].astype(float).mean(1) for i in range(1, labels.max() + 1)], axis=1)
+    return np.stack(
+        [x[:, labels == i].astype(float).mean(1) for i in range(1, labels.max() + 1)], axis=1
+    )
 
 
 @pytest.mark.parametrize("block", [4, 8192])
@@ -68,7 +79,9 @@ def test_parcellate_is_the_mean_over_each_parcel(monkeypatch, block):
     labels, x = small_atlas().labels, series()
     np.testing.assert_allclose(parcellate(x, labels), plain(x, labels), atol=1e-6)
     np.testing.assert_allclose(averaging(labels).sum(axis=1), 1)
-    np.testing.assert_array_equal(averaging(labels).toarray() > 0, labels == np.arange(1, 6)[:, None])
+    np.testing.assert_array_equal(
+        averaging(labels).toarray() > 0, labels == np.arange(1, 6)[:, None]
+    )
 
 
 def test_parcellate_refuses_what_does_not_fit():
@@ -86,7 +99,9 @@ def test_agrees_with_workbench(tmp_path, medial_wall):
     atlas = small_atlas(axis(medial_wall))
     if medial_wall:  # Workbench wants every labelled vertex in the series
         inside = {*zip(axis().name, axis().vertex, strict=True)}
-        atlas.labels[[pair not in inside for pair in zip(atlas.axis.name, atlas.axis.vertex, strict=True)]] = 0
+        atlas.labels[
+            [pair not in inside for pair in zip(atlas.axis.name, atlas.axis.vertex, strict=True)]
+        ] = 0
     file = write_atlas(tmp_path / "Small.dlabel.nii", atlas)
     source = write_dense(tmp_path / "in")
     theirs = tmp_path / "theirs.ptseries.nii"
@@ -97,9 +112,13 @@ def test_agrees_with_workbench(tmp_path, medial_wall):
     np.testing.assert_allclose(np.asarray(ours.dataobj), np.asarray(theirs.dataobj), atol=1e-6)
     assert ours.header.get_axis(0) == theirs.header.get_axis(0)
     assert list(ours.header.get_axis(1).name) == list(theirs.header.get_axis(1).name)
-    for mine, other in zip(ours.header.get_axis(1).vertices, theirs.header.get_axis(1).vertices, strict=True):
+    for mine, other in zip(
+        ours.header.get_axis(1).vertices, theirs.header.get_axis(1).vertices, strict=True
+    ):
         assert {k: sorted(v) for k, v in mine.items()} == {k: sorted(v) for k, v in other.items()}
-    opened = subprocess.run(["wb_command", "-file-information", row["output"]], capture_output=True, text=True)
+    opened = subprocess.run(
+        ["wb_command", "-file-information", row["output"]], capture_output=True, text=True
+    )
     assert "Parcel Series" in opened.stdout
 
 
@@ -107,12 +126,21 @@ def test_atlas_and_series_meet_by_vertex_and_voxel():
     wide, narrow = axis(medial_wall=True), axis()
     atlas = small_atlas(wide)
     found = align(atlas, narrow)
-    place = {(n, *v, i): label for n, v, i, label in zip(wide.name, wide.voxel, wide.vertex, atlas.labels, strict=True)}
-    expected = [place[(n, *v, i)] for n, v, i in zip(narrow.name, narrow.voxel, narrow.vertex, strict=True)]
+    place = {
+        (n, *v, i): label
+        for n, v, i, label in zip(wide.name, wide.voxel, wide.vertex, atlas.labels, strict=True)
+    }
+    expected = [
+        place[(n, *v, i)] for n, v, i in zip(narrow.name, narrow.voxel, narrow.vertex, strict=True)
+    ]
     np.testing.assert_array_equal(found, expected)
-    with pytest.raises(DataError, match="CIFTI_STRUCTURE_CORTEX_LEFT has 13 vertices in the series and 12"):
+    with pytest.raises(
+        DataError, match="CIFTI_STRUCTURE_CORTEX_LEFT has 13 vertices in the series and 12"
+    ):
         align(atlas, BrainModelAxis.from_mask(np.ones(13), name="CORTEX_LEFT"))
-    moved = BrainModelAxis.from_mask(np.ones((3, 2, 2)), affine=AFFINE + np.eye(4, k=3), name="THALAMUS_LEFT")
+    moved = BrainModelAxis.from_mask(
+        np.ones((3, 2, 2)), affine=AFFINE + np.eye(4, k=3), name="THALAMUS_LEFT"
+    )
     with pytest.raises(DataError, match="differ in shape or affine"):
         align(atlas, moved)
     with pytest.raises(DataError, match="2 of 5 parcels of the atlas Small have no grayordinate"):
@@ -122,11 +150,18 @@ def test_atlas_and_series_meet_by_vertex_and_voxel():
 @pytest.mark.parametrize("ending", ["ptseries.nii", "tsv"])
 def test_writes_what_the_reader_reads(tmp_path, atlas_file, ending):
     source = write_dense(tmp_path / "in")
-    row = preprocess([tmp_path / "in"], tmp_path / "out", Preprocessing(atlas_file, table=ending == "tsv")).iloc[0]
+    row = preprocess(
+        [tmp_path / "in"], tmp_path / "out", Preprocessing(atlas_file, table=ending == "tsv")
+    ).iloc[0]
     stem = "sub-01_ses-a_task-rest_space-fsLR_den-91k_seg-Small_stat-mean_timeseries"
     assert row["output"] == str(tmp_path / "out" / "sub-01" / "ses-a" / "func" / f"{stem}.{ending}")
     scan = load_scan(row["output"])
-    assert (scan.participant_id, scan.t_r, scan.parcels, scan.atlas) == ("sub-01", 2.0, tuple("abcde"), "Small")
+    assert (scan.participant_id, scan.t_r, scan.parcels, scan.atlas) == (
+        "sub-01",
+        2.0,
+        tuple("abcde"),
+        "Small",
+    )
     np.testing.assert_allclose(scan.values, plain(series(), small_atlas().labels), atol=1e-6)
     facts = json.loads((tmp_path / "out/sub-01/ses-a/func" / f"{stem}.json").read_text())
     assert facts["Sources"] == [source.name]
@@ -139,7 +174,10 @@ def test_writes_what_the_reader_reads(tmp_path, atlas_file, ending):
         "atlas": "Small.dlabel.nii",
         "table": ending == "tsv",
     }
-    assert json.loads((tmp_path / "out/dataset_description.json").read_text())["DatasetType"] == "derivative"
+    assert (
+        json.loads((tmp_path / "out/dataset_description.json").read_text())["DatasetType"]
+        == "derivative"
+    )
 
 
 def test_complete_scans_are_skipped_and_others_are_not(tmp_path, atlas_file):
@@ -177,8 +215,12 @@ def test_each_scan_fails_alone_and_says_why(tmp_path, atlas_file, capsys):
     write_dense(folder, "sub-01_bold.dtseries.nii")
     write_dense(folder, "sub-02_bold.dtseries.nii", t_r=0.0)
     write_dense(folder, "sub-03_bold.dtseries.nii", unit="HERTZ")
-    write_dense(folder, "sub-04_bold.dtseries.nii").with_name("sub-04_bold.json").write_text('{"RepetitionTime": 0.8}')
-    (folder / "sub-05_bold.dtseries.nii").write_bytes((folder / "sub-01_bold.dtseries.nii").read_bytes()[:-100])
+    write_dense(folder, "sub-04_bold.dtseries.nii").with_name("sub-04_bold.json").write_text(
+        '{"RepetitionTime": 0.8}'
+    )
+    (folder / "sub-05_bold.dtseries.nii").write_bytes(
+        (folder / "sub-01_bold.dtseries.nii").read_bytes()[:-100]
+    )
     write_dense(folder, "rest_bold.dtseries.nii")
     x = series()
     x[3, 7] = np.nan
@@ -197,8 +239,12 @@ def test_each_scan_fails_alone_and_says_why(tmp_path, atlas_file, capsys):
         "not-dense: sub-07.dtseries.nii: axes must be (series, grayordinates), got (LabelAxis",
     ):
         assert message in err
-    (folder / "sub-02_bold.json").write_text('{"RepetitionTime": 0.8}')  # the mend that the message names
-    rows = preprocess([folder / "sub-02_bold.dtseries.nii"], tmp_path / "out", Preprocessing(atlas_file))
+    (folder / "sub-02_bold.json").write_text(
+        '{"RepetitionTime": 0.8}'
+    )  # the mend that the message names
+    rows = preprocess(
+        [folder / "sub-02_bold.dtseries.nii"], tmp_path / "out", Preprocessing(atlas_file)
+    )
     assert load_scan(rows["output"][0]).t_r == 0.8
     source = folder / "sub-03_bold.dtseries.nii"
     rows = preprocess([source], tmp_path / "out", Preprocessing(atlas_file, t_r=1.1))
@@ -237,11 +283,16 @@ def test_confounds_and_band_are_nilearns_and_recorded(tmp_path, atlas_file):
     clean = pytest.importorskip("nilearn.signal").clean
     x = series(n=120) + 100
     source = write_dense(tmp_path / "in", x=x)
-    confounds = pd.DataFrame(np.random.default_rng(2).standard_normal((120, 3)), columns=["a", "b", "c"])
+    confounds = pd.DataFrame(
+        np.random.default_rng(2).standard_normal((120, 3)), columns=["a", "b", "c"]
+    )
     confounds.loc[0, "b"] = np.nan
     confounds["motion_outlier00"] = (confounds.index == 4).astype(int)
     confounds.to_csv(
-        source.with_name("sub-01_ses-a_task-rest_desc-confounds_timeseries.tsv"), sep="\t", na_rep="n/a", index=False
+        source.with_name("sub-01_ses-a_task-rest_desc-confounds_timeseries.tsv"),
+        sep="\t",
+        na_rep="n/a",
+        index=False,
     )
     settings = Preprocessing(atlas_file, high_pass=0.01, low_pass=0.1, confounds=("a", "b"))
     row = preprocess([source], tmp_path / "out", settings).iloc[0]
@@ -258,23 +309,35 @@ def test_confounds_and_band_are_nilearns_and_recorded(tmp_path, atlas_file):
         standardize=None,
     )
     np.testing.assert_array_equal(np.flatnonzero(load_scan(row["output"]).censored), [4])
-    np.testing.assert_allclose(load_scan(row["output"]).values, plain(full, small_atlas().labels), atol=1e-5)
-    sidecar = (tmp_path / row["output"]).with_name(row["output"].split("/")[-1].removesuffix(".ptseries.nii") + ".json")
+    np.testing.assert_allclose(
+        load_scan(row["output"]).values, plain(full, small_atlas().labels), atol=1e-5
+    )
+    sidecar = (tmp_path / row["output"]).with_name(
+        row["output"].split("/")[-1].removesuffix(".ptseries.nii") + ".json"
+    )
     said = json.loads(sidecar.read_text())["Settings"]
     assert (said["low_pass"], said["high_pass"], said["confounds"]) == (0.1, 0.01, ["a", "b"])
 
-    row = preprocess([source], tmp_path / "regressed", Preprocessing(atlas_file, confounds=("a", "b"))).iloc[0]
+    row = preprocess(
+        [source], tmp_path / "regressed", Preprocessing(atlas_file, confounds=("a", "b"))
+    ).iloc[0]
     design = np.c_[np.ones(120), regressors]
     residual = x - (design @ np.linalg.lstsq(design, x, rcond=None)[0]) + x.mean(0)
-    np.testing.assert_allclose(load_scan(row["output"]).values, plain(residual, small_atlas().labels), atol=1e-4)
+    np.testing.assert_allclose(
+        load_scan(row["output"]).values, plain(residual, small_atlas().labels), atol=1e-4
+    )
 
     def message(**changes):
-        return preprocess([source], tmp_path / "no", Preprocessing(atlas_file, **changes))["message"][0]
+        return preprocess([source], tmp_path / "no", Preprocessing(atlas_file, **changes))[
+            "message"
+        ][0]
 
     assert "has no columns ['z']" in message(confounds=("z",))
     assert "low_pass must be below 0.25 Hz at 2 s a frame, got 0.3" in message(low_pass=0.3)
     confounds.iloc[:100].fillna(0).to_csv(
-        source.with_name("sub-01_ses-a_task-rest_desc-confounds_timeseries.tsv"), sep="\t", index=False
+        source.with_name("sub-01_ses-a_task-rest_desc-confounds_timeseries.tsv"),
+        sep="\t",
+        index=False,
     )
     assert "has 100 rows for 120 frames" in message(confounds=("a",))
 
@@ -296,11 +359,15 @@ def test_volume_with_a_label_volume(tmp_path):
     nibabel.save(nibabel.Nifti1Image(labels.astype(np.int16), AFFINE), tmp_path / "seg.nii.gz")
     (tmp_path / "seg.tsv").write_text("index\tname\n2\ttwo\n9\tnine\n")
     source = write_volume(tmp_path / "in", x, AFFINE, t_r=1500, unit="msec")
-    row = preprocess([tmp_path / "in"], tmp_path / "out", Preprocessing(str(tmp_path / "seg.nii.gz"))).iloc[0]
+    row = preprocess(
+        [tmp_path / "in"], tmp_path / "out", Preprocessing(str(tmp_path / "seg.nii.gz"))
+    ).iloc[0]
     assert row["message"] == ""
     scan = load_scan(row["output"])
     assert (scan.parcels, scan.t_r, scan.atlas) == (("two", "5", "nine"), 1.5, "seg")
-    np.testing.assert_allclose(scan.values, np.stack([x[labels == i].mean(0) for i in (2, 5, 9)], axis=1), rtol=1e-6)
+    np.testing.assert_allclose(
+        scan.values, np.stack([x[labels == i].mean(0) for i in (2, 5, 9)], axis=1), rtol=1e-6
+    )
     write_volume(tmp_path / "in", x, AFFINE, t_r=0, name=source.name)
     row = preprocess([source], tmp_path / "no", Preprocessing(str(tmp_path / "seg.nii.gz"))).iloc[0]
     assert row["problem"] == "no-t-r"
@@ -310,7 +377,9 @@ def test_volume_needs_surfaces_and_workbench(tmp_path, atlas_file, monkeypatch):
     source = write_volume(tmp_path / "in", np.ones((3, 2, 2, 4)), AFFINE)
 
     def message(surfaces):
-        return preprocess([source], tmp_path / "out", Preprocessing(atlas_file, surfaces=surfaces))["message"][0]
+        return preprocess([source], tmp_path / "out", Preprocessing(atlas_file, surfaces=surfaces))[
+            "message"
+        ][0]
 
     assert "give --surfaces LEFT RIGHT" in message(())
     monkeypatch.setattr(module, "greyordinates", lambda: ["L", "R", "V"])
@@ -326,7 +395,10 @@ def test_volume_to_surface_to_parcels(tmp_path, schaefer400_tian3, monkeypatch):
     directions = np.array([[1, 0, 0], [0, 1, 0], [0, 0, 1]])
     voxels = nibabel.affines.apply_affine(affine, np.indices((91, 109, 91)).reshape(3, -1).T)
     source = write_volume(
-        tmp_path / "in", (voxels @ directions.T + 500).reshape(91, 109, 91, 3), affine, name="sub-03_bold.nii"
+        tmp_path / "in",
+        (voxels @ directions.T + 500).reshape(91, 109, 91, 3),
+        affine,
+        name="sub-03_bold.nii",
     )
     rng, where, surfaces = np.random.default_rng(0), np.zeros((len(atlas.axis), 3)), []
     for side in ("Left", "Right"):

@@ -5,7 +5,14 @@ import pandas as pd
 import pytest
 
 from mnemodyn import figures
-from mnemodyn.data.quality import connectivity, homotopic_pairs, open_scans, outlying, spectrum, survey
+from mnemodyn.data.quality import (
+    connectivity,
+    homotopic_pairs,
+    open_scans,
+    outlying,
+    spectrum,
+    survey,
+)
 from mnemodyn.data.scans import Scan, save_scan
 
 PARCELS = ("a_L", "a_R", "b_L", "b_R", "c_L", "c_R")
@@ -20,7 +27,15 @@ def scans(n=40, seed=0, t_r=2.0, mixing=None):
         x = rng.standard_normal((300, 6))
         for t in range(1, 300):
             x[t] += 0.6 * x[t - 1]
-        made.append(Scan(f"sub-{i:02d}", (x @ mixing).astype(np.float32), t_r, PARCELS, mean_fd=0.1 + 0.001 * i))
+        made.append(
+            Scan(
+                f"sub-{i:02d}",
+                (x @ mixing).astype(np.float32),
+                t_r,
+                PARCELS,
+                mean_fd=0.1 + 0.001 * i,
+            )
+        )
     return made
 
 
@@ -29,7 +44,16 @@ def changed(scan, **values):
 
 
 def test_twins_are_found_by_name():
-    names = ("7Networks_LH_Vis_1", "7Networks_RH_Vis_1", "GP_ant-rh", "GP_ant-lh", "Left_thing", "x_L", "alh", "arh")
+    names = (
+        "7Networks_LH_Vis_1",
+        "7Networks_RH_Vis_1",
+        "GP_ant-rh",
+        "GP_ant-lh",
+        "Left_thing",
+        "x_L",
+        "alh",
+        "arh",
+    )
     assert homotopic_pairs(names) == [(0, 1), (3, 2)]
     assert homotopic_pairs(PARCELS) == [(0, 1), (2, 3), (4, 5)]
 
@@ -43,7 +67,9 @@ def test_connectivity_is_pearsons_without_censored_frames_and_constant_parcels()
     values[:, 2] = np.where(censored, np.nan, 7)
     found = connectivity(changed(scan, values=values, censored=censored))
     kept = [0, 1, 3, 4, 5]
-    np.testing.assert_allclose(found[np.ix_(kept, kept)], np.corrcoef(scan.values[50:, kept].T), atol=1e-6)
+    np.testing.assert_allclose(
+        found[np.ix_(kept, kept)], np.corrcoef(scan.values[50:, kept].T), atol=1e-6
+    )
     assert not found[2].any()
 
 
@@ -55,16 +81,28 @@ def test_survey_measures_what_it_says():
     for i, row in enumerate(found.table.to_dict("records")):
         x = made[i].values.astype(float)
         x = (x - x.mean(0)) / x.std(0)
-        assert row["lag1"] == pytest.approx(np.mean([np.mean(x[1:, p] * x[:-1, p]) for p in range(6)]))
-        assert row["fc_similarity"] == pytest.approx(np.corrcoef(z[i], np.delete(z, i, 0).mean(0))[0, 1], abs=1e-5)
-        assert row["homotopic"] == pytest.approx(np.mean([np.corrcoef(x[:, p], x[:, p + 1])[0, 1] for p in (0, 2, 4)]))
+        assert row["lag1"] == pytest.approx(
+            np.mean([np.mean(x[1:, p] * x[:-1, p]) for p in range(6)])
+        )
+        assert row["fc_similarity"] == pytest.approx(
+            np.corrcoef(z[i], np.delete(z, i, 0).mean(0))[0, 1], abs=1e-5
+        )
+        assert row["homotopic"] == pytest.approx(
+            np.mean([np.corrcoef(x[:, p], x[:, p + 1])[0, 1] for p in (0, 2, 4)])
+        )
         assert (row["frames"], row["minutes"], row["mean_fd"]) == (300, 10, 0.1 + 0.001 * i)
-    np.testing.assert_allclose(found.connectivity[np.triu_indices(6, 1)], np.tanh(z.mean(0)), atol=1e-5)
+    np.testing.assert_allclose(
+        found.connectivity[np.triu_indices(6, 1)], np.tanh(z.mean(0)), atol=1e-5
+    )
     np.testing.assert_array_equal(np.diag(found.connectivity), 1)
     np.testing.assert_array_equal(found.connectivity, found.connectivity.T)
     np.testing.assert_array_equal(found.spectra[2][1], spectrum(made[2])[1])
     assert survey(made[:1]).table["fc_similarity"].isna().all()
-    assert survey(made, mean_fd=[0.5, np.nan, 1, 2, 3]).table["mean_fd"].isna().tolist() == [False, True, *[False] * 3]
+    assert survey(made, mean_fd=[0.5, np.nan, 1, 2, 3]).table["mean_fd"].isna().tolist() == [
+        False,
+        True,
+        *[False] * 3,
+    ]
     assert list(found.digest(rows=4).columns) == ["measure", "5 %", "median", "95 %"]
     pd.testing.assert_frame_equal(found.digest(), found.table)
 
@@ -73,7 +111,9 @@ def test_planted_faults_stand_out_and_nothing_else():
     made = scans()
     rng = np.random.default_rng(5)
     made[3] = changed(made[3], mean_fd=2.0)
-    made[7] = changed(made[7], values=rng.standard_normal((300, 6)).astype(np.float32))  # noise in place of a brain
+    made[7] = changed(
+        made[7], values=rng.standard_normal((300, 6)).astype(np.float32)
+    )  # noise in place of a brain
     found = outlying(survey(made).table)
     assert found["reasons"][3] == "mean_fd"
     assert found["reasons"][7] == "fc_similarity, lag1"
@@ -84,7 +124,10 @@ def test_planted_faults_stand_out_and_nothing_else():
 
 
 def test_lag1_is_judged_among_scans_of_one_repetition_time():
-    slow, fast = scans(20), [changed(s, t_r=0.8, values=np.repeat(s.values, 3, axis=0)) for s in scans(20, seed=1)]
+    slow, fast = (
+        scans(20),
+        [changed(s, t_r=0.8, values=np.repeat(s.values, 3, axis=0)) for s in scans(20, seed=1)],
+    )
     table = survey([*slow, *fast]).table
     found = outlying(table)
     for part in (slice(0, 20), slice(20, 40)):
@@ -105,7 +148,9 @@ def test_equal_scans_have_no_spread():
 def test_folder_and_cohort_are_opened_alike(tmp_path):
     for scan in scans(4):
         save_scan(scan, tmp_path / "in" / f"{scan.participant_id}_task-rest_timeseries.tsv")
-    (tmp_path / "in" / "participants.tsv").write_text("participant_id\tage\tsex\nsub-00\t20\tM\nsub-01\t30\tF\n")
+    (tmp_path / "in" / "participants.tsv").write_text(
+        "participant_id\tage\tsex\nsub-00\t20\tM\nsub-01\t30\tF\n"
+    )
     (tmp_path / "in" / "sub-09_task-rest_timeseries.tsv").write_text("a\tb\nx\ty\n")
     described = open_scans(tmp_path / "in", cohort="bids")
     assert len(described.scans) == 4

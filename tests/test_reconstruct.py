@@ -70,7 +70,9 @@ def test_constant_parcels_are_hidden_and_not_scored():
         part[20:] &= half == 1
         part[:20] &= half == 0
         np.testing.assert_allclose(total[row], (s.values[part].astype(float) ** 2).sum(), rtol=1e-5)
-        np.testing.assert_allclose(residual[row], ((s.values[part].astype(float) - 99) ** 2).sum(), rtol=1e-5)
+        np.testing.assert_allclose(
+            residual[row], ((s.values[part].astype(float) - 99) ** 2).sum(), rtol=1e-5
+        )
     truth = iter([s.values for s in held.series])
     assert held.r2(lambda x, hidden, t_r: next(truth)[None]) == 1
 
@@ -86,7 +88,9 @@ def test_windows_cover_every_frame_and_the_last_ends_with_the_scan():
 def test_networks_read_what_is_visible_only():
     """Where all parcels are one signal, training beats zero; what stands at hidden entries, NaN too, is not read."""
     setting = replace(SETTING, steps=200, batch_size=8)
-    values = np.repeat(np.random.default_rng(0).standard_normal((60, 1)), 6, axis=1).astype(np.float32)
+    values = np.repeat(np.random.default_rng(0).standard_normal((60, 1)), 6, axis=1).astype(
+        np.float32
+    )
     series = [Series("a", values, 2.0, np.zeros(6, bool))]
     validation = next(fresh(series, setting, 1, 8))
     for network in (MnemoDyn(config_of(setting, 6, None)), transformer_like(setting, 6, 20_000)):
@@ -107,7 +111,9 @@ def test_interval_resamples_people_windows_and_seeds():
     found = interval(model, other, total, people)
     assert found["value"] == pytest.approx((5 - model.mean()) / 10, abs=1e-5)
     # Almost all of the spread is between people: the textbook's standard error of their mean.
-    assert found["high"] - found["low"] == pytest.approx(2 * 1.96 * person[::2].std() / 10 / 30**0.5, rel=0.15)
+    assert found["high"] - found["low"] == pytest.approx(
+        2 * 1.96 * person[::2].std() / 10 / 30**0.5, rel=0.15
+    )
     assert interval(model, model, total, people) == {"value": 0.0, "low": 0.0, "high": 0.0}
     seeds = np.repeat(np.array([[3.0], [4.0], [5.0]]), 60, axis=1)
     spread = interval(seeds, other, total, people)

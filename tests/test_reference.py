@@ -21,7 +21,11 @@ NAMES = ["linear_first", "odd_scales", "residual_spline"]
 
 def golden(name: str) -> tuple[dict, dict, dict]:
     record = json.loads((GOLDEN / f"{name}.json").read_text())
-    return record, load_file(GOLDEN / f"{name}.weights.safetensors"), load_file(GOLDEN / f"{name}.tensors.safetensors")
+    return (
+        record,
+        load_file(GOLDEN / f"{name}.weights.safetensors"),
+        load_file(GOLDEN / f"{name}.tensors.safetensors"),
+    )
 
 
 def error(got: torch.Tensor, expected: torch.Tensor) -> float:
@@ -65,7 +69,10 @@ def gradients_under_draft_names(network: MnemoDyn) -> dict[str, float]:
             name = name.replace(ours, theirs)
         start, _, part = name.rpartition(".")
         if ".coarse" in name:
-            dense = {f"{start.replace('coarse', 'dense_layers')}.{i}.{part}": g for i, g in enumerate(parameter.grad)}
+            dense = {
+                f"{start.replace('coarse', 'dense_layers')}.{i}.{part}": g
+                for i, g in enumerate(parameter.grad)
+            }
             norms |= {key: g.norm().item() for key, g in dense.items()}
             continue
         if ".banded" in name:
@@ -81,11 +88,18 @@ def test_spline_control_is_the_drafts_use_of_torchcde(n):
     t = torch.arange(n, dtype=torch.float64) / n
     coefficients = torchcde.hermite_cubic_coefficients_with_backward_differences(x)
     config = ModelConfig(
-        n_parcels=3, n_timepoints=n, n_levels=1, lift=False, compat="reference", interpolation="spline"
+        n_parcels=3,
+        n_timepoints=n,
+        n_levels=1,
+        lift=False,
+        compat="reference",
+        interpolation="spline",
     )
     expected = torchcde.CubicSpline(coefficients, t).derivative(t)
     torch.testing.assert_close(ReferenceBlock(config, first=True).derivative(x), expected)
-    torch.testing.assert_close(ReferenceBlock(config, first=False).derivative(x)[:, 1:], n * x.diff(dim=1))
+    torch.testing.assert_close(
+        ReferenceBlock(config, first=False).derivative(x)[:, 1:], n * x.diff(dim=1)
+    )
 
 
 def test_no_linear_bias_is_a_bias_of_zero():
@@ -96,7 +110,9 @@ def test_no_linear_bias_is_a_bias_of_zero():
     zero = {name: torch.zeros_like(w) if name in biases else w for name, w in weights.items()}
     without = {name: w for name, w in weights.items() if name not in biases}
     expected = MnemoDyn.from_reference(record["config"], zero)(tensors["x"].float())
-    got = MnemoDyn.from_reference({**record["config"], "linear_bias": False}, without)(tensors["x"].float())
+    got = MnemoDyn.from_reference({**record["config"], "linear_bias": False}, without)(
+        tensors["x"].float()
+    )
     torch.testing.assert_close(got.reconstruction, expected.reconstruction)
 
 
@@ -106,7 +122,13 @@ def test_head_reads_the_last_frame():
     shapes = {"0.weight": (64, 5), "0.bias": (64,), "3.weight": (3, 64), "3.bias": (3,)}
     head = {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
     weights |= {f"layers.0.prediction_head.{name}": w for name, w in head.items()}
-    settings = {**record["config"], "predict": True, "num_classes": 3, "use_residual": False, "use_mRLoss": False}
+    settings = {
+        **record["config"],
+        "predict": True,
+        "num_classes": 3,
+        "use_residual": False,
+        "use_mRLoss": False,
+    }
     network = MnemoDyn.from_reference(settings, weights).double()
     output = network(tensors["x"])
     head = {name: w.double() for name, w in head.items()}
@@ -139,7 +161,9 @@ def test_repetition_time_is_not_used_and_hidden_entries_are_zero():
     assert torch.equal(network(x).reconstruction, network(x, 0.72).reconstruction)
     hidden = torch.rand(x.shape, generator=torch.Generator().manual_seed(0)) < 0.3
     expected = network(x.masked_fill(hidden, 0)).reconstruction
-    assert torch.equal(network(x.masked_fill(hidden, torch.nan), hidden=hidden).reconstruction, expected)
+    assert torch.equal(
+        network(x.masked_fill(hidden, torch.nan), hidden=hidden).reconstruction, expected
+    )
 
 
 def test_network_refuses_what_the_draft_does_not_know():
@@ -175,8 +199,17 @@ def test_settings_missing_or_without_effect():
     record, weights, _ = golden("residual_spline")
     settings = record["config"]
     with pytest.raises(ValueError, match=r"draft settings lack \['D', 'wave'\]"):
-        MnemoDyn.from_reference({k: v for k, v in settings.items() if k not in ("D", "wave")}, weights)
-    unused = {"K_LC": [2], "dense_rank": 8, "LC_rank": 4, "conv_bias": True, "masked_modelling": False, "lr": 1e-3}
+        MnemoDyn.from_reference(
+            {k: v for k, v in settings.items() if k not in ("D", "wave")}, weights
+        )
+    unused = {
+        "K_LC": [2],
+        "dense_rank": 8,
+        "LC_rank": 4,
+        "conv_bias": True,
+        "masked_modelling": False,
+        "lr": 1e-3,
+    }
     expected = MnemoDyn.from_reference(settings, weights).config
     assert MnemoDyn.from_reference({**settings, **unused}, weights).config == expected
 
@@ -187,11 +220,17 @@ def test_settings_missing_or_without_effect():
         ({}, "lift must be False"),
         ({"lift": False, "banded": "depthwise"}, "banded must be full"),
         ({"lift": False}, "interpolation must be spline or linear"),
-        ({"compat": "none", "interpolation": "spline"}, "interpolation='spline' needs compat='reference'"),
+        (
+            {"compat": "none", "interpolation": "spline"},
+            "interpolation='spline' needs compat='reference'",
+        ),
         ({"compat": "none", "linear_bias": False}, "linear_bias=False needs compat='reference'"),
         ({"compat": "none", "n_classes": 2}, "n_classes=2 needs compat='reference'"),
         ({"compat": "draft"}, "compat must be one of none, reference, got 'draft'"),
-        ({"lift": False, "interpolation": "linear", "n_timepoints": 33}, "n_timepoints must be even"),
+        (
+            {"lift": False, "interpolation": "linear", "n_timepoints": 33},
+            "n_timepoints must be even",
+        ),
     ],
 )
 def test_config_refuses_contradictions(settings, message):
@@ -226,7 +265,12 @@ def test_lightning_checkpoint(tmp_path):
     tensors = load_file(LIGHTNING.with_suffix(".tensors.safetensors"))
     checkpoint = load_checkpoint(LIGHTNING, compat="reference")
     assert not checkpoint.model.training
-    assert (checkpoint.parcels, checkpoint.t_r, checkpoint.scaling, checkpoint.data_fingerprint) == (None,) * 4
+    assert (
+        checkpoint.parcels,
+        checkpoint.t_r,
+        checkpoint.scaling,
+        checkpoint.data_fingerprint,
+    ) == (None,) * 4
     assert checkpoint.training["epoch"] == 2
     assert checkpoint.training["settings"]["normalize"] == "robust_scaler"
     x = tensors["x"].float()
@@ -244,7 +288,9 @@ def test_lightning_settings_from_a_file_beside(tmp_path):
     inner = tmp_path / "version_0" / "checkpoints"
     inner.mkdir(parents=True)
     torch.save(content, inner / "model.ckpt")
-    with pytest.raises(CheckpointError, match=r"holds no hyper_parameters, and there is no hparams\.yaml beside"):
+    with pytest.raises(
+        CheckpointError, match=r"holds no hyper_parameters, and there is no hparams\.yaml beside"
+    ):
         load_checkpoint(inner / "model.ckpt", compat="reference")
     # JSON is YAML.
     (tmp_path / "version_0" / "hparams.yaml").write_text(json.dumps(settings))
@@ -262,9 +308,13 @@ def test_a_checkpoint_without_parcels_checks_their_number_and_says_so():
         values = np.random.default_rng(0).standard_normal((20, n)).astype(np.float32)
         return Scan("sub-1", values, 0.72, tuple(f"p{i}" for i in range(n)), source="scan.tsv")
 
-    with pytest.warns(UserWarning, match=r"scan\.tsv: the checkpoint does not know its parcels; their number, 12"):
+    with pytest.warns(
+        UserWarning, match=r"scan\.tsv: the checkpoint does not know its parcels; their number, 12"
+    ):
         checkpoint.check(scan(12))
-    with pytest.raises(CheckpointError, match=r"scan\.tsv: the checkpoint expects 12 parcels, got 11"):
+    with pytest.raises(
+        CheckpointError, match=r"scan\.tsv: the checkpoint expects 12 parcels, got 11"
+    ):
         checkpoint.check(scan(11))
 
 
@@ -286,7 +336,9 @@ def test_nothing_in_a_file_is_executed(tmp_path):
     assert not (tmp_path / "exploded").exists()
 
 
-@pytest.mark.parametrize("content", [b"", b"not a checkpoint", b"PK\x03\x04 half a zip", b"\x80\x02}q\x00."])
+@pytest.mark.parametrize(
+    "content", [b"", b"not a checkpoint", b"PK\x03\x04 half a zip", b"\x80\x02}q\x00."]
+)
 def test_foreign_files_are_refused(tmp_path, content):
     (tmp_path / "a.ckpt").write_bytes(content)
     with pytest.raises(CheckpointError, match=r"a\.ckpt: not a"):
@@ -299,7 +351,9 @@ def test_the_other_call_is_named(tmp_path):
     with pytest.raises(CheckpointError, match="there is no file"):
         load_checkpoint(tmp_path / "absent.ckpt", compat="reference")
     ours = save_checkpoint(tmp_path / "ours", load_checkpoint(LIGHTNING, compat="reference"))
-    with pytest.raises(CheckpointError, match=r"is a folder.*load_checkpoint\(path\), without compat, loads it"):
+    with pytest.raises(
+        CheckpointError, match=r"is a folder.*load_checkpoint\(path\), without compat, loads it"
+    ):
         load_checkpoint(ours, compat="reference")
     with pytest.raises(ValueError, match="compat must be none or reference, got 'draft'"):
         load_checkpoint(ours, compat="draft")

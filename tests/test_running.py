@@ -50,7 +50,9 @@ def text_of(path, kind="stream"):
     nbformat.validate(notebook)
     outputs = [out for cell in notebook.cells for out in cell.get("outputs", [])]
     return "".join(
-        out.text if kind == "stream" else "\n".join(out.traceback) for out in outputs if out.output_type == kind
+        out.text if kind == "stream" else "\n".join(out.traceback)
+        for out in outputs
+        if out.output_type == kind
     )
 
 
@@ -137,7 +139,9 @@ def test_an_unknown_parameter_is_refused_with_the_nearest(write):
     assert not list(Path().glob("out*"))
 
 
-@pytest.mark.parametrize("source", ["a = b", "import os", "a = 1 + 1", "a = (1, 2)", "a =", "a = {[]: 1}"])
+@pytest.mark.parametrize(
+    "source", ["a = b", "import os", "a = 1 + 1", "a = (1, 2)", "a =", "a = {[]: 1}"]
+)
 def test_parameters_are_literals(source):
     with pytest.raises(ParameterError, match="literal values"):
         known(source)
@@ -216,7 +220,9 @@ def test_a_run_keeps_results_and_equal_runs_are_equal_bytes(write, monkeypatch):
 def test_runs_side_by_side_do_not_meet(write):
     # Neither may put its sockets where the other could find them: the folder they share.
     write("import os\nprint(objective, [name for name in os.listdir() if 'kernel' in name])")
-    code = "from mnemodyn.running import *; import sys; run_notebook('notebook.ipynb', *sys.argv[1:2]"
+    code = (
+        "from mnemodyn.running import *; import sys; run_notebook('notebook.ipynb', *sys.argv[1:2]"
+    )
     code += ", {'objective': sys.argv[1]})"
     runs = [start(code, f"{name}.ipynb") for name in "ab"]
     try:
@@ -228,7 +234,9 @@ def test_runs_side_by_side_do_not_meet(write):
 
 
 def test_a_cell_that_raises_leaves_its_traceback(write):
-    path = write("print('before')", "raise ValueError('\\x1b[31mno scans\\x1b[0m')", "print('after')")
+    path = write(
+        "print('before')", "raise ValueError('\\x1b[31mno scans\\x1b[0m')", "print('after')"
+    )
     with pytest.raises(NotebookFailed, match=r"(?s)cell 3, .*ValueError: no scans.*out\.ipynb"):
         run_notebook(path, "out.ipynb")
     manifest = manifest_of("out.ipynb")
@@ -303,7 +311,9 @@ def test_files_are_written_whole(tmp_path):
     path = tmp_path / "new" / "a.json"
     content = {"b": np.float32(0.5), "a": np.arange(2), "c": Path("x"), "d": True}
     files.write_json(path, content)
-    assert path.read_text() == ('{\n  "b": 0.5,\n  "a": [\n    0,\n    1\n  ],\n  "c": "x",\n  "d": true\n}\n')
+    assert path.read_text() == (
+        '{\n  "b": 0.5,\n  "a": [\n    0,\n    1\n  ],\n  "c": "x",\n  "d": true\n}\n'
+    )
     for bad in ({"b": float("nan")}, {"b": np.float32("nan")}, {"b": object()}):
         with pytest.raises(ValueError, match=r"cannot write .*a\.json as JSON"):
             files.write_json(path, bad)

@@ -18,7 +18,9 @@ def scans():
     rng = np.random.default_rng(0)
     made = []
     for i, n in enumerate((300, 180, 250)):
-        values = 10_000 * rng.uniform(0.5, 2, 4) + rng.standard_t(4, (n, 4)) * [5, 50, 20, 1] * (1 + i)
+        values = 10_000 * rng.uniform(0.5, 2, 4) + rng.standard_t(4, (n, 4)) * [5, 50, 20, 1] * (
+            1 + i
+        )
         made.append(Scan(f"sub-{i}", values.astype(np.float32), 2.0, PARCELS, source=f"{i}.tsv"))
     return made
 
@@ -59,7 +61,9 @@ def test_the_names_of_the_draft(method):
 
 def test_default_is_the_z_score_of_the_scan():
     z = Scaling().fit(SCANS)(SCANS[1])
-    np.testing.assert_allclose(z, StandardScaler().fit_transform(SCANS[1].values.astype(float)), atol=1e-6)
+    np.testing.assert_allclose(
+        z, StandardScaler().fit_transform(SCANS[1].values.astype(float)), atol=1e-6
+    )
     assert len(ALIASES) == 11
     assert len(METHODS) == 11
 
@@ -77,7 +81,9 @@ def test_fitted_on_training_scans_only(method):
     fitted = Scaling(method).fit(SCANS[:2])
     others = Scaling(method).fit([*SCANS[:2], Scan("sub-9", SCANS[2].values * 9, 2.0, PARCELS)])
     depends = fitted.to_dict() != others.to_dict()
-    assert depends == (method not in ("zscore_per_parcel", "raw", "subtract_mean") and "_per_scan" not in method)
+    assert depends == (
+        method not in ("zscore_per_parcel", "raw", "subtract_mean") and "_per_scan" not in method
+    )
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -102,7 +108,9 @@ def test_constant_parcels_are_zero(method):
 
 def test_sketch_keeps_its_promise():
     rng = np.random.default_rng(1)
-    x = np.stack([rng.standard_normal(9_001), rng.lognormal(0, 3, 9_001), -rng.exponential(1e-4, 9_001)], 1)
+    x = np.stack(
+        [rng.standard_normal(9_001), rng.lognormal(0, 3, 9_001), -rng.exponential(1e-4, 9_001)], 1
+    )
     x = x.astype(np.float32)
     x[::7, 2] = 0
     sketch = QuantileSketch(3)

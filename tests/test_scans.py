@@ -10,7 +10,14 @@ import numpy as np
 import pytest
 
 from mnemodyn.data.scaling import Scaling
-from mnemodyn.data.scans import DataError, Scan, fingerprint, load_scan, load_scans, split_participants
+from mnemodyn.data.scans import (
+    DataError,
+    Scan,
+    fingerprint,
+    load_scan,
+    load_scans,
+    split_participants,
+)
 
 PARCELS = ("a", "b", "c")
 
@@ -19,7 +26,13 @@ def values(seed=0, n=20):
     return np.random.default_rng(seed).standard_normal((n, 3)).astype(np.float32) * [1, 2, 3] + 100
 
 
-def write_tsv(folder, name="sub-01_task-rest_seg-Test_stat-mean_timeseries.tsv", t_r=2.0, x=None, header=PARCELS):
+def write_tsv(
+    folder,
+    name="sub-01_task-rest_seg-Test_stat-mean_timeseries.tsv",
+    t_r=2.0,
+    x=None,
+    header=PARCELS,
+):
     x = values() if x is None else x
     path = folder / name
     np.savetxt(path, x, delimiter="\t", header="\t".join(header), comments="", fmt="%.9g")
@@ -32,7 +45,9 @@ def write_ptseries(folder, name="sub-02_task-rest.ptseries.nii", unit="SECOND", 
     x = values(1) if x is None else x
     axis = nibabel.cifti2.SeriesAxis(0, 2.0, len(x), unit=unit)
     models = [
-        nibabel.cifti2.BrainModelAxis.from_mask(np.eye(3)[i] > 0, name="thalamus_left", affine=np.eye(4))
+        nibabel.cifti2.BrainModelAxis.from_mask(
+            np.eye(3)[i] > 0, name="thalamus_left", affine=np.eye(4)
+        )
         for i in range(3)
     ]
     parcels = nibabel.cifti2.ParcelsAxis.from_brain_models(list(zip(PARCELS, models, strict=True)))
@@ -68,7 +83,12 @@ def test_reads_tsv_and_ptseries(tmp_path):
     write_tsv(tmp_path)
     write_ptseries(tmp_path)
     first, second = load_scans(tmp_path)
-    assert (first.participant_id, first.t_r, first.parcels, first.atlas) == ("sub-01", 2.0, PARCELS, "Test")
+    assert (first.participant_id, first.t_r, first.parcels, first.atlas) == (
+        "sub-01",
+        2.0,
+        PARCELS,
+        "Test",
+    )
     np.testing.assert_allclose(first.values, values(), rtol=1e-6)
     assert (second.participant_id, second.t_r, second.parcels) == ("sub-02", 2.0, PARCELS)
     np.testing.assert_array_equal(second.values, values(1).astype(np.float32))
@@ -125,7 +145,9 @@ def test_unusable_files_are_named(tmp_path):
         load_scan(write_tsv(tmp_path, name="rest_timeseries.tsv"))
     text = tmp_path / "sub-07_timeseries.tsv"
     text.write_text("a\tb\nx\ty\n")
-    with pytest.raises(DataError, match="sub-07_timeseries.tsv: columns must be parcels with numbers"):
+    with pytest.raises(
+        DataError, match="sub-07_timeseries.tsv: columns must be parcels with numbers"
+    ):
         load_scan(text)
     cifti = write_ptseries(tmp_path)
     cifti.write_bytes(cifti.read_bytes()[:900])
@@ -144,7 +166,13 @@ def test_scans_of_one_folder_must_agree(tmp_path):
 
 
 def scan(participant, seed=0, n=20):
-    return Scan(participant, values(seed, n).astype(np.float32), 2.0, PARCELS, source=f"{participant}-{seed}")
+    return Scan(
+        participant,
+        values(seed, n).astype(np.float32),
+        2.0,
+        PARCELS,
+        source=f"{participant}-{seed}",
+    )
 
 
 def test_participants_never_cross_a_split():

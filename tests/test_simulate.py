@@ -10,7 +10,15 @@ from scipy.linalg import expm
 from mnemodyn.cli import main
 from mnemodyn.data.cohorts import index
 from mnemodyn.data.scans import DataError
-from mnemodyn.data.simulate import EDGE_SD, LAYOUTS, REACH, _covariances, _sample, linear_process, simulate_cohort
+from mnemodyn.data.simulate import (
+    EDGE_SD,
+    LAYOUTS,
+    REACH,
+    _covariances,
+    _sample,
+    linear_process,
+    simulate_cohort,
+)
 
 # phenotype file, columns that the published work reads, ending of a scan, t_r, scans a participant
 REAL = {
@@ -39,11 +47,20 @@ REAL = {
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_every_layout_is_indexed_and_its_broken_files_are_found(tmp_path, name):
     table, columns, ending, times, n_scans = REAL[name]
-    truth = simulate_cohort(name, tmp_path, n_participants=10, seed=1, n_frames=490 if name == "ukb" else 60)
+    truth = simulate_cohort(
+        name, tmp_path, n_participants=10, seed=1, n_frames=490 if name == "ukb" else 60
+    )
     found = index(name, tmp_path)
     assert dict(zip(found.excluded.file, found.excluded.problem, strict=True)) == truth["broken"]
     assert sorted(truth["broken"].values()) == sorted(
-        ["constant-parcels", "duplicate-series", "duplicate-series", "nan", "no-phenotype", "truncated"]
+        [
+            "constant-parcels",
+            "duplicate-series",
+            "duplicate-series",
+            "nan",
+            "no-phenotype",
+            "truncated",
+        ]
     )
     people = found.table[found.table.phenotype].groupby("participant_id").size()
     assert people.tolist() == [n_scans] * 10
@@ -81,7 +98,14 @@ def planted(tmp_path_factory):
     folder = tmp_path_factory.mktemp("planted")
     sizes = {"sex": 1.5, "age": 0.0}
     truth = simulate_cohort(
-        "nkir", folder, n_participants=160, seed=4, n_parcels=30, n_frames=200, effects=sizes, broken=False
+        "nkir",
+        folder,
+        n_participants=160,
+        seed=4,
+        n_parcels=30,
+        n_frames=200,
+        effects=sizes,
+        broken=False,
     )
     found = index("nkir", folder)
     table = found.table.dropna(subset=["sex", "age"])
@@ -130,7 +154,9 @@ def test_covariances_move_by_the_planted_amount_and_stay_positive_definite():
     sigma = _covariances(s, blocks, corners)
     assert np.linalg.eigvalsh(sigma).min() > 0
     np.testing.assert_allclose(np.diagonal(sigma, axis1=1, axis2=2), 1)
-    change = _covariances(s, blocks, np.array([[1.0, 0, 0]])) - _covariances(s, blocks, np.zeros((1, 3)))
+    change = _covariances(s, blocks, np.array([[1.0, 0, 0]])) - _covariances(
+        s, blocks, np.zeros((1, 3))
+    )
     expected = np.zeros((24, 24))
     for i in blocks[0]:
         for j in set(blocks[0]) - {i}:
@@ -191,7 +217,18 @@ def test_settings_are_checked(tmp_path, name, settings, message):
 
 
 def test_command_and_a_folder_that_is_not_empty(tmp_path, capsys):
-    words = ["simulate", "hbn", str(tmp_path / "s"), "--participants", "3", "--frames", "20", "--effect", "sex", "0.5"]
+    words = [
+        "simulate",
+        "hbn",
+        str(tmp_path / "s"),
+        "--participants",
+        "3",
+        "--frames",
+        "20",
+        "--effect",
+        "sex",
+        "0.5",
+    ]
     assert main(words) == 0
     assert "SIMULATED hbn" in capsys.readouterr().out
     assert json.loads((tmp_path / "s" / "simulated.json").read_text())["effects"]["sex"]["d"] == 0.5

@@ -42,7 +42,9 @@ def test_classes_are_spread_over_folds():
     table = cohort(200, 1)
     shares = [
         (table["sex"].iloc[test] == "male").mean()
-        for _, _, _, test in repeated_folds(table, "sex", n_repeats=1).split(table["participant_id"])
+        for _, _, _, test in repeated_folds(table, "sex", n_repeats=1).split(
+            table["participant_id"]
+        )
     ]
     assert np.ptp(shares) < 0.12
 
@@ -83,13 +85,21 @@ def test_the_table_says_who_is_where_and_its_digest_follows(tmp_path):
     ("change", "message"),
     [
         (lambda t: t.assign(sex="male"), "one value only"),
-        (lambda t: t[t["participant_id"] < "sub-004"].assign(family=None), "4 families are fewer than 5 folds"),
         (
-            lambda t: t.assign(sex=np.where(t["participant_id"] < "sub-003", "female", "male"), family=None),
+            lambda t: t[t["participant_id"] < "sub-004"].assign(family=None),
+            "4 families are fewer than 5 folds",
+        ),
+        (
+            lambda t: t.assign(
+                sex=np.where(t["participant_id"] < "sub-003", "female", "male"), family=None
+            ),
             "smaller class has 3",
         ),
         (lambda t: t.assign(sex=t["sex"].where(t.index > 3)), "4 scans have no value"),
-        (lambda t: t.assign(family=[str(i) for i in range(len(t))]), "family: participants .* have more than one"),
+        (
+            lambda t: t.assign(family=[str(i) for i in range(len(t))]),
+            "family: participants .* have more than one",
+        ),
     ],
 )
 def test_what_cannot_be_divided_is_refused(change, message):

@@ -23,8 +23,17 @@ PARCELS = tuple("abcde")
 def scan(i, n_frames=None, t_r=None, parcels=PARCELS):
     rng = np.random.default_rng(i)
     n = n_frames or 40 + 7 * (i % 5)
-    values = 10_000 + 50 * rng.standard_normal((n, len(parcels))).cumsum(0) * np.arange(1, len(parcels) + 1)
-    return Scan(f"sub-{i:04d}", values.astype(np.float32), t_r or (0.72, 2.0)[i % 2], parcels, "Test", f"{i}.tsv")
+    values = 10_000 + 50 * rng.standard_normal((n, len(parcels))).cumsum(0) * np.arange(
+        1, len(parcels) + 1
+    )
+    return Scan(
+        f"sub-{i:04d}",
+        values.astype(np.float32),
+        t_r or (0.72, 2.0)[i % 2],
+        parcels,
+        "Test",
+        f"{i}.tsv",
+    )
 
 
 @dataclass
@@ -39,7 +48,13 @@ class Index:
     @property
     def table(self):
         rows = [
-            {"path": f"{i}.tsv", "participant_id": f"sub-{i:04d}", "age": 20 + i, "code": f"00{i}", "site": None}
+            {
+                "path": f"{i}.tsv",
+                "participant_id": f"sub-{i:04d}",
+                "age": 20 + i,
+                "code": f"00{i}",
+                "site": None,
+            }
             for i in self.numbers
         ]
         return pd.DataFrame(rows)
@@ -65,7 +80,11 @@ def test_what_goes_in_comes_out(tmp_path, dtype):
     assert list(store.table["participant_id"]) == [s.participant_id for s in scans]
     worst = 0.0
     for there, here, row in zip(store, scans, store.table.itertuples(), strict=True):
-        assert (there.participant_id, there.t_r, there.source) == (here.participant_id, here.t_r, here.source)
+        assert (there.participant_id, there.t_r, there.source) == (
+            here.participant_id,
+            here.t_r,
+            here.source,
+        )
         x = here.values.astype(float)
         off = (there.values - x) / x.std(0)
         worst = max(worst, np.abs(off).max())
@@ -79,7 +98,9 @@ def test_what_goes_in_comes_out(tmp_path, dtype):
 
 
 def test_index_is_kept_with_its_types_and_reasons(tmp_path):
-    outside = [{"file": "x.tsv", "participant_id": "sub-x", "problem": "nan", "message": "x.tsv: NaN"}]
+    outside = [
+        {"file": "x.tsv", "participant_id": "sub-x", "problem": "nan", "message": "x.tsv: NaN"}
+    ]
     store = convert(Index([1, 2, 3], broken=(2,), excluded=outside), tmp_path / "store")
     assert list(store.table["code"]) == ["001", "003"]
     assert list(store.table["age"]) == [21, 23]
@@ -100,7 +121,9 @@ def test_windows_are_scaled_with_the_whole_scan(tmp_path, dtype):
             expected = scaling(scans[i])[5:25]
             # The error of a float16 z-score, in the units of the method.
             atol = 4e-3 * scans[i].values.std(0).max() / scaling.affine(store.moments(i))[1].min()
-            np.testing.assert_allclose(store.read(i, 5, 25, scaling), expected, rtol=1e-5, atol=atol)
+            np.testing.assert_allclose(
+                store.read(i, 5, 25, scaling), expected, rtol=1e-5, atol=atol
+            )
 
 
 def test_constant_parcels_and_lost_frames(tmp_path):
@@ -116,8 +139,15 @@ def test_constant_parcels_and_lost_frames(tmp_path):
     assert (x[:, 1] == 0).all()
     assert (x[4] == 0).all()
     kept = values[~censored].astype(float)
-    np.testing.assert_allclose(x[~censored, 2], (kept[:, 2] - kept[:, 2].mean()) / kept[:, 2].std(), atol=4e-3)
-    assert (store[0].session, store[0].run, store[0].mean_fd, store[1].mean_fd) == ("2", "1", 0.2, None)
+    np.testing.assert_allclose(
+        x[~censored, 2], (kept[:, 2] - kept[:, 2].mean()) / kept[:, 2].std(), atol=4e-3
+    )
+    assert (store[0].session, store[0].run, store[0].mean_fd, store[1].mean_fd) == (
+        "2",
+        "1",
+        0.2,
+        None,
+    )
     np.testing.assert_array_equal(store[0].constant, [False, True, False, False, False])
     assert store.table["n_usable"].tolist() == [len(values) - 2, 68]
     np.testing.assert_array_equal(store.censored(0), censored)
@@ -169,7 +199,11 @@ def test_killed_at_random_moments_ends_in_the_same_bytes(tmp_path):
         child.wait()
         child.stdout.close()
         seen.add(len(list(folder.glob("*.json"))) if folder.exists() else 0)
-        if folder.exists() and (folder / "parcels.json").exists() and not (folder / "store.json").exists():
+        if (
+            folder.exists()
+            and (folder / "parcels.json").exists()
+            and not (folder / "store.json").exists()
+        ):
             with pytest.raises(DataError, match="has not ended; run it again"):
                 Store(folder)
     assert min(seen) < 17  # it was killed before its end
@@ -253,7 +287,11 @@ def test_who_is_in_a_store_is_known_without_its_values(tmp_path):
     convert([scan(i) for i in range(4)], tmp_path / "store")
     store = Store(tmp_path / "store")
     for there, here in zip(store, map(scan, range(4)), strict=True):
-        assert (there.participant_id, there.n_frames, there.t_r) == (here.participant_id, here.n_frames, here.t_r)
+        assert (there.participant_id, there.n_frames, there.t_r) == (
+            here.participant_id,
+            here.n_frames,
+            here.t_r,
+        )
         assert "values" not in vars(there)
     with pytest.raises(IndexError):
         store[4]

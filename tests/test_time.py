@@ -19,7 +19,14 @@ HERTZ = 0.03
 
 def network(**settings) -> MnemoDyn:
     """Every parameter random: fresh ones hide mistakes behind zeros and identities."""
-    small = {"n_parcels": 4, "n_timepoints": 32, "n_channels": 3, "input_width": 4, "field_rank": 2, "n_levels": 3}
+    small = {
+        "n_parcels": 4,
+        "n_timepoints": 32,
+        "n_channels": 3,
+        "input_width": 4,
+        "field_rank": 2,
+        "n_levels": 3,
+    }
     net = MnemoDyn(ModelConfig(**{**small, "kernel_size": 3, "n_segments": 2, **settings}))
     generator = torch.Generator().manual_seed(0)
     for p in net.parameters():
@@ -57,7 +64,9 @@ def test_one_signal_at_two_repetition_times_gives_one_drive():
     drives = {t_r: field(sine(t_r), control(sine(t_r), t_r)) for t_r in (0.25, 0.5, 1.0, 2.0)}
     shared = {t_r: v[0, :: round(2 / t_r)][1:] for t_r, v in drives.items()}
     size = shared[0.25].abs().max()
-    away = {t_r: ((shared[t_r] - shared[0.25]).abs().max() / size).item() for t_r in (0.5, 1.0, 2.0)}
+    away = {
+        t_r: ((shared[t_r] - shared[0.25]).abs().max() / size).item() for t_r in (0.5, 1.0, 2.0)
+    }
     # Differences shrink in proportion to the steps apart: 0.25, 0.75 and 1.75 s.
     assert away[0.5] < 0.05
     assert away[1.0] / away[0.5] == pytest.approx(3, rel=0.2)
@@ -86,7 +95,9 @@ def test_bridge_is_torchcdes_path_through_the_frames_left(gaps):
     x, t_r = random(1, 32, 4), 0.72
     t, censored = t_r * torch.arange(32, dtype=torch.float64), censor(gaps)
     left = ~censored
-    coefficients = torchcde.hermite_cubic_coefficients_with_backward_differences(x[:, left], t[left])
+    coefficients = torchcde.hermite_cubic_coefficients_with_backward_differences(
+        x[:, left], t[left]
+    )
     path = torchcde.CubicSpline(coefficients, t[left])
     values, derivative = bridge(x.masked_fill(censored[:, None], torch.nan), t_r, censored[None])
     inside = ((t >= t[left][0]) & (t <= t[left][-1])).nonzero()[:, 0].tolist()
@@ -114,7 +125,10 @@ def test_bridge_without_gaps_is_the_closed_form():
 
 
 def test_long_scans_keep_their_times_in_float32():
-    x, censored = random(1, 5000, 1).cumsum(1), torch.rand(1, 5000, generator=torch.Generator().manual_seed(0)) < 0.2
+    x, censored = (
+        random(1, 5000, 1).cumsum(1),
+        torch.rand(1, 5000, generator=torch.Generator().manual_seed(0)) < 0.2,
+    )
     exact = bridge(x, 0.72, censored)
     for got, expected in zip(bridge(x.float(), 0.72, censored), exact, strict=True):
         assert (got - expected).abs().max() < 1e-5 * expected.abs().max()
@@ -188,7 +202,11 @@ def test_torchcde_is_imported_for_gaps_only():
 
 
 def test_padding_changes_nothing():
-    net, lengths, t_r = network(multiresolution=True), [20, 48, 20, 33, 2], torch.tensor([0.72, 1.0, 2.0, 0.8, 3.0])
+    net, lengths, t_r = (
+        network(multiresolution=True),
+        [20, 48, 20, 33, 2],
+        torch.tensor([0.72, 1.0, 2.0, 0.8, 3.0]),
+    )
     x, hidden = random(5, 48, 4), random(5, 48, 4, seed=1) > 1
     censored = torch.zeros(5, 48, dtype=torch.bool)
     censored[0, 3] = censored[3, 30:] = True

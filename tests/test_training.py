@@ -23,7 +23,9 @@ from mnemodyn.pretrain.training import Machine, ResumeError, TrainingConfig, pre
 from mnemodyn.pretrain.windows import Draws, FixedWindows, RandomWindows
 
 PARCELS = tuple(f"parcel-{i}" for i in range(6))
-MODEL = ModelConfig(n_parcels=6, n_timepoints=32, n_blocks=1, n_channels=8, input_width=8, n_levels=2)
+MODEL = ModelConfig(
+    n_parcels=6, n_timepoints=32, n_blocks=1, n_channels=8, input_width=8, n_levels=2
+)
 OBJECTIVE = Masked(hidden_share=0.5, mask_window=4)
 TRAINING = TrainingConfig(epochs=3, windows_per_epoch=32, batch_size=4, learning_rate=1e-2)
 
@@ -34,8 +36,12 @@ def simulated(n: int, seed: int = 0, n_frames: int = 128) -> list[Scan]:
     scans = []
     for i in range(n):
         source = np.convolve(rng.standard_normal(n_frames + 10), np.ones(10) / 3, mode="same")[5:-5]
-        values = np.outer(source, rng.uniform(0.8, 1.2, 6)) + 0.1 * rng.standard_normal((n_frames, 6))
-        scans.append(Scan(f"sub-{seed}{i}", values.astype(np.float32), 2.0, PARCELS, source=f"scan-{i}"))
+        values = np.outer(source, rng.uniform(0.8, 1.2, 6)) + 0.1 * rng.standard_normal(
+            (n_frames, 6)
+        )
+        scans.append(
+            Scan(f"sub-{seed}{i}", values.astype(np.float32), 2.0, PARCELS, source=f"scan-{i}")
+        )
     return scans
 
 
@@ -43,7 +49,15 @@ CPU = Machine(accelerator="cpu")
 
 
 def run(
-    folder, *, train=None, validation=None, model=MODEL, objective=OBJECTIVE, training=TRAINING, machine=CPU, **settings
+    folder,
+    *,
+    train=None,
+    validation=None,
+    model=MODEL,
+    objective=OBJECTIVE,
+    training=TRAINING,
+    machine=CPU,
+    **settings,
 ):
     return pretrain(
         train or simulated(3),
@@ -127,7 +141,11 @@ def test_killed_run_resumes_to_the_same_weights(finished, tmp_path, after):
         stderr=subprocess.PIPE,
     )
     rows, deadline = tmp_path / "history.csv", time.monotonic() + 300  # of a busy machine
-    while not (rows.is_file() and len(rows.read_text().splitlines()) > after and (tmp_path / "last.ckpt").exists()):
+    while not (
+        rows.is_file()
+        and len(rows.read_text().splitlines()) > after
+        and (tmp_path / "last.ckpt").exists()
+    ):
         assert process.poll() is None, process.stderr.read().decode()
         assert time.monotonic() < deadline
         time.sleep(0.005)
@@ -145,11 +163,16 @@ def test_the_front_end_is_fitted_without_censored_frames(tmp_path):
     """What stands in a censored frame (a movement, here) has no influence on the network that comes out."""
     scans, lost = simulated(2, n_frames=64), np.isin(np.arange(64), [5, 6, 30])
     moved = [np.where(lost[:, None], 50 * (i + s.values), s.values) for i, s in enumerate(scans)]
-    model, short = replace(MODEL, front="gaussian", front_lags=2), replace(TRAINING, epochs=1, windows_per_epoch=8)
+    model, short = (
+        replace(MODEL, front="gaussian", front_lags=2),
+        replace(TRAINING, epochs=1, windows_per_epoch=8),
+    )
     weights = []
     for name, values in (("still", [s.values for s in scans]), ("moved", moved)):
         train = [replace(s, values=v, censored=lost) for s, v in zip(scans, values, strict=True)]
-        weights.append(run(tmp_path / name, train=train, model=model, training=short)[0].model.state_dict())
+        weights.append(
+            run(tmp_path / name, train=train, model=model, training=short)[0].model.state_dict()
+        )
     assert all(torch.equal(value, weights[1][name]) for name, value in weights[0].items())
 
 
@@ -157,15 +180,22 @@ def test_the_front_end_is_fitted_without_censored_frames(tmp_path):
 def test_windows_that_are_censored_whole_are_neither_drawn_nor_validated(stored, tmp_path):
     scans = [replace(s, censored=np.arange(128) < 70) for s in simulated(2)]
     given = convert(scans, tmp_path / "store", dtype="float32") if stored else scans
-    drawn, fixed = (kind(given, Scaling(), OBJECTIVE, 32, seed=0) for kind in (RandomWindows, FixedWindows))
+    drawn, fixed = (
+        kind(given, Scaling(), OBJECTIVE, 32, seed=0) for kind in (RandomWindows, FixedWindows)
+    )
     kept = [int((~drawn[i]["censored"]).sum()) for i in range(200)]
     assert min(kept) >= 2
     assert set(kept) == set(range(2, 33))  # partly censored ones are
-    assert [int((~w["censored"]).sum()) for w in (fixed[i] for i in range(len(fixed)))] == [26, 32] * 2
+    assert [int((~w["censored"]).sum()) for w in (fixed[i] for i in range(len(fixed)))] == [
+        26,
+        32,
+    ] * 2
     if not stored:
         short = replace(TRAINING, epochs=1, windows_per_epoch=16)
         assert np.isfinite(
-            run(tmp_path / "run", train=scans[:1], validation=scans[1:], training=short)[1][0]["train_loss"]
+            run(tmp_path / "run", train=scans[:1], validation=scans[1:], training=short)[1][0][
+                "train_loss"
+            ]
         )
 
 
@@ -185,7 +215,9 @@ def test_refuses_scans_that_do_not_fit(tmp_path):
     scans = simulated(2)
     with pytest.raises(DataError, match=r"both training and validation: \['sub-00'\]"):
         run(tmp_path, train=scans, validation=scans[:1])
-    with pytest.raises(DataError, match=r"scan-0: expected at least 32 frames of 6 parcels, got \(20, 6\)"):
+    with pytest.raises(
+        DataError, match=r"scan-0: expected at least 32 frames of 6 parcels, got \(20, 6\)"
+    ):
         run(tmp_path, train=simulated(1, n_frames=20))
 
 
@@ -204,7 +236,9 @@ def test_refuses_bad_settings(settings, message):
 
 
 def test_draws_depend_on_their_number_alone():
-    windows, again = (RandomWindows(simulated(3), Scaling(), OBJECTIVE, 32, seed=5) for _ in range(2))
+    windows, again = (
+        RandomWindows(simulated(3), Scaling(), OBJECTIVE, 32, seed=5) for _ in range(2)
+    )
     a, b = windows[7], again[7]
     assert a["scan"] == b["scan"]
     assert all(torch.equal(a[k], b[k]) for k in ("x", "hidden", "t_r"))

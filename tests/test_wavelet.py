@@ -28,7 +28,9 @@ def test_equals_pywt_and_inverts(wavelet, length, dtype):
     x = torch.randn(2, 3, length, generator=generator, dtype=dtype)
     for n_levels in (1, 3, 5):
         ours = wavedec(x, wavelet, n_levels)
-        oracle = pywt.wavedec(x.double().numpy(), wavelet, mode="periodization", level=n_levels, axis=-1)
+        oracle = pywt.wavedec(
+            x.double().numpy(), wavelet, mode="periodization", level=n_levels, axis=-1
+        )
         assert len(ours) == len(oracle)
         for a, b in zip(ours, oracle, strict=True):
             assert a.dtype == dtype
@@ -37,7 +39,9 @@ def test_equals_pywt_and_inverts(wavelet, length, dtype):
         torch.testing.assert_close(back, x, atol=TOLERANCE[dtype], rtol=0)
 
 
-@pytest.mark.parametrize("wavelet", [w for w in pywt.wavelist(kind="discrete") if w[:2] in ("db", "sy", "co")][::4])
+@pytest.mark.parametrize(
+    "wavelet", [w for w in pywt.wavelist(kind="discrete") if w[:2] in ("db", "sy", "co")][::4]
+)
 def test_inverse_equals_pywt_for_any_coefficients(wavelet):
     rng = np.random.default_rng(0)
     a, d = rng.standard_normal((2, 2, 3, 11))
@@ -72,7 +76,9 @@ def test_a_learned_wavelet_starts_as_db2(length):
     np.testing.assert_allclose(h, [0, 0, *pywt.Wavelet("db2").dec_lo, 0, 0], atol=1e-12)
     x = torch.randn(2, 3, length, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     for ours, oracle in zip(
-        wavedec(x, h, 2), pywt.wavedec(x.numpy(), "db2", mode="periodization", level=2, axis=-1), strict=True
+        wavedec(x, h, 2),
+        pywt.wavedec(x.numpy(), "db2", mode="periodization", level=2, axis=-1),
+        strict=True,
     ):
         np.testing.assert_allclose(ours, oracle, atol=1e-12)
 
@@ -85,12 +91,20 @@ def test_any_angles_make_an_orthogonal_wavelet(n_angles):
     x = torch.randn(1, 2, 33, generator=generator, dtype=torch.float64)
     back = h.detach().numpy()[::-1]
     wavelet = pywt.Wavelet("learned", [back[::-1], pywt.qmf(back)[::-1], back, pywt.qmf(back)])
-    for ours, oracle in zip(dwt(x, h), pywt.dwt(x.numpy(), wavelet, mode="periodization"), strict=True):
+    for ours, oracle in zip(
+        dwt(x, h), pywt.dwt(x.numpy(), wavelet, mode="periodization"), strict=True
+    ):
         np.testing.assert_allclose(ours.detach(), oracle, atol=1e-12)
     torch.testing.assert_close(waverec(wavedec(x, h, 3), h, 33), x)
-    torch.testing.assert_close(sum(c.square().sum() for c in wavedec(x[..., :32], h, 3)), x[..., :32].square().sum())
-    assert torch.autograd.gradcheck(lambda a, x: tuple(wavedec(x, lattice(a), 2)), (angles, x.requires_grad_()))
-    assert torch.autograd.gradcheck(lambda a: waverec(wavedec(x.detach(), "haar", 2), lattice(a), 33), (angles,))
+    torch.testing.assert_close(
+        sum(c.square().sum() for c in wavedec(x[..., :32], h, 3)), x[..., :32].square().sum()
+    )
+    assert torch.autograd.gradcheck(
+        lambda a, x: tuple(wavedec(x, lattice(a), 2)), (angles, x.requires_grad_())
+    )
+    assert torch.autograd.gradcheck(
+        lambda a: waverec(wavedec(x.detach(), "haar", 2), lattice(a), 33), (angles,)
+    )
 
 
 def test_level_lengths():

@@ -20,7 +20,9 @@ T_R = 2.0
 @pytest.fixture
 def model():
     torch.manual_seed(0)
-    config = ModelConfig(n_parcels=5, n_timepoints=32, n_channels=6, input_width=4, field_rank=2, n_levels=2)
+    config = ModelConfig(
+        n_parcels=5, n_timepoints=32, n_channels=6, input_width=4, field_rank=2, n_levels=2
+    )
     return MnemoDyn(config).eval()
 
 
@@ -28,7 +30,9 @@ def model():
 def scans():
     rng = np.random.default_rng(0)
     values = rng.standard_normal((2, 100, 5)).cumsum(1).astype(np.float32)
-    return [Scan(f"sub-{i}", v, T_R, tuple("abcde"), source=f"{i}.tsv") for i, v in enumerate(values)]
+    return [
+        Scan(f"sub-{i}", v, T_R, tuple("abcde"), source=f"{i}.tsv") for i, v in enumerate(values)
+    ]
 
 
 def test_windows_and_whole_are_scored_on_the_same_entries(model, scans):

@@ -21,7 +21,10 @@ class Drawn(RandomWindows):
 
 
 def drawn(lengths=LENGTHS, seed=3):
-    scans = [Scan(f"sub-{i}", np.zeros((n, 2), np.float32), 1.0, ("a", "b")) for i, n in enumerate(lengths)]
+    scans = [
+        Scan(f"sub-{i}", np.zeros((n, 2), np.float32), 1.0, ("a", "b"))
+        for i, n in enumerate(lengths)
+    ]
     return Drawn(scans, Scaling("raw"), None, 10, seed)
 
 
@@ -30,7 +33,11 @@ def test_a_draw_is_that_of_numpys_choice_by_length():
     for draw in [*range(200), 10**9]:
         rng = np.random.default_rng([3, draw])
         which = rng.choice(len(LENGTHS), p=starts / starts.sum())
-        expected = {"which": which, "start": rng.integers(starts[which]), "seed": rng.integers(2**62)}
+        expected = {
+            "which": which,
+            "start": rng.integers(starts[which]),
+            "seed": rng.integers(2**62),
+        }
         assert windows[draw] == expected
     assert drawn()[17] == windows[17]
     assert [drawn(seed=4)[i] for i in range(9)] != [windows[i] for i in range(9)]

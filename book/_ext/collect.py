@@ -65,10 +65,24 @@ def read_rows(entry, content):
     if how == "csv":
         for line in content:
             spread = f" (SD {line['sd']})" if line["sd"] else ""
-            row = {"data": line["cohort"], "task": line["target"], "score": line["metric"] + spread, "kind": kind}
-            yield {**row, "method": f"{line['method']} ({line['source']})", "value": float(line["value"])}
+            row = {
+                "data": line["cohort"],
+                "task": line["target"],
+                "score": line["metric"] + spread,
+                "kind": kind,
+            }
+            yield {
+                **row,
+                "method": f"{line['method']} ({line['source']})",
+                "value": float(line["value"]),
+            }
         return
-    common = {"data": entry["data"], "task": how.get("task", ""), "score": how.get("score", ""), "kind": kind}
+    common = {
+        "data": entry["data"],
+        "task": how.get("task", ""),
+        "score": how.get("score", ""),
+        "kind": kind,
+    }
     n = pick(content, how["n"]) if "n" in how else None
     if "values" in how:
         intervals = pick(content, how["intervals"]) if "intervals" in how else {}
@@ -77,15 +91,28 @@ def read_rows(entry, content):
             if value and method in intervals:
                 value[1:] = intervals[method]
             if value:
-                yield {**common, "method": method, "n": n, **dict(zip(("value", "low", "high"), value, strict=True))}
+                yield {
+                    **common,
+                    "method": method,
+                    "n": n,
+                    **dict(zip(("value", "low", "high"), value, strict=True)),
+                }
     elif "list" in how:
         for found in pick(content, how["list"]):
             value = {end: found.get(how.get(end, end)) for end in ("value", "low", "high")}
             if isinstance(value["value"], dict):
-                value = dict(zip(("value", "low", "high"), measured(value["value"]) or [None] * 3, strict=True))
+                value = dict(
+                    zip(
+                        ("value", "low", "high"),
+                        measured(value["value"]) or [None] * 3,
+                        strict=True,
+                    )
+                )
             names = [how["method"]] if isinstance(how["method"], str) else how["method"]
             extra = {key: found[key] for key in ("data", "task", "score") if key in found}
-            method = ", ".join(str(found[name]) for name in names if found.get(name) not in (None, ""))
+            method = ", ".join(
+                str(found[name]) for name in names if found.get(name) not in (None, "")
+            )
             if value["value"] is not None:
                 yield {**common, **extra, **value, "method": method, "n": found.get("n", n)}
     else:
@@ -99,8 +126,17 @@ def read_rows(entry, content):
                     if value is None:
                         continue
                     task = f"{target}, {how['plans'][plan]}".replace("_", " ")
-                    row = {"task": task, "score": score.replace("_", " "), "method": found["method"], "n": found["n"]}
-                    yield {**common, **row, **dict(zip(("value", "low", "high"), value, strict=True))}
+                    row = {
+                        "task": task,
+                        "score": score.replace("_", " "),
+                        "method": found["method"],
+                        "n": found["n"],
+                    }
+                    yield {
+                        **common,
+                        **row,
+                        **dict(zip(("value", "low", "high"), value, strict=True)),
+                    }
 
 
 def pick(content, key):
@@ -122,7 +158,9 @@ class Collected(SphinxDirective):
         if not path.is_file():
             return None
         text = path.read_text(encoding="utf-8")
-        return list(csv.DictReader(text.splitlines())) if path.suffix == ".csv" else json.loads(text)
+        return (
+            list(csv.DictReader(text.splitlines())) if path.suffix == ".csv" else json.loads(text)
+        )
 
     def entries(self):
         self.env.note_dependency(ENTRIES)
@@ -146,14 +184,24 @@ class AllResults(Collected):
             try:
                 found = list(read_rows(entry, content))
             except (LookupError, TypeError, AttributeError, ValueError) as error:
-                logger.warning(f"{ENTRIES}: cannot read {entry['file']}: {error!r}", location=self.get_location())
+                logger.warning(
+                    f"{ENTRIES}: cannot read {entry['file']}: {error!r}",
+                    location=self.get_location(),
+                )
                 continue
             for row in found:
                 ends = [row.get("low"), row.get("high")]
-                between = "" if None in ends else " to ".join(write(float(end), ".3f") for end in ends)
+                between = (
+                    "" if None in ends else " to ".join(write(float(end), ".3f") for end in ends)
+                )
                 name = methods.get(row["method"], row["method"].replace("_", " "))
-                value, n = write(float(row["value"]), ".3f"), "" if row.get("n") is None else f"{row['n']}"
-                rows.append([row["data"], row["task"], name, row["score"], value, between, n, row["kind"]])
+                value, n = (
+                    write(float(row["value"]), ".3f"),
+                    "" if row.get("n") is None else f"{row['n']}",
+                )
+                rows.append(
+                    [row["data"], row["task"], name, row["score"], value, between, n, row["kind"]]
+                )
                 links.append(entry.get("page"))
         result = table(HEADS, rows, NUMBERS, ["all-results"])
         for line, page in zip(result.findall(nodes.tbody).__next__().children, links, strict=True):
@@ -177,12 +225,16 @@ class Status(Collected):
             rows.append([entry["result"], entry.get("data", ""), kind, found, "", ""])
             links.append((entry.get("page"), entry.get("needs", ""), entry["command"]))
         result = table(["Result", "Data", "Kind", "Here", "Needs", "Command"], rows, (), ["status"])
-        for line, (page, needs, command) in zip(result.findall(nodes.tbody).__next__().children, links, strict=True):
+        for line, (page, needs, command) in zip(
+            result.findall(nodes.tbody).__next__().children, links, strict=True
+        ):
             if page:
                 line[0].children = [self.link(page, line[0].astext())]
             parts = enumerate(needs.split("`"))
             line[-2].children = [
-                nodes.paragraph("", "", *(nodes.literal("", t) if i % 2 else nodes.Text(t) for i, t in parts))
+                nodes.paragraph(
+                    "", "", *(nodes.literal("", t) if i % 2 else nodes.Text(t) for i, t in parts)
+                )
             ]
             line[-1].children = [nodes.paragraph("", "", nodes.literal("", command))]
         return [nodes.container("", result, classes=["scroll"])]
@@ -206,7 +258,9 @@ class Given(Collected):
 
     def parse(self, lines):
         box = nodes.Element()
-        self.state.nested_parse(StringList(lines, source=self.env.docname), self.content_offset, box)
+        self.state.nested_parse(
+            StringList(lines, source=self.env.docname), self.content_offset, box
+        )
         return box.children
 
 

@@ -24,7 +24,11 @@ def module_sections(match):
     home = importlib.import_module(match[1])
     found = pkgutil.iter_modules(getattr(home, "__path__", []), f"{match[1]}.")
     # Without the kernels for a GPU: what a copy shows must not depend on triton being installed.
-    names = sorted(part.name for part in found if not part.ispkg and not part.name.endswith(("__main__", "_triton")))
+    names = sorted(
+        part.name
+        for part in found
+        if not part.ispkg and not part.name.endswith(("__main__", "_triton"))
+    )
     text = []
     for name in names or [match[1]]:
         try:
@@ -33,7 +37,9 @@ def module_sections(match):
         except ImportError as error:
             if (error.name or "mnemodyn").startswith("mnemodyn"):
                 raise
-            body = f"Needs the package {error.name}, which is not installed where this copy was built."
+            body = (
+                f"Needs the package {error.name}, which is not installed where this copy was built."
+            )
         text.append(f"## {name.removeprefix('mnemodyn.')}\n\n{body}")
     return "\n\n".join(text)
 
@@ -49,7 +55,9 @@ def meanings(cls):
     for base in reversed(cls.__mro__):
         names = []
         for line in (
-            inspect.cleandoc(base.__dict__.get("__doc__") or "").partition("Attributes\n----------\n")[2].split("\n")
+            inspect.cleandoc(base.__dict__.get("__doc__") or "")
+            .partition("Attributes\n----------\n")[2]
+            .split("\n")
         ):
             if head := SETTING.match(line):
                 names = head[1].split(", ")
@@ -78,20 +86,32 @@ def settings(cls):
                 if get_args(f.type)
                 else getattr(f.type, "__name__", str(f.type))
             )
-            yield f.name, "required" if default is MISSING else f"{default!r}".strip("'"), kind, said.get(f.name, "")
+            yield (
+                f.name,
+                "required" if default is MISSING else f"{default!r}".strip("'"),
+                kind,
+                said.get(f.name, ""),
+            )
 
 
 def skip_borrowed(app, what, name, obj, skip, options):
     """Document a name where it is defined, not where another module offers it too."""
     home = getattr(obj, "__module__", None)
-    return True if what == "module" and home not in (None, app.env.temp_data.get("autodoc:module")) else None
+    return (
+        True
+        if what == "module" and home not in (None, app.env.temp_data.get("autodoc:module"))
+        else None
+    )
 
 
 def plain_references(app, what, name, obj, options, lines):
     """Reword what would be read wrongly: numbers of references that share a page, a colon that would end a type."""
     if what in ("attribute", "property") and lines:
         lines[0] = lines[0].replace(": ", " \N{EN DASH} ")
-    lines[:] = [re.sub(r"^(\s*)\.\. (?=\[\d\] )", r"\1* ", re.sub(r"(\[\d\])_", r"\1", line)) for line in lines]
+    lines[:] = [
+        re.sub(r"^(\s*)\.\. (?=\[\d\] )", r"\1* ", re.sub(r"(\[\d\])_", r"\1", line))
+        for line in lines
+    ]
 
 
 def leave_types(app, env, node, contnode):
@@ -108,12 +128,19 @@ class Settings(SphinxDirective):
         module, name = self.arguments[0].split(":")
         cls = getattr(importlib.import_module(module), name)
         first = inspect.cleandoc(cls.__doc__).split("\n\n")[0]
-        lines = [strip_roles(first), "", "| setting | default | type | meaning |", "| --- | --- | --- | --- |"]
+        lines = [
+            strip_roles(first),
+            "",
+            "| setting | default | type | meaning |",
+            "| --- | --- | --- | --- |",
+        ]
         for row in settings(cls):
             cells = [f"`{row[0]}`", f"`{row[1]}`", row[2], strip_roles(row[3])]
             lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
         box = nodes.container(classes=["scroll", "settings"])
-        self.state.nested_parse(StringList(lines, source=self.arguments[0]), self.content_offset, box)
+        self.state.nested_parse(
+            StringList(lines, source=self.arguments[0]), self.content_offset, box
+        )
         return [box]
 
 

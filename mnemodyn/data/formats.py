@@ -23,12 +23,33 @@ from scipy.io import loadmat, whosmat
 
 from mnemodyn import files
 
-__all__ = ["READERS", "DataError", "installed_files", "motion", "read_cifti", "sidecar_t_r", "volume_t_r", "write"]
+__all__ = [
+    "READERS",
+    "DataError",
+    "installed_files",
+    "motion",
+    "read_cifti",
+    "sidecar_t_r",
+    "volume_t_r",
+    "write",
+]
 
 DENSE = 10_000  # a CIFTI-2 series with more brain models than this is never one column a parcel
-INFLATION = 200  # times its size that a compressed array may grow; BOLD in float64 grows about 1.1 times
+INFLATION = (
+    200  # times its size that a compressed array may grow; BOLD in float64 grows about 1.1 times
+)
 PREPROCESS = "volumes are made into parcels by 'mnemodyn preprocess'"
-SOURCE = ("sub", "ses", "task", "acq", "ce", "rec", "dir", "run", "echo")  # BIDS entities that name a recording
+SOURCE = (
+    "sub",
+    "ses",
+    "task",
+    "acq",
+    "ce",
+    "rec",
+    "dir",
+    "run",
+    "echo",
+)  # BIDS entities that name a recording
 PARTICIPANT = re.compile(r"sub-[A-Za-z0-9]+")
 
 
@@ -85,7 +106,11 @@ def installed_files(package: str, *endings: str) -> list[Path]:
         raise DataError(f"{name} is not installed; {mend}", "no-package") from None
     found = []
     for ending in endings:
-        paths = [Path(str(distribution.locate_file(f))) for f in distribution.files or () if str(f).endswith(ending)]
+        paths = [
+            Path(str(distribution.locate_file(f)))
+            for f in distribution.files or ()
+            if str(f).endswith(ending)
+        ]
         if not any(path.is_file() for path in paths):
             refuse(f"{name} {distribution.version} holds no {ending}; {mend}", "no-package")
         found += sorted(path for path in paths if path.is_file())
@@ -103,7 +128,10 @@ class Raw(NamedTuple):
 def real(values: np.ndarray) -> np.ndarray:
     """A table of real numbers as float32 in memory."""
     if values.dtype.kind not in "iuf" or values.ndim != 2:
-        refuse(f"expected a table of real numbers, got shape {values.shape} of {values.dtype}", "not-a-table")
+        refuse(
+            f"expected a table of real numbers, got shape {values.shape} of {values.dtype}",
+            "not-a-table",
+        )
     with np.errstate(all="ignore"):
         return np.array(values, dtype=np.float32, order="C")
 
@@ -139,15 +167,24 @@ def read_cifti(path: str | Path) -> tuple[np.ndarray, tuple, float | None]:
             problem = "truncated" if start[4:7] == b"n+2" else "not-cifti"
             refuse(f"expected CIFTI-2, got {kind}; {PREPROCESS}", problem)
         header = nibabel.Nifti2Header(start, check=False)
-        shape, offset, size = header.get_data_shape(), int(header["vox_offset"]), path.stat().st_size
+        shape, offset, size = (
+            header.get_data_shape(),
+            int(header["vox_offset"]),
+            path.stat().st_size,
+        )
         needed = offset + header.get_data_dtype().itemsize * np.prod(shape, dtype=object)
         if min(shape, default=0) < 1 or needed > size:
-            refuse(f"the header declares shape {shape[4:]}, {needed} bytes; the file has {size}", "truncated")
+            refuse(
+                f"the header declares shape {shape[4:]}, {needed} bytes; the file has {size}",
+                "truncated",
+            )
         before = start + stream.read(max(0, offset - 540))
         if b"<CIFTI" not in before:
             refuse("expected CIFTI-2, got a NIfTI-2 volume without its header", "not-cifti")
         xml = before[before.index(b"<CIFTI") : before.index(b"</CIFTI>") + 8]
-        for index in ElementTree.fromstring(xml).iter("MatrixIndicesMap"):  # nibabel acts on these unchecked
+        for index in ElementTree.fromstring(xml).iter(
+            "MatrixIndicesMap"
+        ):  # nibabel acts on these unchecked
             declared = sum(int(model.get("IndexCount", 0)) for model in index.iter("BrainModel"))
             if declared > max(shape) or abs(int(index.get("SeriesExponent", 0))) > 12:
                 refuse(f"an axis claims {declared} elements of {max(shape)}", "truncated")
@@ -169,22 +206,33 @@ def volume_t_r(header) -> float | None:
     """Repetition time of a NIfTI volume's header in seconds; None where it states no fourth axis, zero, or no time."""
     zooms, unit = header.get_zooms(), header.get_xyzt_units()[1]
     scale = {"sec": 1.0, "msec": 1e-3, "usec": 1e-6}.get(unit)
-    return None if len(zooms) < 4 or not zooms[3] > 0 or scale is None else round(float(zooms[3]) * scale, 9)
+    return (
+        None
+        if len(zooms) < 4 or not zooms[3] > 0 or scale is None
+        else round(float(zooms[3]) * scale, 9)
+    )
 
 
 def _cifti(path: Path, key: str | None) -> Raw:
     if path.name.lower().endswith(".gz"):
-        refuse(f"expected CIFTI-2, which is never compressed, got .nii.gz; {PREPROCESS}", "not-cifti")
+        refuse(
+            f"expected CIFTI-2, which is never compressed, got .nii.gz; {PREPROCESS}", "not-cifti"
+        )
     values, (rows, columns), t_r = read_cifti(path)
     if not isinstance(rows, BrainModelAxis | ParcelsAxis):
         if isinstance(columns, ParcelsAxis | ScalarAxis):
             return Raw(values, tuple(map(str, columns.name)), t_r)
         if isinstance(columns, BrainModelAxis):
-            if "parcellated" in path.name and len(columns) < DENSE:  # one column a parcel under a borrowed axis
+            if (
+                "parcellated" in path.name and len(columns) < DENSE
+            ):  # one column a parcel under a borrowed axis
                 return Raw(values, numbered(len(columns)), t_r)
             mend = "average it within the parcels of an atlas first, with: mnemodyn preprocess"
             refuse(f"a dense series of {len(columns)} grayordinates; {mend}", "dense")
-    refuse(f"expected a series by parcels, got axes ({type(rows).__name__}, {type(columns).__name__})", "not-a-series")
+    refuse(
+        f"expected a series by parcels, got axes ({type(rows).__name__}, {type(columns).__name__})",
+        "not-a-series",
+    )
 
 
 def _text(path: Path, key: str | None) -> Raw:
@@ -203,7 +251,9 @@ def _text(path: Path, key: str | None) -> Raw:
         header = first.split("\t" if tabs else None)
         if not all(len(word) > 1 and word[0] == "#" for word in header):
             refuse(f"the first line must name every column as #NAME, got {first[:60]!r}", "header")
-        return Raw(_table(path, "\t" if tabs else r"\s+", header), tuple(word[1:] for word in header))
+        return Raw(
+            _table(path, "\t" if tabs else r"\s+", header), tuple(word[1:] for word in header)
+        )
     separator = "," if path.name.lower().endswith(".csv") else "\t"
     header = next(csv.reader([first], delimiter=separator))
     if all(map(_is_number, header)):
@@ -232,13 +282,18 @@ def _is_number(word: str) -> bool:
 
 def _table(path: Path, separator: str, header: list[str] | None) -> np.ndarray:
     """Numbers below a header; every row as long as it. A cell without a value (n/a) is NaN."""
-    table = pd.read_csv(path, sep=separator, header=None, skiprows=0 if header is None else 1, na_values=["n/a"])
+    table = pd.read_csv(
+        path, sep=separator, header=None, skiprows=0 if header is None else 1, na_values=["n/a"]
+    )
     width = table.shape[1] if header is None else len(header)
     words = [i for i, kind in enumerate(table.dtypes) if kind.kind not in "iuf"]
     if words:
         names = [header[i] if header and i < len(header) else f"column {i + 1}" for i in words[:3]]
         found = [*table[words[0]].dropna().astype(str), ""][0][:40]
-        refuse(f"columns must be parcels with numbers, got text in {names}, for example {found!r}", "text")
+        refuse(
+            f"columns must be parcels with numbers, got text in {names}, for example {found!r}",
+            "text",
+        )
     if table.shape[1] != width:
         refuse(f"the header names {width} columns, the rows have {table.shape[1]}", "truncated")
     with open(path, "rb") as stream:
@@ -251,7 +306,9 @@ def _table(path: Path, separator: str, header: list[str] | None) -> np.ndarray:
 
 
 def _npy(path: Path, key: str | None) -> Raw:
-    return Raw(np.load(path, mmap_mode="r", allow_pickle=False))  # a map never reaches past the file's end
+    return Raw(
+        np.load(path, mmap_mode="r", allow_pickle=False)
+    )  # a map never reaches past the file's end
 
 
 def _choose(key: str | None, found: Mapping[str, tuple[int, ...]]) -> str:
@@ -260,7 +317,10 @@ def _choose(key: str | None, found: Mapping[str, tuple[int, ...]]) -> str:
     if key is None and len(tables) == 1:
         return tables[0]
     if key is None or key not in found:
-        listed = ", ".join(f"{name} {tuple(shape)}" for name, shape in list(found.items())[:12]) or "none"
+        listed = (
+            ", ".join(f"{name} {tuple(shape)}" for name, shape in list(found.items())[:12])
+            or "none"
+        )
         asked = "key must say which array is the scan" if key is None else f"no array {key!r}"
         refuse(f"{asked}; it holds {listed}", "key")
     return key
@@ -290,7 +350,11 @@ def _mat(path: Path, key: str | None) -> Raw:
         return Raw(found[_choose(key, {name: values.shape for name, values in found.items()})])
     if 0 not in start[:4]:
         refuse("expected a MATLAB file of version 4 to 7, got another", "truncated")
-    shapes = {name: shape for name, shape, kind in whosmat(path) if kind in ("double", "single") or "int" in kind}
+    shapes = {
+        name: shape
+        for name, shape, kind in whosmat(path)
+        if kind in ("double", "single") or "int" in kind
+    }
     name = _choose(key, shapes)
     if np.prod(shapes[name], dtype=object) > path.stat().st_size:
         refuse(f"{name} {shapes[name]} cannot be in so short a file", "truncated")
@@ -331,7 +395,9 @@ def _mat5(content: bytes) -> dict[str, np.ndarray]:
             continue
         parts = elements(body)
         flags = struct.unpack_from(f"{order}I", next(parts)[1])[0]
-        if not 6 <= flags & 0xFF <= 15 or flags & 0x0800:  # text, cells, structures, sparse; complex
+        if (
+            not 6 <= flags & 0xFF <= 15 or flags & 0x0800
+        ):  # text, cells, structures, sparse; complex
             continue
         shape = tuple(int(n) for n in np.frombuffer(next(parts)[1], f"{order}i4"))
         name = bytes(next(parts)[1]).decode("latin-1")
@@ -399,11 +465,15 @@ def sidecar_t_r(path: Path, *, inherited: bool = True) -> float | None:
     if len(parts) > 8:  # every subset is looked for
         parts = [part for part in parts if part.split("-")[0] in SOURCE]
     folders = [path.parent]
-    while folders[-1].name.startswith(("sub-", "ses-", "func")) and folders[-1] != folders[-1].parent:
+    while (
+        folders[-1].name.startswith(("sub-", "ses-", "func")) and folders[-1] != folders[-1].parent
+    ):
         folders.append(folders[-1].parent)
     suffixes = dict.fromkeys([whole.rsplit("_", 1)[-1], "timeseries", "bold"])
     for folder, size, suffix in itertools.product(folders, range(len(parts), -1, -1), suffixes):
-        names = ("_".join([*chosen, suffix]) + ".json" for chosen in itertools.combinations(parts, size))
+        names = (
+            "_".join([*chosen, suffix]) + ".json" for chosen in itertools.combinations(parts, size)
+        )
         found = {name: t_r for name in names if (t_r := _stated(folder / name)) is not None}
         if len(set(found.values())) > 1:
             refuse(f"{path.name}: its sidecars disagree on RepetitionTime, {found}", "t-r-conflict")
@@ -412,11 +482,19 @@ def sidecar_t_r(path: Path, *, inherited: bool = True) -> float | None:
     chain = [own]
     for file in chain:  # grows by the sources of each
         sources = _json(file).get("Sources", [])
-        names = (stem(str(s).rsplit("/", 1)[-1]) for s in (sources if isinstance(sources, list) else [sources]))
-        chain += dict.fromkeys(f for name in names if (f := path.with_name(f"{name}.json")) not in chain)
+        names = (
+            stem(str(s).rsplit("/", 1)[-1])
+            for s in (sources if isinstance(sources, list) else [sources])
+        )
+        chain += dict.fromkeys(
+            f for name in names if (f := path.with_name(f"{name}.json")) not in chain
+        )
     found = {file.name: t_r for file in chain if (t_r := _stated(file)) is not None}
     if len(set(found.values())) > 1:
-        refuse(f"{path.name}: the sidecars of its Sources disagree on RepetitionTime, {found}", "t-r-conflict")
+        refuse(
+            f"{path.name}: the sidecars of its Sources disagree on RepetitionTime, {found}",
+            "t-r-conflict",
+        )
     return next(iter(found.values()), None)
 
 
@@ -438,7 +516,9 @@ def _stated(file: Path) -> float | None:
     if (stated := _json(file).get("RepetitionTime")) is None:
         return None
     if isinstance(stated, bool) or not isinstance(stated, int | float):
-        refuse(f"{file.name}: RepetitionTime must be a number of seconds, got {stated!r}", "sidecar")
+        refuse(
+            f"{file.name}: RepetitionTime must be a number of seconds, got {stated!r}", "sidecar"
+        )
     return float(stated) if abs(stated) < 1e9 else float("inf")
 
 
@@ -476,7 +556,11 @@ def motion(path: Path) -> tuple[np.ndarray | None, float | None]:
         flags = confounds.filter(regex=r"^(motion|non_steady_state)_outlier")
         censored = (flags.to_numpy(float) > 0).any(axis=1)
     for content in (moved, confounds):
-        fd = content["framewise_displacement"].mean() if "framewise_displacement" in content else np.nan
+        fd = (
+            content["framewise_displacement"].mean()
+            if "framewise_displacement" in content
+            else np.nan
+        )
         if np.isfinite(fd):
             return censored, float(fd)
     return censored, None
@@ -499,14 +583,21 @@ def write(path: Path, values: np.ndarray, parcels: tuple[str, ...], t_r: float, 
     """Write ``.ptseries.nii``, or ``.tsv`` and its JSON; `values` (time, parcel), `t_r` in seconds."""
     if path.name.endswith(".ptseries.nii"):
         rows = SeriesAxis(0, float(t_r), len(values), unit="SECOND")
-        image = Cifti2Image(np.asarray(values, np.float32), (rows, parcels_axis(parcels) if axis is None else axis))
+        image = Cifti2Image(
+            np.asarray(values, np.float32), (rows, parcels_axis(parcels) if axis is None else axis)
+        )
         image.nifti_header.set_intent("ConnParcelSries")
         files.write_bytes(path, image.to_bytes())
     elif path.name.endswith(".tsv"):
         if any(re.search(r'[\t\r\n"]', name) for name in parcels):
-            refuse(f"{path.name}: names of parcels must be free of tabs, quotes and line ends", "header")
+            refuse(
+                f"{path.name}: names of parcels must be free of tabs, quotes and line ends",
+                "header",
+            )
         table = pd.DataFrame(np.asarray(values, np.float32), columns=list(parcels))
-        files.write_text(path, table.to_csv(sep="\t", na_rep="n/a", index=False, lineterminator="\n"))
+        files.write_text(
+            path, table.to_csv(sep="\t", na_rep="n/a", index=False, lineterminator="\n")
+        )
         files.write_json(path.with_suffix(".json"), {"RepetitionTime": float(t_r)})
     else:
         refuse(f"{path.name}: the name must end in .ptseries.nii or .tsv", "format")

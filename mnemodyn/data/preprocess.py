@@ -70,7 +70,10 @@ class Preprocessing:
             if value is not None and not 0 < value < np.inf:
                 refuse(f"{name} must be > 0 Hz or left out, got {value}", "setting")
         if self.low_pass and self.high_pass and self.low_pass <= self.high_pass:
-            refuse(f"low_pass must be above high_pass, got {self.low_pass} and {self.high_pass} Hz", "setting")
+            refuse(
+                f"low_pass must be above high_pass, got {self.low_pass} and {self.high_pass} Hz",
+                "setting",
+            )
         if len(self.surfaces) not in (0, 2):
             refuse(f"surfaces must be a left and a right one, got {len(self.surfaces)}", "setting")
 
@@ -86,7 +89,9 @@ def averaging(labels: np.ndarray) -> csr_array:
     """
     sizes = np.bincount(labels)[1:]
     if not len(sizes) or not sizes.all():
-        refuse(f"parcel {int(sizes.argmin()) + 1 if len(sizes) else 1} has no grayordinate", "atlas")
+        refuse(
+            f"parcel {int(sizes.argmin()) + 1 if len(sizes) else 1} has no grayordinate", "atlas"
+        )
     columns = np.flatnonzero(labels)
     rows = labels[columns] - 1
     return csr_array((1 / sizes[rows], (rows, columns)), shape=(len(sizes), len(labels)))
@@ -104,7 +109,9 @@ def parcellate(values: np.ndarray, labels: np.ndarray) -> np.ndarray:
     weights = averaging(labels).tocsc()
     sums = np.zeros((weights.shape[0], values.shape[0]))
     for i in range(0, len(labels), BLOCK):
-        sums += weights[:, i : i + BLOCK] @ np.ascontiguousarray(values[:, i : i + BLOCK].T, dtype=float)
+        sums += weights[:, i : i + BLOCK] @ np.ascontiguousarray(
+            values[:, i : i + BLOCK].T, dtype=float
+        )
     return sums.T.astype(np.float32, order="C")
 
 
@@ -142,10 +149,14 @@ def align(atlas: Atlas, axis: BrainModelAxis) -> np.ndarray:
 
 def parcel_axis(labels: np.ndarray, parcels: Sequence[str], axis: BrainModelAxis) -> ParcelsAxis:
     """The axis of a ``.ptseries.nii``: which vertices and voxels each parcel is made of."""
-    return ParcelsAxis.from_brain_models([(name, axis[labels == i]) for i, name in enumerate(parcels, start=1)])
+    return ParcelsAxis.from_brain_models(
+        [(name, axis[labels == i]) for i, name in enumerate(parcels, start=1)]
+    )
 
 
-def _preprocess_scan(source: Path, settings: Preprocessing) -> tuple[Scan, ParcelsAxis | None, dict[str, Any]]:
+def _preprocess_scan(
+    source: Path, settings: Preprocessing
+) -> tuple[Scan, ParcelsAxis | None, dict[str, Any]]:
     """One dense series or volume as parcels; their axis, but for labels of a volume; and what its sidecar says."""
     with tempfile.TemporaryDirectory() as folder:
         image = axis = None
@@ -158,7 +169,9 @@ def _preprocess_scan(source: Path, settings: Preprocessing) -> tuple[Scan, Parce
             image, header = _volume(source)
         t_r, origin = agree_on_t_r(header, formats.sidecar_t_r(source), settings.t_r)
         if image is not None and not settings.label_volume:
-            values, axes, _ = read_cifti(to_grayordinates(source, t_r, settings.surfaces, Path(folder)))
+            values, axes, _ = read_cifti(
+                to_grayordinates(source, t_r, settings.surfaces, Path(folder))
+            )
     if image is not None and settings.label_volume:
         values, parcels = _within_labels(image, Path(settings.atlas))
         facts: dict[str, Any] = {"Atlas": _plain_name(settings.atlas)}
@@ -171,14 +184,29 @@ def _preprocess_scan(source: Path, settings: Preprocessing) -> tuple[Scan, Parce
     if settings.confounds or settings.low_pass or settings.high_pass:
         values = _clean(source, values, t_r, settings)
     named = entities(source.name)
-    about = facts["Atlas"], source.name, named.get("ses", ""), named.get("run", ""), origin, formats.motion(source)[0]
-    scan = Scan(_participant(source), np.ascontiguousarray(values, np.float32), t_r, parcels, *about)
+    about = (
+        facts["Atlas"],
+        source.name,
+        named.get("ses", ""),
+        named.get("run", ""),
+        origin,
+        formats.motion(source)[0],
+    )
+    scan = Scan(
+        _participant(source), np.ascontiguousarray(values, np.float32), t_r, parcels, *about
+    )
     return scan, axis, {"RepetitionTime": t_r, "RepetitionTimeFrom": origin, **facts}
 
 
 def _participant(source: Path) -> str:
-    found = [name for part in reversed(source.parts) for name in formats.PARTICIPANT.findall(part)[:1]]
-    return found[0] if found else refuse("no participant (sub-...) in the file's name or its folders", "no-participant")
+    found = [
+        name for part in reversed(source.parts) for name in formats.PARTICIPANT.findall(part)[:1]
+    ]
+    return (
+        found[0]
+        if found
+        else refuse("no participant (sub-...) in the file's name or its folders", "no-participant")
+    )
 
 
 @lru_cache(maxsize=2)  # of one process: many scans, one atlas
@@ -190,7 +218,9 @@ def _within_labels(image: Any, atlas: Path) -> tuple[np.ndarray, tuple[str, ...]
     """Means within the labels of a volume, and their names: those of BIDS's table beside it, else the keys."""
     from nilearn.maskers import NiftiLabelsMasker  # slow to import
 
-    masker = NiftiLabelsMasker(atlas, standardize=None, resampling_target="data", keep_masked_labels=False)
+    masker = NiftiLabelsMasker(
+        atlas, standardize=None, resampling_target="data", keep_masked_labels=False
+    )
     values = masker.fit_transform(image)
     keys = [int(key) for place, key in masker.region_ids_.items() if place != "background"]
     table, names = atlas.with_name(f"{stem(atlas.name)}.tsv"), {}
@@ -203,7 +233,9 @@ def _volume(source: Path) -> tuple[Any, float | None]:
     with formats.reading(source, "volume"):
         image: Any = nibabel.load(source)
     if len(image.shape) != 4:
-        refuse(f"a series of volumes must have 4 dimensions, got shape {image.shape}", "not-a-series")
+        refuse(
+            f"a series of volumes must have 4 dimensions, got shape {image.shape}", "not-a-series"
+        )
     return image, formats.volume_t_r(image.header)
 
 
@@ -219,7 +251,10 @@ def to_grayordinates(source: Path, t_r: float, surfaces: Sequence[str], folder: 
     """
     if not surfaces:
         needed = "surfaces to come to grayordinates, or a label volume as atlas"
-        refuse(f"a volume needs {needed}; give --surfaces LEFT RIGHT (midthickness, fs_LR 32k)", "setting")
+        refuse(
+            f"a volume needs {needed}; give --surfaces LEFT RIGHT (midthickness, fs_LR 32k)",
+            "setting",
+        )
     output, command = folder / "dense.dtseries.nii", []
     left, right, structures = greyordinates()
     for side, surface, roi in zip(("left", "right"), surfaces, (left, right), strict=True):
@@ -234,14 +269,18 @@ def to_grayordinates(source: Path, t_r: float, surfaces: Sequence[str], folder: 
 def workbench(*arguments: Any) -> None:
     """Run ``wb_command``, one thread; a DataError where it is missing, with the mend, or fails, with its last words."""
     if shutil.which("wb_command") is None:
-        mend = (
-            "apt install connectome-workbench, else https://www.humanconnectome.org/software/get-connectome-workbench"
+        mend = "apt install connectome-workbench, else https://www.humanconnectome.org/software/get-connectome-workbench"
+        refuse(
+            f"Connectome Workbench (wb_command) is not installed; on Debian and Ubuntu: {mend}",
+            "no-workbench",
         )
-        refuse(f"Connectome Workbench (wb_command) is not installed; on Debian and Ubuntu: {mend}", "no-workbench")
     command = ["wb_command", "-disable-provenance", *map(str, arguments)]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
-        refuse(f"wb_command {arguments[0]}: {' '.join((done.stdout + done.stderr).split())[-400:]}", "workbench")
+        refuse(
+            f"wb_command {arguments[0]}: {' '.join((done.stdout + done.stderr).split())[-400:]}",
+            "workbench",
+        )
 
 
 def _clean(source: Path, values: np.ndarray, t_r: float, settings: Preprocessing) -> np.ndarray:
@@ -254,13 +293,20 @@ def _clean(source: Path, values: np.ndarray, t_r: float, settings: Preprocessing
     for name in ("low_pass", "high_pass"):
         value = getattr(settings, name)
         if value is not None and value >= 0.5 / t_r:
-            refuse(f"{name} must be below {0.5 / t_r:g} Hz at {t_r:g} s a frame, got {value}", "setting")
+            refuse(
+                f"{name} must be below {0.5 / t_r:g} Hz at {t_r:g} s a frame, got {value}",
+                "setting",
+            )
     confounds = _confounds(source, settings.confounds, len(values)) if settings.confounds else None
     with warnings.catch_warnings():
         # How confounds are scaled changes nothing: what is regressed out is the space they span.
         warnings.filterwarnings("ignore", ".*confounds will be standardized", DeprecationWarning)
         band = {"low_pass": settings.low_pass, "high_pass": settings.high_pass}
-        how = {"filter": "butterworth" if any(band.values()) else False, "detrend": False, "standardize": None}
+        how = {
+            "filter": "butterworth" if any(band.values()) else False,
+            "detrend": False,
+            "standardize": None,
+        }
         return clean(np.asarray(values, float), confounds=confounds, t_r=t_r, **band, **how)
 
 
@@ -285,7 +331,11 @@ def find_sources(sources: Sequence[str | Path], settings: Preprocessing) -> list
     endings = VOLUMES if settings.label_volume or settings.surfaces else (DENSE,)
     found: dict[Path, None] = {}
     for source in map(Path, sources):
-        inside = [source] if source.is_file() else sorted(p for p in source.rglob("*") if p.name.endswith(endings))
+        inside = (
+            [source]
+            if source.is_file()
+            else sorted(p for p in source.rglob("*") if p.name.endswith(endings))
+        )
         if not source.exists():
             refuse(f"{source}: no such file or folder", "no-scans")
         if not inside:
@@ -304,10 +354,18 @@ def output_path(source: Path, folder: Path, atlas: str, table: bool) -> Path:
 
 
 def _row(source: Path, problem: str = "", message: str = "") -> dict[str, str]:
-    return {"source": str(source), "output": "", "status": "failed", "problem": problem, "message": message}
+    return {
+        "source": str(source),
+        "output": "",
+        "status": "failed",
+        "problem": problem,
+        "message": message,
+    }
 
 
-def _one(source: Path, folder: Path, atlas: str, facts: dict[str, Any], settings: Preprocessing) -> dict[str, str]:
+def _one(
+    source: Path, folder: Path, atlas: str, facts: dict[str, Any], settings: Preprocessing
+) -> dict[str, str]:
     """Write one scan, unless it is there already; its sidecar comes last and marks it as complete."""
     row = _row(source)
     try:
@@ -316,9 +374,13 @@ def _one(source: Path, folder: Path, atlas: str, facts: dict[str, Any], settings
             row["output"] = str(output)
             sidecar = output.with_name(f"{stem(output.name)}.json")
             facts = {**facts, "Sources": [source.name], "SourceBytes": source.stat().st_size}
-            with suppress(FileNotFoundError, ValueError, AttributeError):  # what a killed run left may be no JSON
+            with suppress(
+                FileNotFoundError, ValueError, AttributeError
+            ):  # what a killed run left may be no JSON
                 known = json.loads(sidecar.read_text(encoding="utf-8"))
-                newer = source.stat().st_mtime_ns > sidecar.stat().st_mtime_ns  # other values, as many bytes
+                newer = (
+                    source.stat().st_mtime_ns > sidecar.stat().st_mtime_ns
+                )  # other values, as many bytes
                 if output.is_file() and not newer and facts.items() <= known.items():
                     return row | {"status": "skipped"}
             scan, axis, found = _preprocess_scan(source, settings)
@@ -329,7 +391,10 @@ def _one(source: Path, folder: Path, atlas: str, facts: dict[str, Any], settings
     except DataError as error:
         return row | {"problem": error.problem, "message": str(error)}
     except Exception as error:  # one scan must not end the others
-        return row | {"problem": "unreadable", "message": f"{source.name}: {type(error).__name__}: {error}"}
+        return row | {
+            "problem": "unreadable",
+            "message": f"{source.name}: {type(error).__name__}: {error}",
+        }
 
 
 def preprocess(
@@ -368,8 +433,14 @@ def preprocess(
             targets[output_path(source, folder, atlas, settings.table)] += 1
     if twice := [path.name for path, n in targets.items() if n > 1]:
         mend = "sources must differ in their names"
-        refuse(f"{len(twice)} outputs would be written twice, first {twice[0]}: {mend}", "name-collision")
-    names = {"atlas": Path(settings.atlas).name, "surfaces": [Path(s).name for s in settings.surfaces]}
+        refuse(
+            f"{len(twice)} outputs would be written twice, first {twice[0]}: {mend}",
+            "name-collision",
+        )
+    names = {
+        "atlas": Path(settings.atlas).name,
+        "surfaces": [Path(s).name for s in settings.surfaces],
+    }
     facts = {
         "Settings": json.loads(json.dumps(asdict(settings) | names)),
         "AtlasSHA256": sha256(settings.atlas) if Path(settings.atlas).is_file() else None,
@@ -386,6 +457,8 @@ def preprocess(
             try:
                 rows.append(future.result())
             except Exception as error:
-                message = f"{source.name}: the process ended ({error}); often memory, try fewer jobs"
+                message = (
+                    f"{source.name}: the process ended ({error}); often memory, try fewer jobs"
+                )
                 rows.append(_row(source, "ended", message))
     return pd.DataFrame(rows)

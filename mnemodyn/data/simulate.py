@@ -18,7 +18,9 @@ from mnemodyn.files import write_bytes, write_json, write_text
 __all__ = ["LAYOUTS", "linear_process", "simulate_cohort"]
 
 EDGE_SD = 0.06  # between-person standard deviation of a planted edge, in units of correlation
-REACH = 4.0  # a score is cut off at this many of them, which keeps every covariance positive definite
+REACH = (
+    4.0  # a score is cut off at this many of them, which keeps every covariance positive definite
+)
 MISSING = 0.05  # share of labels that are missing
 CHUNK = 64  # participants simulated at a time
 
@@ -39,22 +41,32 @@ class Layout:
 
 _BIDS = "sub-{participant}/{ses}func/sub-{participant}_{ses_}task-rest_space-fsLR_seg-{atlas}_stat-mean_"
 _COLUMNS = "{n_parcels}_parcellated.dtseries.nii"
-_HCP = "{participant}_V1_MR/MNINonLinear/Results/rfMRI_{run}/rfMRI_{run}_Atlas_hp0_clean_" + _COLUMNS
+_HCP = (
+    "{participant}_V1_MR/MNINonLinear/Results/rfMRI_{run}/rfMRI_{run}_Atlas_hp0_clean_" + _COLUMNS
+)
 _UKB = "{participant}/{participant}_20227_2_0_" + _COLUMNS
 _AP_PA = ("REST1_AP", "REST1_PA")
 _ABIDE, _ADHD = ("NYU", "UM_1", "USM", "KKI", "SDSU"), ("NYU", "Peking", "KKI", "OHSU")
 LAYOUTS = {
     "abide": Layout("{site}_{participant}_rois_cc200.1D", "00{:05d}", 2.0, 176, (7, 40), _ABIDE),
     "adhd200": Layout(_BIDS + "timeseries.tsv", "{:07d}", 2.0, 176, (7, 21), _ADHD, runs=("1",)),
-    "adni": Layout(_BIDS + "timeseries.ptseries.nii", "002S{:04d}", 3.0, 140, (55, 90), sessions=("M00", "M12")),
-    "hbn": Layout(_BIDS + "timeseries.tsv", "NDARAA{:03d}ZZ", 0.8, 375, (5, 21), ("RU", "CBIC", "CUNY")),
-    "hcp_aging": Layout(_HCP, "HCA{:07d}", 0.8, 478, (36, 90), ("WU", "MGH", "UMN", "UCLA"), runs=_AP_PA),
+    "adni": Layout(
+        _BIDS + "timeseries.ptseries.nii", "002S{:04d}", 3.0, 140, (55, 90), sessions=("M00", "M12")
+    ),
+    "hbn": Layout(
+        _BIDS + "timeseries.tsv", "NDARAA{:03d}ZZ", 0.8, 375, (5, 21), ("RU", "CBIC", "CUNY")
+    ),
+    "hcp_aging": Layout(
+        _HCP, "HCA{:07d}", 0.8, 478, (36, 90), ("WU", "MGH", "UMN", "UCLA"), runs=_AP_PA
+    ),
     "nkir": Layout(_BIDS + _COLUMNS, "A{:08d}", 1.4, 404, (6, 85), sessions=("BAS1",)),
     "ukb": Layout(_UKB, "{:07d}", 0.735, 490, (45, 82), ("Cheadle", "Reading", "Newcastle")),
 }
 
 
-def linear_process(generator: str, n_parcels: int, seed: int) -> tuple[np.ndarray, np.ndarray, tuple[str, ...]]:
+def linear_process(
+    generator: str, n_parcels: int, seed: int
+) -> tuple[np.ndarray, np.ndarray, tuple[str, ...]]:
     """A stationary linear process with unit variances: ``dx = -K x dt + noise``.
 
     The `generator` is ``"ou"``, an Ornstein-Uhlenbeck process on a synthetic connectivity, exp(-distance) of random
@@ -71,7 +83,9 @@ def linear_process(generator: str, n_parcels: int, seed: int) -> tuple[np.ndarra
     if generator == "hcp7":
         scans = load_hcp7()
         z = [(s.values - s.values.mean(0)) / s.values.std(0) for s in scans]
-        past, now = (np.concatenate([x[part] for x in z]).astype(float) for part in (np.s_[:-1], np.s_[1:]))
+        past, now = (
+            np.concatenate([x[part] for x in z]).astype(float) for part in (np.s_[:-1], np.s_[1:])
+        )
         n = past.shape[1]
         a = np.linalg.solve(past.T @ past + 0.01 * len(past) * np.eye(n), past.T @ now).T
         s = solve_discrete_lyapunov(a, np.cov((now - past @ a.T).T))
@@ -87,7 +101,9 @@ def linear_process(generator: str, n_parcels: int, seed: int) -> tuple[np.ndarra
         twins = np.arange(half)
         w[twins, twins + half] = w[twins + half, twins] = 1.0
         w *= 0.8 / np.abs(np.linalg.eigvalsh(w)).max()
-        k = (np.eye(n_parcels) - w) / 2.0  # 2 s: slow enough for most of the power to lie below 0.1 Hz
+        k = (
+            np.eye(n_parcels) - w
+        ) / 2.0  # 2 s: slow enough for most of the power to lie below 0.1 Hz
         s = solve_continuous_lyapunov(k, np.eye(n_parcels))
         parcels = tuple(f"{side}H_{i + 1}" for side in "LR" for i in range(half))
     else:
@@ -98,10 +114,14 @@ def linear_process(generator: str, n_parcels: int, seed: int) -> tuple[np.ndarra
 
 def _root(matrix: np.ndarray, power: float = 0.5) -> np.ndarray:
     values, vectors = np.linalg.eigh(matrix)
-    return (vectors * np.maximum(values, 1e-9)[..., None, :] ** power) @ np.swapaxes(vectors, -1, -2)
+    return (vectors * np.maximum(values, 1e-9)[..., None, :] ** power) @ np.swapaxes(
+        vectors, -1, -2
+    )
 
 
-def _sample(k: np.ndarray, s: np.ndarray, t_r: float, shape: tuple[int, int], rng: np.random.Generator) -> np.ndarray:
+def _sample(
+    k: np.ndarray, s: np.ndarray, t_r: float, shape: tuple[int, int], rng: np.random.Generator
+) -> np.ndarray:
     """Series of shape (scan, time, parcel), sampled every `t_r` seconds exactly."""
     n_scans, n_frames = shape
     step = expm(-k * t_r).T
@@ -143,7 +163,11 @@ def _draw(column: Column, name: str, layout: Layout, n: int, rng: np.random.Gene
     else:
         mean, sd = 100.0, 15.0
         values = rng.normal(mean, sd, n)
-    return np.round(values, 2), (values - mean) / sd, f"{sd:.3g} {'years' if name == 'age' else column.unit}".strip()
+    return (
+        np.round(values, 2),
+        (values - mean) / sd,
+        f"{sd:.3g} {'years' if name == 'age' else column.unit}".strip(),
+    )
 
 
 def _raw(column: Column, value, rng: np.random.Generator) -> str:
@@ -211,19 +235,37 @@ def simulate_cohort(
     known = [*variables, *(["site"] if len(layout.sites) > 1 else [])]
     sizes = dict.fromkeys(known, 1.0) | (effects or {})
     if set(sizes) - set(known):
-        refuse(f"effects of {name} can be of {known}, got {sorted(set(sizes) - set(known))}", "setting")
+        refuse(
+            f"effects of {name} can be of {known}, got {sorted(set(sizes) - set(known))}", "setting"
+        )
     blocks = np.array_split(rng.permutation(len(parcels)), len(known) + 1)
     if len(blocks[-1]) < 3:
-        refuse(f"n_parcels must be >= {3 * len(blocks)} for the {len(known)} effects of {name}", "setting")
+        refuse(
+            f"n_parcels must be >= {3 * len(blocks)} for the {len(known)} effects of {name}",
+            "setting",
+        )
 
-    faults = ["truncated", "nan", "constant-parcels", "duplicate-series", "duplicate-series", "no-phenotype"]
+    faults = [
+        "truncated",
+        "nan",
+        "constant-parcels",
+        "duplicate-series",
+        "duplicate-series",
+        "no-phenotype",
+    ]
     faults = [""] * n_participants + (faults if broken else [])
     n = len(faults)
     site = rng.integers(len(layout.sites), size=n)
-    drawn = {variable: _draw(column, variable, layout, n, rng) for variable, column in variables.items()}
+    drawn = {
+        variable: _draw(column, variable, layout, n, rng) for variable, column in variables.items()
+    }
     if "site" in known:
         offsets = rng.normal(size=len(layout.sites))
-        drawn["site"] = (None, ((offsets - offsets.mean()) / offsets.std())[site], "1 SD of the sites' offsets")
+        drawn["site"] = (
+            None,
+            ((offsets - offsets.mean()) / offsets.std())[site],
+            "1 SD of the sites' offsets",
+        )
     by_site = cohort.reader.t_r_by.get("site", {})
     times = np.array([by_site.get(layout.sites[i], layout.t_r) for i in site])
     strength = rng.standard_normal((n, len(blocks)))
@@ -245,9 +287,16 @@ def simulate_cohort(
                     fault = faults[who]
                     if fault and not first:
                         continue
-                    if fault == "duplicate-series":  # the first of the two is written, and then written again
+                    if (
+                        fault == "duplicate-series"
+                    ):  # the first of the two is written, and then written again
                         values = copied = values if copied is None else copied
-                    scan = {"participant": people[who], "session": session, "run": run, "site": layout.sites[site[who]]}
+                    scan = {
+                        "participant": people[who],
+                        "session": session,
+                        "run": run,
+                        "site": layout.sites[site[who]],
+                    }
                     path = _write(folder, cohort, layout, scan, values, parcels, t_r, fault)
                     if fault:
                         files[path] = fault
@@ -257,21 +306,38 @@ def simulate_cohort(
     planted = {}
     for variable, block in zip(known, blocks, strict=False):
         d, per = sizes[variable], drawn[variable][2]
-        planted[variable] = {"d": d, "slope": d * EDGE_SD, "per": per, "block": sorted(map(int, block))}
-    truth = {"simulated": True, "cohort": name, "generator": generator, "seed": seed, "n_participants": n_participants}
+        planted[variable] = {
+            "d": d,
+            "slope": d * EDGE_SD,
+            "per": per,
+            "block": sorted(map(int, block)),
+        }
+    truth = {
+        "simulated": True,
+        "cohort": name,
+        "generator": generator,
+        "seed": seed,
+        "n_participants": n_participants,
+    }
     truth |= {"edge_sd": EDGE_SD, "effects": planted, "broken": files}
     write_json(folder / SIMULATED, truth)
     return truth
 
 
-def _write(folder, cohort: Cohort, layout: Layout, scan: dict, values, parcels, t_r: float, fault: str) -> str:
+def _write(
+    folder, cohort: Cohort, layout: Layout, scan: dict, values, parcels, t_r: float, fault: str
+) -> str:
     values = values.astype(np.float32)
     if fault == "nan":
         values[len(values) // 2, 1] = np.nan
     elif fault == "constant-parcels":
         values[:, : cohort.reader.max_constant_parcels + 1] = 0
     session = f"HBNsite{scan['site']}" if cohort.name == "hbn" else scan["session"]
-    folders = {"ses": f"ses-{session}/", "ses_": f"ses-{session}_"} if session else {"ses": "", "ses_": ""}
+    folders = (
+        {"ses": f"ses-{session}/", "ses_": f"ses-{session}_"}
+        if session
+        else {"ses": "", "ses_": ""}
+    )
     name = layout.path.format(**scan, **folders, atlas="SIMULATED", n_parcels=len(parcels))
     path = folder / name
     if name.endswith(".1D"):
@@ -287,7 +353,9 @@ def _write(folder, cohort: Cohort, layout: Layout, scan: dict, values, parcels, 
     return name
 
 
-def _write_phenotype(folder, cohort: Cohort, layout: Layout, rows: list, drawn: dict, variables: dict, rng) -> None:
+def _write_phenotype(
+    folder, cohort: Cohort, layout: Layout, rows: list, drawn: dict, variables: dict, rng
+) -> None:
     table = cohort.phenotype[0]
     missing = cohort.missing[0] if cohort.missing else ""
     raw: dict[int, dict[str, str]] = {}
@@ -303,7 +371,9 @@ def _write_phenotype(folder, cohort: Cohort, layout: Layout, rows: list, drawn: 
     families = {who: f"F{i // 2:04d}" for i, who in enumerate(related)}
     lines = []
     for who, scan in rows:
-        line = {column: template.format_map(scan) for column, template in table.match.items()} | raw[who]
+        line = {
+            column: template.format_map(scan) for column, template in table.match.items()
+        } | raw[who]
         if cohort.site and scan["site"]:
             line[cohort.site.column] = _raw(cohort.site, scan["site"], rng)
         if cohort.family:

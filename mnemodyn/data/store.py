@@ -47,13 +47,20 @@ FORMAT = 1
 DTYPES = ("float16", "float32")
 ENTITIES = ("participant_id", "session", "run", "path")
 LIMIT = np.finfo(np.float16).max  # only a censored frame can lie further out
-KEEP_MAPPED = 1 << 27  # bytes read before the maps are closed, so that a pass over a large store stays small
+KEEP_MAPPED = (
+    1 << 27
+)  # bytes read before the maps are closed, so that a pass over a large store stays small
 Row: TypeAlias = dict[str, Any]
 Progress: TypeAlias = Callable[[int, int], None] | None
 
 
 def convert(
-    scans: Any, folder: str | Path, *, dtype: str = "float16", scans_per_shard: int = 256, progress: Progress = None
+    scans: Any,
+    folder: str | Path,
+    *,
+    dtype: str = "float16",
+    scans_per_shard: int = 256,
+    progress: Progress = None,
 ) -> "Store":
     """Write scans into a store, or add those that it does not have yet.
 
@@ -84,7 +91,12 @@ def convert(
     folder.mkdir(parents=True, exist_ok=True)
     with _locked(folder):
         cohort = getattr(getattr(scans, "cohort", None), "name", "")
-        new = {"format": FORMAT, "dtype": dtype, "cohort": cohort, "simulated": getattr(scans, "simulated", False)}
+        new = {
+            "format": FORMAT,
+            "dtype": dtype,
+            "cohort": cohort,
+            "simulated": getattr(scans, "simulated", False),
+        }
         head, shards = _open_for_writing(folder, new), _shards(folder)
         there = [_read_json(path) for path in shards]
         kept = {_key(row): row["source_bytes"] for shard in there for row in shard["scans"]}
@@ -115,7 +127,10 @@ def convert(
 def _source(scans: Any) -> tuple[list[Row], Callable[[int], Scan], list[Row]]:
     """Rows of the table to be, how to load the scan of a row by its number, and what was left out before."""
     if not hasattr(scans, "load"):
-        rows = [{name: getattr(scan, name) for name in ("participant_id", "session", "run")} for scan in scans]
+        rows = [
+            {name: getattr(scan, name) for name in ("participant_id", "session", "run")}
+            for scan in scans
+        ]
         for row, scan in zip(rows, scans, strict=True):
             row |= {"path": scan.source, "source_bytes": scan.values.nbytes}
         return rows, scans.__getitem__, []
@@ -130,8 +145,14 @@ def _source(scans: Any) -> tuple[list[Row], Callable[[int], Scan], list[Row]]:
 
 def _plain(row: Row) -> Row:
     """A row as JSON has it: NumPy's scalars as Python's, whatever is missing as None."""
-    row = {name: value.item() if isinstance(value, np.generic) else value for name, value in row.items()}
-    return {name: None if pd.api.types.is_scalar(value) and pd.isna(value) else value for name, value in row.items()}
+    row = {
+        name: value.item() if isinstance(value, np.generic) else value
+        for name, value in row.items()
+    }
+    return {
+        name: None if pd.api.types.is_scalar(value) and pd.isna(value) else value
+        for name, value in row.items()
+    }
 
 
 def _key(row: Row) -> tuple[str, ...]:
@@ -167,7 +188,9 @@ def _open_for_writing(folder: Path, new: Row) -> Row | None:
         refuse(f"{folder}: not a store, it holds {strange[:3]}; name a new folder", "not-a-store")
     whole = {p.stem for p in _shards(folder)}
     for path in folder.iterdir():
-        if path.name.endswith(".tmp") or (path.suffix == ".npy" and path.name.split(".")[0] not in whole):
+        if path.name.endswith(".tmp") or (
+            path.suffix == ".npy" and path.name.split(".")[0] not in whole
+        ):
             path.unlink()
     if not whole or not (folder / "parcels.json").is_file():
         return None
@@ -181,8 +204,14 @@ def _open_for_writing(folder: Path, new: Row) -> Row | None:
 
 def _head(folder: Path) -> Row:
     head = _read_json(folder / "parcels.json")
-    if head.keys() != {"format", "dtype", "cohort", "simulated", "atlas", "parcels"} or head["format"] != FORMAT:
-        refuse(f"{folder}/parcels.json: format {head.get('format')}, this version reads {FORMAT}", "format")
+    if (
+        head.keys() != {"format", "dtype", "cohort", "simulated", "atlas", "parcels"}
+        or head["format"] != FORMAT
+    ):
+        refuse(
+            f"{folder}/parcels.json: format {head.get('format')}, this version reads {FORMAT}",
+            "format",
+        )
     return head | {"parcels": tuple(head["parcels"])}
 
 
@@ -229,13 +258,24 @@ def _write_shard(
                 _npy_header(stream, new["dtype"], 0, len(scan.parcels))
             stored = _stored(scan.values, m, new["dtype"])
             stream.write(stored.data)
-            censored = np.zeros(scan.n_frames, dtype=bool) if scan.censored is None else scan.censored
+            censored = (
+                np.zeros(scan.n_frames, dtype=bool) if scan.censored is None else scan.censored
+            )
             sd = np.where(m[SD] > 0, m[SD], np.inf)
             off = ((_restored(stored, m) - scan.values.astype(np.float64)) / sd)[~censored]
-            known = {name: getattr(scan, name) for name in ("participant_id", "session", "run", "mean_fd")}
-            facts = {name: getattr(scan, name) for name in ("t_r", "t_r_source", "source", "n_frames", "n_usable")}
+            known = {
+                name: getattr(scan, name)
+                for name in ("participant_id", "session", "run", "mean_fd")
+            }
+            facts = {
+                name: getattr(scan, name)
+                for name in ("t_r", "t_r_source", "source", "n_frames", "n_usable")
+            }
             facts |= {"start": start, "error_max": float(np.abs(off).max())}
-            facts |= {"error_rms": float(np.sqrt(np.square(off).mean())), "sha256": _checksum(stored, m, censored)}
+            facts |= {
+                "error_rms": float(np.sqrt(np.square(off).mean())),
+                "sha256": _checksum(stored, m, censored),
+            }
             rows.append(row | {k: v for k, v in known.items() if row.get(k) in (None, "")} | facts)
             all_moments.append(m)
             all_censored.append(censored)
@@ -255,7 +295,9 @@ def _write_shard(
 def _npy_header(stream: BinaryIO, dtype: str, n_frames: int, n_parcels: int) -> None:
     """NumPy pads the header so that the first axis can grow: the same number of bytes whatever n_frames."""
     descr = npy.dtype_to_descr(np.dtype(dtype).newbyteorder("<"))
-    npy.write_array_header_1_0(stream, {"descr": descr, "fortran_order": False, "shape": (n_frames, n_parcels)})
+    npy.write_array_header_1_0(
+        stream, {"descr": descr, "fortran_order": False, "shape": (n_frames, n_parcels)}
+    )
 
 
 def _stored(values: np.ndarray, m: np.ndarray, dtype: str) -> np.ndarray:
@@ -283,7 +325,9 @@ class _StoredScan(Scan):
 
     def __getstate__(self) -> Row:
         """Goes to another process with its values, not with its store."""
-        return {name: value for name, value in vars(self).items() if name != "_from"} | {"values": self.values}
+        return {name: value for name, value in vars(self).items() if name != "_from"} | {
+            "values": self.values
+        }
 
     @cached_property
     def values(self) -> np.ndarray:  # type: ignore[override]  # a field of Scan
@@ -330,7 +374,10 @@ class Store(Sequence[Scan]):
             if sha256(self.folder / name) != checksum:
                 refuse(f"{self.folder / name}: altered since the conversion (checksum)", "checksum")
             if name != "parcels.json":
-                rows += [row | {"shard": Path(name).stem, "place": i} for i, row in enumerate(part["scans"])]
+                rows += [
+                    row | {"shard": Path(name).stem, "place": i}
+                    for i, row in enumerate(part["scans"])
+                ]
                 excluded = excluded + part["excluded"]
         head = _head(self.folder)
         self.dtype, self.atlas, self.parcels = head["dtype"], head["atlas"], head["parcels"]
@@ -346,7 +393,9 @@ class Store(Sequence[Scan]):
         columns = ("shard", "place", "start", "n_frames")
         self._where = list(zip(*(self.table[c].tolist() for c in columns), strict=True))
         self._censored = (self.table["n_usable"] < self.table["n_frames"]).tolist()
-        self._facts = {name: self.table[name].tolist() for name in ("participant_id", "t_r", "source")}
+        self._facts = {
+            name: self.table[name].tolist() for name in ("participant_id", "t_r", "source")
+        }
         for name in ("session", "run", "t_r_source", "mean_fd"):
             missing = None if name == "mean_fd" else ""
             self._facts[name] = [missing if pd.isna(value) else value for value in self.table[name]]
@@ -362,7 +411,9 @@ class Store(Sequence[Scan]):
         chosen = object.__new__(Store)
         rows = np.asarray(rows)
         rows = np.flatnonzero(rows) if rows.dtype == bool else rows
-        chosen.__dict__ |= self.__getstate__() | {"table": self.table.iloc[rows].reset_index(drop=True)}
+        chosen.__dict__ |= self.__getstate__() | {
+            "table": self.table.iloc[rows].reset_index(drop=True)
+        }
         chosen._index()
         return chosen
 
@@ -393,7 +444,9 @@ class Store(Sequence[Scan]):
                 refuse(f"{path}: truncated or damaged ({error})", "truncated")
         return self._maps[name]
 
-    def _parts(self, i: int, start: int = 0, stop: int | None = None) -> tuple[np.ndarray, np.ndarray, Any]:
+    def _parts(
+        self, i: int, start: int = 0, stop: int | None = None
+    ) -> tuple[np.ndarray, np.ndarray, Any]:
         """Stored values, moments and censored frames (or None) of some frames of scan `i`, none of them copied."""
         shard, place, first, n_frames = self._where[i]
         stop = n_frames if stop is None else stop
@@ -418,7 +471,9 @@ class Store(Sequence[Scan]):
         """The censored frames among some frames of scan `i`, bool of shape (time,), or None if the scan has none."""
         return self._parts(i, start, stop)[2]
 
-    def read(self, i: int, start: int = 0, stop: int | None = None, scaling: Scaling | None = None) -> np.ndarray:
+    def read(
+        self, i: int, start: int = 0, stop: int | None = None, scaling: Scaling | None = None
+    ) -> np.ndarray:
         """Some frames of scan `i` (all by default), (time, parcel) float32, scaled with the whole scan's moments.
 
         Only those frames are read, into a copy; a frame without a value is 0. Scaled to z-scores by default.
@@ -441,11 +496,17 @@ class Store(Sequence[Scan]):
     def summary(self) -> str:
         """What is in it, and how many scans were left out for which reason."""
         people, error = self.table["participant_id"].nunique(), self.table["error_max"].max()
-        what = f"{len(self)} scans of {people} participants, {len(self.parcels)} parcels, {self.dtype}"
-        lines = [f"{what} (largest error {error:.2g} SD)" + (", SIMULATED" if self.simulated else "")]
+        what = (
+            f"{len(self)} scans of {people} participants, {len(self.parcels)} parcels, {self.dtype}"
+        )
+        lines = [
+            f"{what} (largest error {error:.2g} SD)" + (", SIMULATED" if self.simulated else "")
+        ]
         out = self.excluded.reindex(columns=["problem", "left_out_of"])
         counts = out["problem"][out["left_out_of"] != "targets"].value_counts()
-        return "\n".join([*lines, *(f"left out: {count} {problem}" for problem, count in counts.items())])
+        return "\n".join(
+            [*lines, *(f"left out: {count} {problem}" for problem, count in counts.items())]
+        )
 
     @property
     def fingerprint(self) -> str:

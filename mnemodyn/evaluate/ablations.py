@@ -63,7 +63,9 @@ class Condition:
     def __post_init__(self):
         check_settings(self)
         if self.every < 1 or self.censored >= 1:
-            raise ValueError(f"every must be >= 1 and censored < 1, got {self.every} and {self.censored}")
+            raise ValueError(
+                f"every must be >= 1 and censored < 1, got {self.every} and {self.censored}"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -126,7 +128,9 @@ def read_grid(path: str | Path, size: str) -> Grid:
         condition = build(Condition, cell.test, f"test of cell {cell.name}:")
         for frames in (condition.window or grid.window, condition.every):
             if grid.n_timepoints % frames:
-                raise ParameterError(f"cell {cell.name}: {frames} frames do not divide a window of {grid.n_timepoints}")
+                raise ParameterError(
+                    f"cell {cell.name}: {frames} frames do not divide a window of {grid.n_timepoints}"
+                )
         if cell.against not in [c.name for c in grid.cells]:
             raise unknown("cell", cell.against, [c.name for c in grid.cells])
     return grid
@@ -139,7 +143,9 @@ def _configure(settings: Mapping[str, Any]):
         value = settings.get(name, 0)
         if type(value) is not int or value < 0:
             raise ParameterError(f"{name} must be {what}, 0 for all, got {value!r}")
-    return configure("masked", {}, {name: value for name, value in settings.items() if name not in own})
+    return configure(
+        "masked", {}, {name: value for name, value in settings.items() if name not in own}
+    )
 
 
 def score(
@@ -177,7 +183,9 @@ def score(
         x, mask, gone = (torch.from_numpy(a.reshape(-1, window, *a.shape[2:])) for a in parts)
         with torch.no_grad():
             missing = gone if bool(gone.any()) else None
-            filled = model(x, scan.t_r * condition.every, hidden=mask, censored=missing).reconstruction
+            filled = model(
+                x, scan.t_r * condition.every, hidden=mask, censored=missing
+            ).reconstruction
         return filled.numpy().reshape(parts[0].shape) * scale + offset
 
     censored = np.random.default_rng(seed).random(truth.shape[:2]) < condition.censored
@@ -188,7 +196,9 @@ def score(
     plain, none = error, np.zeros_like(censored)
     if finer is not None:
         other, its_scaling, whole, groups = finer
-        fine = fill(other, its_scaling, whole, hidden[..., groups], none, Condition()) @ _averaging(groups)
+        fine = fill(other, its_scaling, whole, hidden[..., groups], none, Condition()) @ _averaging(
+            groups
+        )
         plain, _ = hidden_sums(truth, (fine - mean) / sd, hidden)
     elif condition != Condition():
         fine = fill(model, scaling, scan, hidden, none, Condition())
@@ -210,7 +220,9 @@ def merged_parcels(scans: Sequence[Scan], times: int) -> np.ndarray:
 
 def _merge(scan: Scan, groups: np.ndarray) -> Scan:
     values = (scan.values @ _averaging(groups)).astype(np.float32)
-    return replace(scan, values=values, parcels=tuple(f"merged {i}" for i in range(values.shape[1])))
+    return replace(
+        scan, values=values, parcels=tuple(f"merged {i}" for i in range(values.shape[1]))
+    )
 
 
 def diagnose(features: np.ndarray, table: pd.DataFrame, target: str) -> dict[str, float]:
@@ -222,7 +234,10 @@ def diagnose(features: np.ndarray, table: pd.DataFrame, target: str) -> dict[str
     """
     y = pd.factorize(table[target], sort=True)[0]
     classifier = make_pipeline(StandardScaler(), LogisticRegression(C=0.01, max_iter=1000))
-    splits = [(train, test) for _, _, train, test in repeated_folds(table, target).split(table["participant_id"])]
+    splits = [
+        (train, test)
+        for _, _, train, test in repeated_folds(table, target).split(table["participant_id"])
+    ]
     metrics = {"auc": "roc_auc", "balanced_accuracy": "balanced_accuracy"}
     found = cross_validate(classifier, features, y, cv=splits, scoring=metrics)
     return {name: float(found[f"test_{name}"].mean()) for name in metrics}
@@ -237,25 +252,42 @@ class _Fold:
         If nobody would be left to train on, or the grid has a target and `table` is not given.
     """
 
-    def __init__(self, grid: Grid, number: int, scans: Sequence[Scan], folder: Path, table: pd.DataFrame | None):
+    def __init__(
+        self,
+        grid: Grid,
+        number: int,
+        scans: Sequence[Scan],
+        folder: Path,
+        table: pd.DataFrame | None,
+    ):
         train, validation, _ = split_participants(scans, n_test=grid.n_test, n_validation=1)
         known, size = [*train, *validation], grid.n_score
         end = size + max(1, size // 10)
         people = sorted({scan.participant_id for scan in known})
         if len(people) <= end:
-            raise DataError(f"expected {end + 1} people or more beside the {grid.n_test} held out, got {len(people)}")
+            raise DataError(
+                f"expected {end + 1} people or more beside the {grid.n_test} held out, got {len(people)}"
+            )
         if size > 1:  # sorted identifiers are sorted by site
             people = np.random.default_rng(0).permutation(people).tolist()
         people = np.roll(people, -number * size).tolist()
         self.grid, self.number, self.folder, self.people = grid, number, folder, people[:size]
         sides = {"score": people[:size], "choose": people[size:end], "train": people[end:]}
-        of = {person: [scan for scan in known if scan.participant_id == person] for person in people}
-        self.sides = {side: [scan for person in some for scan in of[person]] for side, some in sides.items()}
+        of = {
+            person: [scan for scan in known if scan.participant_id == person] for person in people
+        }
+        self.sides = {
+            side: [scan for person in some for scan in of[person]] for side, some in sides.items()
+        }
         self.table = None
         if grid.target:
             if table is None:
                 raise DataError(f"target {grid.target} needs a cohort: name it with --cohort")
-            table = table[table[grid.target].notna()].drop_duplicates("participant_id").set_index("participant_id")
+            table = (
+                table[table[grid.target].notna()]
+                .drop_duplicates("participant_id")
+                .set_index("participant_id")
+            )
             labelled = [person for person in self.people if person in table.index]
             self.table = table.loc[labelled].reset_index()
 
@@ -277,14 +309,18 @@ class _Fold:
         """The cell's network, from the folder or trained now."""
         from mnemodyn.pretrain.training import pretrain  # imports Lightning, which takes seconds
 
-        digest = hashlib.sha256(json.dumps(self.identity(cell), sort_keys=True).encode()).hexdigest()[:16]
+        digest = hashlib.sha256(
+            json.dumps(self.identity(cell), sort_keys=True).encode()
+        ).hexdigest()[:16]
         network, unfinished = self.folder / "networks" / digest, self.folder / "unfinished"
         if not network.is_dir():
             settings = self.grid.training(cell) | {"seed": self.number}
             objective, model, training, _, machine = _configure(settings)
             train, choose = self.training_scans(cell), self.sides["choose"]
             if (groups := self.groups(cell)) is not None:
-                train, choose = ([_merge(scan, groups) for scan in side] for side in (train, choose))
+                train, choose = (
+                    [_merge(scan, groups) for scan in side] for side in (train, choose)
+                )
             with redirect_stdout(io.StringIO()):
                 pretrain(
                     train,
@@ -321,7 +357,9 @@ class _Fold:
             score(checkpoint.model, scan, scaling, grid, condition, seed + i, before)
             for i, (scan, before) in enumerate(zip(scans, finer, strict=True))
         ]
-        error, total, plain = (float(sum(part.sum() for part in column)) for column in zip(*parts, strict=True))
+        error, total, plain = (
+            float(sum(part.sum() for part in column)) for column in zip(*parts, strict=True)
+        )
         found = {
             "identity": identity,
             "people": self.people[0] if len(self.people) == 1 else f"{len(self.people)} people",
@@ -363,7 +401,9 @@ def run_grid(
             found = fold.run(cell)
             records[cell.name].append(found)
             outcome = f", {grid.target} AUC {found['outcome']['auc']:.3f}" if grid.target else ""
-            log(f"fold {number + 1}/{grid.folds}, {cell.name}: R2 {1 - found['error'] / found['total']:.4f}{outcome}")
+            log(
+                f"fold {number + 1}/{grid.folds}, {cell.name}: R2 {1 - found['error'] / found['total']:.4f}{outcome}"
+            )
     return records
 
 
@@ -382,7 +422,11 @@ def collect(grid: Grid, records: Mapping[str, Sequence[Mapping]], **facts) -> di
     for cell in grid.cells:
         mine = records[cell.name]
         against = records[cell.against][: len(mine)]
-        beside = [a["plain"] for a in mine] if cell.test or "merge" in cell.settings else [b["error"] for b in against]
+        beside = (
+            [a["plain"] for a in mine]
+            if cell.test or "merge" in cell.settings
+            else [b["error"] for b in against]
+        )
         differences = [(b - a["error"]) / a["total"] for a, b in zip(mine, beside, strict=True)]
         row = {
             **{f.name: getattr(cell, f.name) for f in fields(cell)},
@@ -410,7 +454,9 @@ def collect(grid: Grid, records: Mapping[str, Sequence[Mapping]], **facts) -> di
         "people": [record["people"] for record in records[DEFAULT]],
         "interval": "95 %, t over folds: each another person, other training people and another seed",
         **{f.name: getattr(grid, f.name) for f in fields(grid)[3:]},
-        "commits": sorted({record["commit"] or "unknown" for mine in records.values() for record in mine}),
+        "commits": sorted(
+            {record["commit"] or "unknown" for mine in records.values() for record in mine}
+        ),
         "versions": {name: found["versions"][name] for name in ("torch", "lightning", "numpy")},
         **facts,
     }
@@ -426,6 +472,10 @@ def table(found: Mapping, outcome: str = "r2") -> pd.DataFrame:
         difference = cell["difference" if outcome == "r2" else f"{outcome}_difference"]
         kept = {key: cell[key] for key in ("name", "group", "label", "n_parameters")}
         rows.append(
-            {**kept, outcome: cell[outcome]["value"], **(difference or dict.fromkeys(("value", "low", "high")))}
+            {
+                **kept,
+                outcome: cell[outcome]["value"],
+                **(difference or dict.fromkeys(("value", "low", "high"))),
+            }
         )
     return pd.DataFrame(rows).astype(dict.fromkeys(("value", "low", "high"), float))

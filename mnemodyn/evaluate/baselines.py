@@ -30,7 +30,9 @@ def _unknown() -> np.ndarray:
     return np.empty(0)
 
 
-def _visible(x: np.ndarray, hidden: np.ndarray, mean: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
+def _visible(
+    x: np.ndarray, hidden: np.ndarray, mean: np.ndarray | None = None
+) -> tuple[np.ndarray, np.ndarray]:
     """Check a batch, and that a method is fitted to its parcels; return it in float64, zeros where it is hidden."""
     if mean is not None and not len(mean):
         raise RuntimeError("not fitted: call `fit(scans)` and use what it returns")
@@ -205,7 +207,10 @@ class SpatiotemporalGaussian:
     def fill(self, x: np.ndarray, hidden: np.ndarray) -> np.ndarray:
         """Return `x` with `hidden` predicted."""
         x, hidden = _visible(x, hidden, self.mean)
-        centred, mask = torch.from_numpy(np.where(hidden, 0.0, x - self.mean)), torch.from_numpy(hidden)
+        centred, mask = (
+            torch.from_numpy(np.where(hidden, 0.0, x - self.mean)),
+            torch.from_numpy(hidden),
+        )
         lags = torch.from_numpy(self.lags)
         filled = [
             conditional_mean(c, m, lags, self._mixing(c, m) if self.own else None, tolerance=1e-5)

@@ -22,14 +22,26 @@ from mnemodyn.data.store import Store
 from mnemodyn.evaluate.features import CONFOUNDS, confounds, connectivity, frames
 from mnemodyn.evaluate.heads import Combat, Features, Fold, Standardised, Tangent, rotate
 from mnemodyn.evaluate.readout import READOUTS, MnemoDynEncoder
-from mnemodyn.evaluate.scores import SCORES, chance, corrected_t, interval, measure, resamples, t_interval
+from mnemodyn.evaluate.scores import (
+    SCORES,
+    chance,
+    corrected_t,
+    interval,
+    measure,
+    resamples,
+    t_interval,
+)
 from mnemodyn.evaluate.splits import Folds, inner_splits, leave_one_site_out, repeated_folds
 from mnemodyn.files import write_json
 
 
 def open_scans(cohort: Cohort, source: str | Path, *, workers: int = 1) -> Index | Store:
     """Scans of a cohort's folder or of a store, with their ``table``, the ``excluded`` and whether ``simulated``."""
-    return Store(source) if (Path(source) / "store.json").is_file() else index(cohort, source, workers=workers)
+    return (
+        Store(source)
+        if (Path(source) / "store.json").is_file()
+        else index(cohort, source, workers=workers)
+    )
 
 
 class Rows(Sequence):
@@ -120,20 +132,34 @@ class Task:
     def of(cls, table: pd.DataFrame, target: str, kind: str) -> "Task":
         """The task of one column; DataError without it, for classes that are not two, or numbers that are all equal."""
         if target not in table:
-            raise DataError(f"target must be a column of the cohort's table, got {target!r}; it has {list(table)}")
+            raise DataError(
+                f"target must be a column of the cohort's table, got {target!r}; it has {list(table)}"
+            )
         if kind not in SCORES:
             raise DataError(f"kind must be one of {tuple(SCORES)}, got {kind!r}")
         known = table[target].notna()
         part = table[known].reset_index(drop=True)
-        part = part.assign(**{c: part[c].replace("", None) for c in ("site", "family") if c in part})
+        part = part.assign(
+            **{c: part[c].replace("", None) for c in ("site", "family") if c in part}
+        )
         values = part[target]
         classes = tuple(sorted(map(str, values.unique()))) if kind == "classification" else ()
         if values.nunique() < 2:
-            got = f"only {values.iloc[0]!r}" if len(values) else "no value at all (`mnemodyn index` says why)"
+            got = (
+                f"only {values.iloc[0]!r}"
+                if len(values)
+                else "no value at all (`mnemodyn index` says why)"
+            )
             raise DataError(f"{target}: two classes (or different numbers) are needed, got {got}")
         if len(classes) > 2:
-            raise DataError(f"{target}: two classes are expected, got {classes}; map or exclude some in the cohort")
-        y = (values.astype(str) == classes[1]).to_numpy(float) if classes else values.to_numpy(float)
+            raise DataError(
+                f"{target}: two classes are expected, got {classes}; map or exclude some in the cohort"
+            )
+        y = (
+            (values.astype(str) == classes[1]).to_numpy(float)
+            if classes
+            else values.to_numpy(float)
+        )
         return cls(part, target, kind, y, classes, np.flatnonzero(known), int((~known).sum()))
 
     @property
@@ -144,13 +170,19 @@ class Task:
     @property
     def families(self) -> np.ndarray:
         """Family of every scan, the participant where none is known."""
-        return (self.table["family"].fillna(self.people) if "family" in self.table else self.people).to_numpy()
+        return (
+            self.table["family"].fillna(self.people) if "family" in self.table else self.people
+        ).to_numpy()
 
     @property
     def sites(self) -> np.ndarray | None:
         """Site of every scan; None where one is unknown, or there is one only."""
         sites = self.table.get("site")
-        return None if sites is None or sites.isna().any() or sites.nunique() < 2 else sites.to_numpy(str)
+        return (
+            None
+            if sites is None or sites.isna().any() or sites.nunique() < 2
+            else sites.to_numpy(str)
+        )
 
     @property
     def metric(self) -> str:
@@ -181,7 +213,11 @@ class noise_scans(Rows):
 
     def __getitem__(self, i):
         scan = super().__getitem__(i)
-        values = np.random.default_rng([self.seed, i]).standard_normal(scan.values.shape).astype(np.float32)
+        values = (
+            np.random.default_rng([self.seed, i])
+            .standard_normal(scan.values.shape)
+            .astype(np.float32)
+        )
         if self.equal:
             return replace(scan, values=values[: self.n_frames], censored=None, t_r=self.t_r)
         return replace(scan, values=values)
@@ -214,18 +250,26 @@ def blocks_of(
         if not wanted:
             continue
         if checkpoint is None:
-            raise DataError(f"read-outs {wanted} need a checkpoint; name one, or leave the method out")
+            raise DataError(
+                f"read-outs {wanted} need a checkpoint; name one, or leave the method out"
+            )
         encoder = MnemoDynEncoder(checkpoint, wanted, untrained=untrained, cache=cache)
         for name, values in encoder.blocks(scans).items():
             alike = name in ONE_UNIT
-            found[f"{kind}:{name}"] = Features(values.astype(np.float32)) if alike else Standardised(values)
+            found[f"{kind}:{name}"] = (
+                Features(values.astype(np.float32)) if alike else Standardised(values)
+            )
     for name in [name for name in names if name not in found]:
         if name == "fc":
             found[name] = Features(connectivity(scans))
         elif name == "combat":
             if task.sites is None:
-                raise DataError("ComBat needs sites, and the site of every participant; leave fc_combat out")
-            found[name] = Combat(found["fc"].values if "fc" in found else connectivity(scans), sites=task.sites)
+                raise DataError(
+                    "ComBat needs sites, and the site of every participant; leave fc_combat out"
+                )
+            found[name] = Combat(
+                found["fc"].values if "fc" in found else connectivity(scans), sites=task.sites
+            )
         elif name == "tangent":
             found[name] = Tangent([frames(scan) for scan in scans])
         elif name in ("confounds", "site"):
@@ -237,7 +281,9 @@ def blocks_of(
     return found
 
 
-def _one_fold(methods: dict[str, Method], fold: Fold, task: Task, paths: dict[str, Path]) -> dict[str, tuple]:
+def _one_fold(
+    methods: dict[str, Method], fold: Fold, task: Task, paths: dict[str, Path]
+) -> dict[str, tuple]:
     """Prediction of the test scans and what was chosen, by method; or None and the error."""
     found: dict[str, tuple] = {}
     for name, method in methods.items():
@@ -250,17 +296,27 @@ def _one_fold(methods: dict[str, Method], fold: Fold, task: Task, paths: dict[st
             if not fold.splits:
                 if task.kind == "classification" and len(np.unique(task.y[fold.train])) < 2:
                     raise DataError("the training scans are of one class")
-                fold.splits = inner_splits(task.y[fold.train], task.families[fold.train], N_INNER, fold.seed)
+                fold.splits = inner_splits(
+                    task.y[fold.train], task.families[fold.train], N_INNER, fold.seed
+                )
             if method.head == "finetune":
                 from mnemodyn.evaluate.finetune import finetune
 
                 series, rows = fold.blocks["scans"], (task.y, fold.train, fold.test)
-                how: dict[str, Any] = {"kind": task.kind, "split": fold.splits[0], "seed": fold.seed}
+                how: dict[str, Any] = {
+                    "kind": task.kind,
+                    "split": fold.splits[0],
+                    "seed": fold.seed,
+                }
                 prediction, chosen = finetune(series, *rows, what=method.blocks[0], **how)
             else:
-                remove = confounds(task.table, task.target, method.remove) if method.remove else None
+                remove = (
+                    confounds(task.table, task.target, method.remove) if method.remove else None
+                )
                 prediction, chosen = fold.predict(method.head, method.blocks, remove=remove)
-        except Exception as error:  # of whatever kind: it is reported with the fold, and the others go on
+        except (
+            Exception
+        ) as error:  # of whatever kind: it is reported with the fold, and the others go on
             found[name] = None, f"{type(error).__name__}: {error}"
             continue
         found[name] = prediction, chosen
@@ -310,10 +366,14 @@ def evaluate(
             raise DataError(f"method must be one of {', '.join(METHODS)}, got {unknown[0]!r}")
         methods = {name: METHODS[name] for name in methods}
     if len(scans) != len(task.table):
-        raise DataError(f"scans must be those of the task's table, {len(task.table)}, got {len(scans)}")
+        raise DataError(
+            f"scans must be those of the task's table, {len(task.table)}, got {len(scans)}"
+        )
     blocks = {} if blocks is None else blocks
     tuned = {m.blocks for m in methods.values() if m.head == "finetune"}
-    missing = dict.fromkeys(b for m in methods.values() for b in m.features if b not in blocks and b != "scans")
+    missing = dict.fromkeys(
+        b for m in methods.values() for b in m.features if b not in blocks and b != "scans"
+    )
     blocks |= blocks_of(scans, task, list(missing), checkpoint, cache, seed)
     if tuned and "scans" not in blocks:
         from mnemodyn.evaluate.finetune import Series
@@ -330,12 +390,16 @@ def evaluate(
         code = [path.read_bytes() for path in sorted(Path(__file__).parent.glob("*.py"))]
         about = (code, task.y, task.target, folds.digest, list(people), N_INNER, seed)
         for name, method in methods.items():
-            read = [blocks[b].digest() if b == "scans" else blocks[b].values for b in method.features]
+            read = [
+                blocks[b].digest() if b == "scans" else blocks[b].values for b in method.features
+            ]
             keys[name] = Path(cache) / "folds" / joblib.hash((about, method, read))
 
     def jobs() -> Iterator:
         for repeat, number, train, test in work:
-            these = {name: m for name, m in methods.items() if m.repeats is None or repeat < m.repeats}
+            these = {
+                name: m for name, m in methods.items() if m.repeats is None or repeat < m.repeats
+            }
             used = {b: blocks[b] for m in these.values() for b in m.features}
             paths = {name: keys[name] / f"{repeat}-{number}.json" for name in these if name in keys}
             fold = Fold(used, task.y, train, test, task.kind, [], seed)
@@ -343,12 +407,16 @@ def evaluate(
 
     repeats = {n: min(folds.n_repeats, m.repeats or folds.n_repeats) for n, m in methods.items()}
     predictions = {name: np.full((n, len(people)), np.nan) for name, n in repeats.items()}
-    found = Evaluation(task, folds, predictions, {name: [] for name in methods}, {name: [] for name in methods})
+    found = Evaluation(
+        task, folds, predictions, {name: [] for name in methods}, {name: [] for name in methods}
+    )
     results = joblib.Parallel(n_jobs=n_jobs, return_as="generator")(jobs())
     for done, ((repeat, number, _, test), answers) in enumerate(zip(work, results, strict=True), 1):
         for name, (prediction, note) in answers.items():
             if prediction is None:
-                found.failed[name].append({"repeat": repeat, "fold": folds.names[number], "error": note})
+                found.failed[name].append(
+                    {"repeat": repeat, "fold": folds.names[number], "error": note}
+                )
             else:
                 found.predictions[name][repeat, test] = prediction
                 found.chosen[name].append(note)
@@ -358,14 +426,20 @@ def evaluate(
 
 
 def _scores(
-    evaluation: Evaluation, name: str, weights: np.ndarray, rows: np.ndarray | slice = slice(None), repeats: int = 99
+    evaluation: Evaluation,
+    name: str,
+    weights: np.ndarray,
+    rows: np.ndarray | slice = slice(None),
+    repeats: int = 99,
 ) -> dict[str, np.ndarray]:
     """Scores averaged over repeats, each (resample,)."""
     task, sites = evaluation.task, evaluation.task.sites
     group = None if sites is None else sites[rows]
     found = [
         measure(task.kind, task.y[rows], p[rows], weights[:, rows], fold=fold[rows], group=group)
-        for fold, p in zip(evaluation.folds.of(task.people), evaluation.predictions[name][:repeats], strict=False)
+        for fold, p in zip(
+            evaluation.folds.of(task.people), evaluation.predictions[name][:repeats], strict=False
+        )
     ]
     return {metric: np.mean([f[metric] for f in found], axis=0) for metric in found[0]}
 
@@ -373,13 +447,17 @@ def _scores(
 def _by_fold(evaluation: Evaluation, name: str, repeats: int = 99) -> np.ndarray:
     """The first metric in every fold."""
     task, found = evaluation.task, []
-    for fold, p in zip(evaluation.folds.of(task.people), evaluation.predictions[name][:repeats], strict=False):
+    for fold, p in zip(
+        evaluation.folds.of(task.people), evaluation.predictions[name][:repeats], strict=False
+    ):
         one = (fold == np.unique(fold)[:, None]).astype(float)
         found.append(measure(task.kind, task.y, p, one, fold=fold)[task.metric])
     return np.concatenate(found)
 
 
-def report(evaluation: Evaluation, *, n_boot: int = 1000, seed: int = 0, baseline: str = "fc") -> dict:
+def report(
+    evaluation: Evaluation, *, n_boot: int = 1000, seed: int = 0, baseline: str = "fc"
+) -> dict:
     """Scores, intervals and comparisons of an evaluation, fit for JSON.
 
     Returns
@@ -400,7 +478,11 @@ def report(evaluation: Evaluation, *, n_boot: int = 1000, seed: int = 0, baselin
     task, folds, people = evaluation.task, evaluation.folds, evaluation.task.people
     weights = resamples(people, n_boot, seed)
     rows, comparisons = [], []
-    fd = task.table["mean_fd"].to_numpy(float) if "mean_fd" in task.table else np.full(len(people), np.nan)
+    fd = (
+        task.table["mean_fd"].to_numpy(float)
+        if "mean_fd" in task.table
+        else np.full(len(people), np.nan)
+    )
     known, calm = np.isfinite(fd), np.flatnonzero(fd < LOW_MOTION)
     share = float(np.mean([len(test) / len(train) for _, _, train, test in folds.split(people)]))
     whole = {name: p for name, p in evaluation.predictions.items() if not np.isnan(p).any()}
@@ -414,16 +496,24 @@ def report(evaluation: Evaluation, *, n_boot: int = 1000, seed: int = 0, baselin
         row |= {metric: interval(v) for metric, v in _scores(evaluation, name, weights).items()}
         by_fold = _by_fold(evaluation, name)
         row["fold_mean"] = float(np.nanmean(by_fold)) if np.isfinite(by_fold).any() else None
-        row["fold_sd"] = float(np.nanstd(by_fold, ddof=1)) if np.isfinite(by_fold).sum() > 1 else None
+        row["fold_sd"] = (
+            float(np.nanstd(by_fold, ddof=1)) if np.isfinite(by_fold).sum() > 1 else None
+        )
         row["p"] = corrected_t(by_fold - chance(task.metric), share)
         mean = whole[name].mean(0)
         varies = known.sum() > 2 and np.ptp(fd[known]) > 0 and np.ptp(mean[known]) > 0
         row["fd_r"] = float(np.corrcoef(mean[known], fd[known])[0, 1]) if varies else None
         if "site" in task.table and task.table["site"].nunique() > 1:
-            between = pd.Series(mean).groupby(task.table["site"].fillna("").to_numpy()).transform("mean")
-            row["site_share"] = float(between.var() / mean.var(ddof=1)) if np.ptp(mean) else 0.0  # eta squared
+            between = (
+                pd.Series(mean).groupby(task.table["site"].fillna("").to_numpy()).transform("mean")
+            )
+            row["site_share"] = (
+                float(between.var() / mean.var(ddof=1)) if np.ptp(mean) else 0.0
+            )  # eta squared
         if 10 <= len(calm) < len(fd) and len(np.unique(task.y[calm])) > 1:
-            low_motion = {m: interval(v) for m, v in _scores(evaluation, name, weights, calm).items()}
+            low_motion = {
+                m: interval(v) for m, v in _scores(evaluation, name, weights, calm).items()
+            }
             row["low_motion"] = {"n": int(people.iloc[calm].nunique())} | low_motion
         names = pd.Series(evaluation.chosen[name]).value_counts()
         row["chosen"] = f"{names.index[0]} ({names.iloc[0]} of {names.sum()})"
@@ -444,7 +534,11 @@ def report(evaluation: Evaluation, *, n_boot: int = 1000, seed: int = 0, baselin
         "n": int(people.nunique()),
         "n_scans": len(people),
         "n_missing": task.n_missing,
-        "folds": {"digest": folds.digest, "n_folds": len(folds.names), "n_repeats": folds.n_repeats},
+        "folds": {
+            "digest": folds.digest,
+            "n_folds": len(folds.names),
+            "n_repeats": folds.n_repeats,
+        },
         "rows": rows,
         "comparisons": comparisons,
     }
@@ -475,7 +569,9 @@ def draws(
     for i in range(max(times.values(), default=0)):
         these = [name for name, n in times.items() if i < n]
         scans, task = draw(i)
-        found = evaluate(scans, task, once, these, blocks={} if blocks is None else blocks, **settings)
+        found = evaluate(
+            scans, task, once, these, blocks={} if blocks is None else blocks, **settings
+        )
         for name in these:
             if not np.isnan(found.predictions[name]).any():
                 values[name].append(float(np.nanmean(_by_fold(found, name))))
@@ -484,7 +580,13 @@ def draws(
         if len(v) > 1:
             mean = t_interval(v)
             p = float(stats.ttest_1samp(v, chance(task.metric)).pvalue) if np.ptp(v) else None
-            results[name] = {"n": len(v), "mean": mean.pop("value"), **mean, "sd": float(np.std(v, ddof=1)), "p": p}
+            results[name] = {
+                "n": len(v),
+                "mean": mean.pop("value"),
+                **mean,
+                "sd": float(np.std(v, ddof=1)),
+                "p": p,
+            }
     return results
 
 
@@ -571,16 +673,24 @@ def study(
             found[target]["permutations"] = draws(shuffled, folds, shuffles, blocks=blocks, **quiet)
             say(f"{target}: labels shuffled {shuffles} times")
         if noises and (not only or "noises" in only):
-            noise = partial(lambda some, task, i: (noise_scans(some, seed + i, equal=True), task), some, task)
-            found[target]["noises"] = draws(noise, folds, noises, cache=settings.get("cache"), **quiet)
+            noise = partial(
+                lambda some, task, i: (noise_scans(some, seed + i, equal=True), task), some, task
+            )
+            found[target]["noises"] = draws(
+                noise, folds, noises, cache=settings.get("cache"), **quiet
+            )
             say(f"{target}: noise drawn {noises} times")
         shared[key] = blocks
         if shots and (not only or "few_shot" in only):
-            found[target]["few_shot"] = few_shot({name: blocks[name] for name in shots}, task, once, seed=seed)
+            found[target]["few_shot"] = few_shot(
+                {name: blocks[name] for name in shots}, task, once, seed=seed
+            )
     return found
 
 
-def planted(scans: Sequence[Scan], task: Task, truth: dict, *, n_boot: int = 1000, seed: int = 0) -> dict:
+def planted(
+    scans: Sequence[Scan], task: Task, truth: dict, *, n_boot: int = 1000, seed: int = 0
+) -> dict:
     """The effect planted in a SIMULATED cohort, and what connectivity of the task's scans shows of it.
 
     ``planted`` and ``found`` (``value``, ``low``, ``high``) are the difference of the target's own edges between the
@@ -595,7 +705,9 @@ def planted(scans: Sequence[Scan], task: Task, truth: dict, *, n_boot: int = 100
     weights = resamples(task.people, n_boot, seed)
     total = weights.sum(1)
     means = [weights @ v / total for v in (z, strength)]
-    slopes = (weights @ (z * strength) / total - means[0] * means[1]) / (weights @ z**2 / total - means[0] ** 2)
+    slopes = (weights @ (z * strength) / total - means[0] * means[1]) / (
+        weights @ z**2 / total - means[0] ** 2
+    )
     return {"planted": effect["d"], "found": interval(slopes)}
 
 
@@ -605,9 +717,14 @@ def published(path: str | Path, cohort: str, target: str) -> pd.DataFrame:
     Names are compared by their letters and digits alone.
     """
     table = pd.read_csv(path)
-    plain = {c: table[c].str.lower().str.replace(r"[^a-z0-9]", "", regex=True) for c in ("cohort", "target")}
+    plain = {
+        c: table[c].str.lower().str.replace(r"[^a-z0-9]", "", regex=True)
+        for c in ("cohort", "target")
+    }
     wanted = [re.sub(r"[^a-z0-9]", "", name.lower()) for name in (cohort, target)]
-    return table[(plain["cohort"] == wanted[0]) & (plain["target"] == wanted[1])].reset_index(drop=True)
+    return table[(plain["cohort"] == wanted[0]) & (plain["target"] == wanted[1])].reset_index(
+        drop=True
+    )
 
 
 def few_shot(
@@ -640,13 +757,22 @@ def few_shot(
                 ones, one = np.ones((1, len(test))), np.zeros(len(test))
                 found.append(measure(task.kind, task.y[test], p, ones, fold=one)[task.metric][0])
             if found:
-                score = {"value": float(np.nanmean(found)), "sd": float(np.nanstd(found)), "n_folds": len(found)}
+                score = {
+                    "value": float(np.nanmean(found)),
+                    "sd": float(np.nanstd(found)),
+                    "n_folds": len(found),
+                }
                 rows.append({"features": name, "shots": k} | score)
     return rows
 
 
 def transfer(
-    features: tuple[np.ndarray, np.ndarray], source: Task, target: Task, *, n_boot: int = 1000, seed: int = 0
+    features: tuple[np.ndarray, np.ndarray],
+    source: Task,
+    target: Task,
+    *,
+    n_boot: int = 1000,
+    seed: int = 0,
 ) -> dict:
     """Zero-shot: a head fitted on one cohort, tested on another that it knows nothing of.
 
@@ -668,12 +794,20 @@ def transfer(
     if tasks[0] != tasks[1]:
         raise DataError(f"source and target must be one task, got {tasks[0]} and {tasks[1]}")
     if features[0].shape[1] != features[1].shape[1]:
-        raise DataError(f"features must be the same, got {features[0].shape[1]} and {features[1].shape[1]} of them")
+        raise DataError(
+            f"features must be the same, got {features[0].shape[1]} and {features[1].shape[1]} of them"
+        )
     train, test = np.split(np.arange(len(source.y) + len(target.y)), [len(source.y)])
     splits = inner_splits(source.y, source.families, N_INNER, seed)
     y = np.concatenate([source.y, np.zeros(len(test))])
     fold = Fold({"x": Features(np.vstack(features))}, y, train, test, source.kind, splits)
     p, chosen = fold.predict("linear", ["x"])
-    scores = measure(target.kind, target.y, p, resamples(target.people, n_boot, seed), fold=np.zeros(len(test)))
-    counts = {"n_source": int(source.people.nunique()), "n": int(target.people.nunique()), "chosen": chosen}
+    scores = measure(
+        target.kind, target.y, p, resamples(target.people, n_boot, seed), fold=np.zeros(len(test))
+    )
+    counts = {
+        "n_source": int(source.people.nunique()),
+        "n": int(target.people.nunique()),
+        "chosen": chosen,
+    }
     return counts | {metric: interval(values) for metric, values in scores.items()}

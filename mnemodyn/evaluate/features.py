@@ -25,7 +25,9 @@ def connectivity(scans: Iterable[Scan]) -> np.ndarray:
     from nilearn.connectome import ConnectivityMeasure, sym_matrix_to_vec
     from sklearn.covariance import EmpiricalCovariance
 
-    pearson = ConnectivityMeasure(EmpiricalCovariance(store_precision=False), kind="correlation", standardize=False)
+    pearson = ConnectivityMeasure(
+        EmpiricalCovariance(store_precision=False), kind="correlation", standardize=False
+    )
     rows = []
     for scan in scans:
         x = frames(scan)
@@ -43,6 +45,11 @@ def confounds(table: pd.DataFrame, target: str, only: Sequence[str] = CONFOUNDS)
     Of a row a scan of `table`, (scan, column): a column a number, and one a category; NaN for numbers that are missing.
     A cohort that does not know one of them is described by the others, or by a column of zeros.
     """
-    known = [name for name in only if name != target and name in table and table[name].notna().any()]
-    parts = [pd.get_dummies(table[name].astype(object)) if name in ("sex", "site") else table[name] for name in known]
+    known = [
+        name for name in only if name != target and name in table and table[name].notna().any()
+    ]
+    parts = [
+        pd.get_dummies(table[name].astype(object)) if name in ("sex", "site") else table[name]
+        for name in known
+    ]
     return np.column_stack([np.asarray(part, float) for part in parts] or [np.zeros(len(table))])

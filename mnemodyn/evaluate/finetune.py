@@ -53,8 +53,13 @@ class Series:
     def freeze(self, kind: str) -> list[np.ndarray]:
         """The frozen network's last frame of every window (its whole output for numbers), computed once."""
         if kind not in self.frozen:
-            outputs = (self.model(*self.windows([i] * len(s), s)).reconstruction for i, s in enumerate(self.starts()))
-            self.frozen[kind] = [(o.flatten(1) if kind == "regression" else o[:, -1]).numpy() for o in outputs]
+            outputs = (
+                self.model(*self.windows([i] * len(s), s)).reconstruction
+                for i, s in enumerate(self.starts())
+            )
+            self.frozen[kind] = [
+                (o.flatten(1) if kind == "regression" else o[:, -1]).numpy() for o in outputs
+            ]
         return self.frozen[kind]
 
     def starts(self) -> list[list[int]]:
@@ -62,7 +67,9 @@ class Series:
         n = self.window
         return [sorted({*range(0, len(x) - n + 1, n), len(x) - n}) for x in self.x]
 
-    def windows(self, rows: Sequence[int] | np.ndarray, starts: Sequence[int]) -> tuple[Tensor, Tensor]:
+    def windows(
+        self, rows: Sequence[int] | np.ndarray, starts: Sequence[int]
+    ) -> tuple[Tensor, Tensor]:
         """A window of each of some scans, and their t_r."""
         x = np.stack([self.x[i][s : s + self.window] for i, s in zip(rows, starts, strict=True)])
         return torch.from_numpy(x), torch.from_numpy(self.t_r[list(rows)])
@@ -97,7 +104,9 @@ class _Tuned(nn.Module):
     def forward(self, rows: Sequence[int] | np.ndarray, numbers: Sequence[int]) -> Tensor:
         """One value a window, (batch,), of windows `numbers` of scans `rows`."""
         if self.frozen is not None:
-            read = torch.from_numpy(np.stack([self.frozen[i][n] for i, n in zip(rows, numbers, strict=True)]))
+            read = torch.from_numpy(
+                np.stack([self.frozen[i][n] for i, n in zip(rows, numbers, strict=True)])
+            )
         else:
             z = self.network(*self.series.windows(rows, numbers)).latents
             read = torch.cat([z.mean(1), z.std(1), z.amax(1)], dim=1)
@@ -106,7 +115,9 @@ class _Tuned(nn.Module):
     def drawn(self, rows: np.ndarray, rng: np.random.Generator) -> Tensor:
         """Of a random window of each scan: any, or of a frozen network one of the consecutive ones."""
         series, frozen = self.series, self.frozen
-        possible = [len(series.x[i]) - series.window + 1 if frozen is None else len(frozen[i]) for i in rows]
+        possible = [
+            len(series.x[i]) - series.window + 1 if frozen is None else len(frozen[i]) for i in rows
+        ]
         return self(rows, [int(rng.integers(n)) for n in possible])
 
     @torch.no_grad()
@@ -163,11 +174,18 @@ def finetune(
 
         def loss(found: Tensor, rows: np.ndarray) -> Tensor:
             if binary:
-                return functional.binary_cross_entropy_with_logits(found, goal[rows], pos_weight=odds)
+                return functional.binary_cross_entropy_with_logits(
+                    found, goal[rows], pos_weight=odds
+                )
             return functional.mse_loss(found, goal[rows])
 
-        inner = [p for n, p in tuned.named_parameters() if n.startswith("network.") and p.requires_grad]
-        groups = [{"params": tuned.head.parameters(), "lr": 1e-3}, *([{"params": inner, "lr": 3e-4}] if inner else [])]
+        inner = [
+            p for n, p in tuned.named_parameters() if n.startswith("network.") and p.requires_grad
+        ]
+        groups = [
+            {"params": tuned.head.parameters(), "lr": 1e-3},
+            *([{"params": inner, "lr": 3e-4}] if inner else []),
+        ]
         optimizer = torch.optim.AdamW(groups, weight_decay=0.05)
         best, epoch_of = np.inf, 0
         state: dict[str, Tensor] = {}

@@ -43,7 +43,9 @@ class Features:
     def products(self, train: np.ndarray) -> np.ndarray:
         """Products of all scans' features, (scan, scan)."""
         if self._products is None:
-            values = self.values - self.values[:1]  # any origin will do, and a near one keeps the digits
+            values = (
+                self.values - self.values[:1]
+            )  # any origin will do, and a near one keeps the digits
             self._products = np.asarray(values @ values.T, float)
         return self._products
 
@@ -81,7 +83,9 @@ class Tangent(Features):
         measure = ConnectivityMeasure(
             LedoitWolf(store_precision=False), kind="tangent", vectorize=True, standardize=False
         )
-        chosen = train[np.linspace(0, len(train) - 1, min(self.n_reference, len(train))).astype(int)]
+        chosen = train[
+            np.linspace(0, len(train) - 1, min(self.n_reference, len(train))).astype(int)
+        ]
         measure.fit([self.values[i].astype(float) for i in chosen])
         steps = np.array([measure.transform([x.astype(float)])[0] for x in self.values], np.float32)
         return np.asarray(steps @ steps.T, float)
@@ -100,7 +104,9 @@ class Combat(Features):
         try:
             from combatlearn import ComBat
         except ImportError as error:
-            raise DataError("ComBat needs combatlearn: pip install 'mnemodyn[harmonise]'") from error
+            raise DataError(
+                "ComBat needs combatlearn: pip install 'mnemodyn[harmonise]'"
+            ) from error
         frame = pd.DataFrame(self.values)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # of sites with few scans
@@ -148,16 +154,22 @@ def _score(kind: str, y: np.ndarray, inner: np.ndarray) -> float:
     return float(-((inner - y) ** 2).mean() if kind == "regression" else roc_auc_score(y, inner))
 
 
-def _linear(a: np.ndarray, b: np.ndarray, y: np.ndarray, splits: list, kind: str, name: str = "") -> _Choice:
+def _linear(
+    a: np.ndarray, b: np.ndarray, y: np.ndarray, splits: list, kind: str, name: str = ""
+) -> _Choice:
     """The penalty that does best in the inner folds of training rows `a`; `b` are the test rows."""
     numbers = kind == "regression"
     penalties, setting = (RIDGE_PENALTIES, "alpha") if numbers else (INVERSE_PENALTIES, "C")
     inner = np.empty((len(penalties), len(y)))
     model: Any
-    with sklearn.config_context(skip_parameter_validation=True, assume_finite=True):  # half of the time otherwise
+    with sklearn.config_context(
+        skip_parameter_validation=True, assume_finite=True
+    ):  # half of the time otherwise
         for fit, rest in splits:
             if numbers:
-                many = Ridge(alpha=np.array(penalties), solver="svd").fit(a[fit], np.tile(y[fit, None], len(penalties)))
+                many = Ridge(alpha=np.array(penalties), solver="svd").fit(
+                    a[fit], np.tile(y[fit, None], len(penalties))
+                )
                 inner[:, rest] = (a[rest] @ many.coef_.T + many.intercept_).T
                 continue
             model = _logistic(penalties[0], warm_start=True)
@@ -176,17 +188,29 @@ def _logistic(c: float, **settings: Any) -> LogisticRegression:
     return LogisticRegression(C=c, class_weight="balanced", max_iter=2000, **settings)
 
 
-def _perceptron(a: np.ndarray, b: np.ndarray, y: np.ndarray, splits: list, kind: str, seed: int) -> _Choice:
+def _perceptron(
+    a: np.ndarray, b: np.ndarray, y: np.ndarray, splits: list, kind: str, seed: int
+) -> _Choice:
     """The weight decay that does best; a mean square of 1 a column suits the initial weights."""
     a, b = (x * np.sqrt(a.shape[1]) for x in (a, b))
-    shared = {"hidden_layer_sizes": (64,), "early_stopping": False, "max_iter": 60, "tol": 0.0, "random_state": seed}
+    shared = {
+        "hidden_layer_sizes": (64,),
+        "early_stopping": False,
+        "max_iter": 60,
+        "tol": 0.0,
+        "random_state": seed,
+    }
     numbers = kind == "regression"
     mean, sd = (y.mean(), y.std()) if numbers else (0.0, 1.0)
     goal = (y - mean) / sd
     weights = None if numbers else compute_sample_weight("balanced", y)
 
     def says(model: MLPRegressor | MLPClassifier, x: np.ndarray) -> np.ndarray:
-        return model.predict(x) * sd + mean if numbers else logit(model.predict_proba(x)[:, 1].clip(1e-9, 1 - 1e-9))
+        return (
+            model.predict(x) * sd + mean
+            if numbers
+            else logit(model.predict_proba(x)[:, 1].clip(1e-9, 1 - 1e-9))
+        )
 
     found = []
     for decay in DECAYS:
@@ -225,17 +249,25 @@ class Fold:
             self._kept[name] = k / max(np.trace(inner) / len(self.train) - inner.mean(), 1e-12)
         return self._kept[name]
 
-    def _columns(self, shares: dict[str, float], remove: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
+    def _columns(
+        self, shares: dict[str, float], remove: np.ndarray | None = None
+    ) -> tuple[np.ndarray, np.ndarray]:
         total = np.sum([weight * self._products(name) for name, weight in shares.items()], axis=0)
         return rotate(total, self.train, self.test, remove)
 
-    def _fit(self, shares: dict[str, float], name: str, remove: np.ndarray | None = None) -> _Choice:
+    def _fit(
+        self, shares: dict[str, float], name: str, remove: np.ndarray | None = None
+    ) -> _Choice:
         key = None if remove is not None else tuple(shares.items())
         if key is None or key not in self._kept:
-            self._kept[key] = _linear(*self._columns(shares, remove), self.y[self.train], list(self.splits), self.kind)
+            self._kept[key] = _linear(
+                *self._columns(shares, remove), self.y[self.train], list(self.splits), self.kind
+            )
         return replace(self._kept[key], name=f"{name} {self._kept[key].name}".strip())
 
-    def predict(self, head: str, names: Sequence[str], *, remove: np.ndarray | None = None) -> tuple[np.ndarray, str]:
+    def predict(
+        self, head: str, names: Sequence[str], *, remove: np.ndarray | None = None
+    ) -> tuple[np.ndarray, str]:
         """Fit on training scans, choose by inner folds among them, predict the test scans.
 
         `head` is one of
@@ -262,7 +294,9 @@ class Fold:
         target, splits = self.y[self.train], list(self.splits)
         equal = dict.fromkeys(names, 1.0)
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", ConvergenceWarning)  # a perceptron's epochs are a setting
+            warnings.simplefilter(
+                "ignore", ConvergenceWarning
+            )  # a perceptron's epochs are a setting
             if head in ("linear", "unmoved"):
                 choices = [self._fit(equal, "", remove)]
             elif head == "pca":
@@ -272,18 +306,29 @@ class Fold:
                     for n in sorted({min(n, a.shape[1]) for n in COMPONENTS})
                 ]
             elif head == "mlp":
-                choices = [_perceptron(*self._columns(equal, remove), target, splits, self.kind, self.seed)]
+                choices = [
+                    _perceptron(*self._columns(equal, remove), target, splits, self.kind, self.seed)
+                ]
             elif head in ("pick", "join"):
                 rest = names[1:] if head == "join" else names
                 choices = [self._fit({name: 1.0}, name) for name in rest]
                 if head == "join":
                     best = rest[int(np.argmax([choice.score for choice in choices]))]
-                    shares = {share: {names[0]: 1 - share} | ({best: share} if share else {}) for share in SHARES}
-                    choices = [self._fit(each, f"{share:g} {best}") for share, each in shares.items()]
+                    shares = {
+                        share: {names[0]: 1 - share} | ({best: share} if share else {})
+                        for share in SHARES
+                    }
+                    choices = [
+                        self._fit(each, f"{share:g} {best}") for share, each in shares.items()
+                    ]
             else:
-                raise ValueError(f"head must be linear, unmoved, pca, mlp, pick or join, got {head!r}")
+                raise ValueError(
+                    f"head must be linear, unmoved, pca, mlp, pick or join, got {head!r}"
+                )
             choice = max(choices, key=lambda choice: choice.score)
             found = choice.say()
         if self.kind == "regression" or head == "unmoved":
             return found, choice.name
-        return found - (choice.inner[target == 1].mean() + choice.inner[target == 0].mean()) / 2, choice.name
+        return found - (
+            choice.inner[target == 1].mean() + choice.inner[target == 0].mean()
+        ) / 2, choice.name

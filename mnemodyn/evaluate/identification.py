@@ -94,7 +94,9 @@ def identify(first: np.ndarray, second: np.ndarray, *, standardise: bool = False
     ways = _both_ways(first, second, standardise)
     own = np.eye(len(ways[0]), dtype=bool)
     hits = [_best_match(similarity) == np.arange(len(own)) for similarity in ways]
-    within, between = (float(np.mean([similarity[pairs] for similarity in ways])) for pairs in (own, ~own))
+    within, between = (
+        float(np.mean([similarity[pairs] for similarity in ways])) for pairs in (own, ~own)
+    )
     return {
         "accuracy": float(np.mean(hits)),
         "accuracy_first": float(hits[0].mean()),
@@ -115,7 +117,12 @@ def chance(n_participants: int) -> float:
 
 
 def permutation_interval(
-    first: np.ndarray, second: np.ndarray, *, standardise: bool = False, n_permutations: int = 1000, seed: int
+    first: np.ndarray,
+    second: np.ndarray,
+    *,
+    standardise: bool = False,
+    n_permutations: int = 1000,
+    seed: int,
 ) -> dict:
     """Accuracy when the participants of the second half are shuffled; arguments and errors as of `identify`.
 
@@ -183,11 +190,18 @@ def identify_by_length(
         found = []
         for start in [k * length for k in range(half // length)][:max_windows]:
             halves = [
-                np.array([features(scan[begin + start :][:length]) for scan, begin in zip(scans, begins, strict=True)])
+                np.array(
+                    [
+                        features(scan[begin + start :][:length])
+                        for scan, begin in zip(scans, begins, strict=True)
+                    ]
+                )
                 for begins in ([0] * len(scans), [len(scan) // 2 for scan in scans])
             ]
             found.append(identify(*halves, standardise=standardise))
         accuracies = np.array([f["accuracy"] for f in found])
         row = {"length": int(length), "n_windows": len(found), "accuracy": float(accuracies.mean())}
-        rows.append(row | {"idiff": float(np.mean([f["idiff"] for f in found])), "accuracies": accuracies})
+        rows.append(
+            row | {"idiff": float(np.mean([f["idiff"] for f in found])), "accuracies": accuracies}
+        )
     return rows

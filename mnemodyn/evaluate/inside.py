@@ -57,7 +57,11 @@ def coarse_mean(block: OperatorBlock) -> np.ndarray:
 def banded_gain(block: OperatorBlock, level: int) -> np.ndarray:
     """Root sum of squares of a level's kernels over taps, mean over segments: (2K out, 2K in), finest level 0."""
     operator: Any = block.banded[level]
-    weight = operator.mixing[..., None] * operator.kernel[:, None] if hasattr(operator, "kernel") else operator.weight
+    weight = (
+        operator.mixing[..., None] * operator.kernel[:, None]
+        if hasattr(operator, "kernel")
+        else operator.weight
+    )
     return weight.detach().square().sum(-1).sqrt().mean(0).numpy()
 
 
@@ -73,9 +77,15 @@ def streams(model: MnemoDyn, x: Tensor, t_r: float) -> dict[str, np.ndarray]:
     for i, block in enumerate(blocks, 1):
         for part in (block.field, block.lift):
             if part is not None:
-                hooks.append(part.register_forward_hook(lambda _, __, out, i=i: keep(f"drive of block {i}", out)))
+                hooks.append(
+                    part.register_forward_hook(
+                        lambda _, __, out, i=i: keep(f"drive of block {i}", out)
+                    )
+                )
         hooks.append(
-            block.output.register_forward_pre_hook(lambda _, given, i=i: keep(f"latents of block {i}", given[0]))
+            block.output.register_forward_pre_hook(
+                lambda _, given, i=i: keep(f"latents of block {i}", given[0])
+            )
         )
     try:
         model(x[None], t_r)
@@ -89,12 +99,21 @@ def scale_shares(x: np.ndarray, wavelet: str | Tensor, n_levels: int) -> np.ndar
     """Share of the energy of x (time, column) in each scale, (n_levels + 1,), its means removed, the finest first."""
     series = torch.tensor((x - x.mean(0)).T[None], dtype=torch.float64)
     with torch.no_grad():
-        energy = np.array([float(c.square().sum()) for c in wavedec(series, wavelet, n_levels)[::-1]])
+        energy = np.array(
+            [float(c.square().sum()) for c in wavedec(series, wavelet, n_levels)[::-1]]
+        )
     return energy / energy.sum()
 
 
 def reads_from(
-    model: MnemoDyn, x: Tensor, hidden: Tensor, t_r: float, *, seed: int, chunk: int = 32, tolerance: float = 1e-2
+    model: MnemoDyn,
+    x: Tensor,
+    hidden: Tensor,
+    t_r: float,
+    *,
+    seed: int,
+    chunk: int = 32,
+    tolerance: float = 1e-2,
 ) -> tuple[np.ndarray, np.ndarray]:
     """What the prediction of one hidden entry of each parcel, drawn by `seed`, depends on in a window.
 
@@ -120,9 +139,14 @@ def reads_from(
             centred = seen - front.mean
             mixing = front.mixing(centred[:1].detach(), mask[:1])  # of one scan, repeated
             mixing = None if mixing is None else mixing.expand(len(rows), -1, -1)
-            filled = conditional_mean(centred, mask, front.lags, mixing, tolerance=tolerance) + front.mean
+            filled = (
+                conditional_mean(centred, mask, front.lags, mixing, tolerance=tolerance)
+                + front.mean
+            )
         out = model(seen, t_r, hidden=mask, filled=filled).reconstruction
-        picked = out[torch.arange(len(rows)), frames[rows], rows].sum()  # rows of a batch know nothing of one another
+        picked = out[
+            torch.arange(len(rows)), frames[rows], rows
+        ].sum()  # rows of a batch know nothing of one another
         (gradient,) = torch.autograd.grad(picked, given)
         strength.append(gradient.square().sum(1).sqrt())
         sign.append(gradient.sum(1))
@@ -130,7 +154,12 @@ def reads_from(
 
 
 def association(
-    a: np.ndarray, b: np.ndarray, pairs: Sequence[tuple[int, int]], *, seed: int, n_permutations: int = 1000
+    a: np.ndarray,
+    b: np.ndarray,
+    pairs: Sequence[tuple[int, int]],
+    *,
+    seed: int,
+    n_permutations: int = 1000,
 ) -> dict:
     """Spearman correlation of the off-diagonal entries of two (parcel, parcel) matrices.
 
@@ -155,7 +184,8 @@ def association(
 
     r = correlation(ranked[0], np.arange(n))
     low, high = np.quantile(
-        [correlation(ranked[0], rng.integers(0, n, n)) for _ in range(n_permutations)], [0.025, 0.975]
+        [correlation(ranked[0], rng.integers(0, n, n)) for _ in range(n_permutations)],
+        [0.025, 0.975],
     )
     paired = np.array(pairs, int).reshape(-1, 2)
     single, null = np.setdiff1d(np.arange(n), paired), []
@@ -194,7 +224,9 @@ def moran_surrogates(x: np.ndarray, centres: np.ndarray, n: int, seed: int) -> n
     return x.mean() + (signs * (vectors.T @ (x - x.mean()))) @ vectors.T
 
 
-def spatial_test(x: np.ndarray, y: np.ndarray, centres: np.ndarray, *, seed: int, n: int = 5000) -> dict[str, float]:
+def spatial_test(
+    x: np.ndarray, y: np.ndarray, centres: np.ndarray, *, seed: int, n: int = 5000
+) -> dict[str, float]:
     """Pearson correlation ``r`` of two maps (parcel,), tested against `moran_surrogates` of the first.
 
     ``null_low`` and ``null_high`` are the 2.5th and 97.5th percentile of the null, ``p`` is two-sided.
@@ -204,7 +236,10 @@ def spatial_test(x: np.ndarray, y: np.ndarray, centres: np.ndarray, *, seed: int
     r = maps @ (y - y.mean()) / (np.linalg.norm(maps, axis=1) * np.linalg.norm(y - y.mean()))
     low, high = np.quantile(r[1:], [0.025, 0.975])
     p = (1 + (np.abs(r[1:]) >= abs(r[0]) - 1e-12).sum()) / (1 + n)
-    return {name: round(float(v), 6) for name, v in (("r", r[0]), ("null_low", low), ("null_high", high), ("p", p))}
+    return {
+        name: round(float(v), 6)
+        for name, v in (("r", r[0]), ("null_low", low), ("null_high", high), ("p", p))
+    }
 
 
 def _future(model: MnemoDyn, past: Tensor, n: int, t_r: float) -> Tensor:
@@ -243,7 +278,11 @@ def generate(
     generator = torch.Generator().manual_seed(seed)
     past, parts = start, []
     for _ in range(-(-n_frames // step)):
-        new = start.new_zeros(len(past), step, past.shape[2]) if model is None else _future(model, past, step, t_r)
+        new = (
+            start.new_zeros(len(past), step, past.shape[2])
+            if model is None
+            else _future(model, past, step, t_r)
+        )
         if errors is not None:
             new = new + errors[torch.randint(len(errors), (len(past),), generator=generator)]
         parts.append(new)
@@ -284,7 +323,9 @@ def summarise(x: np.ndarray, t_r: float, reference: np.ndarray) -> dict:
     upper = np.triu_indices(x.shape[1], 1)
     similarity = np.corrcoef(np.nan_to_num(np.corrcoef(x.T))[upper], reference[upper])[0, 1]
     sd = x.std(0)
-    frequency, spectrum = welch((x - x.mean(0)) / np.where(sd > 0, sd, 1), fs=1 / t_r, nperseg=min(128, len(x)), axis=0)
+    frequency, spectrum = welch(
+        (x - x.mean(0)) / np.where(sd > 0, sd, 1), fs=1 / t_r, nperseg=min(128, len(x)), axis=0
+    )
     return {
         "fc_similarity": float(similarity),
         "metastability": metastability(x, t_r),

@@ -3,7 +3,9 @@
 import numpy as np
 
 
-def hidden_sums(x: np.ndarray, prediction: np.ndarray, hidden: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def hidden_sums(
+    x: np.ndarray, prediction: np.ndarray, hidden: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
     """Residual and total sums of squares over the hidden entries of each item, (batch,) each, float64.
 
     R2 of any items is ``1 - residual.sum() / total.sum()``. Its reference is zero, which is each parcel's mean over its
@@ -35,7 +37,12 @@ def hidden_sums(x: np.ndarray, prediction: np.ndarray, hidden: np.ndarray) -> tu
 
 
 def bootstrap_r2(
-    residual: np.ndarray, total: np.ndarray, baseline: np.ndarray | None = None, *, n_boot: int = 2000, seed: int
+    residual: np.ndarray,
+    total: np.ndarray,
+    baseline: np.ndarray | None = None,
+    *,
+    n_boot: int = 2000,
+    seed: int,
 ) -> tuple[float, float]:
     """95 % percentile bootstrap interval of the pooled R2, or of how much it is above that of a baseline.
 
@@ -47,7 +54,11 @@ def bootstrap_r2(
     ValueError
         If shapes disagree, a sum is negative or not finite, or there are fewer than two items or one with a total of 0.
     """
-    sums = {"residual": residual, "total": total, "baseline": total if baseline is None else baseline}
+    sums = {
+        "residual": residual,
+        "total": total,
+        "baseline": total if baseline is None else baseline,
+    }
     sums = {name: np.asarray(values, np.float64) for name, values in sums.items()}
     shapes = {values.shape for values in sums.values()}
     if len(shapes) > 1 or sums["total"].ndim != 1:

@@ -23,7 +23,12 @@ class LatentReadout:
     it is fitted to best from the others. `t_r` in seconds.
     """
 
-    def __init__(self, checkpoint: Checkpoint, t_r: float, ridges: Sequence[float] = (1e-3, 1e-2, 0.1, 1.0, 10.0)):
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        t_r: float,
+        ridges: Sequence[float] = (1e-3, 1e-2, 0.1, 1.0, 10.0),
+    ):
         self.model, self.t_r, self.ridges = checkpoint.model, t_r, ridges
 
     @torch.no_grad()
@@ -32,13 +37,22 @@ class LatentReadout:
         parts = []
         for values, mask in zip(x, hidden, strict=True):
             given = torch.as_tensor(np.where(mask, 0, values)[None], dtype=torch.float32)
-            parts.append(self.model(given, self.t_r, hidden=torch.as_tensor(mask[None])).latents[0].double().numpy())
+            parts.append(
+                self.model(given, self.t_r, hidden=torch.as_tensor(mask[None]))
+                .latents[0]
+                .double()
+                .numpy()
+            )
         z = np.concatenate(parts)
         return np.concatenate([z, np.ones((len(z), 1))], axis=1)
 
     def fit(self, x: np.ndarray, hidden: np.ndarray) -> Self:
         """Fit to windows (batch, time, parcel) of participants the network may know; returns itself."""
-        z, x, hidden = self._latents(x, hidden), x.reshape(-1, x.shape[-1]), hidden.reshape(-1, x.shape[-1])
+        z, x, hidden = (
+            self._latents(x, hidden),
+            x.reshape(-1, x.shape[-1]),
+            hidden.reshape(-1, x.shape[-1]),
+        )
         first = len(z) * 4 // 5
 
         def error(ridge: float) -> float:
@@ -60,7 +74,11 @@ def _ridge(z: np.ndarray, x: np.ndarray, hidden: np.ndarray, ridge: float) -> np
     maps = []
     for values, mask in zip(x.T, hidden.T, strict=True):
         seen = z[mask]
-        maps.append(np.linalg.solve(seen.T @ seen + np.diag(penalty * len(seen) + 1e-9), seen.T @ values[mask]))
+        maps.append(
+            np.linalg.solve(
+                seen.T @ seen + np.diag(penalty * len(seen) + 1e-9), seen.T @ values[mask]
+            )
+        )
     return np.stack(maps, axis=1)
 
 
@@ -79,7 +97,9 @@ def by_setting(
         hidden = Masked(share, window).hide(windows.shape, seed).numpy()
         for name, method in methods.items():
             residual, total = hidden_sums(windows, method.fill(windows, hidden), hidden)
-            rows.append((name, share, window, window * t_r, round(1 - residual.sum() / total.sum(), DIGITS)))
+            rows.append(
+                (name, share, window, window * t_r, round(1 - residual.sum() / total.sum(), DIGITS))
+            )
     return pd.DataFrame(rows, columns=["method", "hidden_share", "mask_window", "seconds", "r2"])
 
 
@@ -90,7 +110,9 @@ def since_visible(hidden: np.ndarray) -> np.ndarray:
     return np.where(last < 0, -1, frames - last)
 
 
-def r2_by(x: np.ndarray, fills: Mapping[str, np.ndarray], hidden: np.ndarray, labels: np.ndarray) -> pd.DataFrame:
+def r2_by(
+    x: np.ndarray, fills: Mapping[str, np.ndarray], hidden: np.ndarray, labels: np.ndarray
+) -> pd.DataFrame:
     """R2 on hidden entries apart for each label, such as a parcel's number or a distance in frames.
 
     `x`, `hidden` and each of `fills` are (batch, time, parcel), and integer `labels` broadcast to it; negative ones are
@@ -109,7 +131,11 @@ def r2_by(x: np.ndarray, fills: Mapping[str, np.ndarray], hidden: np.ndarray, la
 
 
 def r2_by_band(
-    x: np.ndarray, fills: Mapping[str, np.ndarray], hidden: np.ndarray, t_r: float, edges: Sequence[float]
+    x: np.ndarray,
+    fills: Mapping[str, np.ndarray],
+    hidden: np.ndarray,
+    t_r: float,
+    edges: Sequence[float],
 ) -> pd.DataFrame:
     """R2 by frequency: 1 - the power of the error over that of the error of predicting zero, both on hidden entries.
 
@@ -126,5 +152,7 @@ def r2_by_band(
         for low, high in pairwise(edges):
             band = (frequency >= low) & (frequency < high)
             if band.any():
-                rows.append((name, low, high, round(1 - error[band].sum() / zero[band].sum(), DIGITS)))
+                rows.append(
+                    (name, low, high, round(1 - error[band].sum() / zero[band].sum(), DIGITS))
+                )
     return pd.DataFrame(rows, columns=["method", "low", "high", "r2"])

@@ -38,7 +38,9 @@ HABITS = {
 }
 
 
-def noise_task(n_participants: int, n_scans: int, n_features: int, share: float, seed: int) -> tuple[np.ndarray, Task]:
+def noise_task(
+    n_participants: int, n_scans: int, n_features: int, share: float, seed: int
+) -> tuple[np.ndarray, Task]:
     """Gaussian noise (scan, feature), `n_scans` of each participant, and labels that mean nothing.
 
     Half of the variance is a person's own, as scans of one person are alike; none of it has to do with the label.
@@ -47,14 +49,22 @@ def noise_task(n_participants: int, n_scans: int, n_features: int, share: float,
     rng = np.random.default_rng(seed)
     person = rng.standard_normal((n_participants, n_features))
     labels = np.where(np.arange(n_participants) < round(share * n_participants), "a", "b")
-    table = pd.DataFrame({"participant_id": [f"sub-{i:04d}" for i in range(n_participants)], "label": labels})
+    table = pd.DataFrame(
+        {"participant_id": [f"sub-{i:04d}" for i in range(n_participants)], "label": labels}
+    )
     table = table.loc[table.index.repeat(n_scans)].reset_index(drop=True)
     values = np.repeat(person, n_scans, axis=0) + rng.standard_normal((len(table), n_features))
     return values / np.sqrt(2), Task.of(table, "label", "classification")
 
 
 def habits(
-    values: np.ndarray, task: Task, *, n_splits: int = 10, epochs: int = 15, n_features: int = 300, seed: int = 0
+    values: np.ndarray,
+    task: Task,
+    *,
+    n_splits: int = 10,
+    epochs: int = 15,
+    n_features: int = 300,
+    seed: int = 0,
 ) -> list[dict]:
     """One perceptron on values (scan, feature) of a task of two classes, and five ways of telling how good it is.
 
@@ -74,10 +84,19 @@ def habits(
     values = (values - values.mean(0)) / values.std(0).clip(1e-6)
     rows = []
     for name, habit in HABITS.items():
-        found = np.array([_once(values, task, habit, epochs, seed + split) for split in range(n_splits)])
+        found = np.array(
+            [_once(values, task, habit, epochs, seed + split) for split in range(n_splits)]
+        )
         accuracy, balanced, known, n_test = found.mean(0)
-        numbers = {"accuracy": accuracy, "balanced_accuracy": balanced, "sd": found[:, 0].std(ddof=1), "known": known}
-        rows.append({"protocol": name, **{k: float(v) for k, v in numbers.items()}, "n_test": round(n_test)})
+        numbers = {
+            "accuracy": accuracy,
+            "balanced_accuracy": balanced,
+            "sd": found[:, 0].std(ddof=1),
+            "known": known,
+        }
+        rows.append(
+            {"protocol": name, **{k: float(v) for k, v in numbers.items()}, "n_test": round(n_test)}
+        )
     return rows
 
 
@@ -95,7 +114,9 @@ def _once(values: np.ndarray, task: Task, habit: Habit, epochs: int, seed: int) 
     rows = np.arange(len(y))
     if habit.oversample:
         small = int(y.mean() < 0.5)
-        rows = np.concatenate([rows, rng.choice(rows[y == small], (y != small).sum() - (y == small).sum())])
+        rows = np.concatenate(
+            [rows, rng.choice(rows[y == small], (y != small).sum() - (y == small).sum())]
+        )
     train, test = divide(rows)
     fit, choose = (train, test) if habit.best_epoch else divide(train)
     weights = compute_sample_weight("balanced", y[fit])

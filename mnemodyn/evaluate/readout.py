@@ -24,9 +24,13 @@ from mnemodyn.model.wavelet import wavedec
 
 def _scale_energy(output: Output, model: MnemoDyn) -> torch.Tensor:
     coefficients = wavedec(
-        output.latents[0].T[None], cast(OperatorBlock, model.blocks[-1]).wavelet, model.config.n_levels
+        output.latents[0].T[None],
+        cast(OperatorBlock, model.blocks[-1]).wavelet,
+        model.config.n_levels,
     )
-    return torch.stack([c[0].square().mean(-1).clamp_min(1e-12).log() for c in coefficients]).flatten()
+    return torch.stack(
+        [c[0].square().mean(-1).clamp_min(1e-12).log() for c in coefficients]
+    ).flatten()
 
 
 def _correlation(series: torch.Tensor) -> torch.Tensor:
@@ -47,10 +51,16 @@ READOUTS: dict[str, Callable[[Output, MnemoDyn], torch.Tensor]] = {
 
 
 def _adapted(front: Front, x: torch.Tensor, censored: torch.Tensor | None) -> torch.Tensor:
-    hidden = torch.zeros_like(x, dtype=torch.bool) if censored is None else censored[..., None].expand_as(x)
+    hidden = (
+        torch.zeros_like(x, dtype=torch.bool)
+        if censored is None
+        else censored[..., None].expand_as(x)
+    )
     found = front.connectivity(torch.where(hidden, 0, x), hidden)[0].double()
     rows, columns = torch.triu_indices(len(found), len(found), 1)
-    return torch.cat([found[rows, columns] * 2**0.5, found.diagonal()])  # distances stay those of the matrices
+    return torch.cat(
+        [found[rows, columns] * 2**0.5, found.diagonal()]
+    )  # distances stay those of the matrices
 
 
 @torch.no_grad()
@@ -157,7 +167,11 @@ class MnemoDynEncoder(TransformerMixin, BaseEstimator):
             if isinstance(item, Scan):
                 yield item
             else:  # constant parcels are as good here as in a scan
-                how: dict[str, Any] = {"t_r": self.t_r, "parcels": self.parcels, "participant_id": f"array {i}"}
+                how: dict[str, Any] = {
+                    "t_r": self.t_r,
+                    "parcels": self.parcels,
+                    "participant_id": f"array {i}",
+                }
                 yield load_scan(item, max_constant_parcels=np.size(item), **how)
 
     def blocks(self, scans: Sequence[Scan | np.ndarray]) -> dict[str, np.ndarray]:
@@ -171,14 +185,22 @@ class MnemoDynEncoder(TransformerMixin, BaseEstimator):
         rows = [self._one(checkpoint, model, scan, digest) for scan in self._scans(scans)]
         return {name: np.array([row[name] for row in rows]) for name in self.readouts}
 
-    def _one(self, checkpoint: Checkpoint, model: MnemoDyn, scan: Scan, digest: str) -> dict[str, np.ndarray]:
+    def _one(
+        self, checkpoint: Checkpoint, model: MnemoDyn, scan: Scan, digest: str
+    ) -> dict[str, np.ndarray]:
         checkpoint.check(scan)
-        path = None if self.cache is None else Path(self.cache) / digest[:16] / f"{fingerprint([scan])[:32]}.npz"
+        path = (
+            None
+            if self.cache is None
+            else Path(self.cache) / digest[:16] / f"{fingerprint([scan])[:32]}.npz"
+        )
         if path is not None and path.is_file():
             with np.load(path) as kept:
                 if set(self.readouts) <= set(kept.files):
                     return {name: kept[name].astype(float) for name in self.readouts}
-        found = readouts(model, scaling_of(checkpoint)(scan), scan.t_r, self.readouts, censored=scan.censored)
+        found = readouts(
+            model, scaling_of(checkpoint)(scan), scan.t_r, self.readouts, censored=scan.censored
+        )
         # Rounded alike whether or not they come from the cache, so that a second run gives what the first gave.
         found = {name: value.astype(np.float32) for name, value in found.items()}
         if path is not None:
@@ -189,7 +211,11 @@ class MnemoDynEncoder(TransformerMixin, BaseEstimator):
     def _loaded(self) -> Checkpoint:
         if self.checkpoint is None:
             raise ValueError("checkpoint must be a checkpoint or its folder, got None")
-        checkpoint = self.checkpoint if isinstance(self.checkpoint, Checkpoint) else from_pretrained(self.checkpoint)
+        checkpoint = (
+            self.checkpoint
+            if isinstance(self.checkpoint, Checkpoint)
+            else from_pretrained(self.checkpoint)
+        )
         if self.untrained is None:
             return checkpoint
         with torch.random.fork_rng():

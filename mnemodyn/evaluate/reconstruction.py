@@ -71,7 +71,10 @@ def held_out(checkpoint: Checkpoint, scans: Sequence[Scan]) -> tuple[list[Scan],
     """
     for scan in scans:
         checkpoint.check(scan)
-    people = {*checkpoint.training["train_participants"], *checkpoint.training["validation_participants"]}
+    people = {
+        *checkpoint.training["train_participants"],
+        *checkpoint.training["validation_participants"],
+    }
     known = [s for s in scans if s.participant_id in people]
     test = [s for s in scans if s.participant_id not in people]
     if not known or not test:
@@ -82,15 +85,24 @@ def held_out(checkpoint: Checkpoint, scans: Sequence[Scan]) -> tuple[list[Scan],
     return known, test
 
 
-def scaled_windows(checkpoint: Checkpoint, scans: Sequence[Scan], n_timepoints: int) -> tuple[np.ndarray, np.ndarray]:
+def scaled_windows(
+    checkpoint: Checkpoint, scans: Sequence[Scan], n_timepoints: int
+) -> tuple[np.ndarray, np.ndarray]:
     """Consecutive windows of scaled scans, (window, time, parcel), and the participant of each, (window,)."""
     cut = [cut_windows(scaling_of(checkpoint)(scan), n_timepoints) for scan in scans]
-    people = [scan.participant_id for scan, windows in zip(scans, cut, strict=True) for _ in windows]
+    people = [
+        scan.participant_id for scan, windows in zip(scans, cut, strict=True) for _ in windows
+    ]
     return np.concatenate(cut), np.array(people)
 
 
 def windows_and_whole(
-    checkpoint: Checkpoint, scans: Sequence[Scan], objective: Masked, n_timepoints: int, *, seed: int
+    checkpoint: Checkpoint,
+    scans: Sequence[Scan],
+    objective: Masked,
+    n_timepoints: int,
+    *,
+    seed: int,
 ) -> dict:
     """Fill the same hidden entries window by window, and in one pass over each scan.
 
@@ -133,16 +145,29 @@ def compare(
         (dict of R2), ``n_windows``, ``n_hidden``.
     """
     hidden = objective.hide(windows.shape, seed).numpy()
-    sums = {name: hidden_sums(windows, method.fill(windows, hidden), hidden) for name, method in methods.items()}
+    sums = {
+        name: hidden_sums(windows, method.fill(windows, hidden), hidden)
+        for name, method in methods.items()
+    }
     rows = []
     for name, (residual, total) in sums.items():
         low, high = bootstrap_r2(residual, total, seed=seed)
-        row = {"method": name, "r2": float(1 - residual.sum() / total.sum()), "low": low, "high": high}
+        row = {
+            "method": name,
+            "r2": float(1 - residual.sum() / total.sum()),
+            "low": low,
+            "high": high,
+        }
         if name != MODEL and MODEL in sums:
             row["difference"] = float((residual.sum() - sums[MODEL][0].sum()) / total.sum())
-            row["difference_low"], row["difference_high"] = bootstrap_r2(sums[MODEL][0], total, residual, seed=seed)
+            row["difference_low"], row["difference_high"] = bootstrap_r2(
+                sums[MODEL][0], total, residual, seed=seed
+            )
         row["by_participant"] = {
-            str(p): round(float(1 - residual[participants == p].sum() / total[participants == p].sum()), DIGITS)
+            str(p): round(
+                float(1 - residual[participants == p].sum() / total[participants == p].sum()),
+                DIGITS,
+            )
             for p in np.unique(participants)
         }
         rows.append({**row, "n_windows": len(windows), "n_hidden": int(hidden.sum())})

@@ -33,7 +33,9 @@ def _ratio(a: np.ndarray, b: np.ndarray) -> np.ndarray:
         return np.where(b > 0, a / b, np.nan)
 
 
-def _auc(positive: np.ndarray, score: np.ndarray, weights: np.ndarray, fold: np.ndarray) -> np.ndarray:
+def _auc(
+    positive: np.ndarray, score: np.ndarray, weights: np.ndarray, fold: np.ndarray
+) -> np.ndarray:
     """Share of pairs in order, among pairs tested by the same trained model; ties count half."""
     right, pairs = np.zeros(len(weights)), np.zeros(len(weights))
     for f in np.unique(fold):
@@ -48,9 +50,15 @@ def _auc(positive: np.ndarray, score: np.ndarray, weights: np.ndarray, fold: np.
     return _ratio(right, pairs)
 
 
-def _correlation(y: np.ndarray, p: np.ndarray, weights: np.ndarray, group: np.ndarray | None = None) -> np.ndarray:
+def _correlation(
+    y: np.ndarray, p: np.ndarray, weights: np.ndarray, group: np.ndarray | None = None
+) -> np.ndarray:
     """Weighted Pearson correlation, of what differs within groups where there are any."""
-    onehot = np.ones((len(y), 1)) if group is None else (group[:, None] == np.unique(group)).astype(float)
+    onehot = (
+        np.ones((len(y), 1))
+        if group is None
+        else (group[:, None] == np.unique(group)).astype(float)
+    )
     total = np.maximum(weights @ onehot, 1e-12)
 
     def moment(a: np.ndarray, b: np.ndarray) -> np.ndarray:
@@ -89,7 +97,9 @@ def measure(
     """
     y, prediction = np.asarray(y, float), np.asarray(prediction, float)
     if not np.isfinite(prediction).all():
-        raise ValueError(f"predictions must be finite, got {np.count_nonzero(~np.isfinite(prediction))} that are not")
+        raise ValueError(
+            f"predictions must be finite, got {np.count_nonzero(~np.isfinite(prediction))} that are not"
+        )
     if kind == "classification":
         up, said = y == 1, prediction > 0
         tp, fn = weights @ (up & said), weights @ (up & ~said)
@@ -116,7 +126,11 @@ def measure(
         "mae": weights @ np.abs(y - prediction) / total,
         "mse_z": mse / y.var(),
     }
-    return found if group is None else found | {"r_within_site": _correlation(y, moved, weights, group)}
+    return (
+        found
+        if group is None
+        else found | {"r_within_site": _correlation(y, moved, weights, group)}
+    )
 
 
 def interval(values: np.ndarray) -> dict[str, float | None]:
@@ -124,7 +138,11 @@ def interval(values: np.ndarray) -> dict[str, float | None]:
     values = np.asarray(values, float)
     rest = values[1:][np.isfinite(values[1:])]
     value = float(values[0]) if np.isfinite(values[0]) else None
-    low, high = np.quantile(rest, [0.025, 0.975]).tolist() if value is not None and len(rest) else (None, None)
+    low, high = (
+        np.quantile(rest, [0.025, 0.975]).tolist()
+        if value is not None and len(rest)
+        else (None, None)
+    )
     return {"value": value, "low": low, "high": high}
 
 

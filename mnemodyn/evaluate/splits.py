@@ -35,10 +35,14 @@ class Folds:
         place = {p: i for i, p in enumerate(self.participants)}
         missing = [p for p in participants if p not in place]
         if missing:
-            raise DataError(f"participants without a fold: {missing[:3]}; make the folds from the same table")
+            raise DataError(
+                f"participants without a fold: {missing[:3]}; make the folds from the same table"
+            )
         return self.test_fold[:, [place[p] for p in participants]]
 
-    def split(self, participants: Sequence[str]) -> Iterator[tuple[int, int, np.ndarray, np.ndarray]]:
+    def split(
+        self, participants: Sequence[str]
+    ) -> Iterator[tuple[int, int, np.ndarray, np.ndarray]]:
         """Repeat, fold, and rows of scans to train and to test on, from the participant of every scan.
 
         A family that reaches into two folds (of sites, say) is left out of the training of both.
@@ -55,7 +59,9 @@ class Folds:
         """A row a participant: ``participant_id``, ``family`` and the name of its fold in every repeat."""
         names = np.array(self.names)
         columns = {f"repeat_{r}": names[folds] for r, folds in enumerate(self.test_fold)}
-        table = pd.DataFrame({"participant_id": self.participants, "family": self.families, **columns})
+        table = pd.DataFrame(
+            {"participant_id": self.participants, "family": self.families, **columns}
+        )
         return table.sort_values("participant_id").to_csv(index=False, lineterminator="\n")
 
     @property
@@ -84,13 +90,17 @@ def _strata(target: Sequence | np.ndarray, n: int) -> np.ndarray:
     """Classes, or for numbers of more than two values their fifths (fewer where `n` is small)."""
     values = pd.Series(np.asarray(target))
     if values.nunique() < 2:
-        raise DataError(f"the target has one value only ({values.iloc[0]!r}): nothing can be told apart")
+        raise DataError(
+            f"the target has one value only ({values.iloc[0]!r}): nothing can be told apart"
+        )
     if values.nunique() > 2 and pd.api.types.is_numeric_dtype(values):
         values = pd.qcut(values, min(5, max(1, len(values) // n)), labels=False, duplicates="drop")
     return pd.factorize(values, sort=True)[0]
 
 
-def repeated_folds(table: pd.DataFrame, target: str, *, n_folds: int = 5, n_repeats: int = 5, seed: int = 0) -> Folds:
+def repeated_folds(
+    table: pd.DataFrame, target: str, *, n_folds: int = 5, n_repeats: int = 5, seed: int = 0
+) -> Folds:
     """Stratified folds over participants, families together, drawn anew in every repeat.
 
     `table` has a row a scan: ``participant_id``, ``family`` where known, and the target: classes, or a number, which is
@@ -104,7 +114,9 @@ def repeated_folds(table: pd.DataFrame, target: str, *, n_folds: int = 5, n_repe
     """
     people = _people(table)
     if table[target].isna().any():
-        raise DataError(f"{target}: {int(table[target].isna().sum())} scans have no value; leave them out first")
+        raise DataError(
+            f"{target}: {int(table[target].isna().sum())} scans have no value; leave them out first"
+        )
     if n_folds < 2 or n_repeats < 1:
         raise DataError(f"n_folds must be >= 2 and n_repeats >= 1, got {n_folds} and {n_repeats}")
     if people["family"].nunique() < n_folds:
@@ -114,7 +126,9 @@ def repeated_folds(table: pd.DataFrame, target: str, *, n_folds: int = 5, n_repe
     if first.nunique() == 2:
         n = people.groupby(strata)["family"].nunique().min()
         if n < n_folds:
-            raise DataError(f"{target}: the smaller class has {n} families, fewer than {n_folds} folds")
+            raise DataError(
+                f"{target}: the smaller class has {n} families, fewer than {n_folds} folds"
+            )
     test_fold = np.zeros((n_repeats, len(people)), dtype=int)
     for repeat in range(n_repeats):
         draw = StratifiedGroupKFold(n_folds, shuffle=True, random_state=seed + repeat)
@@ -131,9 +145,16 @@ def leave_one_site_out(table: pd.DataFrame) -> Folds:
     """
     people = _people(table)
     if "site" not in people or people["site"].isna().any() or people["site"].nunique() < 2:
-        raise DataError("leave-one-site-out needs two sites or more, and the site of every participant")
+        raise DataError(
+            "leave-one-site-out needs two sites or more, and the site of every participant"
+        )
     codes, names = pd.factorize(people["site"], sort=True)
-    return Folds(tuple(people["participant_id"]), tuple(people["family"]), codes[None], tuple(map(str, names)))
+    return Folds(
+        tuple(people["participant_id"]),
+        tuple(people["family"]),
+        codes[None],
+        tuple(map(str, names)),
+    )
 
 
 def inner_splits(
@@ -146,6 +167,8 @@ def inner_splits(
     strata = _strata(target, n_splits)
     n = min(len(np.unique(families[strata == s])) for s in np.unique(strata))
     if n < 2:
-        raise DataError("a training fold has a class with one family only: nothing can be chosen within it")
+        raise DataError(
+            "a training fold has a class with one family only: nothing can be chosen within it"
+        )
     draw = StratifiedGroupKFold(min(n_splits, n), shuffle=True, random_state=seed)
     return list(draw.split(np.zeros(len(target)), strata, families))

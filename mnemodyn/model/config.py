@@ -109,7 +109,14 @@ class ModelConfig:
 
     def __post_init__(self):
         check_settings(self)
-        zero = ("n_dense_layers", "n_classes", "n_levels", "front_lags", "front_steps", "front_modes")
+        zero = (
+            "n_dense_layers",
+            "n_classes",
+            "n_levels",
+            "front_lags",
+            "front_steps",
+            "front_modes",
+        )
         for f in fields(self):
             least = 2 if f.name == "n_timepoints" else int(f.name not in zero)
             if f.type is int and getattr(self, f.name) < least:
@@ -120,19 +127,39 @@ class ModelConfig:
         for name, value in (shared if draft else alone).items():
             if (given := getattr(self, name)) != value:
                 reason = f"must be {value} with compat='reference': the draft knows no other"
-                raise ValueError(f"{name} {reason}" if draft else f"{name}={given!r} needs compat='reference'")
+                raise ValueError(
+                    f"{name} {reason}" if draft else f"{name}={given!r} needs compat='reference'"
+                )
         for wrong, message in (
             (self.kernel_size % 2 == 0, f"kernel_size must be odd, got {self.kernel_size}"),
-            (self.banded not in ("full", "depthwise"), f"banded must be full or depthwise, got {self.banded!r}"),
+            (
+                self.banded not in ("full", "depthwise"),
+                f"banded must be full or depthwise, got {self.banded!r}",
+            ),
             (
                 2**self.n_levels > self.n_timepoints,
                 f"n_levels {self.n_levels} halves a scan of n_timepoints {self.n_timepoints} below one sample",
             ),
-            (not 0 < self.front_shrinkage <= 1, f"front_shrinkage must be in (0, 1], got {self.front_shrinkage}"),
-            (not self.front_weight, f"front needs front_weight > 0 frames, got {self.front_weight}"),
-            (self.front != "none" and not self.residual, "front needs residual=True: blocks change what it filled in"),
-            (draft and self.wavelet == "learned", "wavelet must be fixed with compat='reference', got 'learned'"),
-            (draft and self.interpolation == "none", "interpolation must be spline or linear with compat='reference'"),
+            (
+                not 0 < self.front_shrinkage <= 1,
+                f"front_shrinkage must be in (0, 1], got {self.front_shrinkage}",
+            ),
+            (
+                not self.front_weight,
+                f"front needs front_weight > 0 frames, got {self.front_weight}",
+            ),
+            (
+                self.front != "none" and not self.residual,
+                "front needs residual=True: blocks change what it filled in",
+            ),
+            (
+                draft and self.wavelet == "learned",
+                "wavelet must be fixed with compat='reference', got 'learned'",
+            ),
+            (
+                draft and self.interpolation == "none",
+                "interpolation must be spline or linear with compat='reference'",
+            ),
             (
                 draft and self.n_timepoints % 2 and (self.n_blocks > 1 or self.residual),
                 f"n_timepoints must be even with compat='reference', got {self.n_timepoints}: the draft returns one "
@@ -154,7 +181,9 @@ class ModelConfig:
         """
         if name not in PRESETS:
             raise ValueError(f"preset must be one of {', '.join(PRESETS)}, got {name!r}")
-        return cls(**{"n_parcels": n_parcels, "n_timepoints": n_timepoints, **PRESETS[name], **changes})
+        return cls(
+            **{"n_parcels": n_parcels, "n_timepoints": n_timepoints, **PRESETS[name], **changes}
+        )
 
     @classmethod
     def from_dict(cls, settings: dict) -> "ModelConfig":
@@ -173,8 +202,27 @@ class ModelConfig:
 PRESETS: dict[str, dict] = {
     "mnemodyn-small": {"front": "gaussian", "n_channels": 32, "input_width": 32},
     "mnemodyn-base": {"front": "gaussian", "n_channels": 96, "input_width": 96},
-    "mnemodyn-large": {"front": "gaussian", "n_blocks": 4, "n_channels": 256, "input_width": 128, "field_rank": 8}
+    "mnemodyn-large": {
+        "front": "gaussian",
+        "n_blocks": 4,
+        "n_channels": 256,
+        "input_width": 128,
+        "field_rank": 8,
+    }
     | {"banded": "depthwise"},
-    "reference": {"n_blocks": 4, "n_channels": 300, "input_width": 100, "field_rank": 3, "n_levels": 5, "n_segments": 4}
-    | {"n_dense_layers": 4, "activation": "tanh", "lift": False, "compat": "reference", "interpolation": "spline"},
+    "reference": {
+        "n_blocks": 4,
+        "n_channels": 300,
+        "input_width": 100,
+        "field_rank": 3,
+        "n_levels": 5,
+        "n_segments": 4,
+    }
+    | {
+        "n_dense_layers": 4,
+        "activation": "tanh",
+        "lift": False,
+        "compat": "reference",
+        "interpolation": "spline",
+    },
 }

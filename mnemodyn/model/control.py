@@ -23,7 +23,9 @@ def control(x: Tensor, t_r: float | Tensor) -> Tensor:
         raise ValueError(f"x must have shape (batch, time >= 2, parcel), got {tuple(x.shape)}")
     step = torch.as_tensor(t_r, dtype=x.dtype, device=x.device)
     if step.ndim and step.shape != x.shape[:1]:
-        raise ValueError(f"t_r must be one number or one a scan ({len(x)}), got shape {tuple(step.shape)}")
+        raise ValueError(
+            f"t_r must be one number or one a scan ({len(x)}), got shape {tuple(step.shape)}"
+        )
     if not bool((step > 0).all()):
         raise ValueError(f"t_r must be > 0 seconds, got {t_r}")
     difference = x.diff(dim=1) / step.view(-1, 1, 1)
@@ -67,8 +69,12 @@ def bridge(x: Tensor, t_r: float | Tensor, censored: Tensor) -> tuple[Tensor, Te
         left = ~censored[i]
         knots = time[left]
         if len(knots) < 2:
-            raise ValueError(f"scan {i} must keep at least two frames, got {len(knots)} of {len(time)}")
-        path = CubicSpline(hermite_cubic_coefficients_with_backward_differences(x[i, left], knots), knots)
+            raise ValueError(
+                f"scan {i} must keep at least two frames, got {len(knots)} of {len(time)}"
+            )
+        path = CubicSpline(
+            hermite_cubic_coefficients_with_backward_differences(x[i, left], knots), knots
+        )
         inside = time.clamp(knots[0], knots[-1])
         values[i] = torch.where(left[:, None], x[i], path.evaluate(inside))
         derivatives[i] = path.derivative(inside).masked_fill((time != inside)[:, None], 0) / step[i]

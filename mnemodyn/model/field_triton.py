@@ -48,7 +48,9 @@ def _slope(x, NAME: tl.constexpr):
         s = _sigmoid(x)
         y = s * (1 + x * (1 - s))
     else:
-        y = 0.5 * (1 + tl.erf(x * 0.7071067811865476)) + 0.3989422804014327 * x * tl.exp(-0.5 * x * x)
+        y = 0.5 * (1 + tl.erf(x * 0.7071067811865476)) + 0.3989422804014327 * x * tl.exp(
+            -0.5 * x * x
+        )
     return y
 
 
@@ -64,7 +66,9 @@ def _preactivation(z, w, n, k, p, N, P, K, R: tl.constexpr, BN: tl.constexpr, BK
 
 
 @triton.jit
-def _drive(z, dx, w, v, N, P, K, R: tl.constexpr, NAME: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr):
+def _drive(
+    z, dx, w, v, N, P, K, R: tl.constexpr, NAME: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr
+):
     n = tl.program_id(0).to(tl.int64) * BN + tl.arange(0, BN)
     k = tl.program_id(1) * BK + tl.arange(0, BK)
     total = tl.zeros((BN, BK), tl.float32)
@@ -98,7 +102,9 @@ def _drive_rows(
             for j in tl.static_range(R):
                 wj = tl.load(w + (j * P + p) * K + k, mask=k < K, other=0.0)
                 # Registers have no index: column j is reached through a comparison.
-                total += tl.sum(q * wj[None, :], axis=1)[:, None] * (j_all == j).to(tl.float32)[None, :]
+                total += (
+                    tl.sum(q * wj[None, :], axis=1)[:, None] * (j_all == j).to(tl.float32)[None, :]
+                )
         tl.store(ddx + p * N + n, drive, mask=n < N)
     at = dz + (tl.program_id(1) * N + n[:, None]) * R + j_all[None, :]
     tl.store(at, total, mask=(n < N)[:, None] & (j_all < R)[None, :])
@@ -154,10 +160,19 @@ def drive_backward(
     shares = min(SHARES, parcels)
     zt, dxt = z.T.contiguous(), dx.T.contiguous()
     dz, ddx, dw = z.new_empty(shares, n, rank), torch.empty_like(dxt), torch.empty_like(w)
-    sizes = {"R": rank, "RR": triton.next_power_of_2(rank), "NAME": name, "BN": ROWS, "BK": CHANNELS, **FUSED}
+    sizes = {
+        "R": rank,
+        "RR": triton.next_power_of_2(rank),
+        "NAME": name,
+        "BN": ROWS,
+        "BK": CHANNELS,
+        **FUSED,
+    }
     with _device(z):
         _drive_rows[triton.cdiv(n, ROWS), shares](
             zt, dxt, w, g, dz, ddx, n, parcels, channels, triton.cdiv(parcels, shares), **sizes
         )
-        _drive_weights[parcels, triton.cdiv(channels, CHANNELS)](zt, dxt, w, g, dw, n, parcels, channels, **sizes)
+        _drive_weights[parcels, triton.cdiv(channels, CHANNELS)](
+            zt, dxt, w, g, dw, n, parcels, channels, **sizes
+        )
     return dz.sum(0), ddx.T.contiguous(), dw

@@ -32,14 +32,25 @@ import torch
 from scipy.fft import next_fast_len
 from torch import Tensor, nn
 
-__all__ = ["Front", "adapted_covariance", "conditional_mean", "covariance_modes", "lag_covariances", "power"]
+__all__ = [
+    "Front",
+    "adapted_covariance",
+    "conditional_mean",
+    "covariance_modes",
+    "lag_covariances",
+    "power",
+]
 
 # Entries of the largest tensor held while covariances are adapted.
 _HELD_ENTRIES = 2**24
-MODE_SCANS = 1000  # from how many scans modes are computed at most: two covariances of each are held
+MODE_SCANS = (
+    1000  # from how many scans modes are computed at most: two covariances of each are held
+)
 
 
-def moments(scans: Sequence[np.ndarray], n_lags: int, shrinkage: float) -> tuple[np.ndarray, np.ndarray]:
+def moments(
+    scans: Sequence[np.ndarray], n_lags: int, shrinkage: float
+) -> tuple[np.ndarray, np.ndarray]:
     """Mean (parcel,) and raw lag covariances (L + 1, parcel, parcel), divided by the number of all frames.
 
     Only with that divisor, one a scan and lag more than there are products, are they positive definite together.
@@ -48,7 +59,9 @@ def moments(scans: Sequence[np.ndarray], n_lags: int, shrinkage: float) -> tuple
     those who use it. Errors are those of `lag_covariances`.
     """
     if not len(scans) or not 0 < shrinkage <= 1:
-        raise ValueError(f"fit needs a scan and a shrinkage in (0, 1], got {len(scans)} scans and {shrinkage}")
+        raise ValueError(
+            f"fit needs a scan and a shrinkage in (0, 1], got {len(scans)} scans and {shrinkage}"
+        )
     n_frames, n_parcels = 0, scans[0].shape[-1]
     total = np.zeros(n_parcels)
     for index, scan in enumerate(scans):
@@ -73,7 +86,9 @@ def moments(scans: Sequence[np.ndarray], n_lags: int, shrinkage: float) -> tuple
     return mean, lags
 
 
-def lag_covariances(scans: Sequence[np.ndarray], n_lags: int, shrinkage: float) -> tuple[np.ndarray, np.ndarray]:
+def lag_covariances(
+    scans: Sequence[np.ndarray], n_lags: int, shrinkage: float
+) -> tuple[np.ndarray, np.ndarray]:
     """Mean (parcel,) and shrunk, windowed lag covariances (L + 1, parcel, parcel) of scaled scans (time, parcel).
 
     Of frame t + lag (rows) with frame t (columns), in float64, for lags up to `n_lags` frames, L; `shrinkage` is the
@@ -87,7 +102,13 @@ def lag_covariances(scans: Sequence[np.ndarray], n_lags: int, shrinkage: float) 
 
 
 def conditional_mean(
-    x: Tensor, hidden: Tensor, lags: Tensor, mixing: Tensor | None = None, *, tolerance: float = 1e-3, steps: int = 500
+    x: Tensor,
+    hidden: Tensor,
+    lags: Tensor,
+    mixing: Tensor | None = None,
+    *,
+    tolerance: float = 1e-3,
+    steps: int = 500,
 ) -> Tensor:
     """Mean of the hidden entries given every visible one of the window, under a stationary Gaussian process.
 
@@ -116,7 +137,9 @@ def conditional_mean(
     series[: len(lags)] = lags
     for lag in range(1, len(lags)):
         series[n - lag] = lags[lag].mT
-    spectrum = torch.fft.rfft(series, dim=0).mT.contiguous()  # (frequency, parcel of the input, of the output)
+    spectrum = torch.fft.rfft(
+        series, dim=0
+    ).mT.contiguous()  # (frequency, parcel of the input, of the output)
 
     def covariance(y: Tensor) -> Tensor:
         y = y if mixing is None else y @ mixing
@@ -135,7 +158,11 @@ def conditional_mean(
         if not bool(active.any()):
             break
         product = covariance(direction) * seen
-        step = active * square / (direction * product).sum((1, 2), keepdim=True).clamp_min(torch.finfo(x.dtype).tiny)
+        step = (
+            active
+            * square
+            / (direction * product).sum((1, 2), keepdim=True).clamp_min(torch.finfo(x.dtype).tiny)
+        )
         weights, residual = weights + step * direction, residual - step * product
         new = residual.square().sum((1, 2), keepdim=True)
         direction = residual + new / square.clamp_min(torch.finfo(x.dtype).tiny) * direction
@@ -148,13 +175,19 @@ def _expected_products(x: Tensor, hidden: Tensor, covariance: Tensor) -> Tensor:
     seen, time = ~hidden, len(x)
     count = seen.sum(-1)
     # The visible parcels of every frame first, as many columns as the fullest frame needs: one shape, one batch.
-    index = seen.to(torch.uint8).sort(dim=-1, descending=True, stable=True).indices[:, : max(1, int(count.max()))]
+    index = (
+        seen.to(torch.uint8)
+        .sort(dim=-1, descending=True, stable=True)
+        .indices[:, : max(1, int(count.max()))]
+    )
     valid = torch.arange(index.shape[1], device=x.device) < count[:, None]
     total = time * covariance
     for part in range(0, time, n := max(1, _HELD_ENTRIES // (index.shape[1] * x.shape[1]))):
         columns, ok, values = index[part : part + n], valid[part : part + n], x[part : part + n]
         rows = covariance[columns] * ok[..., None]
-        block = rows.gather(2, columns[:, None].expand(*columns.shape, columns.shape[1])) * ok[:, None]
+        block = (
+            rows.gather(2, columns[:, None].expand(*columns.shape, columns.shape[1])) * ok[:, None]
+        )
         block.diagonal(dim1=1, dim2=2).add_((~ok).to(x.dtype))
         right = torch.cat([rows, (values.gather(1, columns) * ok)[..., None]], -1)
         solved = torch.linalg.solve_triangular(torch.linalg.cholesky(block), right, upper=False)
@@ -210,7 +243,13 @@ def covariance_modes(
 
 
 def adapted_covariance(
-    x: Tensor, hidden: Tensor, covariance: Tensor, *, weight: float, steps: int, modes: Sequence[Tensor] | None = None
+    x: Tensor,
+    hidden: Tensor,
+    covariance: Tensor,
+    *,
+    weight: float,
+    steps: int,
+    modes: Sequence[Tensor] | None = None,
 ) -> Tensor:
     """The covariance (batch, parcel, parcel) of each scan, from its visible entries and with the group's as its prior.
 
@@ -236,7 +275,9 @@ def adapted_covariance(
         if whole:
             products = x.mT @ x
         else:
-            products = torch.stack([_expected_products(*item) for item in zip(x, hidden, adapted, strict=True)])
+            products = torch.stack(
+                [_expected_products(*item) for item in zip(x, hidden, adapted, strict=True)]
+            )
         deviation = (products + products.mT) / (2 * time) - covariance
         adapted = covariance + kept * deviation
         if modes is not None:
@@ -250,7 +291,9 @@ def adapted_covariance(
 def power(covariance: Tensor, exponent: float, *, least: float = 1e-6) -> Tensor:
     """Symmetric power of (..., parcel, parcel), its eigenvalues raised to `least` of the largest."""
     values, vectors = torch.linalg.eigh(covariance)
-    return (vectors * values.clamp_min(least * values.amax(-1, keepdim=True))[..., None, :] ** exponent) @ vectors.mT
+    return (
+        vectors * values.clamp_min(least * values.amax(-1, keepdim=True))[..., None, :] ** exponent
+    ) @ vectors.mT
 
 
 class Front(nn.Module):
@@ -262,7 +305,16 @@ class Front(nn.Module):
     The settings are those of :class:`~mnemodyn.model.config.ModelConfig` whose names begin with ``front_``.
     """
 
-    def __init__(self, n_parcels: int, *, n_lags: int, shrinkage: float, weight: float, steps: int, n_modes: int = 0):
+    def __init__(
+        self,
+        n_parcels: int,
+        *,
+        n_lags: int,
+        shrinkage: float,
+        weight: float,
+        steps: int,
+        n_modes: int = 0,
+    ):
         super().__init__()
         self.shrinkage, self.weight, self.steps = shrinkage, weight, steps
         self.mean = nn.Buffer(torch.zeros(n_parcels))
@@ -276,13 +328,17 @@ class Front(nn.Module):
         found: tuple[np.ndarray, ...] = lag_covariances(scans, len(self.lags) - 1, self.shrinkage)
         if len(self.modes):
             found += covariance_modes(scans, found[0], found[1][0], len(self.modes))
-        for buffer, value in zip((self.mean, self.lags, self.modes, self.signal, self.noise), found, strict=False):
+        for buffer, value in zip(
+            (self.mean, self.lags, self.modes, self.signal, self.noise), found, strict=False
+        ):
             buffer.copy_(torch.from_numpy(value))
         return self
 
     def _adapted(self, centred: Tensor, hidden: Tensor, steps: int) -> Tensor:
         modes = (self.modes, self.signal, self.noise) if len(self.modes) else None
-        return adapted_covariance(centred, hidden, self.lags[0], weight=self.weight, steps=steps, modes=modes)
+        return adapted_covariance(
+            centred, hidden, self.lags[0], weight=self.weight, steps=steps, modes=modes
+        )
 
     @torch.no_grad()
     def mixing(self, centred: Tensor, hidden: Tensor) -> Tensor | None:
@@ -310,5 +366,8 @@ class Front(nn.Module):
             return x
         with torch.autocast(x.device.type, enabled=False):
             centred = x.float() - self.mean
-            filled = conditional_mean(centred, hidden, self.lags, self.mixing(centred, hidden)) + self.mean
+            filled = (
+                conditional_mean(centred, hidden, self.lags, self.mixing(centred, hidden))
+                + self.mean
+            )
         return torch.where(hidden, filled.to(x.dtype), x)

@@ -18,7 +18,11 @@ from torch.nn import functional
 
 __all__ = ["field_drive", "field_drive_eager"]
 
-NAMES: dict[Callable[[Tensor], Tensor], str] = {torch.tanh: "tanh", functional.gelu: "gelu", functional.silu: "silu"}
+NAMES: dict[Callable[[Tensor], Tensor], str] = {
+    torch.tanh: "tanh",
+    functional.gelu: "gelu",
+    functional.silu: "silu",
+}
 
 # Bytes and rows of a tile. Measured on one thread at 450 parcels, 300 channels, rank 3: 0.5 to 4 MiB are alike, 16 MiB
 # slower. On a GPU without Triton each operation on a tile is a launch, so that there it is larger.
@@ -27,7 +31,11 @@ LOCK = threading.Lock()
 
 
 def field_drive(
-    z: Tensor, derivative: Tensor, weight: Tensor, bias: Tensor | None, activation: Callable[[Tensor], Tensor]
+    z: Tensor,
+    derivative: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    activation: Callable[[Tensor], Tensor],
 ) -> Tensor:
     """Contract the field with the control. What computes it follows from the tensors: there is nothing to set.
 
@@ -51,7 +59,9 @@ def field_drive(
         *FlashAttention*, NeurIPS 2022, section 3.1.
     """
     if activation not in NAMES:
-        raise ValueError(f"activation must be one of {sorted(NAMES.values())} of PyTorch, got {activation!r}")
+        raise ValueError(
+            f"activation must be one of {sorted(NAMES.values())} of PyTorch, got {activation!r}"
+        )
     if z.ndim != 3 or derivative.ndim != 3 or z.shape[:2] != derivative.shape[:2]:
         raise ValueError(
             "z must be (batch, time, rank) and derivative (batch, time, parcel), "
@@ -63,7 +73,9 @@ def field_drive(
             f"weight must be (parcel * channel, rank) with {parcels} parcels and rank {rank}, got {tuple(weight.shape)}"
         )
     if bias is not None and bias.shape != weight.shape[:1]:
-        raise ValueError(f"bias must be ({len(weight)},) as weight has rows, got {tuple(bias.shape)}")
+        raise ValueError(
+            f"bias must be ({len(weight)},) as weight has rows, got {tuple(bias.shape)}"
+        )
     for name, value in {"z": z, "derivative": derivative, "weight": weight, "bias": bias}.items():
         if value is not None and not value.is_floating_point():
             raise ValueError(f"{name} must be floating, got {value.dtype}")
@@ -73,7 +85,11 @@ def field_drive(
 
 
 def field_drive_eager(
-    z: Tensor, derivative: Tensor, weight: Tensor, bias: Tensor | None, activation: Callable[[Tensor], Tensor]
+    z: Tensor,
+    derivative: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    activation: Callable[[Tensor], Tensor],
 ) -> Tensor:
     """The same as the equation reads, H in full: the oracle :func:`field_drive` is held against."""
     h = activation(functional.linear(z, weight, bias)).unflatten(-1, (derivative.shape[-1], -1))
@@ -97,16 +113,26 @@ class FieldDrive(torch.autograd.Function):
     def backward(ctx, grad):
         # once_differentiable would hand back constants here wherever `grad` is one: wrong, without a word.
         if torch.is_grad_enabled():
-            raise RuntimeError("field_drive can be differentiated once: create_graph=True has to stay off")
+            raise RuntimeError(
+                "field_drive can be differentiated once: create_graph=True has to stay off"
+            )
         z, derivative, weight, bias = ctx.saved_tensors
         z1, dx, w1 = _prepare(z, derivative, weight, bias)
         g = grad.flatten(0, 1).to(z1.dtype).contiguous()
         need_dx, core = ctx.needs_input_grad[1], _core(z1)
         parts = _shared(
-            lambda rows: core.drive_backward(z1[rows], dx[rows], w1, g[rows], ctx.name, need_dx), core, z1, w1
+            lambda rows: core.drive_backward(z1[rows], dx[rows], w1, g[rows], ctx.name, need_dx),
+            core,
+            z1,
+            w1,
         )
         dz, ddx, dw = zip(*parts, strict=True)
-        dz, ddx, dw, rank = torch.cat(dz), torch.cat(ddx) if need_dx else None, sum(dw[1:], dw[0]), z.shape[-1]
+        dz, ddx, dw, rank = (
+            torch.cat(dz),
+            torch.cat(ddx) if need_dx else None,
+            sum(dw[1:], dw[0]),
+            z.shape[-1],
+        )
         return (
             dz[:, :rank].reshape(z.shape).to(z.dtype),
             None if ddx is None else ddx.view(derivative.shape).to(derivative.dtype),
@@ -116,7 +142,9 @@ class FieldDrive(torch.autograd.Function):
         )
 
 
-def _prepare(z: Tensor, derivative: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+def _prepare(
+    z: Tensor, derivative: Tensor, weight: Tensor, bias: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
     """Latents (row, rank [+ 1 with a bias]), derivative (row, parcel), weights (rank, parcel * channel), contiguous."""
     double = any(a is not None and a.dtype == torch.float64 for a in (z, derivative, weight, bias))
     dtype = torch.float64 if double else torch.float32
@@ -124,7 +152,11 @@ def _prepare(z: Tensor, derivative: Tensor, weight: Tensor, bias: Tensor | None)
     if bias is not None:
         z1 = torch.cat([z1, z1.new_ones(len(z1), 1)], dim=1)
         w1 = torch.cat([w1, bias.to(dtype)[None]])
-    return z1.contiguous(), derivative.reshape(-1, derivative.shape[-1]).to(dtype).contiguous(), w1.contiguous()
+    return (
+        z1.contiguous(),
+        derivative.reshape(-1, derivative.shape[-1]).to(dtype).contiguous(),
+        w1.contiguous(),
+    )
 
 
 _find_spec = functools.cache(importlib.util.find_spec)
@@ -147,7 +179,9 @@ def _shared(work: Callable[[slice], object], core, z: Tensor, w: Tensor) -> list
     """
     n, threads = len(z), torch.get_num_threads()
     tiles = n * w.shape[1] * z.element_size() // TILE_BYTES["cpu"]
-    shares = min(n, threads, tiles // 4) if core is Tiles and z.device.type == "cpu" else 1  # worth a thread's start
+    shares = (
+        min(n, threads, tiles // 4) if core is Tiles and z.device.type == "cpu" else 1
+    )  # worth a thread's start
     if shares < 2:
         return [work(slice(None))]
     rows = [slice(n * i // shares, n * (i + 1) // shares) for i in range(shares)]
@@ -182,7 +216,11 @@ class Tiles:
     ) -> tuple[Tensor, Tensor | None, Tensor]:
         """Gradients of z, dx (None where not needed) and w from g (row, channel), the gradient of v."""
         parcels = dx.shape[1]
-        dz, dw, ddx = torch.zeros_like(z), torch.zeros_like(w), torch.empty_like(dx) if need_dx else None
+        dz, dw, ddx = (
+            torch.zeros_like(z),
+            torch.zeros_like(w),
+            torch.empty_like(dx) if need_dx else None,
+        )
         for rows, some, columns, (a, q) in _tiles(z, parcels, w.shape[1], buffers=2):
             _preactivation(z[rows], w[:, columns], name, a)
             a3, q3, g3 = (t.unflatten(1, (-1, g.shape[1])) for t in (a, q, g[rows]))
@@ -207,7 +245,9 @@ class Tiles:
         return dz, ddx, dw
 
 
-def _tiles(z: Tensor, parcels: int, columns: int, buffers: int) -> Iterator[tuple[slice, slice, slice, list[Tensor]]]:
+def _tiles(
+    z: Tensor, parcels: int, columns: int, buffers: int
+) -> Iterator[tuple[slice, slice, slice, list[Tensor]]]:
     """Rows, parcels and columns of each tile, and buffers (row, column) of its size that hold anything."""
     channels, n, most = columns // parcels, len(z), TILE_BYTES.get(z.device.type, OTHER_TILE_BYTES)
     if not n or not channels:

@@ -73,7 +73,11 @@ class MnemoDyn(nn.Module, Pretrained):
             ReferenceBlock(config, first=i == 0) if self.reference else OperatorBlock(config)
             for i in range(config.n_blocks)
         )
-        front: dict = {"n_lags": config.front_lags, "shrinkage": config.front_shrinkage, "weight": config.front_weight}
+        front: dict = {
+            "n_lags": config.front_lags,
+            "shrinkage": config.front_shrinkage,
+            "weight": config.front_weight,
+        }
         front |= {"steps": config.front_steps, "n_modes": config.front_modes}
         self.front = None if config.front == "none" else Front(config.n_parcels, **front)
         self.head = prediction_head(config) if config.n_classes else None
@@ -135,13 +139,21 @@ class MnemoDyn(nn.Module, Pretrained):
             of the published draft is given another length than its own or censored frames.
         """
         if x.ndim != 3 or x.shape[-1] != self.config.n_parcels:
-            raise ValueError(f"x must have shape (batch, time, {self.config.n_parcels} parcels), got {tuple(x.shape)}")
+            raise ValueError(
+                f"x must have shape (batch, time, {self.config.n_parcels} parcels), got {tuple(x.shape)}"
+            )
         for name, mask, shape in (("hidden", hidden, x.shape), ("censored", censored, x.shape[:2])):
             if mask is not None and (mask.shape != shape or mask.dtype != torch.bool):
                 found = f"{mask.dtype} {tuple(mask.shape)}"
-                raise ValueError(f"{name} must be bool with shape {tuple(shape)} as x has, got {found}")
-        if filled is not None and (self.front is None or filled.shape != x.shape or lengths is not None):
-            raise ValueError("filled is for a network with a front end, of the shape of x and without lengths")
+                raise ValueError(
+                    f"{name} must be bool with shape {tuple(shape)} as x has, got {found}"
+                )
+        if filled is not None and (
+            self.front is None or filled.shape != x.shape or lengths is not None
+        ):
+            raise ValueError(
+                "filled is for a network with a front end, of the shape of x and without lengths"
+            )
         if lengths is not None:
             return self._by_length(x, t_r, hidden, censored, lengths)
         if t_r is None:
@@ -161,7 +173,9 @@ class MnemoDyn(nn.Module, Pretrained):
                 x = self.front(x, unseen) if filled is None else filled
         elif censored is not None and bool(censored.any()):
             if self.reference:
-                raise ValueError("censored frames are not known to the draft: compat='reference' takes none")
+                raise ValueError(
+                    "censored frames are not known to the draft: compat='reference' takes none"
+                )
             x, derivative = bridge(x, t_r, censored)
         total = x.new_zeros(()) if self.config.multiresolution else None
         latents = x
@@ -178,37 +192,62 @@ class MnemoDyn(nn.Module, Pretrained):
     def _by_length(self, x, t_r, hidden, censored, lengths) -> Output:
         lengths = torch.as_tensor(lengths, device=x.device)
         batch, time = x.shape[:2]
-        whole = not (lengths.is_floating_point() or lengths.is_complex() or lengths.dtype == torch.bool)
-        if lengths.shape != (batch,) or not whole or not bool(((lengths >= 2) & (lengths <= time)).all()):
-            raise ValueError(f"lengths must be {batch} whole numbers from 2 to {time} frames, got {lengths.tolist()}")
-        step = None if t_r is None else torch.as_tensor(t_r, dtype=x.dtype, device=x.device).expand(batch)
+        whole = not (
+            lengths.is_floating_point() or lengths.is_complex() or lengths.dtype == torch.bool
+        )
+        if (
+            lengths.shape != (batch,)
+            or not whole
+            or not bool(((lengths >= 2) & (lengths <= time)).all())
+        ):
+            raise ValueError(
+                f"lengths must be {batch} whole numbers from 2 to {time} frames, got {lengths.tolist()}"
+            )
+        step = (
+            None
+            if t_r is None
+            else torch.as_tensor(t_r, dtype=x.dtype, device=x.device).expand(batch)
+        )
         groups = [(int(n), (lengths == n).nonzero()[:, 0]) for n in lengths.unique()]
         outputs = []
         for n, rows in groups:
-            masks = {k: None if m is None else m[rows, :n] for k, m in (("hidden", hidden), ("censored", censored))}
+            masks = {
+                k: None if m is None else m[rows, :n]
+                for k, m in (("hidden", hidden), ("censored", censored))
+            }
             outputs.append(self(x[rows, :n], None if step is None else step[rows], **masks))
         order = torch.cat([rows for _, rows in groups]).argsort()
 
         def padded(parts: Sequence[Tensor]) -> Tensor:
             longest = max(time, *(part.shape[1] for part in parts))
-            return torch.cat([functional.pad(p, (0, 0, 0, longest - p.shape[1])) for p in parts])[order]
+            return torch.cat([functional.pad(p, (0, 0, 0, longest - p.shape[1])) for p in parts])[
+                order
+            ]
 
         reconstructions, latents, losses, predictions = zip(*outputs, strict=True)
         loss = None
         if self.config.multiresolution:
-            loss = sum(one * len(rows) for one, (_, rows) in zip(losses, groups, strict=True)) / batch
+            loss = (
+                sum(one * len(rows) for one, (_, rows) in zip(losses, groups, strict=True)) / batch
+            )
         prediction = None if self.head is None else torch.cat(predictions)[order]
         return Output(padded(reconstructions), padded(latents), loss, prediction)
 
 
-def _seen(x: Tensor, hidden: Tensor | None, censored: Tensor | None) -> tuple[Tensor, Tensor | None, Tensor | None]:
+def _seen(
+    x: Tensor, hidden: Tensor | None, censored: Tensor | None
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """x with zeros where it is not seen, where that is, and the censored frames with those that are all NaN."""
     unseen = hidden
     if censored is not None:
-        unseen = censored[..., None].expand_as(x) if hidden is None else hidden | censored[..., None]
+        unseen = (
+            censored[..., None].expand_as(x) if hidden is None else hidden | censored[..., None]
+        )
     if unseen is not None:
         x = x.masked_fill(unseen, 0)
-    if torch.compiler.is_exporting():  # a program cannot branch on values: its input has to be finite
+    if (
+        torch.compiler.is_exporting()
+    ):  # a program cannot branch on values: its input has to be finite
         return x, unseen, censored
     finite = x.isfinite()
     if bool(finite.all()):

@@ -46,7 +46,10 @@ class Field(nn.Module):
     def forward(self, x: Tensor, control: Tensor) -> Tensor:
         """Drive v (batch, time, channel) from x (batch, time, parcel) and the control (batch, time, row)."""
         z = self.activation(self.bottleneck(self.activation(self.input(x))))
-        return field_drive(z, control, self.expansion.weight, self.expansion.bias, self.activation) * self.factor
+        return (
+            field_drive(z, control, self.expansion.weight, self.expansion.bias, self.activation)
+            * self.factor
+        )
 
 
 class CoarseOperator(nn.Module):
@@ -99,7 +102,11 @@ class BandedOperator(nn.Module):
         self.n_segments = s = config.n_segments
         self.segment = math.ceil(n / s)
         self.activation = ACTIVATIONS[config.activation]
-        k2, width, pass_on = 2 * config.n_channels, config.kernel_size, torch.arange(config.n_channels)
+        k2, width, pass_on = (
+            2 * config.n_channels,
+            config.kernel_size,
+            torch.arange(config.n_channels),
+        )
         # Details pass, approximations are left to c, which carries them already: the fresh pyramid inverts itself.
         if config.banded == "full":
             weight = torch.randn(s, k2, k2, width) * (0.1 / math.sqrt(k2 * width))
@@ -118,7 +125,9 @@ class BandedOperator(nn.Module):
         if hasattr(self, "kernel"):
             width, length = self.kernel.shape[-1], u.shape[-1]
             u = functional.pad(u, (width // 2, width // 2))
-            first, *others = (u[..., i : i + length] * self.kernel[..., i, None, None] for i in range(width))
+            first, *others = (
+                u[..., i : i + length] * self.kernel[..., i, None, None] for i in range(width)
+            )
             u = sum(others, first)
             return torch.baddbmm(self.bias[..., None], self.mixing, u.flatten(2)).view(u.shape)
         half = self.weight.shape[-1] // 2

@@ -29,18 +29,50 @@ from mnemodyn.model.operator import OperatorBlock
 from mnemodyn.model.wavelet import dwt, idwt
 from mnemodyn.parameters import read_yaml
 
-__all__ = ["ReferenceBlock", "misfits", "prediction_head", "read_lightning", "read_settings", "read_weights"]
+__all__ = [
+    "ReferenceBlock",
+    "misfits",
+    "prediction_head",
+    "read_lightning",
+    "read_settings",
+    "read_weights",
+]
 
-REQUIRED = {"D": "n_parcels", "original_length": "n_timepoints", "dim_k": "n_channels", "dim_d": "input_width"}
-REQUIRED |= {"h_rank": "field_rank", "n_levels": "n_levels", "nb": "kernel_size", "num_sparse_LC": "n_segments"}
-REQUIRED |= {"K_dense": "n_dense_layers", "wave": "wavelet", "nonlinearity": "activation", "interpol": "interpolation"}
+REQUIRED = {
+    "D": "n_parcels",
+    "original_length": "n_timepoints",
+    "dim_k": "n_channels",
+    "dim_d": "input_width",
+}
+REQUIRED |= {
+    "h_rank": "field_rank",
+    "n_levels": "n_levels",
+    "nb": "kernel_size",
+    "num_sparse_LC": "n_segments",
+}
+REQUIRED |= {
+    "K_dense": "n_dense_layers",
+    "wave": "wavelet",
+    "nonlinearity": "activation",
+    "interpol": "interpolation",
+}
 SWITCHES = {"use_residual": "residual", "scale": "parcel_scale", "use_mRLoss": "multiresolution"}
 SWITCHES |= {"linear_bias": "linear_bias"}
 OTHERS = {"D_out", "num_layers", "predict", "num_classes", "duration"}
 # Stored by the draft, and without influence on what a network computes from a scaled scan.
 WITHOUT_EFFECT = {
     *("K_LC", "dense_rank", "LC_rank", "conv_bias", "masked_modelling", "use_mixed_precision"),
-    *("dataset_type", "storage", "seed", "exp", "subset", "one_channel", "normalize", "loss_type", "huber_delta"),
+    *(
+        "dataset_type",
+        "storage",
+        "seed",
+        "exp",
+        "subset",
+        "one_channel",
+        "normalize",
+        "loss_type",
+        "huber_delta",
+    ),
     *("train_bs", "valid_bs", "test_bs", "epoch", "lr", "model_pred_save_freq", "profile"),
 }
 ACTIVATIONS = {"tanh": "tanh", "gelu": "gelu", "swish": "silu"}
@@ -56,7 +88,11 @@ def read_settings(draft: Mapping) -> ModelConfig:
     known = {*REQUIRED, *SWITCHES, *OTHERS, *WITHOUT_EFFECT}
     if unknown := sorted(set(draft) - known, key=str):
         raise ValueError(f"unknown draft settings {unknown}; known are {sorted(known)}")
-    outputs, n_blocks, predict = draft.get("D_out"), draft.get("num_layers"), draft.get("predict", False)
+    outputs, n_blocks, predict = (
+        draft.get("D_out"),
+        draft.get("num_layers"),
+        draft.get("predict", False),
+    )
     if isinstance(outputs, (list, tuple)):
         if n_blocks not in (None, len(outputs)):
             raise ValueError(f"num_layers is {n_blocks}, but D_out has {len(outputs)} entries")
@@ -64,17 +100,33 @@ def read_settings(draft: Mapping) -> ModelConfig:
     missing = sorted(set(REQUIRED) - set(draft)) + ["num_layers"] * (n_blocks is None)
     if missing := missing + ["num_classes"] * bool(predict and "num_classes" not in draft):
         raise ValueError(f"draft settings lack {missing}")
-    if not {None, draft["D"]}.issuperset(outputs if isinstance(outputs, (list, tuple)) else [outputs]):
-        raise ValueError(f"D_out must repeat D = {draft['D']}, got {outputs}; other outputs are not supported")
-    allowed: dict[str, tuple] = {"duration": (1,), "nonlinearity": tuple(ACTIVATIONS), "interpol": ("spline", "linear")}
+    if not {None, draft["D"]}.issuperset(
+        outputs if isinstance(outputs, (list, tuple)) else [outputs]
+    ):
+        raise ValueError(
+            f"D_out must repeat D = {draft['D']}, got {outputs}; other outputs are not supported"
+        )
+    allowed: dict[str, tuple] = {
+        "duration": (1,),
+        "nonlinearity": tuple(ACTIVATIONS),
+        "interpol": ("spline", "linear"),
+    }
     for name, options in allowed.items():
         if (given := draft.get(name, 1)) not in options:
-            listed = " or ".join(map(str, options)) if len(options) < 3 else f"one of {', '.join(options)}"
+            listed = (
+                " or ".join(map(str, options))
+                if len(options) < 3
+                else f"one of {', '.join(options)}"
+            )
             raise ValueError(f"{name} must be {listed}, got {given!r}")
     settings = {ours: draft[theirs] for theirs, ours in REQUIRED.items()}
-    settings |= {ours: draft.get(theirs, theirs == "linear_bias") for theirs, ours in SWITCHES.items()}
+    settings |= {
+        ours: draft.get(theirs, theirs == "linear_bias") for theirs, ours in SWITCHES.items()
+    }
     settings |= {"activation": ACTIVATIONS[draft["nonlinearity"]], "n_blocks": n_blocks}
-    return ModelConfig(compat="reference", lift=False, n_classes=draft["num_classes"] if predict else 0, **settings)
+    return ModelConfig(
+        compat="reference", lift=False, n_classes=draft["num_classes"] if predict else 0, **settings
+    )
 
 
 def _names(config: ModelConfig) -> Iterator[tuple[str, str, int | None]]:
@@ -102,9 +154,15 @@ def misfits(expected: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> str:
     """What keeps tensors from being loaded, by name: missing, unknown, both shapes where they differ; else empty."""
     lines = []
     for name in sorted(expected.keys() | found.keys()):
-        ours, theirs = (tuple(part[name].shape) if name in part else None for part in (expected, found))
+        ours, theirs = (
+            tuple(part[name].shape) if name in part else None for part in (expected, found)
+        )
         if ours is None or theirs is None:
-            lines.append(f"{name}: unknown, got {theirs}" if ours is None else f"{name}: missing, expected {ours}")
+            lines.append(
+                f"{name}: unknown, got {theirs}"
+                if ours is None
+                else f"{name}: missing, expected {ours}"
+            )
         elif ours != theirs:
             lines.append(f"{name}: expected {ours}, got {theirs}")
     more = f"; and {len(lines) - 20} more" if len(lines) > 20 else ""
@@ -121,14 +179,18 @@ def read_weights(model: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Ten
     filters = {name: state.pop(name) for name in list(state) if ".wavelet_processor." in name}
     weights = {name: value.detach().clone() for name, value in model.state_dict().items()}
     config = cast(ModelConfig, model.config)
-    places = {theirs: (weights[ours] if i is None else weights[ours][i]) for theirs, ours, i in _names(config)}
+    places = {
+        theirs: (weights[ours] if i is None else weights[ours][i])
+        for theirs, ours, i in _names(config)
+    }
     if wrong := misfits(places, state):
         raise ValueError(f"draft weights do not fit their settings: {wrong}")
     low = np.array(pywt.Wavelet(config.wavelet).dec_lo)
     for name, value in filters.items():
         stored = value.detach().flatten().double().cpu().numpy()
         if name.endswith("h0") and not any(
-            stored.shape == low.shape and np.allclose(stored, way, atol=1e-5) for way in (low, low[::-1])
+            stored.shape == low.shape and np.allclose(stored, way, atol=1e-5)
+            for way in (low, low[::-1])
         ):
             raise ValueError(f"{name}: the stored filter is not that of wave {config.wavelet!r}")
     for name, place in places.items():
@@ -152,24 +214,39 @@ def read_lightning(path: Path) -> tuple[dict, dict[str, Tensor], dict]:
             f"({type(error).__name__}: {reason})"
         ) from None
     state = content.get("state_dict") if isinstance(content, dict) else None
-    if not isinstance(state, dict) or not state or not all(isinstance(v, Tensor) for v in state.values()):
+    if (
+        not isinstance(state, dict)
+        or not state
+        or not all(isinstance(v, Tensor) for v in state.values())
+    ):
         raise ValueError(f"{path}: not a Lightning checkpoint: expected a state_dict of tensors")
     settings = content.get("hyper_parameters")
     if not settings:
         beside = [folder / "hparams.yaml" for folder in (path.parent, path.parent.parent)]
         file = next((f for f in beside if f.is_file()), None)
         if file is None:
-            raise ValueError(f"{path}: holds no hyper_parameters, and there is no hparams.yaml beside it")
+            raise ValueError(
+                f"{path}: holds no hyper_parameters, and there is no hparams.yaml beside it"
+            )
         settings = read_yaml(file.read_text(encoding="utf-8"))
     if not isinstance(settings, dict):
         raise ValueError(f"{path}: its settings must be a mapping, got {type(settings).__name__}")
-    return dict(settings), state, {name: content[name] for name in ("epoch", "global_step") if name in content}
+    return (
+        dict(settings),
+        state,
+        {name: content[name] for name in ("epoch", "global_step") if name in content},
+    )
 
 
 def prediction_head(config: ModelConfig) -> nn.Sequential:
     """The draft's head (batch, parcel) to (batch, class), read at the last frame."""
     activation = {"tanh": nn.Tanh, "gelu": nn.GELU, "silu": nn.SiLU}[config.activation]()
-    return nn.Sequential(nn.Linear(config.n_parcels, 64), activation, nn.Dropout(0.1), nn.Linear(64, config.n_classes))
+    return nn.Sequential(
+        nn.Linear(config.n_parcels, 64),
+        activation,
+        nn.Dropout(0.1),
+        nn.Linear(64, config.n_classes),
+    )
 
 
 class ReferenceBlock(OperatorBlock):

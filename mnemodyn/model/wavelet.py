@@ -79,7 +79,9 @@ def _wrap(x: Tensor, left: int, right: int) -> Tensor:
 def _combine(parts: Sequence[Tensor], weights: Filter) -> Tensor:
     """Weighted sum."""
     if isinstance(weights[0], Tensor):
-        return torch.stack([part * weight for part, weight in zip(parts, weights, strict=True)]).sum(0)
+        return torch.stack(
+            [part * weight for part, weight in zip(parts, weights, strict=True)]
+        ).sum(0)
     total = parts[0] * weights[0]
     for part, weight in zip(parts[1:], weights[1:], strict=True):
         total.add_(part, alpha=weight)
@@ -104,7 +106,11 @@ def _synthesise(approximation: Tensor, detail: Tensor, low: Filter, high: Filter
     approximation, detail = _wrap(approximation, left, right), _wrap(detail, left, right)
     phases = []
     for first, q in zip(start, parity, strict=True):
-        parts = [c[..., left + first + i :][..., :n] for c in (approximation, detail) for i in range(half)]
+        parts = [
+            c[..., left + first + i :][..., :n]
+            for c in (approximation, detail)
+            for i in range(half)
+        ]
         phases.append(_combine(parts, [*low[q::2], *high[q::2]]))
     return torch.stack(phases, dim=-1).flatten(-2)
 
@@ -148,13 +154,21 @@ def dwt(x: Tensor, wavelet: str | Tensor) -> tuple[Tensor, Tensor]:
         If `x` is not three-dimensional and floating, is empty in time, or `wavelet` is not orthogonal.
     """
     if x.ndim != 3 or x.shape[-1] < 1 or not x.is_floating_point():
-        raise ValueError(f"x must be floating with shape (batch, channel, time >= 1), got {x.dtype} {tuple(x.shape)}")
+        raise ValueError(
+            f"x must be floating with shape (batch, channel, time >= 1), got {x.dtype} {tuple(x.shape)}"
+        )
     if x.shape[-1] % 2:
         x = torch.cat([x, x[..., -1:]], dim=-1)
-    return _Transform.apply(wavelet, x) if isinstance(wavelet, str) else _analyse(x, *_alternating(wavelet))
+    return (
+        _Transform.apply(wavelet, x)
+        if isinstance(wavelet, str)
+        else _analyse(x, *_alternating(wavelet))
+    )
 
 
-def idwt(approximation: Tensor, detail: Tensor, wavelet: str | Tensor, length: int | None = None) -> Tensor:
+def idwt(
+    approximation: Tensor, detail: Tensor, wavelet: str | Tensor, length: int | None = None
+) -> Tensor:
     """Inverse of :func:`dwt`: the signal, (batch, channel, length).
 
     Of coefficients (batch, channel, n) its `length` is ``2 n`` (default) or ``2 n - 1``. ValueError on other lengths,
@@ -168,7 +182,9 @@ def idwt(approximation: Tensor, detail: Tensor, wavelet: str | Tensor, length: i
     n = approximation.shape[-1]
     length = 2 * n if length is None else length
     if length not in (2 * n, 2 * n - 1):
-        raise ValueError(f"length must be {2 * n} or {2 * n - 1} for {n} coefficients, got {length}")
+        raise ValueError(
+            f"length must be {2 * n} or {2 * n - 1} for {n} coefficients, got {length}"
+        )
     if isinstance(wavelet, str):
         return _Transform.apply(wavelet, approximation, detail)[..., :length]
     return _synthesise(approximation, detail, *_alternating(wavelet))[..., :length]

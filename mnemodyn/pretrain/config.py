@@ -82,7 +82,9 @@ class TrainingConfig:
             if not getattr(self, name):
                 raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
         if max(self.ema_decay, self.warmup_share) >= 1:
-            raise ValueError(f"ema_decay {self.ema_decay} and warmup_share {self.warmup_share} must be below 1")
+            raise ValueError(
+                f"ema_decay {self.ema_decay} and warmup_share {self.warmup_share} must be below 1"
+            )
 
     def to_dict(self) -> dict:
         return asdict(self)
@@ -163,7 +165,11 @@ def configure(
     """
     if name not in OBJECTIVES:
         raise unknown("objective", name, OBJECTIVES)
-    classes: dict[str, Any] = {"model": ModelConfig, "objective": OBJECTIVES[name], "training": TrainingConfig}
+    classes: dict[str, Any] = {
+        "model": ModelConfig,
+        "objective": OBJECTIVES[name],
+        "training": TrainingConfig,
+    }
     classes |= {"machine": Machine, "data": DataConfig}
     known = {part: [f.name for f in fields(cls) if f.init] for part, cls in classes.items()}
     known["model"].remove("n_parcels")
@@ -185,4 +191,8 @@ def configure(
     model = {"n_timepoints": 240, **given.pop("model")}
     build(ModelConfig, {"n_parcels": 2, **model}, "model setting")
     objective = make_objective(name, given.pop("objective"))
-    return objective, model, *(build(classes[part], content, f"{part} setting") for part, content in given.items())
+    return (
+        objective,
+        model,
+        *(build(classes[part], content, f"{part} setting") for part, content in given.items()),
+    )

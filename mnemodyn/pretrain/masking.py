@@ -6,7 +6,9 @@ from torch import Tensor
 __all__ = ["hide_stretches"]
 
 
-def hide_stretches(shape: tuple[int, int, int], *, share: float, window: int, generator: torch.Generator) -> Tensor:
+def hide_stretches(
+    shape: tuple[int, int, int], *, share: float, window: int, generator: torch.Generator
+) -> Tensor:
     """Hide stretches of time, in every parcel its own.
 
     In each parcel of each scan ``round(share * time)`` frames are hidden, no more and no fewer: whole windows of
@@ -19,7 +21,9 @@ def hide_stretches(shape: tuple[int, int, int], *, share: float, window: int, ge
     batch, time, parcel = shape
     hidden = round(share * time)
     if not 0 < hidden < time:
-        raise ValueError(f"share must hide between 1 and {time - 1} of {time} frames, got {share} ({hidden} frames)")
+        raise ValueError(
+            f"share must hide between 1 and {time - 1} of {time} frames, got {share} ({hidden} frames)"
+        )
     if window < 1:
         raise ValueError(f"window must be >= 1 frame, got {window}")
     n_windows = -(-hidden // window)

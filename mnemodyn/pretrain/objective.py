@@ -21,7 +21,17 @@ from mnemodyn.model.network import MnemoDyn, Output
 from mnemodyn.parameters import build, check_settings, unknown
 from mnemodyn.pretrain.masking import hide_stretches
 
-__all__ = ["OBJECTIVES", "Autoencode", "Denoise", "Forecast", "Groups", "Latent", "Masked", "Mixed", "Objective"]
+__all__ = [
+    "OBJECTIVES",
+    "Autoencode",
+    "Denoise",
+    "Forecast",
+    "Groups",
+    "Latent",
+    "Masked",
+    "Mixed",
+    "Objective",
+]
 __all__ += ["describe_objective", "effective_rank", "make_objective"]
 
 Sums = dict[str, tuple[Tensor, Tensor]]
@@ -40,7 +50,9 @@ class Objective:
     multiresolution_weight: float = field(default=1.0, kw_only=True)
     name: ClassVar[str]
     metric: ClassVar[str] = "r2_hidden"
-    beside: ClassVar[Mapping[str, tuple[str, str]]] = {"r2_visible": ("visible_error", "visible_power")}
+    beside: ClassVar[Mapping[str, tuple[str, str]]] = {
+        "r2_visible": ("visible_error", "visible_power")
+    }
 
     def __post_init__(self):
         check_settings(self)
@@ -50,7 +62,9 @@ class Objective:
         """The validation score that chooses the checkpoint."""
         return f"val_{self.metric}"
 
-    def view(self, x: Tensor, *, t_r: float, parcels: Sequence[str], seed: int, training: bool = False) -> dict:
+    def view(
+        self, x: Tensor, *, t_r: float, parcels: Sequence[str], seed: int, training: bool = False
+    ) -> dict:
         """What is done to one window x (time, parcel), scaled, `t_r` in seconds; in training a view may vary more.
 
         Tensors of the shape of x, all optional: ``hidden`` (bool; not seen, and what the loss counts), ``input`` (seen
@@ -67,8 +81,16 @@ class Objective:
 
     def loss(self, network: MnemoDyn, batch: Mapping[str, Tensor], parts: nn.ModuleDict) -> Sums:
         """The loss in terms, each a (sum, count); it is the sum of the terms' means over the joined batch."""
-        output, scored = _run(network, batch, batch.get("input", batch["x"]), batch.get("hidden")), _scored(batch)
-        terms = {"error": ((output.reconstruction.float() - batch["x"])[scored].square().sum(), scored.sum())}
+        output, scored = (
+            _run(network, batch, batch.get("input", batch["x"]), batch.get("hidden")),
+            _scored(batch),
+        )
+        terms = {
+            "error": (
+                (output.reconstruction.float() - batch["x"])[scored].square().sum(),
+                scored.sum(),
+            )
+        }
         return terms | self._levels(output)
 
     def _levels(self, output: Output) -> Sums:
@@ -76,13 +98,19 @@ class Objective:
         if output.multiresolution_loss is None:
             return {}
         n = torch.tensor(len(output.latents), device=output.latents.device)
-        return {"multiresolution": (self.multiresolution_weight * output.multiresolution_loss * n, n)}
+        return {
+            "multiresolution": (self.multiresolution_weight * output.multiresolution_loss * n, n)
+        }
 
-    def sums(self, network: MnemoDyn, batch: Mapping[str, Tensor], parts: nn.ModuleDict) -> dict[str, Tensor]:
+    def sums(
+        self, network: MnemoDyn, batch: Mapping[str, Tensor], parts: nn.ModuleDict
+    ) -> dict[str, Tensor]:
         """Sums from which `scores` are formed: float64, added up over batches and processes."""
         x, scored = batch["x"], _scored(batch)
         given, other = batch.get("input", x), _valid(batch) & ~scored
-        error = (_run(network, batch, given, batch.get("hidden")).reconstruction - x).square().double()
+        error = (
+            (_run(network, batch, given, batch.get("hidden")).reconstruction - x).square().double()
+        )
         power, before = x.square().double(), (given - x).square().double()
         found = {"error": error[scored], "power": power[scored], "before": before[scored]}
         found |= {"visible_error": error[other], "visible_power": power[other]}
@@ -102,7 +130,12 @@ class Objective:
 
 
 def _run(network, batch: Mapping[str, Tensor], x: Tensor, hidden: Tensor | None) -> Output:
-    return network(x, batch["t_r"], hidden=hidden, **{k: batch[k] for k in ("censored", "lengths") if k in batch})
+    return network(
+        x,
+        batch["t_r"],
+        hidden=hidden,
+        **{k: batch[k] for k in ("censored", "lengths") if k in batch},
+    )
 
 
 def _valid(batch: Mapping[str, Tensor]) -> Tensor:
@@ -191,13 +224,20 @@ class Masked(Objective):
 
     def __post_init__(self):
         super().__post_init__()
-        if not 0 < self.hidden_share - self.share_spread <= self.hidden_share + self.share_spread < 1:
+        if (
+            not 0
+            < self.hidden_share - self.share_spread
+            <= self.hidden_share + self.share_spread
+            < 1
+        ):
             raise ValueError(
                 "hidden_share must lie between 0 and 1, share_spread (>= 0) included; got "
                 f"{self.hidden_share} and {self.share_spread}"
             )
 
-    def hide(self, shape: tuple[int, int, int], seed: int, *, training: bool = False, t_r: float = 1.0) -> Tensor:
+    def hide(
+        self, shape: tuple[int, int, int], seed: int, *, training: bool = False, t_r: float = 1.0
+    ) -> Tensor:
         """The mask of one seed: bool, shape (batch, time, parcel), True where hidden. `t_r` in seconds."""
         share, generator = self.hidden_share, torch.Generator().manual_seed(seed)
         if training:
@@ -263,8 +303,14 @@ class Groups(Objective):
     name: ClassVar[str] = "groups"
 
     def view(self, x, *, t_r, parcels, seed, training=False):
-        members, hidden = _members(self.pattern, tuple(parcels)), torch.zeros(x.shape, dtype=torch.bool)
-        hidden[:, members[torch.randint(len(members), (), generator=torch.Generator().manual_seed(seed))]] = True
+        members, hidden = (
+            _members(self.pattern, tuple(parcels)),
+            torch.zeros(x.shape, dtype=torch.bool),
+        )
+        hidden[
+            :,
+            members[torch.randint(len(members), (), generator=torch.Generator().manual_seed(seed))],
+        ] = True
         return {"hidden": hidden}
 
 
@@ -321,25 +367,34 @@ class Latent(Objective):
     def view(self, x, *, t_r, parcels, seed, training=False):
         time, parcel = x.shape
         if min(time, parcel) < 2:
-            raise ValueError(f"a window must have 2 frames and 2 parcels or more for blocks, got {(time, parcel)}")
+            raise ValueError(
+                f"a window must have 2 frames and 2 parcels or more for blocks, got {(time, parcel)}"
+            )
         generator = torch.Generator().manual_seed(seed)
         observed = min(time - 1, max(1, round(self.observed_share * time)))
         target = min(time - observed, max(1, round(self.target_share * time)))
         start = target + int(torch.randint(time - observed - target + 1, (), generator=generator))
         before = int(torch.randint(start - target + 1, (), generator=generator))
-        chosen, some = min(parcel - 1, max(1, round(self.parcel_share * parcel))), torch.zeros(parcel, dtype=torch.bool)
+        chosen, some = (
+            min(parcel - 1, max(1, round(self.parcel_share * parcel))),
+            torch.zeros(parcel, dtype=torch.bool),
+        )
         some[torch.randperm(parcel, generator=generator)[:chosen]] = True
         frames, earlier = torch.zeros(2, time, 1, dtype=torch.bool)
         frames[start : start + observed], earlier[before : before + target] = True, True
         blocks = {"observed": frames & some}
-        return blocks | dict(zip(TARGETS, (earlier & some, frames & ~some, earlier & ~some), strict=True))
+        return blocks | dict(
+            zip(TARGETS, (earlier & some, frames & ~some, earlier & ~some), strict=True)
+        )
 
     def parts(self, network):
         k, p = network.config.n_channels, network.config.n_parcels
         teacher = copy.deepcopy(network).requires_grad_(False)
         predictor = nn.Sequential(nn.Linear(k + p, 2 * k), nn.GELU(), nn.Linear(2 * k, k))
         straight = nn.Linear(k, k, bias=False)
-        with torch.no_grad():  # the same latents, half as large: what is shared between blocks is a first guess
+        with (
+            torch.no_grad()
+        ):  # the same latents, half as large: what is shared between blocks is a first guess
             straight.weight.copy_(0.5 * torch.eye(k))
             predictor[-1].weight.mul_(0.1)
         return nn.ModuleDict({"predictor": predictor, "straight": straight, "teacher": teacher})
@@ -353,23 +408,31 @@ class Latent(Objective):
         """The student's output, what the predictor makes of it and what the teacher says, (target, frame, channel)."""
         output = _run(network, batch, batch["x"], ~batch["observed"])
         blocks = torch.cat([batch[name] for name in TARGETS])
-        many = {k: torch.cat([batch[k]] * 3) for k in ("x", "t_r", "censored", "lengths") if k in batch}
+        many = {
+            k: torch.cat([batch[k]] * 3) for k in ("x", "t_r", "censored", "lengths") if k in batch
+        }
         with torch.no_grad():
             targets = _run(parts["teacher"], many, many["x"], ~blocks).latents.float()
             targets = functional.layer_norm(targets, targets.shape[-1:])
         seen = functional.layer_norm(output.latents, output.latents.shape[-1:]).repeat(3, 1, 1)
-        guesses = parts["straight"](seen) + parts["predictor"](torch.cat([seen, blocks.to(seen.dtype)], dim=-1))
+        guesses = parts["straight"](seen) + parts["predictor"](
+            torch.cat([seen, blocks.to(seen.dtype)], dim=-1)
+        )
         return output, guesses, targets, blocks.any(-1) & _valid(many)[..., 0]
 
     def loss(self, network, batch, parts):
         output, guesses, targets, frames = self._guesses(network, batch, parts)
         # Layers that only the read-out uses take part with a gradient of zero: data-parallel training wants all.
         idle = 0 * output.reconstruction.float().sum()
-        error = functional.mse_loss(guesses.float()[frames], targets[frames], reduction="sum") + idle
+        error = (
+            functional.mse_loss(guesses.float()[frames], targets[frames], reduction="sum") + idle
+        )
         terms = {"error": (error, frames.sum() * targets.shape[-1])} | self._levels(output)
         seen = _run(network, batch, batch["x"], None).latents.float()[_valid(batch)[..., 0]]
         moments = _moments(seen)
-        if torch.distributed.is_initialized():  # of the joined batch, whatever part of it this process has
+        if (
+            torch.distributed.is_initialized()
+        ):  # of the joined batch, whatever part of it this process has
             joined = moments.detach().clone()
             torch.distributed.all_reduce(joined)
             # Each process sends back its own part; their gradients are averaged later, which the factor makes a sum.
@@ -386,9 +449,14 @@ class Latent(Objective):
         _, guesses, targets, frames = self._guesses(network, batch, parts)
         whole = _run(network, batch, batch["x"], None).latents
         found = {"moments": _moments(whole[_valid(batch)[..., 0]].double())}
-        for name, guess, target, where in zip(TARGETS, *(a.chunk(3) for a in (guesses, targets, frames)), strict=True):
+        for name, guess, target, where in zip(
+            TARGETS, *(a.chunk(3) for a in (guesses, targets, frames)), strict=True
+        ):
             guess, target = guess[where].double(), target[where].double()
-            found |= {f"{name}_error": (guess - target).square().sum(), f"{name}_moments": _moments(target)}
+            found |= {
+                f"{name}_error": (guess - target).square().sum(),
+                f"{name}_moments": _moments(target),
+            }
         return found
 
     def scores(self, sums):
@@ -397,7 +465,9 @@ class Latent(Objective):
             n, covariance = _covariance(sums[f"{name}_moments"])
             parts[f"r2_{name}"] = sums[f"{name}_error"], n * covariance.trace()
         error, power = (sum(column) for column in zip(*parts.values(), strict=True))
-        found = {self.metric: _r2(error, power)} | {name: _r2(*part) for name, part in parts.items()}
+        found = {self.metric: _r2(error, power)} | {
+            name: _r2(*part) for name, part in parts.items()
+        }
         _, covariance = _covariance(sums["moments"])
         found["embedding_sd"] = float(covariance.diagonal().clamp_min(0).sqrt().mean())
         return found | {"rank_share": effective_rank(covariance) / len(covariance)}
@@ -415,7 +485,10 @@ def _moments(z: Tensor) -> Tensor:
 
 def _covariance(moments: Tensor) -> tuple[Tensor, Tensor]:
     """Number and covariance of the embeddings that `_moments` was made from."""
-    n, width = moments[0].clamp_min(1), round((len(moments) - 0.75) ** 0.5 - 0.5)  # 1 + width + width**2 entries
+    n, width = (
+        moments[0].clamp_min(1),
+        round((len(moments) - 0.75) ** 0.5 - 0.5),
+    )  # 1 + width + width**2 entries
     mean = moments[1 : 1 + width] / n
     return n, moments[1 + width :].view(width, width) / n - torch.outer(mean, mean)
 
@@ -445,14 +518,20 @@ class Mixed(Objective):
     def __post_init__(self):
         given = [dict(one) for one in self.mix]
         if len(given) < 2 or any("name" not in one for one in given):
-            raise ValueError(f"mix must list two objectives or more, each with a name, got {list(self.mix)}")
+            raise ValueError(
+                f"mix must list two objectives or more, each with a name, got {list(self.mix)}"
+            )
         weights = tuple(float(one.pop("weight", 1.0)) for one in given)
         members = tuple(make_objective(one.pop("name"), one) for one in given)
         if len({m.name for m in members} - {self.name}) < len(members) or min(weights) <= 0:
-            raise ValueError(f"mix must name different objectives with weights > 0, got {list(self.mix)}")
+            raise ValueError(
+                f"mix must name different objectives with weights > 0, got {list(self.mix)}"
+            )
         whole = tuple({**m.to_dict(), "weight": w} for m, w in zip(members, weights, strict=True))
         object.__setattr__(self, "mix", whole)
-        object.__setattr__(self, "members", dict(zip((m.name for m in members), members, strict=True)))
+        object.__setattr__(
+            self, "members", dict(zip((m.name for m in members), members, strict=True))
+        )
 
     @property
     def metric(self) -> str:  # type: ignore[override]
@@ -462,12 +541,23 @@ class Mixed(Objective):
     def _each(self, values: Mapping, mark: str = ".") -> Iterator[tuple]:
         """Name, objective and weight of each member, and those of `values` that are its own or everybody's."""
         for (name, member), one in zip(self.members.items(), self.mix, strict=True):
-            own = {key.removeprefix(name + mark): v for key, v in values.items() if key.startswith(name + mark)}
-            yield name, member, one["weight"], {k: v for k, v in values.items() if mark not in k} | own
+            own = {
+                key.removeprefix(name + mark): v
+                for key, v in values.items()
+                if key.startswith(name + mark)
+            }
+            yield (
+                name,
+                member,
+                one["weight"],
+                {k: v for k, v in values.items() if mark not in k} | own,
+            )
 
     def view(self, x, **known):
         views = {name: member.view(x, **known) for name, member in self.members.items()}
-        return {f"{name}.{key}": value for name, view in views.items() for key, value in view.items()}
+        return {
+            f"{name}.{key}": value for name, view in views.items() for key, value in view.items()
+        }
 
     def parts(self, network):
         return nn.ModuleDict({name: member.parts(network) for name, member in self.members.items()})
@@ -477,17 +567,24 @@ class Mixed(Objective):
             member.after_step(network, parts[name])
 
     def warning(self, scores):
-        return "; ".join(filter(None, (member.warning(own) for _, member, _, own in self._each(scores, "_"))))
+        return "; ".join(
+            filter(None, (member.warning(own) for _, member, _, own in self._each(scores, "_")))
+        )
 
     def loss(self, network, batch, parts):
         found = {}
         for name, member, weight, own in self._each(batch):
             terms = member.loss(network, own, parts[name])
-            found |= {f"{name}.{key}": (weight * total, count) for key, (total, count) in terms.items()}
+            found |= {
+                f"{name}.{key}": (weight * total, count) for key, (total, count) in terms.items()
+            }
         return found
 
     def sums(self, network, batch, parts):
-        each = ((name, member.sums(network, own, parts[name])) for name, member, _, own in self._each(batch))
+        each = (
+            (name, member.sums(network, own, parts[name]))
+            for name, member, _, own in self._each(batch)
+        )
         return {f"{name}.{key}": value for name, found in each for key, value in found.items()}
 
     def scores(self, sums):

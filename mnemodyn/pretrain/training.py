@@ -37,7 +37,14 @@ from mnemodyn.model.config import ModelConfig
 from mnemodyn.model.network import MnemoDyn
 from mnemodyn.pretrain.config import Machine, TrainingConfig
 from mnemodyn.pretrain.objective import Objective
-from mnemodyn.pretrain.windows import Draws, FixedWindows, RandomWindows, Windows, censored_frames, collate
+from mnemodyn.pretrain.windows import (
+    Draws,
+    FixedWindows,
+    RandomWindows,
+    Windows,
+    censored_frames,
+    collate,
+)
 from mnemodyn.provenance import surroundings
 
 __all__ = ["Machine", "Pretraining", "ResumeError", "TrainingConfig", "TrainingError", "pretrain"]
@@ -72,13 +79,18 @@ class Pretraining(lightning.LightningModule):
         totals = torch.stack([total for total, _ in terms.values()])
         counts = torch.stack([count.to(totals) for _, count in terms.values()])
         joined = torch.cat([counts, totals.detach()])
-        if self.trainer.world_size > 1:  # means over the joined batch, though its parts may count unequally many
+        if (
+            self.trainer.world_size > 1
+        ):  # means over the joined batch, though its parts may count unequally many
             torch.distributed.all_reduce(joined)
         counts, sums = joined.chunk(2)
         counts = counts.clamp_min(1)
         value = (sums / counts).sum()
         if not value.isfinite():
-            rate, scans = self.trainer.optimizers[0].param_groups[0]["lr"], ", ".join(sorted(set(batch["scan"])))
+            rate, scans = (
+                self.trainer.optimizers[0].param_groups[0]["lr"],
+                ", ".join(sorted(set(batch["scan"]))),
+            )
             raise TrainingError(
                 f"the loss is {value.item()} at step {self.global_step} (learning rate {rate:.2g}), in a batch of "
                 f"{scans}. Look at these scans; where they are sound, take a smaller learning_rate"
@@ -109,18 +121,31 @@ class Pretraining(lightning.LightningModule):
         if self.trainer.world_size > 1:
             torch.distributed.all_reduce(joined)
         parts = joined.split([value.numel() for value in self._sums.values()])
-        sums = {k: part[0] if len(part) == 1 else part for k, part in zip(self._sums, parts, strict=True)}
+        sums = {
+            k: part[0] if len(part) == 1 else part
+            for k, part in zip(self._sums, parts, strict=True)
+        }
         self._sums.clear()
         self.scores = {f"val_{name}": value for name, value in self.objective.scores(sums).items()}
         if self._losses:
-            self.scores = {"train_loss": float(torch.stack([x.cpu() for x in self._losses]).mean()), **self.scores}
+            self.scores = {
+                "train_loss": float(torch.stack([x.cpu() for x in self._losses]).mean()),
+                **self.scores,
+            }
         self.log_dict(self.scores)
 
     def configure_optimizers(self) -> Any:
         config = self.config
-        decays = {n: p.ndim > 1 and not n.endswith("bias") for n, p in self.named_parameters() if p.requires_grad}
+        decays = {
+            n: p.ndim > 1 and not n.endswith("bias")
+            for n, p in self.named_parameters()
+            if p.requires_grad
+        }
         groups: list[dict] = [
-            {"params": [self.get_parameter(n) for n, yes in decays.items() if yes == decay], "weight_decay": weight}
+            {
+                "params": [self.get_parameter(n) for n, yes in decays.items() if yes == decay],
+                "weight_decay": weight,
+            }
             for decay, weight in ((True, config.weight_decay), (False, 0.0))
         ]
         optimizer = torch.optim.AdamW(groups, lr=config.learning_rate, betas=(0.9, 0.95))
@@ -150,39 +175,60 @@ def rate_of(config: TrainingConfig) -> Callable[[int], float]:
 class Batches(lightning.LightningDataModule):
     """Batches of windows: those of this process, from the step that training has come to."""
 
-    def __init__(self, train: RandomWindows, validation: FixedWindows, config: TrainingConfig, workers: int):
+    def __init__(
+        self, train: RandomWindows, validation: FixedWindows, config: TrainingConfig, workers: int
+    ):
         super().__init__()
         self.train, self.validation, self.config, self.workers = train, validation, config, workers
 
     def train_dataloader(self) -> DataLoader:
         trainer, config = cast(Trainer, self.trainer), self.config
-        place = {"rank": trainer.global_rank, "world": trainer.world_size, "parts": config.accumulate}
-        draws = Draws(config.windows_per_epoch, config.batch_size, lambda: trainer.global_step, **place)
+        place = {
+            "rank": trainer.global_rank,
+            "world": trainer.world_size,
+            "parts": config.accumulate,
+        }
+        draws = Draws(
+            config.windows_per_epoch, config.batch_size, lambda: trainer.global_step, **place
+        )
         return self._loader(self.train, draws)
 
     def val_dataloader(self) -> DataLoader:
         trainer = cast(Trainer, self.trainer)
-        mine, world = range(trainer.global_rank, len(self.validation), trainer.world_size), trainer.world_size
+        mine, world = (
+            range(trainer.global_rank, len(self.validation), trainer.world_size),
+            trainer.world_size,
+        )
         if not mine:
-            raise DataError(f"each process must have a validation window, got {len(self.validation)} for {world}")
+            raise DataError(
+                f"each process must have a validation window, got {len(self.validation)} for {world}"
+            )
         size = -(-self.config.batch_size // (world * self.config.accumulate))
-        return self._loader(self.validation, [mine[i : i + size] for i in range(0, len(mine), size)])
+        return self._loader(
+            self.validation, [mine[i : i + size] for i in range(0, len(mine), size)]
+        )
 
     def _loader(self, windows: Windows, batches) -> DataLoader:
-        return DataLoader(windows, batch_sampler=batches, collate_fn=collate, num_workers=self.workers)
+        return DataLoader(
+            windows, batch_sampler=batches, collate_fn=collate, num_workers=self.workers
+        )
 
 
 class WholeFiles(TorchCheckpointIO):
     """Checkpoints are written whole or not at all, so that a full disk or a kill costs no earlier one."""
 
-    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: object = None) -> None:
+    def save_checkpoint(
+        self, checkpoint: dict[str, Any], path: str | Path, storage_options: object = None
+    ) -> None:
         content, last = io.BytesIO(), Path(path).with_name("last.ckpt")
         torch.save(checkpoint, content)
         try:
             write_bytes(path, content.getbuffer())
         except OSError as error:
             kept = (
-                f"{last} is whole: make room, and the same call goes on from it" if last.is_file() else "none is kept"
+                f"{last} is whole: make room, and the same call goes on from it"
+                if last.is_file()
+                else "none is kept"
             )
             raise TrainingError(
                 f"{path}: this checkpoint of {content.tell() / 2**20:.1f} MiB could not be written "
@@ -203,7 +249,12 @@ class Last(ModelCheckpoint):
     def on_train_batch_end(self, trainer, *_) -> None:
         step = trainer.global_step
         ends = trainer.fit_loop.epoch_loop.batch_progress.is_last_batch
-        if self.every and step % self.every == 0 and step != self._last_global_step_saved and not ends:
+        if (
+            self.every
+            and step % self.every == 0
+            and step != self._last_global_step_saved
+            and not ends
+        ):
             self._last_global_step_saved = step
             trainer.save_checkpoint(Path(str(self.dirpath)) / "last.ckpt")
 
@@ -357,16 +408,27 @@ def pretrain(
         if scan.parcels != parcels:
             raise DataError(f"{scan.source}: parcels differ from those of {train[0].source}")
     if len(parcels) != model.n_parcels:
-        raise DataError(f"{train[0].source}: expected {model.n_parcels} parcels, got {len(parcels)}")
+        raise DataError(
+            f"{train[0].source}: expected {model.n_parcels} parcels, got {len(parcels)}"
+        )
     scaling = (scaling or Scaling()).fit(train)
     settings = (scaling, objective, model.n_timepoints)
     windows = RandomWindows(train, *settings, training.seed, seconds=training.window_seconds)
     # The views of validation must not follow the seed of a run, or runs could not be compared.
     fixed = FixedWindows(validation, *settings, 0, seconds=training.window_seconds)
-    parts: dict[str, Any] = {"model": model, "objective": objective, "training": training, "scaling": scaling}
+    parts: dict[str, Any] = {
+        "model": model,
+        "objective": objective,
+        "training": training,
+        "scaling": scaling,
+    }
     identity: dict[str, Any] = {name: part.to_dict() for name, part in parts.items()}
-    identity["data"] = {name: getattr(s, "fingerprint", None) or fingerprint(s) for name, s in sides.items()}
-    identity = json.loads(json.dumps(identity | {"code": _code_digest(), "torch": torch.__version__}))
+    identity["data"] = {
+        name: getattr(s, "fingerprint", None) or fingerprint(s) for name, s in sides.items()
+    }
+    identity = json.loads(
+        json.dumps(identity | {"code": _code_digest(), "torch": torch.__version__})
+    )
     facts = {"machine": asdict(machine), "ran_on": surroundings()}
     last = _prepare(folder, identity, facts, restart)
 
@@ -376,15 +438,27 @@ def pretrain(
         network.fit_front(_Scaled(train, scaling))
     if machine.recompute:
         for block in network.blocks:
-            block.forward = partial(torch.utils.checkpoint.checkpoint, block.forward, use_reentrant=False)
+            block.forward = partial(
+                torch.utils.checkpoint.checkpoint, block.forward, use_reentrant=False
+            )
     module = Pretraining(network, objective, training)
     history = History(folder / "history.csv", objective, training.epochs)
     chosen: dict[str, Any] = {"monitor": objective.monitor, "mode": "max"}
     name = "{epoch:03d}-{" + objective.monitor + ":.4f}"
     best = ModelCheckpoint(folder, name, save_top_k=2, enable_version_counter=False, **chosen)
-    average = [WeightAveraging(avg_fn=partial(_average, decay=training.ema_decay))] if training.ema_decay else []
+    average = (
+        [WeightAveraging(avg_fn=partial(_average, decay=training.ema_decay))]
+        if training.ema_decay
+        else []
+    )
     stop = EarlyStopping(patience=training.patience, **chosen)
-    callbacks: list[Callback] = [*average, history, stop, best, Last(folder, machine.checkpoint_every)]
+    callbacks: list[Callback] = [
+        *average,
+        history,
+        stop,
+        best,
+        Last(folder, machine.checkpoint_every),
+    ]
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", module="lightning")
@@ -406,16 +480,28 @@ def pretrain(
             enable_progress_bar=_someone_is_watching(),
             enable_model_summary=False,
         )
-        trainer.fit(module, Batches(windows, fixed, training, machine.workers), ckpt_path=last, weights_only=True)
+        trainer.fit(
+            module,
+            Batches(windows, fixed, training, machine.workers),
+            ckpt_path=last,
+            weights_only=True,
+        )
     # From the file: where training ran in other processes, their callbacks are not these.
     state = torch.load(folder / "last.ckpt", map_location="cpu", weights_only=True)["callbacks"]
     if trainer.is_global_zero:
-        ranked = sorted(state[best.state_key]["best_k_models"].items(), key=lambda item: -float(item[1]))
+        ranked = sorted(
+            state[best.state_key]["best_k_models"].items(), key=lambda item: -float(item[1])
+        )
         for name, (path, score) in zip(("best", "second"), ranked, strict=False):
             weights = torch.load(path, map_location="cpu", weights_only=True)["state_dict"]
             network = MnemoDyn(model)
-            network.load_state_dict({k.removeprefix("model."): v for k, v in weights.items() if k.startswith("model.")})
-            record: dict[str, Any] = {"objective": objective.to_dict(), "settings": training.to_dict()}
+            network.load_state_dict(
+                {k.removeprefix("model."): v for k, v in weights.items() if k.startswith("model.")}
+            )
+            record: dict[str, Any] = {
+                "objective": objective.to_dict(),
+                "settings": training.to_dict(),
+            }
             record |= {f"{side}_participants": sorted(ids) for side, ids in people.items()}
             record |= {objective.monitor: float(score)}
             known = (parcels, train[0].t_r, scaling, identity["data"]["train"], record)
@@ -445,4 +531,6 @@ def _tensorboard(folder: Path):
 
         return TensorBoardLogger(folder, name="", version="tensorboard")
     except ImportError as error:
-        raise ImportError("tensorboard=True needs TensorBoard: pip install 'mnemodyn[tensorboard]'") from error
+        raise ImportError(
+            "tensorboard=True needs TensorBoard: pip install 'mnemodyn[tensorboard]'"
+        ) from error

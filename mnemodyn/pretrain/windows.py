@@ -15,7 +15,15 @@ from mnemodyn.data.scans import DataError, Scan
 from mnemodyn.data.store import Store
 from mnemodyn.pretrain.objective import Objective
 
-__all__ = ["Draws", "FixedWindows", "RandomWindows", "Windows", "collate", "cut_windows", "window_frames"]
+__all__ = [
+    "Draws",
+    "FixedWindows",
+    "RandomWindows",
+    "Windows",
+    "collate",
+    "cut_windows",
+    "window_frames",
+]
 
 
 def cut_windows(values: np.ndarray, n_timepoints: int) -> np.ndarray:
@@ -25,7 +33,9 @@ def cut_windows(values: np.ndarray, n_timepoints: int) -> np.ndarray:
     """
     n = len(values) // n_timepoints
     if n == 0:
-        raise ValueError(f"a window of {n_timepoints} frames does not fit into a scan of {len(values)}")
+        raise ValueError(
+            f"a window of {n_timepoints} frames does not fit into a scan of {len(values)}"
+        )
     return values[: n * n_timepoints].reshape(n, n_timepoints, values.shape[1])
 
 
@@ -67,11 +77,16 @@ class Windows(Dataset):
     ):
         self.scans, self.scaling, self.objective, self.seed = scans, scaling, objective, seed
         sizes = [
-            (scan.n_frames, window_frames(scan, n_timepoints, seconds), censored_frames(scan).any()) for scan in scans
+            (scan.n_frames, window_frames(scan, n_timepoints, seconds), censored_frames(scan).any())
+            for scan in scans
         ]
-        self.n_frames, self.frames, censored = (np.array(column) for column in zip(*sizes, strict=True))
+        self.n_frames, self.frames, censored = (
+            np.array(column) for column in zip(*sizes, strict=True)
+        )
         self.any_censored = bool(censored.any())
-        self._scaled = lru_cache(256)(lambda which: (scaling(self.scans[which]), censored_frames(self.scans[which])))
+        self._scaled = lru_cache(256)(
+            lambda which: (scaling(self.scans[which]), censored_frames(self.scans[which]))
+        )
 
     def usable(self, which: int, start: int) -> bool:
         """Whether at least two frames of a window are not censored: a path needs as many."""
@@ -105,8 +120,15 @@ class Windows(Dataset):
                 f"{start + frame}, parcel {scan.parcels[parcel]!r}; censor the frame or leave the scan out"
             )
         x = torch.from_numpy(np.where(censored[:, None], np.float32(0), values))
-        view = self.objective.view(x, t_r=scan.t_r, parcels=scan.parcels, seed=seed, training=training)
-        item = {"x": x, "t_r": torch.tensor(scan.t_r), "scan": scan.source or scan.participant_id, **view}
+        view = self.objective.view(
+            x, t_r=scan.t_r, parcels=scan.parcels, seed=seed, training=training
+        )
+        item = {
+            "x": x,
+            "t_r": torch.tensor(scan.t_r),
+            "scan": scan.source or scan.participant_id,
+            **view,
+        }
         return item | ({"censored": torch.from_numpy(censored.copy())} if self.any_censored else {})
 
 
@@ -120,7 +142,9 @@ def collate(items: Sequence[dict]) -> dict:
     batch: dict[str, Any] = {key: [item[key] for item in items] for key in items[0]}
     for key, values in batch.items():
         if isinstance(values[0], Tensor):
-            batch[key] = pad_sequence(values, batch_first=True) if values[0].ndim else torch.stack(values)
+            batch[key] = (
+                pad_sequence(values, batch_first=True) if values[0].ndim else torch.stack(values)
+            )
     lengths = torch.tensor([len(item["x"]) for item in items])
     return batch if bool((lengths == lengths[0]).all()) else batch | {"lengths": lengths}
 
@@ -141,7 +165,9 @@ class RandomWindows(Windows):
     def __getitem__(self, draw: int) -> dict:
         rng = np.random.default_rng([self.seed, draw])
         for _ in range(1000):  # until a window is usable: all but always the first
-            which = int(self.share.searchsorted(rng.random(), side="right"))  # as rng.choice, without a pass over all
+            which = int(
+                self.share.searchsorted(rng.random(), side="right")
+            )  # as rng.choice, without a pass over all
             start = int(rng.integers(self.starts[which]))
             if self.usable(which, start):
                 break
@@ -158,7 +184,14 @@ class Draws(Sampler):
     """
 
     def __init__(
-        self, n: int, batch_size: int, step: Callable[[], int], *, rank: int = 0, world: int = 1, parts: int = 1
+        self,
+        n: int,
+        batch_size: int,
+        step: Callable[[], int],
+        *,
+        rank: int = 0,
+        world: int = 1,
+        parts: int = 1,
     ):
         rest = n % batch_size or batch_size
         if rest < world * parts:
@@ -175,7 +208,9 @@ class Draws(Sampler):
     def __iter__(self) -> Iterator[list[int]]:
         epoch, done = divmod(self.step(), self.steps)
         for first in range(done * self.batch_size, self.n, self.batch_size):
-            draws = range(epoch * self.n + first, epoch * self.n + min(first + self.batch_size, self.n))
+            draws = range(
+                epoch * self.n + first, epoch * self.n + min(first + self.batch_size, self.n)
+            )
             for part in range(self.parts):
                 yield list(draws[part * self.world + self.rank :: self.parts * self.world])
 

@@ -1,0 +1,141 @@
+"""The one format of results: a tidy table a run, which pages, model cards and the README read.
+
+A row is one number with its interval. What the columns hold stands in :data:`COLUMNS`.
+"""
+
+from collections.abc import Iterable, Mapping
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from mnemodyn.files import write_text
+
+__all__ = ["COLUMNS", "KINDS", "METHODS", "label", "read_results", "verdict", "write_results"]
+
+COLUMNS = {
+    "data": "whose scans: HCP-7, ABIDE, ...",
+    "task": "what was asked, such as `diagnosis` or `hidden entries`; words after a comma say under what condition",
+    "method": "a name of METHODS, or a name that only this page knows",
+    "against": "the method that `value` is a difference from; empty where it is none",
+    "score": "name of the score: r2, balanced_accuracy, auc, r, ...",
+    "value": "the number",
+    "low": "lower end of its 95 % interval; missing where there is none",
+    "high": "upper end",
+    "p": "p value of a test of a difference, or against chance; missing where there is none",
+    "n": "participants (or what `task` names) the number rests on",
+    "kind": "real, SIMULATED, timing or published",
+}
+KINDS = ("real", "SIMULATED", "timing", "published")
+
+# A method has one name in the whole book. A page adds names of its own by writing them out in `method`.
+METHODS = {
+    "model": "MnemoDyn",
+    "zero": "zero (the parcel's mean)",
+    "interpolation": "interpolation in time",
+    "spatial_gaussian": "spatial Gaussian",
+    "low_rank": "probabilistic PCA",
+    "var": "VAR(1) smoother",
+    "spatiotemporal_gaussian": "spatio-temporal Gaussian",
+    "own_covariance": "spatio-temporal Gaussian, adapted to the scan",
+    "front_end": "MnemoDyn's front end alone",
+    "blocks_alone": "operator blocks without front end",
+    "transformer": "patch transformer",
+    "fc": "functional connectivity (FC)",
+    "tangent": "tangent-space FC",
+    "confounds": "confounds only",
+    "site": "site only",
+    "fc_unmoved": "FC, threshold not moved",
+    "fc_harmonised": "FC, confounds regressed out",
+    "fc_combat": "FC, ComBat between sites",
+    "fc_pca": "PCA of FC",
+    "fc_mlp": "perceptron on FC",
+    "model+fc": "MnemoDyn and FC",
+    "untrained": "MnemoDyn, random weights",
+    "latent_mean": "MnemoDyn, latent mean",
+    "latent_sd": "MnemoDyn, latent SD",
+    "latent_max": "MnemoDyn, latent maximum",
+    "scale_energy": "MnemoDyn, energy by scale",
+    "last_frame": "MnemoDyn, last frame",
+    "latent_correlation": "MnemoDyn, latent correlation",
+    "response": "MnemoDyn, response",
+    "adapted": "front end's covariance",
+    "adapted+fc": "front end's covariance and FC",
+    "draft_head": "draft's head, last frame",
+    "finetune_last": "MnemoDyn, last block fine-tuned",
+    "finetune_all": "MnemoDyn, all fine-tuned",
+}
+
+
+def label(method: str) -> str:
+    """What a reader sees for a method: its name in METHODS, or the name itself."""
+    return METHODS.get(method, method)
+
+
+def verdict(low: float, high: float) -> str:
+    """``better``, ``worse`` or ``no difference shown``: where the interval of a difference lies."""
+    if low > 0:
+        return "better"
+    if high < 0:
+        return "worse"
+    return "no difference shown"
+
+
+def write_results(path: str | PathLike, rows: Iterable[Mapping[str, Any]]) -> pd.DataFrame:
+    """Check the rows, write them as CSV, and return them as a table.
+
+    Parameters
+    ----------
+    path : str or Path
+        The file ``NAME.csv`` beside the executed notebook ``NAME.ipynb``.
+    rows : iterable of mappings
+        By the names of COLUMNS. ``data, task, method, score, value`` and ``kind`` are needed;
+        the others are missing where they are not given.
+
+    Raises
+    ------
+    ValueError
+        If a column is unknown or a needed one missing, a kind is not among KINDS, an interval has one
+        end only or its ends in the wrong order, or two rows say the same with different numbers.
+    """
+    table = pd.DataFrame([dict(row) for row in rows])
+    unknown = sorted(set(table) - set(COLUMNS))
+    if unknown:
+        raise ValueError(f"{path}: unknown columns {unknown}; known are {list(COLUMNS)}")
+    for name in ("data", "task", "method", "score", "value", "kind"):
+        if name not in table or table[name].isna().any():
+            raise ValueError(f"{path}: every row needs {name}")
+    table = table.reindex(columns=list(COLUMNS))
+    table["against"] = table["against"].fillna("")
+    wrong_kind = sorted(set(table["kind"]) - set(KINDS))
+    if wrong_kind:
+        raise ValueError(f"{path}: kind must be one of {', '.join(KINDS)}, got {wrong_kind}")
+    has_low = table["low"].notna()
+    has_high = table["high"].notna()
+    if (has_low != has_high).any() or (table["low"] > table["high"]).any():
+        raise ValueError(f"{path}: an interval needs both ends, the lower one first")
+    place = ["data", "task", "method", "against", "score"]
+    twice = table.duplicated(place)
+    if twice.any():
+        first = table.loc[twice, place].iloc[0].to_dict()
+        raise ValueError(f"{path}: two rows for {first}")
+    # Ten digits: where an array lies in memory decides the sixteenth.
+    for name in ("value", "low", "high", "p"):
+        table[name] = table[name].astype(float).round(10)
+    table["n"] = table["n"].astype("Int64")
+    write_text(path, table.to_csv(index=False, lineterminator="\n"))
+    return table
+
+
+def read_results(path: str | PathLike) -> pd.DataFrame:
+    """A table as `write_results` wrote it; a ValueError if it is not one."""
+    table = pd.read_csv(
+        path, keep_default_na=False, na_values={"value": [""], "low": [""], "high": [""], "p": [""]}
+    )
+    if list(table) != list(COLUMNS):
+        raise ValueError(
+            f"{Path(path).name}: expected the columns {list(COLUMNS)}, got {list(table)}"
+        )
+    table["n"] = pd.to_numeric(table["n"]).astype("Int64")
+    return table
