@@ -24,7 +24,7 @@ from sklearn.preprocessing import StandardScaler
 from mnemodyn import figures
 from mnemodyn.checkpoint import Checkpoint, load_checkpoint
 from mnemodyn.data.atlas import NETWORKS, schaefer400_tian3
-from mnemodyn.data.quality import open_scans
+from mnemodyn.data.collection import open_scans
 from mnemodyn.data.scans import Scan
 from mnemodyn.evaluate import inside
 from mnemodyn.evaluate.readout import MnemoDynEncoder
