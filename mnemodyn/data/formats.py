@@ -164,7 +164,10 @@ def read_cifti(path: str | Path) -> tuple[np.ndarray, tuple, float | None]:
     """
     path = Path(path)
     with reading(path, "CIFTI-2 file"):
-        image = nibabel.load(path)
+        try:
+            image = nibabel.load(path)
+        except nibabel.filebasedimages.ImageFileError as error:
+            refuse(f"expected CIFTI-2, got another kind of file ({error})", "not-cifti")
         if not isinstance(image, Cifti2Image):
             kind = type(image).__name__
             refuse(f"expected CIFTI-2, got a volume ({kind}); {PREPROCESS}", "not-cifti")
