@@ -730,6 +730,11 @@ def _mark_duplicates(found: pd.DataFrame, problems: Reasons) -> None:
     for _, copies in found.drop(index=list(problems)).groupby("series"):
         wrong = copies.index
         if copies.participant_id.nunique() == 1:
-            wrong = wrong[1:]  # the first copy stays; if two people have it, nobody knows whose it is
+            wrong = wrong[
+                1:
+            ]  # the first copy stays; if two people have it, nobody knows whose it is
         for i in wrong:
-            problems[i] = ("duplicate-series", f": the same series as {copies.path.drop(i).iloc[0]}")
+            problems[i] = (
+                "duplicate-series",
+                f": the same series as {copies.path.drop(i).iloc[0]}",
+            )
