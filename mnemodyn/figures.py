@@ -216,7 +216,7 @@ MEASURES = {
 def outlying(measured: pd.DataFrame, found: pd.DataFrame) -> Figure:
     """Every scan by the measures that are known, a point each; those that stand out in one are crosses in it.
 
-    `measured` is the table of `mnemodyn.data.quality.survey`, `found` is of `mnemodyn.data.quality.outlying`.
+    `measured` is the table of `lib.quality.survey`, `found` is of `lib.quality.outlying`.
     """
     known = {name: label for name, label in MEASURES.items() if measured[name].notna().any()}
     figure, axes = _row(len(known), 2.4)

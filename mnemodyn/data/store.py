@@ -339,6 +339,9 @@ def _read_head(folder: Path) -> Row:
 class _StoredScan(Scan):
     """A scan whose values are read when they are asked for; it was checked when it was converted."""
 
+    _store: "Store"
+    _i: int
+
     def __init__(self, store: "Store | None" = None, i: int = 0, **facts: Any):
         if store is None:  # a copy with something replaced is a scan in memory
             super().__init__(**facts)
@@ -386,6 +389,8 @@ class Store(Collection):
     parcels : tuple of str
     simulated : bool
     """
+
+    folder: Path
 
     def __init__(self, folder: str | Path):
         """Open a store; a DataError if the folder holds none, an unfinished or an altered one."""
