@@ -1,10 +1,9 @@
 """The one way to open scans: the embedded ones, a file, a folder, a store, or a cohort's folder."""
 
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from mnemodyn.data.cohorts import SIMULATED, index, load_cohort
+from mnemodyn.data.cohorts import SIMULATED, index
 from mnemodyn.data.formats import naming, refuse
 from mnemodyn.data.scans import (
     Collection,
@@ -94,21 +93,18 @@ def _open_cohort(folder: Path, cohort: str | Path, t_r: float | None, workers: i
     """The usable scans of a cohort's folder, in memory where they are few."""
     if str(cohort).endswith((".yaml", ".yml")):
         cohort = _place(cohort)
-    described = load_cohort(cohort)
-    if t_r is not None:
-        described = replace(described, reader=replace(described.reader, t_r=t_r))
-    found = index(described, folder, workers=workers)
+    found = index(cohort, folder, t_r=t_r, workers=workers)
     table = found.table
     if not len(table):
-        remedy = f"mnemodyn index {cohort} {folder} says why"
-        refuse(f"{folder}: no scan of cohort {cohort} can be used; {remedy}", "no-scans")
+        hint = f"mnemodyn index {cohort} {folder} says why"
+        refuse(f"{folder}: no scan of cohort {cohort} can be used; {hint}", "no-scans")
     n_values = int((table["n_frames"] * table["n_parcels"]).sum())
     return Collection(
         list(found) if 4 * n_values <= IN_MEMORY else found,
         table,
         found.excluded,
-        name=data_name(described.name),
-        cohort=described.name,
+        name=data_name(found.cohort.name),
+        cohort=found.cohort.name,
         simulated=found.simulated,
         folder=folder,
     )
