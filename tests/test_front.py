@@ -9,7 +9,6 @@ import torch
 
 from mnemodyn.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from mnemodyn.data.scaling import Scaling
-from mnemodyn.evaluate.baselines import LowRank, SpatialGaussian, SpatiotemporalGaussian
 from mnemodyn.evaluate.readout import readout
 from mnemodyn.model.config import PRESETS, ModelConfig
 from mnemodyn.model.front import (
@@ -109,42 +108,6 @@ def test_censored_frames_do_not_count(scans):
         ValueError, match=r"scans\[1\] must be finite .* with 1 entries that are not finite"
     ):
         lag_covariances(given, LAGS, 0.2)
-
-
-def test_spatiotemporal_gaussian_is_the_conditional_mean_of_the_window(scans, batch):
-    x, hidden = batch
-    model = SpatiotemporalGaussian(shrinkage=0.1, n_lags=LAGS).fit(scans)
-    filled = model.fill(np.where(hidden, np.nan, x), hidden)
-    for i in range(len(x)):
-        expected = condition(
-            x[i].ravel(), hidden[i].ravel(), np.tile(model.mean, T), joint(model.lags)
-        )
-        np.testing.assert_allclose(filled[i].ravel(), expected, atol=1e-3)
-
-
-def test_own_covariance_of_pairs_is_mixed_in(scans, batch):
-    x, hidden = batch
-    model = SpatiotemporalGaussian(n_lags=LAGS, own=0.2).fit(scans)
-    centred, seen = np.where(hidden, 0, x - model.mean)[1], (~hidden)[1].astype(float)
-    mixed = 0.8 * model.lags[0] + 0.2 * (centred.T @ centred) / (seen.T @ seen)
-    mixing = model._mixing(torch.tensor(centred)[None], torch.tensor(hidden[1])[None])[0].numpy()
-    assert np.linalg.eigvalsh(mixed).min() > 0
-    np.testing.assert_allclose(mixing @ model.lags[0] @ mixing.T, mixed, atol=1e-9)
-
-
-def test_low_rank_is_ppca(scans, batch):
-    full = SpatialGaussian(1e-6).fit(scans).covariance
-    covariance = LowRank(2).fit(scans).model.covariance
-    # All of the variance, and the two leading eigenvectors, are those of the full covariance.
-    assert np.trace(covariance) == pytest.approx(np.trace(full))
-    values = np.linalg.eigvalsh(full)
-    expected = np.sort(np.r_[values[-2:], np.full(P - 2, values[:-2].mean())])
-    np.testing.assert_allclose(np.linalg.eigvalsh(covariance), expected)
-    np.testing.assert_allclose(
-        LowRank(P - 1).fit(scans).fill(*batch), SpatialGaussian(1e-6).fit(scans).fill(*batch)
-    )
-    with pytest.raises(ValueError, match=f"rank must be between 1 and {P - 1}, got {P}"):
-        LowRank(P).fit(scans)
 
 
 def plain_em(x, hidden, group, weight, steps):
