@@ -13,7 +13,6 @@ from torch.nn import functional
 
 from mnemodyn.checkpoint import Checkpoint
 from mnemodyn.data.scans import Scan
-from mnemodyn.evaluate.reconstruction import scaling_of
 from mnemodyn.model.network import MnemoDyn
 
 EPOCHS = {"draft": 20, "last": 5, "all": 5}
@@ -35,7 +34,7 @@ class Series:
 
     @classmethod
     def of(cls, checkpoint: Checkpoint, scans: Sequence[Scan]) -> "Series":
-        scaling, x, t_r = scaling_of(checkpoint), [], []
+        scaling, x, t_r = checkpoint.scale, [], []
         for scan in scans:
             checkpoint.check(scan)
             x.append(scaling(scan))

@@ -284,8 +284,3 @@ def held_out(checkpoint: Checkpoint, scans: Sequence[Scan]) -> tuple[list[Scan],
             f"got {len(known)} and {len(test)}"
         )
     return known, test
-
-
-def scaling_of(checkpoint: Checkpoint):
-    """How a checkpoint's scans are scaled."""
-    return checkpoint.scaling
