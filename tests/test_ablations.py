@@ -26,11 +26,11 @@ from mnemodyn.evaluate.ablations import (
     run_grid,
     score,
 )
-from mnemodyn.evaluate.splits import repeated_folds
 from mnemodyn.model.config import ModelConfig
 from mnemodyn.model.network import MnemoDyn
 from mnemodyn.parameters import ParameterError
 from mnemodyn.pretrain.objective import Masked
+from mnemodyn.splits import repeated_folds
 
 GRID = Path(__file__).parents[1] / "notebooks" / "ablations.yaml"
 TINY = """
@@ -100,7 +100,7 @@ def test_finished_cells_are_kept_and_differences_are_paired(grid, scans, tmp_pat
     assert [r["people"] for r in first["default"]] == ["sub-0", "sub-1"]
     # Cells that differ in the test alone share a network: three trained a fold.
     assert len(list((tmp_path / "runs" / "networks").iterdir())) == 6
-    monkeypatch.setattr(ablations, "load_checkpoint", lambda _: pytest.fail("computed again"))
+    monkeypatch.setattr(ablations, "from_pretrained", lambda _: pytest.fail("computed again"))
     assert run_grid(grid, scans, tmp_path / "runs", log=lambda _: None) == first
     monkeypatch.undo()
 

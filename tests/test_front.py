@@ -7,10 +7,9 @@ import pytest
 import scipy.linalg
 import torch
 
-from mnemodyn.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
+from mnemodyn.checkpoint import Checkpoint, from_pretrained, save_checkpoint
 from mnemodyn.data.scaling import Scaling
 from mnemodyn.evaluate.baselines import LowRank, SpatialGaussian, SpatiotemporalGaussian
-from mnemodyn.evaluate.readout import readout
 from mnemodyn.model.config import ModelConfig
 from mnemodyn.model.front import (
     Front,
@@ -20,6 +19,7 @@ from mnemodyn.model.front import (
     lag_covariances,
 )
 from mnemodyn.model.network import MnemoDyn
+from mnemodyn.readout import readouts
 
 P, T, LAGS = 5, 14, 3
 CONFIG = ModelConfig(
@@ -271,7 +271,7 @@ def test_a_network_with_modes_fits_fills_and_is_saved(people, tmp_path):
         out, MnemoDyn(CONFIG).fit_front(series)(x, 2.0, hidden=hidden).reconstruction
     )
     saved = save_checkpoint(tmp_path, Checkpoint(network, tuple("abcde"), 2.0, Scaling(), None, {}))
-    assert torch.equal(load_checkpoint(saved).model(x, 2.0, hidden=hidden).reconstruction, out)
+    assert torch.equal(from_pretrained(saved).model(x, 2.0, hidden=hidden).reconstruction, out)
 
 
 def test_a_fresh_network_is_its_front_end(scans, batch, tmp_path):
@@ -285,7 +285,7 @@ def test_a_fresh_network_is_its_front_end(scans, batch, tmp_path):
     assert torch.equal(network(seen, 2.0, hidden=hidden, filled=expected).reconstruction, expected)
     assert torch.equal(network(x, 2.0).reconstruction, x)
     checkpoint = Checkpoint(network, tuple("abcde"), 2.0, Scaling(), None, {})
-    loaded = load_checkpoint(save_checkpoint(tmp_path, checkpoint)).model
+    loaded = from_pretrained(save_checkpoint(tmp_path, checkpoint)).model
     assert torch.equal(loaded(seen, 2.0, hidden=hidden).reconstruction, expected)
     # Not fitted and not adapted, hidden entries start at zero.
     fresh = MnemoDyn(replace(CONFIG, front_steps=0))
@@ -409,7 +409,7 @@ def test_adapted_readout_is_one_of_a_front_end_only():
         .astype(np.float32)
     )
     model = MnemoDyn(CONFIG).eval()
-    vector = readout(model, x, 2.0, "adapted")
+    vector = readouts(model, x, 2.0, ("adapted",))["adapted"]
     matrix = model.front.connectivity(
         torch.from_numpy(x)[None], torch.zeros(1, *x.shape, dtype=torch.bool)
     )
@@ -418,7 +418,7 @@ def test_adapted_readout_is_one_of_a_front_end_only():
     with pytest.raises(
         ValueError, match="read-out must be one of .* for this network, got 'adapted'"
     ):
-        readout(MnemoDyn(replace(CONFIG, front="none")).eval(), x, 2.0, "adapted")
+        readouts(MnemoDyn(replace(CONFIG, front="none")).eval(), x, 2.0, ("adapted",))
 
 
 def test_no_more_scans_are_held_for_modes_than_are_said_to_be(monkeypatch):

@@ -35,7 +35,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 from torch.utils.data import DataLoader, Dataset
 
-from mnemodyn.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
+from mnemodyn.checkpoint import Checkpoint, from_pretrained, save_checkpoint
 from mnemodyn.data.scaling import Scaling
 from mnemodyn.data.scans import DataError, Scan, fingerprint
 from mnemodyn.files import digest, write_bytes, write_json, write_text
@@ -151,7 +151,7 @@ def pretrain(
             network, train[0].parcels, float(train[0].t_r), scaling, data, record
         )
         run.finish(lambda work: save_checkpoint(work / "best", checkpoint))
-    return load_checkpoint(run.folder / "best"), run.history()
+    return from_pretrained(run.folder / "best"), run.history()
 
 
 def pretrain_rival(
