@@ -298,6 +298,10 @@ class TrainingConfig:
         Folds of training participants for the front end: the blocks learn from what a front end
         fitted to the other folds fills in, since they will meet new people. 0 or 1 for one front
         end fitted to all of them.
+    fresh_windows : bool
+        Every epoch has windows and masks of its own. False: all epochs and seeds share the first
+        `windows_per_epoch`, whose hidden entries the front end then fills in once only, which is its
+        cost in training.
     seed : int
         Of the initial weights, windows and masks.
     """
@@ -318,6 +322,7 @@ class TrainingConfig:
     patience: AtLeastZero = 10
     precision: Literal["32-true", "bf16-mixed"] = "32-true"
     cross_fit: AtLeastZero = 5
+    fresh_windows: bool = True
     seed: AtLeastZero = 0
 
     def to_dict(self) -> dict:

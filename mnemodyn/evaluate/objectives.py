@@ -9,7 +9,7 @@ import pandas as pd
 import torch
 
 from mnemodyn.checkpoint import Checkpoint
-from mnemodyn.pretrain.objective import Masked
+from mnemodyn.pretrain.objectives import Masked
 
 DIGITS = 10  # two equal runs differ in the sixteenth
 

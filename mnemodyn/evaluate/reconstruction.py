@@ -18,7 +18,7 @@ from mnemodyn.checkpoint import Checkpoint
 from mnemodyn.data.scans import DataError, Scan
 from mnemodyn.evaluate.scores import interval, resamples
 from mnemodyn.model.front import Front
-from mnemodyn.pretrain.objective import Masked
+from mnemodyn.pretrain.objectives import Masked
 
 __all__ = [
     "FrontEnd",
@@ -116,7 +116,7 @@ def hide(
     frames; scan i gets the mask of ``seed + i``. `scale` is a fitted scaling. `people` are whom a
     bootstrap resamples, one a scan; the participants where it is not given.
     """
-    masks = Masked(hidden_share, mask_window)
+    masks = Masked(hidden_share=hidden_share, mask_window=mask_window)
     found = []
     for i, scan in enumerate(scans):
         drawn = masks.hide((1, *scan.values.shape), seed + i).numpy()[0]
