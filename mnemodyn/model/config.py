@@ -41,7 +41,7 @@ class ModelConfig:
         A PyWavelets wavelet with orthogonal filters; ``lazy``: even and odd samples apart, no filter; or ``learned``:
         orthogonal filters of eight samples, a pair a block, which start as db2's and are trained.
     activation : str
-        ``gelu``, ``silu`` or ``tanh``.
+        ``gelu``, ``silu``, ``tanh`` or ``relu``.
     control : str
         What the field is contracted with: the path's ``derivative``, as published; its ``value``; ``both``, each
         with a field of its own; or ``none``, which leaves the drive to the lift.
@@ -90,7 +90,7 @@ class ModelConfig:
     banded: str = "full"
     n_dense_layers: int = 1
     wavelet: str = "db2"
-    activation: Literal["gelu", "silu", "tanh"] = "gelu"
+    activation: Literal["gelu", "silu", "tanh", "relu"] = "gelu"
     control: Literal["derivative", "value", "both", "none"] = "derivative"
     lift: bool = True
     residual: bool = True
