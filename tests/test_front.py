@@ -7,8 +7,6 @@ import pytest
 import scipy.linalg
 import torch
 
-from mnemodyn.evaluate.readout import readout
-from mnemodyn.model.config import ModelConfig
 from mnemodyn.model.front import (
     Front,
     adapted_covariance,
@@ -17,6 +15,8 @@ from mnemodyn.model.front import (
     lag_covariances,
 )
 from mnemodyn.model.network import MnemoDyn
+from mnemodyn.readout import readouts
+from mnemodyn.settings import ModelConfig
 
 P, T, LAGS = 5, 14, 3
 CONFIG = ModelConfig(
@@ -333,8 +333,8 @@ def test_unusable_scans_are_refused(scans, change, message):
     ("change", "message"),
     [
         ({"residual": False}, "front needs residual=True"),
-        ({"front_weight": 0.0}, "front_weight > 0 frames"),
-        ({"front": "kalman"}, "front must be one of none, gaussian"),
+        ({"front_weight": 0.0}, "front_weight must be greater than 0"),
+        ({"front": "kalman"}, "front must be 'none' or 'gaussian'"),
         (
             {"compat": "reference", "interpolation": "linear", "lift": False},
             "front must be none with compat",
@@ -380,7 +380,7 @@ def test_adapted_readout_is_one_of_a_front_end_only():
         .astype(np.float32)
     )
     model = MnemoDyn(CONFIG).eval()
-    vector = readout(model, x, 2.0, "adapted")
+    vector = readouts(model, x, 2.0, ("adapted",))["adapted"]
     matrix = model.front.connectivity(
         torch.from_numpy(x)[None], torch.zeros(1, *x.shape, dtype=torch.bool)
     )
@@ -389,7 +389,7 @@ def test_adapted_readout_is_one_of_a_front_end_only():
     with pytest.raises(
         ValueError, match="read-out must be one of .* for this network, got 'adapted'"
     ):
-        readout(MnemoDyn(replace(CONFIG, front="none")).eval(), x, 2.0, "adapted")
+        readouts(MnemoDyn(replace(CONFIG, front="none")).eval(), x, 2.0, ("adapted",))
 
 
 def test_no_more_scans_are_held_for_modes_than_are_said_to_be(monkeypatch):

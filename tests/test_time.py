@@ -10,9 +10,9 @@ import torch
 import torchcde
 from torch.utils.flop_counter import FlopCounterMode
 
-from mnemodyn.model.config import ModelConfig
 from mnemodyn.model.control import path_derivative, path_through_gaps
 from mnemodyn.model.network import MnemoDyn
+from mnemodyn.settings import ModelConfig
 
 HERTZ = 0.03
 

@@ -8,11 +8,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from mnemodyn.model.config import ModelConfig
 from mnemodyn.model.control import path_through_gaps
 from mnemodyn.model.front import Front
 from mnemodyn.model.operator import OperatorBlock
 from mnemodyn.model.reference import ReferenceBlock, prediction_head, read_settings, read_weights
+from mnemodyn.settings import ModelConfig
 
 __all__ = ["MnemoDyn", "Output"]
 

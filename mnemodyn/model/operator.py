@@ -6,10 +6,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from mnemodyn.model.config import ModelConfig
 from mnemodyn.model.control import path_derivative
 from mnemodyn.model.kernels import ACTIVATIONS, field_drive
 from mnemodyn.model.wavelet import DB2, dwt, idwt, lattice, level_lengths
+from mnemodyn.settings import ModelConfig
 
 __all__ = ["BandedOperator", "CoarseOperator", "Field", "OperatorBlock"]
 

@@ -23,11 +23,11 @@ import pywt
 import torch
 from torch import Tensor, nn
 
-from mnemodyn.model.config import ModelConfig
 from mnemodyn.model.operator import OperatorBlock
 from mnemodyn.model.wavelet import dwt, idwt
+from mnemodyn.settings import ModelConfig
 
-__all__ = ["ReferenceBlock", "misfits", "prediction_head", "read_settings", "read_weights"]
+__all__ = ["ReferenceBlock", "prediction_head", "read_settings", "read_weights"]
 
 # The draft's names of settings, and ours.
 REQUIRED = {
@@ -132,16 +132,6 @@ def _names(config: ModelConfig) -> Iterator[tuple[str, str, int | None]]:
             yield f"{there}.channel_scales", f"{here}.parcel_scale", None
 
 
-def misfits(expected: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> str:
-    """Names and both shapes of tensors that keep weights from being loaded ("none" where there is none); else empty."""
-    lines = []
-    for name in sorted(expected.keys() | found.keys()):
-        shapes = [tuple(part[name].shape) if name in part else "none" for part in (expected, found)]
-        if shapes[0] != shapes[1]:
-            lines.append(f"{name}: expected {shapes[0]}, got {shapes[1]}")
-    return "; ".join(lines)
-
-
 def read_weights(model: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """A state dict for `model`, a MnemoDyn with ``compat="reference"``, from one under the draft's names.
 
@@ -155,18 +145,27 @@ def read_weights(model: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Ten
     places = {}
     for theirs, ours, i in _names(config):
         places[theirs] = weights[ours] if i is None else weights[ours][i]
-    wrong = misfits(places, state)
+    wrong = []
+    for name in sorted(places.keys() | state.keys()):
+        expected, found = (
+            tuple(part[name].shape) if name in part else "none" for part in (places, state)
+        )
+        if expected != found:
+            wrong.append(f"{name}: expected {expected}, got {found}")
     if wrong:
-        raise ValueError(f"draft weights do not fit their settings: {wrong}")
+        raise ValueError(f"draft weights do not fit their settings: {'; '.join(wrong)}")
     low = np.array(pywt.Wavelet(config.wavelet).dec_lo)
     for name, value in filters.items():
-        # The low-pass filters of analysis and synthesis, h0 and g0, are each other's reverse.
-        stored = value.detach().flatten().double().cpu().numpy()
-        ways = [low, low[::-1]] if name.endswith("h0") else []
-        if ways and not any(
-            len(stored) == len(w) and np.allclose(stored, w, atol=1e-5) for w in ways
-        ):
-            raise ValueError(f"{name}: the stored filter is not that of wave {config.wavelet!r}")
+        if name.endswith("h0"):
+            # Analysis and synthesis have the same low-pass filter, one of them reversed.
+            stored = value.detach().flatten().double().cpu().numpy()
+            if (
+                len(stored) != len(low)
+                or min(abs(stored - low).max(), abs(stored[::-1] - low).max()) > 1e-5
+            ):
+                raise ValueError(
+                    f"{name}: the stored filter is not that of wave {config.wavelet!r}"
+                )
     for name, place in places.items():
         place.copy_(state[name])
     return weights
@@ -211,45 +210,3 @@ class ReferenceBlock(OperatorBlock):
         if length == self.config.n_timepoints:
             return c
         return c[..., c.shape[-1] - length :]
-
-
-# Reading the draft's files: to move to mnemodyn/checkpoint.py as it stands, imports included.
-from pathlib import Path  # noqa: E402
-
-from mnemodyn.parameters import read_yaml  # noqa: E402
-
-
-def read_lightning(path: Path) -> tuple[dict, dict[str, Tensor], dict]:
-    """Settings, weights, and the epoch and step of a Lightning checkpoint of the draft; nothing in it is executed.
-
-    Where the file holds no settings they come from ``hparams.yaml`` beside it or, as Lightning's logger lays out its
-    folders, one folder up. ValueError if the file cannot be read as tensors and plain values, is no Lightning
-    checkpoint, or has no settings.
-    """
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # a damaged or hostile file fails in any way
-        reason = str(error).partition("\n")[0].partition(". ")[0]
-        raise ValueError(
-            f"{path}: not a file of tensors and plain values, so it was not read and nothing in it was executed "
-            f"({type(error).__name__}: {reason})"
-        ) from None
-    state = content.get("state_dict") if isinstance(content, dict) else None
-    if not isinstance(state, dict) or not state:
-        raise ValueError(f"{path}: not a Lightning checkpoint: expected a state_dict of tensors")
-    if not all(isinstance(value, Tensor) for value in state.values()):
-        raise ValueError(f"{path}: not a Lightning checkpoint: expected a state_dict of tensors")
-    settings = content.get("hyper_parameters") or _settings_beside(path)
-    if not isinstance(settings, dict):
-        raise ValueError(f"{path}: its settings must be a mapping, got {type(settings).__name__}")
-    training = {name: content[name] for name in ("epoch", "global_step") if name in content}
-    return dict(settings), state, training
-
-
-def _settings_beside(path: Path) -> object:
-    """Content of the ``hparams.yaml`` that belongs to a Lightning checkpoint."""
-    for folder in (path.parent, path.parent.parent):
-        file = folder / "hparams.yaml"
-        if file.is_file():
-            return read_yaml(file.read_text(encoding="utf-8"))
-    raise ValueError(f"{path}: holds no hyper_parameters, and there is no hparams.yaml beside it")
