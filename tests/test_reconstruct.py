@@ -21,7 +21,7 @@ from mnemodyn.evaluate.reconstruction import (
     squares,
     sums,
 )
-from mnemodyn.model.config import ModelConfig
+from mnemodyn.settings import ModelConfig
 from mnemodyn.model.network import MnemoDyn
 
 PARCELS = tuple("abcdef")

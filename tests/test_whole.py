@@ -7,7 +7,7 @@ import torch
 
 from mnemodyn.data.scaling import Scaling
 from mnemodyn.data.scans import Scan
-from mnemodyn.model.config import ModelConfig
+from mnemodyn.settings import ModelConfig
 from mnemodyn.model.network import MnemoDyn
 from mnemodyn.readout import READOUTS, readouts
 

@@ -199,7 +199,7 @@ def r2(method: Method, scans: Sequence[HiddenScan], *, window: int = 0) -> float
 
 def _weights(people: np.ndarray, n_boot: int, seed: int) -> np.ndarray:
     """How often each stretch counts, (1 + n_boot, stretch): people are drawn, then their stretches."""
-    weights = resamples(people.tolist(), n_boot, seed)
+    weights = resamples(people, n_boot, seed)
     rng = np.random.default_rng(seed)
     for person in np.unique(people):
         rows = np.flatnonzero(people == person)
@@ -247,7 +247,7 @@ def compare(
     scores = {}
     for name, residual in residuals.items():
         by_seed = np.atleast_2d(residual)
-        seeds = resamples([str(i) for i in range(len(by_seed))], n_boot, seed) / len(by_seed)
+        seeds = resamples(range(len(by_seed)), n_boot, seed) / len(by_seed)
         scores[name] = 1 - ((weights @ by_seed.T) * seeds).sum(1) / totals
     about = {"data": data, "task": task, "score": "r2", "n": len(np.unique(people)), "kind": kind}
     rows = []

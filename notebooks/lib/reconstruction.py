@@ -56,16 +56,14 @@ def fitted(
 
 def fit_front(settings: Mapping[str, Any], train: Sequence[np.ndarray]) -> FrontEnd:
     """The front end with settings of `choose`, fitted to scaled scans."""
-    settings = {"steps": FRONT_STEPS, **settings}
-    return FrontEnd(Front(train[0].shape[1], **settings).fit(train))
+    front = Front(train[0].shape[1], steps=FRONT_STEPS, **settings)
+    return FrontEnd(front.fit(train))
 
 
 def front_settings(chosen: Mapping[str, Any]) -> dict[str, Any]:
     """The same settings by the names that a network has for them."""
-    settings = {"front": "gaussian", "front_steps": FRONT_STEPS}
-    for name, value in chosen.items():
-        settings[f"front_{name.removeprefix('n_')}"] = value
-    return settings
+    named = {f"front_{name}": value for name, value in chosen.items()}
+    return {"front": "gaussian", "front_steps": FRONT_STEPS, **named}
 
 
 def choose(
@@ -111,12 +109,13 @@ def _choose_front(
     process: Mapping[str, Any],
     options: Mapping[str, Sequence],
 ) -> dict[str, Any]:
-    """The front end's settings."""
+    """The front end's settings, by the names that it has for them."""
+    same = {"lags": process["n_lags"], "shrinkage": process["shrinkage"]}
     candidates = []
     scores = []
     several = len(options["front_modes"]) * len(options["front_weights"]) > 1
     for n_modes in options["front_modes"]:
-        settings = {**process, "n_modes": n_modes}
+        settings = {**same, "modes": n_modes}
         method = fit_front(settings, train) if several else None
         for weight in options["front_weights"]:
             candidates.append({**settings, "weight": weight})
