@@ -1,19 +1,33 @@
 """The study of reconstruction: methods at their best settings, and every method on the same scans."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import torch
 
-from benchmarks.transformer import PatchTransformer
-from mnemodyn.data.scans import Scan
+from mnemodyn.checkpoint import Checkpoint, save_checkpoint
+from mnemodyn.data.scaling import Scaling
+from mnemodyn.data.scans import Collection, Scan
 from mnemodyn.evaluate.baselines import Gaussian, Interpolation, Zero
-from mnemodyn.evaluate.reconstruction import FrontEnd, HiddenScan, Method, fill, r2, sums
+from mnemodyn.evaluate.reconstruction import (
+    FrontEnd,
+    HiddenScan,
+    Network,
+    fill,
+    hide,
+    r2,
+    sums,
+)
+from mnemodyn.files import Kept, digest
 from mnemodyn.model.front import Front
 from mnemodyn.model.network import MnemoDyn
+from mnemodyn.pretrain.training import pretrain_several
 from mnemodyn.settings import ModelConfig, Settings
+from mnemodyn.splits import hold_out
 
 # Methods without an adaptation to the scan: linear in what is visible.
 LINEAR = (
@@ -24,6 +38,7 @@ LINEAR = (
     "var",
     "spatiotemporal_gaussian",
 )
+WINDOWS_TOO = ("spatiotemporal_gaussian", "front_end", "model", "transformer")
 FRONT_STEPS = 6  # of expectation maximisation; each costs as much as the one before
 
 
@@ -58,12 +73,6 @@ def fit_front(settings: Mapping[str, Any], train: Sequence[np.ndarray]) -> Front
     """The front end with settings of `choose`, fitted to scaled scans."""
     front = Front(train[0].shape[1], steps=FRONT_STEPS, **settings)
     return FrontEnd(front.fit(train))
-
-
-def front_settings(chosen: Mapping[str, Any]) -> dict[str, Any]:
-    """The same settings by the names that a network has for them."""
-    named = {f"front_{name}": value for name, value in chosen.items()}
-    return {"front": "gaussian", "front_steps": FRONT_STEPS, **named}
 
 
 def choose(
@@ -128,25 +137,210 @@ def _choose_front(
     return candidates[int(np.argmax(scores))]
 
 
+def divide(
+    scans: Collection,
+    checkpoint: Checkpoint | None,
+    strata: Sequence[str],
+    division: dict[str, Any],
+) -> dict[str, Collection]:
+    """Training, validation and test scans: those that a checkpoint knows, or a new division."""
+    people = scans.table["participant_id"]
+    if checkpoint is None:
+        labels = None
+        if strata:
+            labels = scans.table[list(strata)].astype(str).agg(" ".join, axis=1).tolist()
+        rows = hold_out(people.tolist(), strata=labels, **division)
+        return {side: scans.select(rows[side]) for side in rows}
+    sides = {}
+    for side in ("train", "validation"):
+        sides[side] = people.isin(checkpoint.training[f"{side}_participants"])
+    sides["test"] = ~(sides["train"] | sides["validation"])
+    return {side: scans.select(rows.to_numpy()) for side, rows in sides.items()}
+
+
+def settings_of(
+    model: Mapping[str, Any],
+    masks: Mapping[str, Any],
+    training: Mapping[str, Any],
+    n_timepoints: int,
+    front: Mapping[str, Any] | None,
+) -> Settings:
+    """Settings of a training; `front` are those of `choose`, None for no front end."""
+    structure = {"n_timepoints": n_timepoints, **model}
+    if front is not None:
+        structure["front"] = "gaussian"
+        structure["front_steps"] = FRONT_STEPS
+        structure.update({f"front_{name}": value for name, value in front.items()})
+    content = {"model": structure, "objective": {"name": "masked", **masks}, "training": training}
+    return Settings.from_mapping(content)
+
+
+def train_all(
+    sides: Mapping[str, Collection],
+    folder: Path,
+    settings: Settings,
+    rival_settings: Settings,
+    *,
+    seeds: Sequence[int],
+    rates: Mapping[str, Sequence[float]],
+) -> tuple[dict[str, list[Any]], pd.DataFrame]:
+    """Train the network (a checkpoint for each seed) and its rivals (a module for the first seed).
+
+    `rates` are the learning rates tried by name, ``model`` and the rivals; they are compared on the
+    first seed. Also returned is a row for each run: ``method, rate, seed, epoch`` (the one kept),
+    ``score`` (validation), ``kept`` and ``n_parameters``.
+    """
+    makers = rival_makers(settings, len(sides["train"][0].parcels))
+    data = (sides["train"], sides["validation"])
+    networks = {}
+    tables = []
+    for name, tried in rates.items():
+        if name == "model":
+            found, table = pretrain_several(
+                *data, folder / name, settings, seeds=seeds[:1], rates=tried
+            )
+            kept = table.loc[table["kept"], "rate"].tolist()
+            # The run of the first seed is found finished.
+            found, more = pretrain_several(*data, folder / name, settings, seeds=seeds, rates=kept)
+            table = pd.concat([table, more.iloc[1:]])
+            size = n_parameters(found[0].model)
+        else:
+            found, table = pretrain_several(
+                *data,
+                folder / name,
+                rival_settings,
+                seeds=seeds[:1],
+                rates=tried,
+                make=makers[name],
+            )
+            size = n_parameters(found[0])
+        networks[name] = found
+        tables.append(table.assign(method=name, n_parameters=size))
+    return networks, pd.concat(tables, ignore_index=True)
+
+
+class Remembering(torch.nn.Module):
+    """A front end that remembers what it filled, because all training seeds have the same one."""
+
+    def __init__(self, front: Front):
+        super().__init__()
+        self.front = front
+        self.kept: dict[str, torch.Tensor] = {}
+
+    def forward(self, x: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
+        x = x.masked_fill(hidden, 0)
+        key = digest(x, hidden)
+        if key not in self.kept:
+            self.kept[key] = self.front(x, hidden)
+        return self.kept[key]
+
+
+def refit_fronts(
+    checkpoints: Sequence[Checkpoint], known: Sequence[np.ndarray], folder: Path
+) -> None:
+    """Fit the front end of every network to scaled scans `known`, and save the first network.
+
+    The baselines are tested with what the validation participants add, and so is the front end.
+    """
+    checkpoints[0].model.fit_front(known)
+    save_checkpoint(folder, checkpoints[0])
+    shared = Remembering(checkpoints[0].model.front)
+    for checkpoint in checkpoints:
+        checkpoint.model.front = shared
+
+
+def totals(scans: Sequence[HiddenScan], n_timepoints: int) -> tuple[np.ndarray, np.ndarray]:
+    """Total sums of squares by stretch of `n_timepoints` frames, and the person of each."""
+    _, total, people = sums(scans, [scan.values for scan in scans], n_timepoints)
+    return total, people
+
+
 def residuals(
-    method: Method, scans: Sequence[HiddenScan], n_timepoints: int, *, window: int = 0
-) -> np.ndarray:
-    """Residual sums of squares by stretch of `n_timepoints` frames, filled whole or by windows."""
-    residual, _, _ = sums(scans, fill(method, scans, window=window), n_timepoints)
-    return residual
+    methods: Iterable[tuple[str, Any]],
+    scans: Sequence[HiddenScan],
+    n_timepoints: int,
+    by_windows: Container[str] = WINDOWS_TOO,
+) -> dict[str, np.ndarray]:
+    """Residual sums of squares (stretch,) of every method.
+
+    Scans are filled whole. The methods in `by_windows` fill them with `n_timepoints` frames at a time
+    too, under their name and ``, windows``; a transformer has positions for its windows only.
+    """
+    total, _ = totals(scans, n_timepoints)
+    found = {}
+    for name, method in methods:
+        at_a_time = 0
+        if name == "transformer":
+            at_a_time = n_timepoints
+        found[name], _, _ = sums(scans, fill(method, scans, window=at_a_time), n_timepoints)
+        print(f"{name}: R2 {1 - found[name].sum() / total.sum():.4f}")
+        if name in by_windows:
+            filled = fill(method, scans, window=n_timepoints)
+            found[f"{name}, windows"], _, _ = sums(scans, filled, n_timepoints)
+    return found
+
+
+def network_residuals(
+    networks: Mapping[str, Sequence[Any]],
+    scans: Sequence[HiddenScan],
+    n_timepoints: int,
+    kept: Kept,
+    identity: Any,
+) -> dict[str, np.ndarray]:
+    """Residual sums of squares of the networks, (seed, stretch), and of their front end."""
+    found: dict[str, list] = {}
+    for name, trained in networks.items():
+        for seed, one in enumerate(trained):
+            network = getattr(one, "model", one)
+            methods: dict[str, Any] = {name: Network(network)}
+            front = getattr(network, "front", None)
+            if front is not None and seed == 0:
+                methods["front_end"] = FrontEnd(front)
+            scored = kept(
+                f"{name}-{seed}",
+                [identity, dict(network.state_dict())],
+                partial(residuals, methods.items(), scans, n_timepoints),
+            )
+            for method, values in scored.items():
+                found.setdefault(method, []).append(values)
+    return {name: np.array(values) for name, values in found.items()}
+
+
+def each_held_out(
+    scans: Collection,
+    chosen: Mapping[str, Mapping[str, Any]],
+    masks: Mapping[str, Any],
+    n_timepoints: int,
+) -> dict[str, Any]:
+    """Hold out every participant once: residual sums of squares of the methods fitted to all others.
+
+    Also returned are ``total`` and ``people``, by stretch like the sums.
+    """
+    participants = scans.table["participant_id"]
+    found: dict[str, list] = {}
+    for i, one in enumerate(sorted(set(participants))):
+        out = (participants == one).to_numpy()
+        rest = Scaled(scans.select(~out), Scaling())
+        test = hide(scans.select(out), Scaling(), **masks, seed=20_000 + i)
+        scored: dict[str, Any] = residuals(fitted(chosen, rest), test, n_timepoints, by_windows=())
+        scored["total"], scored["people"] = totals(test, n_timepoints)
+        for name, values in scored.items():
+            found.setdefault(name, []).extend(values.tolist())
+    return found
 
 
 def rival_makers(settings: Settings, n_parcels: int) -> dict[str, Callable[[], torch.nn.Module]]:
     """What makes each rival: the operator blocks alone, and the widest transformer of no more parameters."""
+    # Not installed with the package: only a page that trains rivals needs it.
+    from benchmarks.transformer import PatchTransformer
+
     model = {**settings.model.to_dict(), "n_parcels": n_parcels, "front": "none"}
     blocks = partial(MnemoDyn, ModelConfig(**model))
     n_timepoints = settings.model.n_timepoints
     patch = settings.objective.mask_window
     if n_timepoints % patch:
         patch = 8
-    transformer = partial(
-        PatchTransformer, n_parcels, n_timepoints, n_layers=4, time_patch=patch
-    )
+    transformer = partial(PatchTransformer, n_parcels, n_timepoints, n_layers=4, time_patch=patch)
     width = 16
     while n_parameters(transformer(width=width + 8)) <= n_parameters(blocks()):
         width += 8
