@@ -83,7 +83,7 @@ def checked(cls: Class) -> Class:
 def _explain(error: ValidationError, known: Sequence[str]) -> str:
     """The first thing that pydantic found wrong, in a line that begins with the setting's name."""
     problem = error.errors(include_url=False)[0]
-    name = ".".join(str(part) for part in problem["loc"])
+    name = str(problem["loc"][0]) if problem["loc"] else ""
     if problem["type"] == "value_error":
         # Raised by one of the classes below, whose messages begin with a name already.
         return str(problem["ctx"]["error"])
@@ -364,15 +364,14 @@ class DataConfig:
     ----------
     t_r : float or None
         Repetition time in seconds, for files that do not state it.
-    n_test : int
-        Participants held out, the last of the sorted identifiers.
-    n_validation : int
-        Participants before those, who choose the checkpoint.
+    n_test, n_validation : int or float
+        Participants held out, and those who choose the epoch: a number, or a share of all. See
+        :func:`mnemodyn.splits.hold_out`.
     """
 
     t_r: Positive | None = None
-    n_test: AtLeastZero = 2
-    n_validation: AtLeastOne = 1
+    n_test: AtLeastZero | Share = 2
+    n_validation: AtLeastOne | ProperShare = 1
 
 
 @checked

@@ -150,7 +150,7 @@ def pretrain(
         checkpoint = Checkpoint(
             network, train[0].parcels, float(train[0].t_r), scaling, data, record
         )
-        run.finish(lambda work: save_checkpoint(work / "best", checkpoint))
+        run.finish(settings, history, lambda work: save_checkpoint(work / "best", checkpoint))
     return from_pretrained(run.folder / "best"), run.history()
 
 
@@ -198,8 +198,9 @@ def pretrain_rival(
     else:
         scaling = Scaling(settings.scaling).fit(train)
         windows = _windows(train, validation, scaling, settings, None)
-        run.train(network, settings, windows, restart, None)
-        run.finish(lambda work: _save(network.state_dict(), work / "best" / "weights.pt"))
+        history = run.train(network, settings, windows, restart, None)
+        weights = network.state_dict()
+        run.finish(settings, history, lambda work: _save(weights, work / "best" / "weights.pt"))
     network.load_state_dict(torch.load(run.folder / "best" / "weights.pt", weights_only=True))
     return network.eval(), run.history()
 
@@ -462,18 +463,25 @@ class _Run:
                 shutil.rmtree(self.work, ignore_errors=True)
             for path in self.work.glob(".*.tmp"):
                 path.unlink()
-            about = {"machine": asdict(settings.machine), "ran_on": surroundings()}  # type: ignore[call-overload]
-            write_json(self.work / "run.json", {"identity": self.identity, **about})
+            write_json(self.work / "run.json", {"identity": self.identity})
         objective = make_objective(settings.objective)
         parts = (settings.training, settings.machine)
         return fit(network, objective, *windows, *parts, folder=self.work, fronts=fronts)
 
-    def finish(self, save: Callable[[Path], object]) -> None:
+    def finish(self, settings: Settings, history: History, save: Callable[[Path], object]) -> None:
         """Save the network by ``save(folder)``, and put this run in the place of the one before."""
         if _is_first():
             save(self.work)
+            about = {
+                "identity": self.identity,
+                "history": history,
+                "machine": asdict(settings.machine),  # type: ignore[call-overload]
+                "ran_on": surroundings(),
+            }
+            write_json(self.work / "run.json", about)
+            shutil.rmtree(self.folder / "best", ignore_errors=True)
+            # The record last: it says that the rest is there.
             for name in ("best", "history.csv", "run.json"):
-                shutil.rmtree(self.folder / name, ignore_errors=True)
                 os.replace(self.work / name, self.folder / name)
             shutil.rmtree(self.work)
         if torch.distributed.is_initialized():
@@ -487,9 +495,7 @@ class _Run:
 
     def history(self) -> History:
         """Rows of the finished run, as fit returned them."""
-        table = pd.read_csv(self.folder / "history.csv", float_precision="round_trip")
-        # The file leaves open what pandas reads as NaN.
-        return table.astype(object).where(table.notna(), None).to_dict("records")
+        return json.loads((self.folder / "run.json").read_text(encoding="utf-8"))["history"]
 
 
 def _differences(there: Any, here: Any, name: str = "") -> list[str]:
@@ -574,13 +580,14 @@ def fit(
     if not (resumed and record.is_over()):
         if machine.recompute:
             _recompute(network)
+        learner = Learner(network, objective, training, fronts)
         batches = Batches(windows, validation, training, machine.workers)
-        _trainer(training, machine, record).fit(
-            Learner(network, objective, training, fronts),
-            batches,
-            ckpt_path=last if resumed else None,
-            weights_only=True,
-        )
+        logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", module="lightning")
+            trainer = _trainer(training, machine, record)
+            start = last if resumed else None
+            trainer.fit(learner, batches, ckpt_path=start, weights_only=True)
         if last is not None:
             # From the file: where training ran in other processes, their callbacks are not this one.
             record.load_state_dict(_callback_state(last, record))
@@ -606,29 +613,26 @@ def _recompute(network: nn.Module) -> None:
 
 def _trainer(training: TrainingConfig, machine: Machine, record: "Record") -> Trainer:
     """Lightning's trainer: the loop over epochs and steps, devices and processes, and precision."""
-    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", module="lightning")
-        return lightning.Trainer(
-            accelerator=machine.accelerator,
-            devices=machine.devices,
-            num_nodes=machine.nodes,
-            strategy=machine.strategy,
-            precision=training.precision,
-            accumulate_grad_batches=training.accumulate,
-            max_epochs=training.epochs,
-            callbacks=[record],
-            plugins=[WholeFiles()],
-            logger=False,
-            gradient_clip_val=training.clip,
-            deterministic=True,
-            use_distributed_sampler=False,
-            # All of validation before the first step: that is epoch 0.
-            num_sanity_val_steps=-1,
-            enable_checkpointing=False,
-            enable_progress_bar=_someone_is_watching(),
-            enable_model_summary=False,
-        )
+    return lightning.Trainer(
+        accelerator=machine.accelerator,
+        devices=machine.devices,
+        num_nodes=machine.nodes,
+        strategy=machine.strategy,
+        precision=training.precision,
+        accumulate_grad_batches=training.accumulate,
+        max_epochs=training.epochs,
+        callbacks=[record],
+        plugins=[WholeFiles()],
+        logger=False,
+        gradient_clip_val=training.clip,
+        deterministic=True,
+        use_distributed_sampler=False,
+        # All of validation before the first step: that is epoch 0.
+        num_sanity_val_steps=-1,
+        enable_checkpointing=False,
+        enable_progress_bar=_someone_is_watching(),
+        enable_model_summary=False,
+    )
 
 
 class Learner(lightning.LightningModule):
