@@ -36,7 +36,7 @@ from mnemodyn.files import sha256, write_json
 from mnemodyn.model.config import ModelConfig
 from mnemodyn.model.network import MnemoDyn
 from mnemodyn.pretrain.config import Machine, TrainingConfig
-from mnemodyn.pretrain.objective import Masked
+from mnemodyn.pretrain.objectives import Masked
 from mnemodyn.provenance import surroundings
 
 TARGETS = {"diagnosis": "classification", "sex": "classification", "age": "regression"}

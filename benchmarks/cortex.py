@@ -29,7 +29,7 @@ from mnemodyn.data.scans import Scan
 from mnemodyn.evaluate import inside
 from mnemodyn.files import sha256, write_bytes, write_json
 from mnemodyn.model.config import ModelConfig
-from mnemodyn.pretrain.objective import Masked
+from mnemodyn.pretrain.objectives import Masked
 from mnemodyn.pretrain.training import TrainingConfig, pretrain
 from mnemodyn.pretrain.windows import cut_windows
 from mnemodyn.provenance import surroundings

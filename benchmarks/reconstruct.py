@@ -41,7 +41,7 @@ from mnemodyn.files import resolve, write_json
 from mnemodyn.model.config import ModelConfig
 from mnemodyn.model.front import Front
 from mnemodyn.model.network import MnemoDyn
-from mnemodyn.pretrain.objective import Masked
+from mnemodyn.pretrain.objectives import Masked
 from mnemodyn.provenance import surroundings
 
 LINEAR = ("zero", "interpolation", "spatial_gaussian", "low_rank", "var", "spatiotemporal_gaussian")

@@ -347,7 +347,7 @@ def _simulate(cohort: str, folder: str, effect: Sequence, **settings: Any) -> Do
     "a model: pretrain a network on scans without labels",
     _arg("DATA", "hcp7, or a folder of scans"),
     _arg("OUTPUT", "folder of the run; an interrupted one is gone on with"),
-    _arg("--objective NAME", "what is learned", default="masked"),
+    _arg("--objective NAME", "what is learned: masked, unless the file says so"),
     _arg("--config FILE", "YAML file of settings in sections; - is standard input"),
     _arg(
         "-s --set NAME VALUE",
@@ -358,12 +358,12 @@ def _simulate(cohort: str, folder: str, effect: Sequence, **settings: Any) -> Do
     _JSON,
 )
 def _pretrain(
-    data: str, output: str, objective: str, config: str | None, set: Sequence, restart: bool
+    data: str, output: str, objective: str | None, config: str | None, set: Sequence, restart: bool
 ) -> Done:
     """Pretrain a network on scans without labels.
 
-    OUTPUT gets the two best checkpoints (best, second), history.csv, and run.json with the settings, the commit and
-    the data's fingerprint. The same command goes on with a run that was interrupted. Settings stand in the sections
+    OUTPUT gets the best network (best), history.csv, and run.json with the settings, the commit and the data's
+    fingerprint. The same command goes on with a run that was interrupted. Settings stand in the sections
     model, objective, training, machine and data of a YAML file.
 
     examples:
@@ -373,27 +373,31 @@ def _pretrain(
     objectives: masked, denoise, autoencode, latent, forecast, groups, mixed.
     exit status: 0 done; 1 the training failed; 2 wrong usage or a refused setting.
     """
-    from mnemodyn.data.scans import split_participants
-    from mnemodyn.pretrain.config import configure
+    from mnemodyn.pretrain.objectives import make_objective
     from mnemodyn.pretrain.training import pretrain
+    from mnemodyn.settings import Settings
+    from mnemodyn.splits import hold_out
 
     with _asked():
-        settings = _values(set, read_yaml)
-        asked, model, training, machine, read = configure(objective, _file(config), settings)
-    scans = mnemodyn.load_scans(data, t_r=read.t_r or None)
-    held_out = {"n_test": read.n_test, "n_validation": read.n_validation}
-    train, validation, _ = split_participants(scans, **held_out)
-    network = mnemodyn.ModelConfig(n_parcels=len(scans[0].parcels), **model)
-    how = {
-        "objective": asked,
-        "training": training,
-        "scaling": mnemodyn.Scaling(read.scaling),
-        "machine": machine,
-    }
-    checkpoint, history = pretrain(train, validation, output, model=network, restart=restart, **how)
-    best, score = Path(output) / "best", checkpoint.training[asked.monitor]
-    content = {"checkpoint": str(best), "epochs": len(history), asked.monitor: score}
-    return content, f"{best}: {asked.monitor} {score:.4f}, {len(history)} epochs"
+        content = _file(config)
+        if objective is not None:
+            content["objective"] = {**content.get("objective", {}), "name": objective}
+        settings = Settings.from_mapping(content).updated(_values(set, read_yaml))
+    read = settings.data
+    scans = mnemodyn.load_scans(data, t_r=read.t_r)
+    sides = hold_out(
+        [scan.participant_id for scan in scans],
+        n_test=read.n_test,
+        n_validation=read.n_validation,
+    )
+    train = [scans[i] for i in sides["train"]]
+    validation = [scans[i] for i in sides["validation"]]
+    checkpoint, history = pretrain(train, validation, output, settings, restart=restart)
+    monitor = make_objective(settings.objective).monitor
+    best = Path(output) / "best"
+    score = checkpoint.training[monitor]
+    content = {"checkpoint": str(best), "epochs": len(history) - 1, monitor: score}
+    return content, f"{best}: {monitor} {score:.4f}, {len(history) - 1} epochs"
 
 
 @_command(

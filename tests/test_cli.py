@@ -199,13 +199,13 @@ def test_an_interruption_is_no_traceback(monkeypatch, capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--objective", "latnet"], "unknown objective latnet; did you mean latent?"),
-        (["-s", "epoch", "3"], "unknown setting epoch; did you mean epochs?"),
+        (["--objective", "latnet"], "objective.name 'latnet' is no objective; did you mean latent?"),
+        (["-s", "epoch", "3"], "epoch is not a setting; did you mean epochs?"),
         (
             ["--config", "c.yaml"],
-            "unknown training setting learning_rat; did you mean learning_rate?",
+            "training.learning_rat is not a setting; did you mean learning_rate?",
         ),
-        (["-s", "epochs", "many"], "epochs must be int, got 'many'"),
+        (["-s", "epochs", "many"], "training.epochs must be a valid integer, got 'many'"),
         (["-s", "epochs", "["], "epochs: not valid YAML"),
     ],
 )
@@ -250,11 +250,7 @@ def test_pretrain_from_a_file_of_settings(tmp_path, monkeypatch, capsys):
     assert Path("out/best/config.json").is_file()
     assert "out/best: val_r2_clean " in capsys.readouterr().out
     record = json.loads(Path("out/run.json").read_text())
-    assert record["identity"]["objective"] == {
-        "name": "denoise",
-        "multiresolution_weight": 1.0,
-        "sigma": 0.5,
-    }
+    assert record["identity"]["settings"]["objective"] == {"name": "denoise", "sigma": 0.5}
     assert record["ran_on"]["versions"]["torch"]
     assert main(["pretrain", "absent", "out"]) == 1
     assert "data must be 'hcp7' or a folder" in capsys.readouterr().err

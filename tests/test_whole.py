@@ -11,7 +11,7 @@ from mnemodyn.data.scans import Scan
 from mnemodyn.evaluate.reconstruction import windows_and_whole
 from mnemodyn.model.config import ModelConfig
 from mnemodyn.model.network import MnemoDyn
-from mnemodyn.pretrain.objective import Masked
+from mnemodyn.pretrain.objectives import Masked
 from mnemodyn.readout import READOUTS, readouts
 
 T_R = 2.0

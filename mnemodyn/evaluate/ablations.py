@@ -34,14 +34,13 @@ from mnemodyn.evaluate.features import connectivity
 from mnemodyn.evaluate.metrics import hidden_sums
 from mnemodyn.evaluate.scores import t_interval
 from mnemodyn.files import write_json
-from mnemodyn.model.config import ModelConfig
 from mnemodyn.model.network import MnemoDyn
 from mnemodyn.parameters import ParameterError, build, check_settings, read_yaml, unknown
-from mnemodyn.pretrain.config import Machine, configure
-from mnemodyn.pretrain.objective import Masked
+from mnemodyn.pretrain.objectives import Masked
 from mnemodyn.pretrain.windows import cut_windows
 from mnemodyn.provenance import surroundings
 from mnemodyn.readout import MnemoDynEncoder
+from mnemodyn.settings import Settings
 from mnemodyn.splits import repeated_folds
 
 DEFAULT = "default"
@@ -136,16 +135,14 @@ def read_grid(path: str | Path, size: str) -> Grid:
     return grid
 
 
-def _configure(settings: Mapping[str, Any]):
+def _configure(settings: Mapping[str, Any]) -> Settings:
     """Settings of pretraining; those of the grid's own are checked."""
     own = {"n_train": "a number of scans", "merge": "a number of parcels in one"}
     for name, what in own.items():
         value = settings.get(name, 0)
         if type(value) is not int or value < 0:
             raise ParameterError(f"{name} must be {what}, 0 for all, got {value!r}")
-    return configure(
-        "masked", {}, {name: value for name, value in settings.items() if name not in own}
-    )
+    return Settings().updated({k: v for k, v in settings.items() if k not in own})
 
 
 def score(
@@ -314,25 +311,14 @@ class _Fold:
         ).hexdigest()[:16]
         network, unfinished = self.folder / "networks" / digest, self.folder / "unfinished"
         if not network.is_dir():
-            settings = self.grid.training(cell) | {"seed": self.number}
-            objective, model, training, _, machine = _configure(settings)
+            settings = _configure(self.grid.training(cell) | {"seed": self.number})
             train, choose = self.training_scans(cell), self.sides["choose"]
             if (groups := self.groups(cell)) is not None:
                 train, choose = (
                     [_merge(scan, groups) for scan in side] for side in (train, choose)
                 )
             with redirect_stdout(io.StringIO()):
-                pretrain(
-                    train,
-                    choose,
-                    unfinished,
-                    model=ModelConfig.from_dict({"n_parcels": len(train[0].parcels), **model}),
-                    objective=objective,
-                    training=training,
-                    scaling=Scaling(machine.scaling),
-                    restart=True,
-                    machine=Machine(),
-                )
+                pretrain(train, choose, unfinished, settings, restart=True)
             network.parent.mkdir(exist_ok=True)
             (unfinished / "best").rename(network)
             shutil.rmtree(unfinished)

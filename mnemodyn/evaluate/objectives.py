@@ -10,7 +10,7 @@ import torch
 
 from mnemodyn.checkpoint import Checkpoint
 from mnemodyn.evaluate.metrics import hidden_sums
-from mnemodyn.pretrain.objective import Masked
+from mnemodyn.pretrain.objectives import Masked
 
 DIGITS = 10  # two equal runs differ in the sixteenth
 

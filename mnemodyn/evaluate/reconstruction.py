@@ -11,7 +11,7 @@ from mnemodyn.data.scaling import Scaling
 from mnemodyn.data.scans import DataError, Scan
 from mnemodyn.evaluate.baselines import VAR, Interpolation, SpatialGaussian, Zero
 from mnemodyn.evaluate.metrics import bootstrap_r2, hidden_sums
-from mnemodyn.pretrain.objective import Masked
+from mnemodyn.pretrain.objectives import Masked
 from mnemodyn.pretrain.windows import cut_windows
 
 MODEL = "model"
