@@ -30,7 +30,7 @@ from sklearn.preprocessing import StandardScaler
 from mnemodyn.checkpoint import Checkpoint, from_pretrained
 from mnemodyn.data.scaling import Scaling, moments
 from mnemodyn.data.scans import DataError, Scan, fingerprint, split_participants
-from mnemodyn.evaluate.features import connectivity
+from mnemodyn.evaluate.methods import connectivity
 from mnemodyn.evaluate.metrics import hidden_sums
 from mnemodyn.evaluate.scores import t_interval
 from mnemodyn.files import write_json

@@ -10,7 +10,7 @@ from scipy.spatial.distance import cdist
 from scipy.stats import rankdata
 from torch import Tensor
 
-from mnemodyn.data.quality import homotopic_pairs
+from lib.quality import homotopic_pairs
 from mnemodyn.evaluate.baselines import VAR
 from mnemodyn.model.front import conditional_mean
 from mnemodyn.model.network import MnemoDyn
