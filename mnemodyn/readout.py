@@ -17,7 +17,7 @@ from mnemodyn.model.front import Front
 from mnemodyn.model.network import MnemoDyn, Output
 from mnemodyn.model.wavelet import wavedec
 
-__all__ = ["READOUTS", "MnemoDynEncoder", "read_scan", "readouts"]
+__all__ = ["READOUTS", "MnemoDynEncoder", "kept_readouts", "readouts"]
 
 LARGEST_R = 0.999999  # Fisher's z of 1 is infinite
 SMALLEST_ENERGY = 1e-12
@@ -64,6 +64,18 @@ def _adapted(front: Front, x: torch.Tensor, censored: torch.Tensor | None) -> to
     return torch.cat([covariance[rows, columns] * 2**0.5, covariance.diagonal()])
 
 
+def check_names(model: MnemoDyn, names: Sequence[str]) -> None:
+    """Refuse the names of read-outs that there are not for a network."""
+    known = list(READOUTS)
+    if model.front is not None:
+        known.append("adapted")
+    for name in names:
+        if name not in known:
+            raise ValueError(
+                f"read-out must be one of {', '.join(known)} for this network, got {name!r}"
+            )
+
+
 @torch.no_grad()
 def readouts(
     model: MnemoDyn,
@@ -107,14 +119,7 @@ def readouts(
     ValueError
         If a name is not among them.
     """
-    known = list(READOUTS)
-    if model.front is not None:
-        known.append("adapted")
-    for name in names:
-        if name not in known:
-            raise ValueError(
-                f"read-out must be one of {', '.join(known)} for this network, got {name!r}"
-            )
+    check_names(model, names)
     parameter = next(model.parameters())
     values = torch.as_tensor(x[None]).to(parameter)
     missing = None
@@ -128,11 +133,17 @@ def readouts(
     return {name: found[name].cpu().numpy() for name in names}
 
 
-def read_scan(checkpoint: Checkpoint, scan: Scan, names: Sequence[str]) -> dict:
-    """Scale a scan as a checkpoint asks for and compute its :func:`readouts`.
+def kept_readouts(
+    checkpoint: Checkpoint,
+    network: str,
+    scan: Scan,
+    names: Sequence[str],
+    folder: str | Path | None,
+) -> dict:
+    """Compute the read-outs of a scan, or find them in a folder where they were kept.
 
-    A network of the published draft reads one length only; its read-outs are means over the windows
-    of that length, without regard to censored frames.
+    `network` is the checkpoint's fingerprint. Nothing is kept where `folder` is None. The values,
+    float64, are rounded to float32, so that a first run gives what a second one finds.
 
     Raises
     ------
@@ -142,10 +153,29 @@ def read_scan(checkpoint: Checkpoint, scan: Scan, names: Sequence[str]) -> dict:
         If the scan is shorter than the length that a network of the draft reads.
     """
     checkpoint.check(scan)
-    x = checkpoint.scale(scan)
+    path = None
+    if folder is not None:
+        content = [scan.values, scan.t_r, scan.parcels, scan.censored]
+        path = Path(folder) / f"{digest(network, list(names), content)[:32]}.npz"
+    if path is not None and path.is_file():
+        with np.load(path) as kept:
+            return {name: kept[name].astype(float) for name in names}
+    found = {}
+    for name, vector in _read(checkpoint, scan, names).items():
+        found[name] = vector.astype(np.float32)
+    if path is not None:
+        with writing(path) as stream:
+            np.savez(stream, allow_pickle=False, **found)
+    return {name: vector.astype(float) for name, vector in found.items()}
+
+
+def _read(checkpoint: Checkpoint, scan: Scan, names: Sequence[str]) -> dict:
+    """The read-outs of a scan as the checkpoint scales it."""
+    x = checkpoint.require_scaling()(scan)
     model = checkpoint.model
     if not model.reference:
         return readouts(model, x, scan.t_r, names, censored=scan.censored)
+    # Weights of the draft belong to one length and know no censored frames.
     length = model.config.n_timepoints
     if len(x) < length:
         raise DataError(
@@ -225,35 +255,13 @@ class MnemoDynEncoder(TransformerMixin, BaseEstimator):
 
     def blocks(self, scans: Sequence[Scan | np.ndarray]) -> dict:
         """Compute each read-out apart, (scan, feature); scans are read one at a time."""
-        rows = list(self.rows(self._scans(scans)))
-        return {name: np.array([row[name] for row in rows]) for name in self.readouts}
-
-    def rows(self, scans: Iterator[Scan]) -> Iterator[dict]:
-        """Yield the read-outs of a scan, float64, before the next scan is read."""
         checkpoint = self._load()
         checkpoint.model.to(self.device).eval()
         network = checkpoint.fingerprint()
-        for scan in scans:
-            yield self._row(checkpoint, network, scan)
-
-    def _row(self, checkpoint: Checkpoint, network: str, scan: Scan) -> dict:
-        """The read-outs of a scan, from the cache if they are there."""
-        names = list(self.readouts)
-        path = None
-        if self.cache is not None:
-            content = [scan.values, scan.t_r, scan.parcels, scan.censored]
-            path = Path(self.cache) / f"{digest(network, names, content)[:32]}.npz"
-        if path is not None and path.is_file():
-            with np.load(path) as kept:
-                return {name: kept[name].astype(float) for name in names}
-        found = {}
-        for name, vector in read_scan(checkpoint, scan, names).items():
-            # Rounded here too, so that a first run gives what a second one reads from the cache.
-            found[name] = vector.astype(np.float32)
-        if path is not None:
-            with writing(path) as stream:
-                np.savez(stream, allow_pickle=False, **found)
-        return {name: vector.astype(float) for name, vector in found.items()}
+        rows = []
+        for scan in self._scans(scans):
+            rows.append(kept_readouts(checkpoint, network, scan, self.readouts, self.cache))
+        return {name: np.array([row[name] for row in rows]) for name in self.readouts}
 
     def _scans(self, X: Sequence[Scan | np.ndarray]) -> Iterator[Scan]:
         """Every item as a scan."""

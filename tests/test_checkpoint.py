@@ -164,7 +164,7 @@ def test_a_draft_states_no_parcels_and_no_scaling():
     with pytest.raises(CheckpointError, match=r"scan\.tsv: the checkpoint expects 12 .*, got 3"):
         checkpoint.check(make_scan("abc"))
     with pytest.raises(CheckpointError, match="does not state its scaling"):
-        checkpoint.scale(scan)
+        checkpoint.require_scaling()
 
 
 def test_settings_of_a_draft_beside_it(tmp_path):
