@@ -183,7 +183,7 @@ def test_network_refuses_what_the_draft_does_not_know():
         ({"duration": 2}, "duration must be 1, got 2"),
         ({"predict": True}, r"lack \['num_classes'\]"),
         ({"original_length": 63}, "n_timepoints must be even"),
-        ({"D": 5.0, "D_out": None}, "n_parcels must be int"),
+        ({"D": 5.0, "D_out": None}, "n_parcels must be a valid integer"),
     ],
 )
 def test_settings_refused(settings, message):
@@ -223,7 +223,7 @@ def test_settings_missing_or_without_effect():
         ),
         ({"compat": "none", "linear_bias": False}, "linear_bias=False needs compat='reference'"),
         ({"compat": "none", "n_classes": 2}, "n_classes=2 needs compat='reference'"),
-        ({"compat": "draft"}, "compat must be one of none, reference, got 'draft'"),
+        ({"compat": "draft"}, "compat must be 'none' or 'reference', got 'draft'"),
         (
             {"lift": False, "interpolation": "linear", "n_timepoints": 33},
             "n_timepoints must be even",
