@@ -18,7 +18,7 @@ from mnemodyn.data.formats import PARTICIPANT, read_cifti, recording, stem
 from mnemodyn.data.scaling import moments
 from mnemodyn.data.scans import DataError, Scan, load_scan, save_scan, scan_files
 from mnemodyn.data.store import Store
-from mnemodyn.files import write_json, write_text, writing
+from mnemodyn.files import Kept, write_json, write_text, writing
 from mnemodyn.provenance import describe_derivative, generated_by
 from mnemodyn.readout import check_names, kept_readouts
 
@@ -82,6 +82,8 @@ def embed(
     output = Path(output)
     if output.suffix not in ENDINGS:
         raise ValueError(f"output must end in {', '.join(ENDINGS)}, got {output.name!r}")
+    if output.is_dir():
+        raise IsADirectoryError(f"{output} is a folder; name the file to write")
     if output.suffix == ".parquet" and find_spec("pyarrow") is None:
         raise ValueError("a .parquet needs pyarrow: pip install 'mnemodyn[parquet]', or write .csv")
     # What holds for all scans is checked before the first is read.
@@ -90,7 +92,7 @@ def embed(
     jobs = dict(_jobs(sources, pattern, {"parcels": checkpoint.parcels, **reading}))
     if output.resolve() in {Path(file).resolve() for file in jobs}:
         raise DataError(f"{output} is a scan that is read; name another output", "output")
-    kept = output.with_name(f".{output.name}.part")
+    kept = Kept(output.with_name(f".{output.name}.part"))
     refused: list = []
     with writing(output) as stream:
         rows = _rows(jobs, checkpoint, names, kept, refused, progress)
@@ -104,7 +106,7 @@ def embed(
     listing.unlink(missing_ok=True)
     if refused:
         write_text(listing, pd.DataFrame(refused).to_csv(sep="\t", index=False))
-    shutil.rmtree(kept)
+    shutil.rmtree(kept.folder)
     return Embedded(n_scans, n_features, refused)
 
 
@@ -146,7 +148,7 @@ def _rows(
     jobs: dict,
     checkpoint: Checkpoint,
     names: Sequence[str],
-    kept: Path,
+    kept: Kept,
     refused: list,
     progress: Callable | None,
 ) -> Iterator[dict]:

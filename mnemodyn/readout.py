@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from sklearn.utils.validation import check_is_fitted
 
 from mnemodyn.checkpoint import Checkpoint, from_pretrained
 from mnemodyn.data.scans import DataError, Scan, load_scan
-from mnemodyn.files import digest, writing
+from mnemodyn.files import Kept
 from mnemodyn.model.front import Front
 from mnemodyn.model.network import MnemoDyn, Output
 from mnemodyn.model.wavelet import wavedec
@@ -134,16 +135,27 @@ def readouts(
 
 
 def kept_readouts(
-    checkpoint: Checkpoint,
-    network: str,
-    scan: Scan,
-    names: Sequence[str],
-    folder: str | Path | None,
+    checkpoint: Checkpoint, network: str, scan: Scan, names: Sequence[str], kept: Kept
 ) -> dict:
-    """Compute the read-outs of a scan, or find them in a folder where they were kept.
+    """Compute the read-outs of a scan, or find those that were kept.
 
-    `network` is the checkpoint's fingerprint. Nothing is kept where `folder` is None. The values,
-    float64, are rounded to float32, so that a first run gives what a second one finds.
+    Parameters
+    ----------
+    checkpoint : Checkpoint
+        The network.
+    network : str
+        Its fingerprint, which takes a moment to compute.
+    scan : Scan
+        The scan, in its own units.
+    names : sequence of str
+        See :func:`readouts`.
+    kept : Kept
+        Where they are kept, by the content of network, scan and names.
+
+    Returns
+    -------
+    dict
+        A vector (feature,), float64 with the precision of float32, by name.
 
     Raises
     ------
@@ -153,38 +165,34 @@ def kept_readouts(
         If the scan is shorter than the length that a network of the draft reads.
     """
     checkpoint.check(scan)
-    path = None
-    if folder is not None:
-        content = [scan.values, scan.t_r, scan.parcels, scan.censored]
-        path = Path(folder) / f"{digest(network, list(names), content)[:32]}.npz"
-    if path is not None and path.is_file():
-        with np.load(path) as kept:
-            return {name: kept[name].astype(float) for name in names}
-    found = {}
-    for name, vector in _read(checkpoint, scan, names).items():
-        found[name] = vector.astype(np.float32)
-    if path is not None:
-        with writing(path) as stream:
-            np.savez(stream, allow_pickle=False, **found)
-    return {name: vector.astype(float) for name, vector in found.items()}
+    depends_on = [network, list(names), scan.values, scan.t_r, scan.parcels, scan.censored]
+    found = kept("readouts", depends_on, partial(_read, checkpoint, scan, names))
+    return {name: np.array(vector) for name, vector in found.items()}
 
 
 def _read(checkpoint: Checkpoint, scan: Scan, names: Sequence[str]) -> dict:
-    """The read-outs of a scan as the checkpoint scales it."""
+    """The read-outs of a scan as the checkpoint scales it, float32."""
     x = checkpoint.require_scaling()(scan)
     model = checkpoint.model
-    if not model.reference:
-        return readouts(model, x, scan.t_r, names, censored=scan.censored)
-    # Weights of the draft belong to one length and know no censored frames.
-    length = model.config.n_timepoints
+    length = len(x)
+    censored = scan.censored
+    if model.reference:
+        # Weights of the draft belong to one length and know no censored frames.
+        length = model.config.n_timepoints
+        censored = None
     if len(x) < length:
         raise DataError(
             f"{scan.source}: the checkpoint reads {length} frames, got {len(x)}", "too-short"
         )
     windows = []
     for start in range(0, len(x) - length + 1, length):
-        windows.append(readouts(model, x[start : start + length], scan.t_r, names))
-    return {name: np.mean([window[name] for window in windows], axis=0) for name in names}
+        window = x[start : start + length]
+        windows.append(readouts(model, window, scan.t_r, names, censored=censored))
+    found = {}
+    for name in names:
+        mean = np.mean([window[name] for window in windows], axis=0)
+        found[name] = mean.astype(np.float32)
+    return found
 
 
 @dataclass(eq=False, repr=False)
@@ -258,9 +266,10 @@ class MnemoDynEncoder(TransformerMixin, BaseEstimator):
         checkpoint = self._load()
         checkpoint.model.to(self.device).eval()
         network = checkpoint.fingerprint()
+        kept = Kept(self.cache)
         rows = []
         for scan in self._scans(scans):
-            rows.append(kept_readouts(checkpoint, network, scan, self.readouts, self.cache))
+            rows.append(kept_readouts(checkpoint, network, scan, self.readouts, kept))
         return {name: np.array([row[name] for row in rows]) for name in self.readouts}
 
     def _scans(self, X: Sequence[Scan | np.ndarray]) -> Iterator[Scan]:
