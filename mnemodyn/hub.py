@@ -191,6 +191,10 @@ def _card(
             f"fingerprint of the data {checkpoint.data_fingerprint}"
         )
     argument = f', subfolder="{subfolder}"' if subfolder else ""
+    settings = training.get("settings")
+    if isinstance(settings, dict):
+        # Of the sections of a run's settings the others are said elsewhere on the card.
+        settings = settings.get("training", settings)
     template = Template(Path(__file__).with_name("model_card.md").read_text(encoding="utf-8"))
     return template.substitute(
         asdict(checkpoint.model.config),
@@ -204,7 +208,7 @@ def _card(
         scaling=scaling,
         trained_on=trained_on,
         objective=_words(training.get("objective")),
-        settings=_words(training.get("settings")),
+        settings=_words(settings),
         results=_results(rows, training),
         licence=licence,
     )
