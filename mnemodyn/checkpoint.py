@@ -21,10 +21,9 @@ from safetensors.torch import save as save_tensors
 
 from mnemodyn.data.scaling import Scaling
 from mnemodyn.data.scans import Scan
-from mnemodyn.files import digest, sha256, write_bytes, write_json
-from mnemodyn.model.config import ModelConfig
+from mnemodyn.files import digest, read_yaml, sha256, write_bytes, write_json
 from mnemodyn.model.network import MnemoDyn
-from mnemodyn.parameters import read_yaml
+from mnemodyn.settings import ModelConfig
 
 __all__ = ["Checkpoint", "CheckpointError", "HubError", "from_pretrained", "save_checkpoint"]
 

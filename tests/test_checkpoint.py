@@ -13,8 +13,8 @@ from mnemodyn.checkpoint import CheckpointError
 from mnemodyn.data.scaling import Scaling
 from mnemodyn.data.scans import Scan
 from mnemodyn.files import sha256
-from mnemodyn.model.config import ModelConfig
 from mnemodyn.model.network import MnemoDyn
+from mnemodyn.settings import ModelConfig
 
 PARCELS = ("a", "b", "c")
 DRAFT = Path(__file__).parent / "golden" / "lightning-epoch=01-val_mae=0.5000.ckpt"
