@@ -234,11 +234,10 @@ def planted(scans: Sequence[Scan], task: Task, truth: Mapping[str, Any]) -> dict
     inside = np.isin(np.arange(len(scans[0].parcels)), effect["block"])
     edges = np.outer(inside, inside)[np.tril_indices(len(inside), -1)]
     strength = np.tanh(connectivity(scans)[:, edges]).mean(1) / truth["edge_sd"]
-    if task.classes:
-        z = task.y - 0.5
-    else:
+    z = task.y - task.y.mean()
+    if not task.classes:
         # Such as "12.5 years": the SD that was planted.
-        z = (task.y - task.y.mean()) / float(effect["per"].split()[0])
+        z = z / float(effect["per"].split()[0])
     weights = resamples(task.people, 1000, 0)
     weights = weights / weights.sum(1, keepdims=True)
     mean = weights @ z

@@ -80,8 +80,9 @@ def habits(
         ``n_test``.
     """
     rng = np.random.default_rng(seed)
+    values = values.astype(np.float32)
     if values.shape[1] > n_features:
-        values = values @ rng.standard_normal((values.shape[1], n_features))
+        values = values @ rng.standard_normal((values.shape[1], n_features), np.float32)
     values = (values - values.mean(0)) / values.std(0)
     rows = []
     for protocol, habit in HABITS.items():
