@@ -29,8 +29,8 @@ from sklearn.preprocessing import FunctionTransformer, StandardScaler
 from mnemodyn.checkpoint import Checkpoint
 from mnemodyn.data.scaling import Scaling
 from mnemodyn.data.scans import DataError, Scan
-from mnemodyn.evaluate.readout import READOUTS, MnemoDynEncoder
 from mnemodyn.files import digest
+from mnemodyn.readout import READOUTS, MnemoDynEncoder
 
 CONFOUNDS = ("age", "sex", "site", "mean_fd", "n_frames")
 POOLED = tuple(name for name in READOUTS if name != "last_frame")

@@ -1,8 +1,7 @@
 """Targets predicted from scans: every method on the same folds, with intervals, comparisons and controls."""
 
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
@@ -10,7 +9,6 @@ from typing import Any, Protocol
 import joblib
 import numpy as np
 import pandas as pd
-from scipy import stats
 
 from mnemodyn.checkpoint import Checkpoint
 from mnemodyn.data.scans import DataError, Scan
@@ -30,19 +28,13 @@ from mnemodyn.evaluate.scores import (
     interval,
     measure,
     resamples,
-    t_interval,
 )
 from mnemodyn.files import Kept
 from mnemodyn.splits import Folds, inner_splits, leave_one_site_out, repeated_folds
 
 LOW_MOTION = 0.2  # mm
 N_INNER = 3  # folds within the training folds, by which everything is chosen
-CONDITIONS = {
-    "leave_one_site_out": "one site left out",
-    "permuted": "labels shuffled",
-    "noise": "white noise",
-    "noise_equal": "white noise of equal length",
-}
+SITE_LEFT_OUT = "one site left out"
 
 
 def quiet(line: str) -> None:
@@ -67,8 +59,6 @@ class Task:
         Two, or none for a regression.
     rows : ndarray of int
         Rows of the cohort's table that have the target.
-    n_missing : int
-        How many have not.
     """
 
     table: pd.DataFrame = field(repr=False)
@@ -77,7 +67,6 @@ class Task:
     y: np.ndarray = field(repr=False)
     classes: tuple[str, ...]
     rows: np.ndarray = field(repr=False)
-    n_missing: int
 
     @classmethod
     def of(cls, table: pd.DataFrame, target: str, kind: str) -> "Task":
@@ -110,7 +99,7 @@ class Task:
             classes = tuple(sorted(values.astype(str).unique()))
             y = values.astype(str) == classes[1]
         rows = np.flatnonzero(known)
-        return cls(part, target, kind, y.to_numpy(float), classes, rows, len(table) - len(rows))
+        return cls(part, target, kind, y.to_numpy(float), classes, rows)
 
     @property
     def people(self) -> pd.Series:
@@ -142,41 +131,6 @@ class Task:
         if hasattr(scans, "select"):
             return scans.select(self.rows)
         return [scans[row] for row in self.rows]
-
-
-def permuted(task: Task, seed: int) -> Task:
-    """The task with its labels shuffled over participants, so that nothing can be predicted."""
-    _, first, person = np.unique(task.people, return_index=True, return_inverse=True)
-    shuffled = np.random.default_rng(seed).permutation(task.y[first])
-    return replace(task, y=shuffled[person])
-
-
-class NoiseScans(Sequence):
-    """White noise in the shape of scans: whatever is predicted from it, the pipeline made up.
-
-    Length, repetition time and censoring stay those of each scan, and may tell sites apart. With
-    `equal` all have the length of the shortest scan, the most frequent repetition time and no
-    censored frame, so that there is nothing but noise.
-    """
-
-    def __init__(self, scans: Sequence[Scan], seed: int, *, equal: bool = False):
-        self.scans = scans
-        self.seed = seed
-        self.equal = equal
-        if equal:
-            self.n_frames = min(scan.n_frames for scan in scans)
-            self.t_r = Counter(scan.t_r for scan in scans).most_common(1)[0][0]
-
-    def __len__(self) -> int:
-        return len(self.scans)
-
-    def __getitem__(self, i):
-        scan = self.scans[i]
-        rng = np.random.default_rng([self.seed, i])
-        values = rng.standard_normal(scan.values.shape).astype(np.float32)
-        if self.equal:
-            return replace(scan, values=values[: self.n_frames], censored=None, t_r=self.t_r)
-        return replace(scan, values=values)
 
 
 class Predictor(Protocol):
@@ -411,7 +365,7 @@ def report(
     methods = evaluation.complete()
     scores = {method: _scores(evaluation, method, weights) for method in methods}
     by_fold = {method: fold_scores(evaluation, method) for method in methods}
-    rows = []
+    rows: list[dict] = []
     for method in methods:
         above_chance = by_fold[method] - CHANCE[task.metric]
         p = corrected_t(above_chance, test_share)
@@ -428,7 +382,8 @@ def report(
         }
         compared = {**base, "method": method, "against": baseline}
         rows += _score_rows(compared, differences, task.metric, p)
-    return [row for row in rows if row["value"] is not None and np.isfinite(row["value"])]
+    # A score may be undefined, as the area under the curve is where a site has one class.
+    return [row for row in rows if pd.notna(row["value"])]
 
 
 def _score_rows(
@@ -460,79 +415,19 @@ def _motion_and_site(
         yield from _score_rows(base, _scores(evaluation, method, weights, still), "", None)
 
 
-def control(
-    condition: str,
-    scans: Sequence[Scan],
-    task: Task,
-    folds: Folds,
-    n_draws: Mapping[str, int],
-    *,
-    features: dict[str, Features] | None = None,
-    seed: int = 0,
-    **settings: Any,
-) -> list[dict]:
-    """The first score where nothing can be predicted, drawn many times; its mean belongs at chance.
-
-    One draw may be lucky, and an interval over participants does not know that, since it takes the
-    trained models as given.
-
-    Parameters
-    ----------
-    condition : {"permuted", "noise", "noise_equal"}
-        Labels shuffled, white noise in place of the scans, or white noise of equal length.
-    n_draws : dict of str to int
-        How many draws for each method; a fold's score is averaged over the first repeat of `folds`.
-    features : dict of str to Features, optional
-        Those of the scans, for shuffled labels.
-    **settings
-        Of :func:`evaluate`.
-
-    Returns
-    -------
-    list of dict
-        ``method, score, value, low, high, p, n``: mean, 95 % t interval and p of the mean against
-        chance over `n` draws.
-    """
-    once = folds.first_repeat()
-    values: dict[str, list[float]] = {method: [] for method in n_draws}
-    for draw in range(max(n_draws.values(), default=0)):
-        methods = [method for method, n in n_draws.items() if draw < n]
-        if condition == "permuted":
-            shuffled = permuted(task, seed + draw)
-            found = evaluate(
-                scans, shuffled, once, methods, features=features, seed=seed, **settings
-            )
-        else:
-            noise = NoiseScans(scans, seed + draw, equal=condition == "noise_equal")
-            found = evaluate(noise, task, once, methods, seed=seed, **settings)
-        for method in found.complete():
-            values[method].append(float(np.nanmean(fold_scores(found, method))))
-    rows = []
-    for method, drawn in values.items():
-        if not drawn:
-            continue
-        p = None
-        if np.ptp(drawn) > 0:
-            p = float(stats.ttest_1samp(drawn, CHANCE[task.metric]).pvalue)
-        row = {"method": method, "score": task.metric, **t_interval(drawn), "p": p}
-        rows.append({**row, "n": len(drawn)})
-    return rows
-
-
 def study(
     scans: Any,
     targets: Mapping[str, str],
-    methods: Sequence[str],
+    methods: Iterable[str],
     *,
     n_repeats: int = 5,
-    by_site: Sequence[str] = (),
-    controls: Mapping[str, Mapping[str, int]] | None = None,
+    by_site: Iterable[str] = (),
     n_boot: int = 1000,
     seed: int = 0,
     say: Callable[[str], None] = quiet,
     **settings: Any,
 ) -> tuple[list[dict], list[dict]]:
-    """Every target of a cohort by every method, with a site left out, and with controls.
+    """Every target of a cohort by every method, in repeated folds and with each site left out.
 
     Parameters
     ----------
@@ -540,11 +435,9 @@ def study(
         A cohort's scans with their ``table``, the cohort's ``name``, and whether ``simulated``.
     targets : dict of str to str
         Columns of the table -> ``classification`` or ``regression``.
-    methods, by_site : sequence of str
+    methods, by_site : iterable of str
         Methods that are tested in `n_repeats` of five folds, and with each site left out in turn
         (where the cohort has two sites or more).
-    controls : dict of str to dict of str to int
-        Condition -> method -> number of draws; see :func:`control`.
     **settings
         Of :func:`evaluate`: ``checkpoint``, ``cache``, ``n_jobs``.
 
@@ -555,45 +448,35 @@ def study(
     failed : list of dict
         ``task, method, repeat, fold, error`` of folds that failed.
     """
-    kind_of_data = "SIMULATED" if scans.simulated else "real"
+    about = {"data": scans.name, "kind": "SIMULATED" if scans.simulated else "real"}
     shared: dict[tuple, dict[str, Features]] = {}
     rows: list[dict] = []
     failed: list[dict] = []
     for target, kind in targets.items():
         task = Task.of(scans.table, target, kind)
-        selected = task.select(scans)
         folds = repeated_folds(task.table, target, n_repeats=n_repeats, seed=seed)
-        # Features of the same scans serve several targets, except for the confounds.
-        features = dict(shared.get(tuple(task.rows), {}))
         plans = {"": (folds, methods)}
         if by_site and task.sites is not None:
-            plans["leave_one_site_out"] = (leave_one_site_out(task.table), by_site)
-        for plan, (plan_folds, plan_methods) in plans.items():
-            condition = CONDITIONS.get(plan, "")
+            plans[SITE_LEFT_OUT] = (leave_one_site_out(task.table), by_site)
+        # Features of the same scans serve several targets, except for the confounds.
+        features = dict(shared.get(tuple(task.rows), {}))
+        for condition, (plan_folds, plan_methods) in plans.items():
+            name = f"{target}, {condition}" if condition else target
             done = evaluate(
-                selected,
+                task.select(scans),
                 task,
                 plan_folds,
                 plan_methods,
                 features=features,
                 seed=seed,
-                say=partial(_say_where, say, f"{target} {condition}".strip()),
+                say=partial(_say_where, say, name),
                 **settings,
             )
-            about: dict[str, Any] = {"data": scans.name, "kind": kind_of_data, "n_boot": n_boot}
-            rows += report(done, condition=condition, seed=seed, **about)
-            failed += [{"task": target, "condition": condition, **fold} for fold in done.failed]
-        for name, n_draws in (controls or {}).items():
-            drawn = control(
-                name, selected, task, folds, n_draws, features=features, seed=seed, **settings
-            )
-            base = {"data": scans.name, "kind": kind_of_data}
-            base["task"] = f"{target}, {CONDITIONS[name]}"
-            rows += [{**base, **row} for row in drawn]
-            say(f"{base['task']}: drawn {dict(n_draws)} times")
-        shared[tuple(task.rows)] = {
-            name: values for name, values in features.items() if name not in ("confounds", "site")
-        }
+            rows += report(done, condition=condition, n_boot=n_boot, seed=seed, **about)
+            failed += [{"task": name, **fold} for fold in done.failed]
+        for name in ("confounds", "site"):
+            features.pop(name, None)
+        shared[tuple(task.rows)] = features
     return rows, failed
 
 
