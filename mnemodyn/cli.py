@@ -15,7 +15,8 @@ from typing import Any
 from mnemodyn.files import read_yaml, write_json, write_text
 from mnemodyn.provenance import installed_version
 
-# Libraries that take seconds to import are imported by the commands that use them.
+# Libraries that take seconds to import are imported by the commands that use them, so that --help is
+# quick. The parameters of a function run_NAME are the arguments that add_NAME adds.
 
 EPILOG = """\
 examples:
@@ -52,10 +53,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     del options["command"]
     run = options.pop("run")
     if arguments is None:
+        # Warnings stay Python's own where the function is called by a program or a test.
         # Libraries warn about themselves; only what this package says helps a user.
         warnings.simplefilter("ignore")
         warnings.filterwarnings("default", module="mnemodyn")
         warnings.formatwarning = lambda message, *_: f"mnemodyn: {message}\n"
+    # Read by huggingface_hub when it is imported, which is later.
     if not sys.stderr.isatty():
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     try:
@@ -102,7 +105,7 @@ def make_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def add_command(commands: Any, name: str, run: Any, line: str, text: str) -> Any:
+def add_command(commands, name, run, line, text):
     """Add a command with its line in the list of commands and the text of its help."""
     parser = commands.add_parser(
         name, help=line, description=text, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -111,7 +114,7 @@ def add_command(commands: Any, name: str, run: Any, line: str, text: str) -> Any
     return parser
 
 
-def add_cohort(parser: Any) -> None:
+def add_cohort(parser):
     """Arguments of the commands that read the folder of a cohort."""
     parser.add_argument(
         "cohort", help="name of a shipped cohort, or a YAML file that describes one"
@@ -121,7 +124,7 @@ def add_cohort(parser: Any) -> None:
     parser.add_argument("--workers", type=int, default=1, metavar="N", help="processes that read")
 
 
-def add_t_r(parser: Any) -> None:
+def add_t_r(parser):
     parser.add_argument(
         "--t-r",
         type=float,
@@ -130,7 +133,7 @@ def add_t_r(parser: Any) -> None:
     )
 
 
-def add_json(parser: Any) -> None:
+def add_json(parser):
     parser.add_argument(
         "--json", action="store_true", dest="as_json", help="print JSON, for a program"
     )
@@ -178,14 +181,14 @@ Cohorts of the package: abide, adhd200, adni, bids, hbn, hcp_aging, nkir, ukb.
 """
 
 
-def add_index(commands: Any) -> None:
+def add_index(commands):
     parser = add_command(commands, "index", run_index, "say what scans a folder holds", INDEX)
     add_cohort(parser)
     parser.add_argument("--table", metavar="FILE", help="write a row a usable scan: .csv or .tsv")
     add_json(parser)
 
 
-def run_index(cohort, folder, t_r, workers, table, as_json) -> int:
+def run_index(cohort, folder, t_r, workers, table, as_json):
     from mnemodyn.data.cohorts import index
 
     found = index(cohort, folder, t_r=t_r, workers=workers, progress=show_progress)
@@ -206,7 +209,7 @@ STORE are added. What could not be used is listed in the store with the reason.
 """
 
 
-def add_convert(commands: Any) -> None:
+def add_convert(commands):
     parser = add_command(
         commands, "convert", run_convert, "write a cohort's scans into a store", CONVERT
     )
@@ -221,7 +224,7 @@ def add_convert(commands: Any) -> None:
     add_json(parser)
 
 
-def run_convert(cohort, folder, t_r, workers, store, dtype, as_json) -> int:
+def run_convert(cohort, folder, t_r, workers, store, dtype, as_json):
     from mnemodyn.data.cohorts import index
     from mnemodyn.data.store import convert
 
@@ -244,7 +247,7 @@ examples:
 """
 
 
-def add_preprocess(commands: Any) -> None:
+def add_preprocess(commands):
     parser = add_command(
         commands,
         "preprocess",
@@ -274,12 +277,13 @@ def add_preprocess(commands: Any) -> None:
     add_json(parser)
 
 
-def run_preprocess(sources, output, jobs, as_json, **settings) -> int:
+def run_preprocess(sources, output, confounds, jobs, as_json, **settings):
     from mnemodyn.data.preprocess import Preprocessing, preprocess
 
-    rows = preprocess(sources, output, Preprocessing(**settings), jobs=jobs)
+    asked = Preprocessing(confounds=tuple(confounds), **settings)
+    rows = preprocess(sources, output, asked, jobs=jobs)
     counts = rows["status"].value_counts().to_dict()
-    failed = rows[rows["status"] == "failed"]
+    failed = rows.loc[rows["status"] == "failed", ["problem", "message"]]
     for message in failed["message"]:
         print(message, file=sys.stderr)
     text = ", ".join(f"{n} {status}" for status, n in counts.items())
@@ -293,7 +297,7 @@ broken files, and effects of known size on connectivity. FOLDER/simulated.json s
 """
 
 
-def add_simulate(commands: Any) -> None:
+def add_simulate(commands):
     parser = add_command(commands, "simulate", run_simulate, "write a SIMULATED cohort", SIMULATE)
     parser.add_argument("cohort", help="abide, adhd200, adni, hbn, hcp_aging, nkir or ukb")
     parser.add_argument("folder", help="where it goes; must be empty or absent")
@@ -316,7 +320,7 @@ def add_simulate(commands: Any) -> None:
     add_json(parser)
 
 
-def run_simulate(cohort, folder, effect, as_json, **settings) -> int:
+def run_simulate(cohort, folder, effect, as_json, **settings):
     from mnemodyn.data.simulate import simulate_cohort
 
     try:
@@ -332,10 +336,10 @@ def run_simulate(cohort, folder, effect, as_json, **settings) -> int:
 PRETRAIN = """\
 Pretrain a network on scans without labels.
 
-OUTPUT gets the two best checkpoints (best, second), history.csv, and run.json with the settings, the
-commit and the fingerprint of the data. The same command goes on with a run that was interrupted.
-Settings are those of mnemodyn.settings.Settings, in the sections data, model, objective, training and
-machine of a YAML file, or one by one.
+OUTPUT gets the network as best/, history.csv, and run.json with the settings, the commit and the
+fingerprint of the data. The same command goes on with a run that was interrupted. Settings are those
+of mnemodyn.settings.Settings, in the sections data, model, objective, training and machine of a YAML
+file, or one by one.
 
 examples:
   mnemodyn pretrain hcp7 runs/masked -s training.epochs 16
@@ -343,7 +347,7 @@ examples:
 """
 
 
-def add_pretrain(commands: Any) -> None:
+def add_pretrain(commands):
     parser = add_command(
         commands, "pretrain", run_pretrain, "pretrain a network on scans without labels", PRETRAIN
     )
@@ -368,9 +372,10 @@ def add_pretrain(commands: Any) -> None:
     add_json(parser)
 
 
-def run_pretrain(data, output, cohort, t_r, settings, changes, restart, as_json) -> int:
+def run_pretrain(data, output, cohort, t_r, settings, changes, restart, as_json):
     if t_r is not None:
         changes = [("data.t_r", str(t_r)), *changes]
+    # Before torch is imported: a mistyped setting is refused at once.
     found = read_settings(settings, changes)
     from mnemodyn.data.collection import open_scans
     from mnemodyn.pretrain.training import pretrain
@@ -409,11 +414,11 @@ and write scores with 95 % intervals. By default the methods are confounds and f
 
 examples:
   mnemodyn evaluate hbn FOLDER --target sex -o sex.csv
-  mnemodyn evaluate abide STORE --target diagnosis --checkpoint NAME/MODEL -o diagnosis.csv --jobs 4
+  mnemodyn evaluate abide STORE --target diagnosis --checkpoint NAME/MODEL -o diagnosis.csv --workers 4
 """
 
 
-def add_evaluate(commands: Any) -> None:
+def add_evaluate(commands):
     parser = add_command(
         commands, "evaluate", run_evaluate, "predict a target from a cohort's scans", EVALUATE
     )
@@ -452,9 +457,10 @@ def run_evaluate(
     output,
     leave_one_site_out,
     **settings,
-) -> int:
+):
     if Path(output).is_dir():
         raise UsageError(f"{output} is a folder; name the file to write")
+    # Before the scans are read, which may take minutes.
     targets = find_target(cohort, target)
     from mnemodyn.checkpoint import from_pretrained
     from mnemodyn.data.collection import open_scans
@@ -469,6 +475,7 @@ def run_evaluate(
         checkpoint = from_pretrained(checkpoint)
     scans = open_scans(folder, cohort=cohort, t_r=t_r, workers=workers)
     by_site = methods if leave_one_site_out else ()
+    # A line a fold, also where the output goes to a file: an evaluation may take hours.
     say = partial(print, file=sys.stderr, flush=True)
     rows, failed = study(
         scans,
@@ -506,7 +513,7 @@ def find_target(cohort: str, target: str) -> dict:
     return {target: kinds[target]}
 
 
-def add_checkpoint(parser: Any) -> None:
+def add_checkpoint(parser):
     """Arguments that name a checkpoint, and say how scans are read for it."""
     parser.add_argument(
         "-c", "--checkpoint", required=True, help="folder or file, or NAME/MODEL on the hub"
@@ -528,7 +535,7 @@ def add_checkpoint(parser: Any) -> None:
     add_json(parser)
 
 
-def add_compat(parser: Any) -> None:
+def add_compat(parser):
     parser.add_argument(
         "--compat",
         choices=["none", "reference"],
@@ -537,7 +544,7 @@ def add_compat(parser: Any) -> None:
     )
 
 
-def load_checkpoint(checkpoint, compat, scaling, device) -> Any:
+def load_checkpoint(checkpoint, compat, scaling, device):
     """The checkpoint that is named, on the device that is named."""
     from mnemodyn.checkpoint import from_pretrained
     from mnemodyn.data.scaling import Scaling
@@ -564,7 +571,7 @@ examples:
 """
 
 
-def add_embed(commands: Any) -> None:
+def add_embed(commands):
     parser = add_command(commands, "embed", run_embed, "write a vector for every scan", EMBED)
     parser.add_argument("scans", nargs="+", help="files, folders or stores")
     parser.add_argument(
@@ -586,7 +593,7 @@ def add_embed(commands: Any) -> None:
 
 def run_embed(
     scans, output, names, pattern, checkpoint, compat, scaling, device, as_json, **reading
-) -> int:
+):
     from mnemodyn.embed import embed, refused_listing
 
     network = load_checkpoint(checkpoint, compat, scaling, device)
@@ -606,7 +613,7 @@ makes of the frames around them. All other frames stay as they were measured.
 """
 
 
-def add_reconstruct(commands: Any) -> None:
+def add_reconstruct(commands):
     parser = add_command(
         commands, "reconstruct", run_reconstruct, "fill a scan's censored frames", RECONSTRUCT
     )
@@ -624,9 +631,7 @@ def add_reconstruct(commands: Any) -> None:
     add_checkpoint(parser)
 
 
-def run_reconstruct(
-    scan, output, whole, checkpoint, compat, scaling, device, as_json, **reading
-) -> int:
+def run_reconstruct(scan, output, whole, checkpoint, compat, scaling, device, as_json, **reading):
     from mnemodyn.embed import reconstruct
 
     network = load_checkpoint(checkpoint, compat, scaling, device)
@@ -647,14 +652,18 @@ examples:
 """
 
 
-def add_publish(commands: Any) -> None:
+def add_publish(commands):
     parser = add_command(
         commands, "publish", run_publish, "push a checkpoint to the Hugging Face Hub", PUBLISH
     )
     parser.add_argument("source", help="folder of a run or a checkpoint")
     parser.add_argument("--repo-id", required=True, metavar="NAME/MODEL", help="made if missing")
     parser.add_argument(
-        "--private", action="store_true", default=None, help="make a missing repository private"
+        # None leaves the choice to the settings of an organisation on the hub.
+        "--private",
+        action="store_true",
+        default=None,
+        help="make a missing repository private",
     )
     add_compat(parser)
     parser.add_argument("--licence", "--license", default="mit", help="the hub's identifier")
@@ -667,13 +676,14 @@ def add_publish(commands: Any) -> None:
     add_json(parser)
 
 
-def run_publish(source, dry_run, private, as_json, **contents) -> int:
+def run_publish(source, dry_run, private, as_json, **contents):
     from mnemodyn.hub import publish, write_folder
 
     if not dry_run:
         address = publish(source, private=private, **contents)
         show(as_json, {"commit": address}, address)
         return 0
+    # The same function as for a real publication, so that what is shown is what would be sent.
     with TemporaryDirectory() as temporary:
         folder = write_folder(source, temporary, **contents)
         files = sorted(path.name for path in folder.iterdir())
@@ -695,7 +705,7 @@ examples:
 """
 
 
-def add_run(commands: Any) -> None:
+def add_run(commands):
     parser = add_command(commands, "run", run_run, "run a notebook with given parameters", RUN)
     parser.add_argument("notebook", help="notebook to run; it is not changed")
     parser.add_argument("output", help="the executed notebook")
@@ -712,7 +722,7 @@ def add_run(commands: Any) -> None:
     add_json(parser)
 
 
-def run_run(notebook, output, parameter, parameters_file, as_json) -> int:
+def run_run(notebook, output, parameter, parameters_file, as_json):
     from mnemodyn.run import ParameterError, first_results, run_notebook
 
     parameters = {**read_mapping(parameters_file), **dict(parameter)}
