@@ -2,13 +2,14 @@
 
 import numpy as np
 import pytest
+from scipy.stats import binom, pearsonr
+
 from lib.identification import (
     identify,
     identify_by_length,
     pearson_fc,
     permutation_test,
 )
-from scipy.stats import binom, pearsonr
 
 
 def connectivity(window):

@@ -1,262 +1,138 @@
-"""ABIDE on the cortex, from a folder of scans to book/data/cortex_abide.json and a picture beside it.
+"""ABIDE on the cortex: which parcels a diagnosis is read from, and whether the map is more than smoothness.
 
-    python -m benchmarks.cortex --data FOLDER --atlas CC200.nii.gz
-
-How well each parcel's hidden entries are filled, and which parcels a diagnosis is read from: the linear head on the
-read-out ``response``, whose score of a person is a sum over edges and so over parcels. People are cut into halves; a
-network is trained on one half, without labels, and the other half is read, its heads in five folds. FOLDER is as in
-``benchmarks.abide``, the atlas the label volume of the same release.
+The score that a linear head gives a person is a sum over pairs of parcels. The part of each parcel in it is therefore
+known exactly, half of a pair to either end.
 """
 
-import argparse
-import sys
-import time
-from pathlib import Path
+from collections.abc import Iterable, Iterator
 
 import nibabel
 import numpy as np
 import pandas as pd
-import torch
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import roc_auc_score
 from sklearn.preprocessing import StandardScaler
 
-from mnemodyn import figures
-from mnemodyn.checkpoint import Checkpoint, load_checkpoint
+from lib import inside
 from mnemodyn.data.atlas import NETWORKS, schaefer400_tian3
-from mnemodyn.data.quality import open_scans
 from mnemodyn.data.scans import Scan
-from mnemodyn.evaluate import inside
-from mnemodyn.evaluate.readout import MnemoDynEncoder
-from mnemodyn.files import sha256, write_bytes, write_json
-from mnemodyn.model.config import ModelConfig
-from mnemodyn.pretrain.objective import Masked
-from mnemodyn.pretrain.training import TrainingConfig, pretrain
-from mnemodyn.pretrain.windows import cut_windows
-from mnemodyn.provenance import surroundings
 from mnemodyn.splits import repeated_folds
 
-FRAMES, MASKS, TARGET, CASE = 64, Masked(0.55, 5, 0.3), "diagnosis", "autism"
 PENALTY = 5e-4  # inverse, of 19,900 standardised edges
 
 
-def halves(
-    scans: list[Scan], table: pd.DataFrame
-) -> list[tuple[list[Scan], pd.DataFrame, list[Scan]]]:
-    """For either half of the labelled people: their scans, their rows, and everybody else's scans."""
-    labelled = table[table[TARGET].notna()].reset_index(drop=True)
-    folds = repeated_folds(labelled, TARGET, n_folds=2, n_repeats=1)
-    by_person, parts = {scan.participant_id: scan for scan in scans}, []
-    for _, _, _, rows in folds.split(labelled["participant_id"]):
-        mine = labelled.loc[rows].reset_index(drop=True)
-        inner = (set(mine["participant_id"]) | set(mine["family"].dropna())) - {""}
-        others = table[~table["participant_id"].isin(inner) & ~table["family"].isin(inner)][
-            "participant_id"
-        ]
-        others = np.random.default_rng(0).permutation(sorted(others))
-        parts.append(
-            ([by_person[p] for p in mine["participant_id"]], mine, [by_person[p] for p in others])
-        )
-    return parts
+def halves(table: pd.DataFrame, target: str) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """For either half of the labelled people: their rows of the table, and the rows of everybody else.
+
+    Members of a family of the half are not among the others. The others come in a random order.
+    """
+    labelled = np.flatnonzero(table[target].notna())
+    people = table.loc[labelled].reset_index(drop=True)
+    folds = repeated_folds(people, target, n_folds=2, n_repeats=1)
+    for _, _, _, rows in folds.split(people["participant_id"]):
+        mine = labelled[rows]
+        inside_half = set(table.loc[mine, "participant_id"])
+        families = set(table.loc[mine, "family"].dropna()) - {""}
+        others = ~table["participant_id"].isin(inside_half) & ~table["family"].isin(families)
+        yield mine, np.random.default_rng(0).permutation(np.flatnonzero(others))
 
 
-def trained(scans: list[Scan], folder: Path, epochs: int) -> Checkpoint:
-    """A network of these scans, some of which choose the epoch; from the folder where it is there."""
-    if not (folder / "best" / "config.json").is_file():
-        config = ModelConfig(
-            n_parcels=len(scans[0].parcels), n_timepoints=FRAMES, n_channels=24, input_width=24
-        )
-        training = TrainingConfig(epochs=epochs, windows_per_epoch=640, batch_size=16)
-        pretrain(
-            scans[25:],
-            scans[:25],
-            folder,
-            model=config,
-            objective=MASKS,
-            training=training,
-            restart=True,
-        )
-    return load_checkpoint(folder / "best")
+def parts_of_score(
+    features: np.ndarray, table: pd.DataFrame, target: str, case: np.ndarray
+) -> tuple[np.ndarray, list[float]]:
+    """What each parcel adds to a person's score, (scan, parcel), by heads fitted on others; AUC of every fold.
 
-
-def filled(checkpoint: Checkpoint, scans: list[Scan]) -> np.ndarray:
-    """Sums over hidden entries of each parcel, of squared errors and of squares: (2, parcel)."""
-    sums = np.zeros((2, len(scans[0].parcels)))
-    for i, scan in enumerate(scans):
-        x = cut_windows(checkpoint.scaling(scan), FRAMES)
-        hidden = MASKS.hide(x.shape, i)
-        with torch.no_grad():
-            fill = checkpoint.model(
-                torch.from_numpy(x), scan.t_r, hidden=hidden
-            ).reconstruction.numpy()
-        sums += [np.square(np.where(hidden, a, 0).astype(float)).sum((0, 1)) for a in (fill - x, x)]
-    return sums
-
-
-def connectivity(scans: list[Scan]) -> np.ndarray:
-    """Fisher-z correlations of the scans themselves, in the order of the read-out."""
-    edges = np.triu_indices(len(scans[0].parcels), 1)
-    return np.array(
-        [np.arctanh(np.corrcoef(scan.values.T)[edges].clip(-0.999999, 0.999999)) for scan in scans]
-    )
-
-
-def shares(features: np.ndarray, table: pd.DataFrame) -> tuple[np.ndarray, list[float]]:
-    """What each parcel adds to the score of a person by heads fitted on others, (scan, parcel); AUC of every fold."""
-    case = (table[TARGET] == CASE).to_numpy()
-    areas, parts = [], []
-    for _, _, train, test in repeated_folds(table, TARGET, n_repeats=1).split(
-        table["participant_id"]
-    ):
+    `features` (scan, edge) are in the order of ``numpy.triu_indices``; `case` (scan,) is bool.
+    """
+    areas = []
+    found: np.ndarray | None = None
+    folds = repeated_folds(table, target, n_repeats=1)
+    for _, _, train, test in folds.split(table["participant_id"]):
         scaler = StandardScaler().fit(features[train])
-        head = LogisticRegression(C=PENALTY, max_iter=1000).fit(
-            scaler.transform(features[train]), case[train]
-        )
+        head = LogisticRegression(C=PENALTY, max_iter=1000)
+        head.fit(scaler.transform(features[train]), case[train])
         edges = scaler.transform(features[test]) * head.coef_
-        parts.append((test, inside.parcel_shares(edges)))
-        areas.append(roc_auc_score(case[test], edges.sum(1)))
-    found = np.zeros((len(table), parts[0][1].shape[1]))
-    for test, values in parts:
-        found[test] = values
+        parts = inside.parcel_shares(edges)
+        if found is None:
+            found = np.zeros((len(table), parts.shape[1]))
+        found[test] = parts
+        areas.append(float(roc_auc_score(case[test], edges.sum(1))))
+    assert found is not None
     return found, areas
 
 
+def connectivity(scans: Iterable[Scan]) -> np.ndarray:
+    """Fisher-z correlations of the scans themselves, (scan, edge), in the order of the read-out ``response``."""
+    rows = []
+    for scan in scans:
+        edges = np.triu_indices(len(scan.parcels), 1)
+        correlation = np.corrcoef(scan.values.T)[edges]
+        rows.append(np.arctanh(correlation.clip(-0.999999, 0.999999)))
+    return np.array(rows)
+
+
 def contrast(values: np.ndarray, case: np.ndarray) -> np.ndarray:
-    """Mean of cases less mean of the others, in standard errors, (..., parcel); `case` (..., scan)."""
-    n = case.sum(-1, keepdims=True)
-    rest = case.shape[-1] - n
-    mean, variance = [], []
-    for side, m in ((case.astype(float), n), (1.0 - case, rest)):
-        mean.append(side @ values / m)
-        variance.append((side @ values**2 / m - mean[-1] ** 2) / m)
-    return (mean[0] - mean[1]) / np.sqrt(variance[0] + variance[1])
+    """Mean of the cases less mean of the others, in standard errors.
+
+    `values` (scan, parcel) and `case` (..., scan) give (..., parcel).
+    """
+    difference = 0.0
+    variance = 0.0
+    for sign, side in ((1, case.astype(float)), (-1, 1.0 - case)):
+        n = side.sum(-1, keepdims=True)
+        mean = side @ values / n
+        difference = difference + sign * mean
+        variance = variance + (side @ values**2 / n - mean**2) / n
+    return difference / np.sqrt(variance)
 
 
-def networks(vertices: dict[str, np.ndarray], n: int) -> np.ndarray:
-    """The network (of 7) of most of a parcel's vertices, by Schaefer's atlas; "" where fewer than ten have one."""
+def beyond_chance(
+    values: list[np.ndarray], cases: list[np.ndarray], *, n_shuffles: int = 2000, seed: int = 0
+) -> np.ndarray:
+    """P value of every parcel: how often shuffled labels give a larger value anywhere, (parcel,).
+
+    `values` (scan, parcel) and `cases` (scan,) are those of each half; labels stay in their half.
+    """
+    rng = np.random.default_rng(seed)
+    stacked = np.concatenate(values)
+    observed = np.abs(contrast(stacked, np.concatenate(cases)))
+    shuffled = [
+        np.concatenate([rng.permutation(part) for part in cases]) for _ in range(n_shuffles)
+    ]
+    largest = np.abs(contrast(stacked, np.array(shuffled))).max(1)
+    return (1 + (largest[:, None] >= observed).sum(0)) / (1 + n_shuffles)
+
+
+def centres(volume: str, n_parcels: int) -> np.ndarray:
+    """Centre of every parcel of a label volume, (parcel, 3), in mm."""
+    image = nibabel.load(volume)
+    labels = np.asarray(image.dataobj).astype(int)
+    places = np.array([np.argwhere(labels == i + 1).mean(0) for i in range(n_parcels)])
+    return nibabel.affines.apply_affine(image.affine, places)
+
+
+def networks(vertices: dict[str, np.ndarray], n_parcels: int) -> np.ndarray:
+    """The network of seven that most of a parcel's vertices belong to; "" where fewer than ten have one.
+
+    `vertices` has the parcel of every vertex of either hemisphere, 0 for none.
+    """
     atlas = schaefer400_tian3()
-    names, counts = list(NETWORKS), np.zeros((n + 1, len(NETWORKS)), int)
+    names = np.array(list(NETWORKS))
+    counts = np.zeros((n_parcels + 1, len(names)), int)
     for side, parcels in vertices.items():
         mine = (atlas.axis.name == f"CIFTI_STRUCTURE_CORTEX_{side}") & (atlas.labels > 0)
-        for vertex, label in zip(atlas.axis.vertex[mine], atlas.labels[mine], strict=True):
-            counts[parcels[vertex], names.index(atlas.networks[label - 1])] += 1
-    return np.where(counts[1:].max(1) >= 10, np.array(names)[counts[1:].argmax(1)], "")
+        for vertex, number in zip(atlas.axis.vertex[mine], atlas.labels[mine], strict=True):
+            network = list(NETWORKS).index(atlas.networks[number - 1])
+            counts[parcels[vertex], network] += 1
+    counts = counts[1:]
+    return np.where(counts.max(1) >= 10, names[counts.argmax(1)], "")
 
 
 def holm(p: dict[str, float]) -> dict[str, float]:
-    """Adjusted for their number (Holm 1979)."""
-    order, adjusted, worst = sorted(p, key=p.get), {}, 0.0
-    for i, name in enumerate(order):
+    """P values adjusted for their number (Holm 1979)."""
+    adjusted = {}
+    worst = 0.0
+    for i, name in enumerate(sorted(p, key=lambda name: p[name])):
         worst = max(worst, min(1.0, (len(p) - i) * p[name]))
         adjusted[name] = worst
     return adjusted
-
-
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--data", required=True, help="folder of ABIDE's scans")
-    parser.add_argument(
-        "--atlas", required=True, help="label volume of the parcels, MNI, labels in their order"
-    )
-    parser.add_argument("--out", default="book/data/cortex_abide.json")
-    parser.add_argument("--work", default="runs/cortex", help="folder for the two networks")
-    parser.add_argument("--epochs", type=int, default=8)
-    options = parser.parse_args()
-    torch.set_num_threads(1)
-    begin = time.process_time()
-    collection = open_scans(options.data, cohort="abide")
-    scans = [scan for scan in collection.scans if not scan.constant.any()]
-    table = collection.table
-    table = table[table["participant_id"].isin([s.participant_id for s in scans])].reset_index(
-        drop=True
-    )
-    found: dict[str, list] = {"network": [], "connectivity": []}
-    areas: dict[str, list] = {name: [] for name in found}
-    sums, cases, weights = np.zeros((2, len(scans[0].parcels))), [], []
-    for i, (mine, rows, others) in enumerate(halves(scans, table)):
-        checkpoint = trained(others, Path(options.work) / f"half-{i}", options.epochs)
-        weights.append(sha256(Path(options.work) / f"half-{i}" / "best" / "model.safetensors"))
-        sums += filled(checkpoint, mine)
-        cases.append((rows[TARGET] == CASE).to_numpy())
-        response = MnemoDynEncoder(checkpoint, ("response",)).fit(mine).transform(mine)
-        for name, features in (("network", response), ("connectivity", connectivity(mine))):
-            values, area = shares(features, rows)
-            found[name].append(values)
-            areas[name] += area
-        print(
-            f"{time.process_time() - begin:.0f} s: {len(mine)} people, AUC {np.mean(areas['network']):.3f}",
-            flush=True,
-        )
-    case, r2 = np.concatenate(cases), 1 - sums[0] / sums[1]
-    maps = {name: contrast(np.concatenate(parts), case) for name, parts in found.items()}
-    rng = np.random.default_rng(0)
-    shuffled = np.array(
-        [np.concatenate([rng.permutation(part) for part in cases]) for _ in range(2000)]
-    )
-    null = np.abs(contrast(np.concatenate(found["network"]), shuffled)).max(1)
-    p = (1 + (null[:, None] >= np.abs(maps["network"])).sum(0)) / (1 + len(null))
-
-    vertices = figures.vertex_parcels(options.atlas)
-    image = nibabel.load(options.atlas)
-    labels = np.asarray(image.dataobj).astype(int)
-    centres = np.array([np.argwhere(labels == i + 1).mean(0) for i in range(len(r2))])
-    centres = nibabel.affines.apply_affine(image.affine, centres)
-    network_of = networks(vertices, len(r2))
-    first, second = (
-        contrast(values, part) for values, part in zip(found["network"], cases, strict=True)
-    )
-    beside = {"one half of the people and the other": (first, second)}
-    beside["read from the network and from the scans' connectivity"] = (
-        maps["network"],
-        maps["connectivity"],
-    )
-    beside["how well a parcel is filled (R²)"] = (maps["network"], r2)
-    members = {name: (network_of == name).astype(float) for name in NETWORKS}
-    tests = {name: inside.spatial_test(a, b, centres, seed=0) for name, (a, b) in beside.items()}
-    by_network = {
-        name: inside.spatial_test(maps["network"], member, centres, seed=0)
-        for name, member in members.items()
-    }
-    adjusted = holm({name: test["p"] for name, test in by_network.items()})
-    for name, test in by_network.items():
-        where = members[name] > 0
-        test |= {
-            "p_holm": adjusted[name],
-            "n": int(where.sum()),
-            "mean": float(maps["network"][where].mean()),
-        }
-        test["r2"] = float(r2[where].mean())
-
-    figures.use_style()
-    drawn = {
-        "R² on hidden entries": r2,
-        "share in the score, autism less control (t)": maps["network"],
-    }
-    write_bytes(Path(options.out).with_suffix(".svg"), figures.svg(figures.cortex(drawn, vertices)))
-    content = {
-        "cohort": "abide",
-        "command": "python -m benchmarks.cortex --data FOLDER --atlas FILE",
-        "n": len(case),
-        "n_cases": int(case.sum()),
-        "auc": {name: float(np.mean(area)) for name, area in areas.items()},
-        "r2": {"mean": float(r2.mean()), "least": float(r2.min()), "most": float(r2.max())},
-        "parcels_beyond_chance": int((p < 0.05).sum()),
-        "t": {"most": float(maps["network"].max()), "least": float(maps["network"].min())},
-        "tests": tests,
-        "networks": by_network,
-        "parcels": {
-            "r2": r2.round(4).tolist(),
-            "t": maps["network"].round(3).tolist(),
-            "p": p.round(4).tolist(),
-        },
-        "weights_sha256": weights,
-        "cpu_seconds": round(time.process_time() - begin),
-        "surroundings": surroundings(),
-    }
-    write_json(options.out, content)
-    print(f"{options.out}: {content['auc']}, {tests}")
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())
