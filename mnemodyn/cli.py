@@ -252,7 +252,6 @@ def _found(cohort: str, folder: str, workers: int) -> Any:
     _arg("--low-pass HZ", "upper end of the band that is kept (needs nilearn)", type=float),
     _arg("--high-pass HZ", "lower end of the band that is kept (needs nilearn)", type=float),
     _arg("--confounds COLUMN...", "regressed out (needs nilearn)", default=[]),
-    _arg("--surfaces LEFT RIGHT", "midthickness surfaces, fs_LR 32k", default=[]),
     _arg("--t-r SECONDS", "repetition time of files that state none", type=float),
     _arg("--table", "write _timeseries.tsv in place of .ptseries.nii"),
     _arg("--jobs N", "scans at a time; a dense one of 1,200 frames needs 1 GB", default=1),
@@ -263,14 +262,13 @@ def _preprocess(sources: Sequence[str], output: str, jobs: int, **settings: Any)
     sub-*/func/*_seg-ATLAS_stat-mean_timeseries.ptseries.nii. What is complete already is skipped, so that an ended run
     goes on.
 
-    Volumes need a label volume as atlas, or Connectome Workbench (wb_command) and --surfaces in the volumes' space.
+    Volumes need a label volume as atlas.
 
     examples:
       mnemodyn preprocess derivatives/fmriprep -o parcels --atlas schaefer400-tian3 --jobs 4
       mnemodyn preprocess derivatives/fmriprep -o parcels --atlas my.dlabel.nii --high-pass 0.01 \\
           --confounds trans_x trans_y trans_z rot_x rot_y rot_z csf white_matter
-      mnemodyn preprocess sub-01_task-rest_bold.nii.gz -o parcels --atlas schaefer400-tian3 \\
-          --surfaces L.surf.gii R.surf.gii
+      mnemodyn preprocess sub-01_task-rest_bold.nii.gz -o parcels --atlas labels.nii.gz
 
     exit status: 0 done; 1 some scans failed, which are listed with the reason; 2 wrong usage.
     """

@@ -51,7 +51,9 @@ class Layout:
 
 _BIDS = "sub-{participant}/{ses}func/sub-{participant}_{ses_}task-rest_space-fsLR_seg-SIMULATED_stat-mean_"
 _COLUMNS = "{n_parcels}_parcellated.dtseries.nii"
-_HCP = "{participant}_V1_MR/MNINonLinear/Results/rfMRI_{run}/rfMRI_{run}_Atlas_hp0_clean_" + _COLUMNS
+_HCP = (
+    "{participant}_V1_MR/MNINonLinear/Results/rfMRI_{run}/rfMRI_{run}_Atlas_hp0_clean_" + _COLUMNS
+)
 LAYOUTS = {
     "abide": Layout(
         "{site}_{participant}_rois_cc200.1D",
@@ -224,9 +226,7 @@ def _covariances(s: np.ndarray, blocks: list[np.ndarray], strength: np.ndarray) 
     return sigma
 
 
-def _draw(
-    column: Column, name: str, layout: Layout, n: int, rng: np.random.Generator
-) -> Variable:
+def _draw(column: Column, name: str, layout: Layout, n: int, rng: np.random.Generator) -> Variable:
     """A variable of `n` people; z-scores are by the moments of the population."""
     if column.kind == "classification":
         labels = sorted(set(column.mapping.values()))
