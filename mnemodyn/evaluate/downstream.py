@@ -21,7 +21,6 @@ from mnemodyn.data.scans import DataError, Scan
 from mnemodyn.data.store import Store
 from mnemodyn.evaluate.features import CONFOUNDS, confounds, connectivity, frames
 from mnemodyn.evaluate.heads import Combat, Features, Fold, Standardised, Tangent, rotate
-from mnemodyn.evaluate.readout import READOUTS, MnemoDynEncoder
 from mnemodyn.evaluate.scores import (
     SCORES,
     chance,
@@ -31,8 +30,9 @@ from mnemodyn.evaluate.scores import (
     resamples,
     t_interval,
 )
-from mnemodyn.evaluate.splits import Folds, inner_splits, leave_one_site_out, repeated_folds
 from mnemodyn.files import write_json
+from mnemodyn.readout import READOUTS, MnemoDynEncoder
+from mnemodyn.splits import Folds, inner_splits, leave_one_site_out, repeated_folds
 
 
 def open_scans(cohort: Cohort, source: str | Path, *, workers: int = 1) -> Index | Store:
