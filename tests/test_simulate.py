@@ -12,7 +12,6 @@ from mnemodyn.data.cohorts import index
 from mnemodyn.data.scans import DataError
 from mnemodyn.data.simulate import (
     EDGE_SD,
-    LAYOUTS,
     REACH,
     _covariances,
     _sample,
@@ -44,7 +43,7 @@ REAL = {
 }
 
 
-@pytest.mark.parametrize("name", LAYOUTS)
+@pytest.mark.parametrize("name", REAL)
 def test_every_layout_is_indexed_and_its_broken_files_are_found(tmp_path, name):
     table, columns, ending, times, n_scans = REAL[name]
     truth = simulate_cohort(
@@ -201,7 +200,8 @@ def test_a_seed_is_a_cohort(tmp_path):
 @pytest.mark.parametrize(
     ("name", "settings", "message"),
     [
-        ("bids", {}, "one of abide, .*ukb, got 'bids'"),
+        ("bids", {}, "bids cannot be simulated: it has no layout"),
+        ("abid", {}, "one of the shipped cohorts: abide"),
         ("ukb", {"n_frames": 100}, "n_frames >= 490, got 40 and 100"),
         ("hbn", {"effects": {"iq": 1}}, r"can be of \['age', 'sex', 'site'\], got \['iq'\]"),
         ("hbn", {"n_parcels": 11}, "even and >= 10, got 11"),

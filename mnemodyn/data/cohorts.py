@@ -28,7 +28,17 @@ from mnemodyn.data.formats import entities, reading, refuse
 from mnemodyn.data.scans import DataError, Scan, load_scan
 from mnemodyn.files import digest, read_yaml
 
-__all__ = ["Cohort", "Column", "Index", "Phenotype", "Reader", "index", "load_cohort", "shipped"]
+__all__ = [
+    "Cohort",
+    "Column",
+    "Index",
+    "Layout",
+    "Phenotype",
+    "Reader",
+    "index",
+    "load_cohort",
+    "shipped",
+]
 
 PER_YEAR = {"years": 1.0, "months": 12.0}
 MISSING_WORDS = ("", "na", "n/a", "nan", "null")
@@ -225,6 +235,33 @@ class Target(Column):
     kind: Kind
 
 
+class Layout(_Description):
+    """What a SIMULATED cohort of this kind looks like. Times and ages are plausible, not data.
+
+    Attributes
+    ----------
+    path : str
+        Path of a scan; ``{participant}``, ``{session}``, ``{run}``, ``{site}`` and
+        ``{n_parcels}`` are replaced. Its ending decides the format.
+    participant : str
+        Format of a number, such as ``"A{:08d}"``.
+    t_r, n_frames : float, int
+        Repetition time in seconds, and frames of a scan.
+    years : list of float
+        Youngest and oldest age.
+    sites, sessions, runs : list of str
+    """
+
+    path: str
+    participant: str
+    t_r: Seconds
+    n_frames: int
+    years: list[float]
+    sites: list[str] = [""]
+    sessions: list[str] = [""]
+    runs: list[str] = [""]
+
+
 class Cohort(_Description):
     """A study: where its scans are, its phenotype table, and what can be predicted.
 
@@ -253,6 +290,8 @@ class Cohort(_Description):
         What can be predicted; ``sex`` and ``age`` are short for those columns.
     families : list of list of str
         Participants (``sub-...``) that belong together although no column says so.
+    layout : Layout, optional
+        For :func:`mnemodyn.data.simulate.simulate_cohort`.
     """
 
     name: str
@@ -269,6 +308,7 @@ class Cohort(_Description):
     mean_fd: Annotated[MeanFD | None, BeforeValidator(_column_name)] = None
     targets: list[Target] = []
     families: list[list[str]] = []
+    layout: Layout | None = None
 
     @field_validator("targets", mode="before")
     @classmethod
