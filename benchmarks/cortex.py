@@ -24,7 +24,7 @@ from sklearn.preprocessing import StandardScaler
 from mnemodyn import figures
 from mnemodyn.checkpoint import Checkpoint, from_pretrained
 from mnemodyn.data.atlas import NETWORKS, schaefer400_tian3
-from mnemodyn.data.quality import open_scans
+from mnemodyn.data.collection import open_scans
 from mnemodyn.data.scans import Scan
 from mnemodyn.evaluate import inside
 from mnemodyn.files import sha256, write_bytes, write_json

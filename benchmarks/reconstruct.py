@@ -26,8 +26,8 @@ from torch.nn import functional
 from benchmarks.transformer import PatchTransformer
 from mnemodyn.checkpoint import Checkpoint, save_checkpoint
 from mnemodyn.data.cohorts import load_cohort
+from mnemodyn.data.collection import open_scans as open_source
 from mnemodyn.data.scaling import Scaling
-from mnemodyn.data.scans import load_scans
 from mnemodyn.evaluate.baselines import (
     VAR,
     Interpolation,
@@ -119,7 +119,7 @@ def read(data: str, setting: Setting, folder: Path | None) -> tuple[list[Series]
     """The usable scans, and how many were left out for what."""
     if data != "abide":
         return [
-            Series(s.participant_id, Scaling()(s), s.t_r, s.constant) for s in load_scans(data)
+            Series(s.participant_id, Scaling()(s), s.t_r, s.constant) for s in open_source(data)
         ], {}
     if folder is None:
         raise FileNotFoundError("ABIDE: name its folder with ABIDE=FOLDER or MNEMODYN_DATA")

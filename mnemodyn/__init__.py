@@ -9,8 +9,9 @@ from typing import Any
 
 _OFFERED = {
     "mnemodyn.checkpoint": ("Checkpoint", "from_pretrained", "save_checkpoint"),
+    "mnemodyn.data.collection": ("Collection", "open_scans"),
     "mnemodyn.data.scaling": ("Scaling",),
-    "mnemodyn.data.scans": ("Scan", "load_scan", "load_scans", "save_scan"),
+    "mnemodyn.data.scans": ("Scan", "load_scan", "save_scan"),
     "mnemodyn.data.store": ("Store",),
     "mnemodyn.hub": ("publish",),
     "mnemodyn.model.config": ("ModelConfig",),

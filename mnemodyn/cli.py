@@ -378,7 +378,7 @@ def _pretrain(
     with _asked():
         settings = _values(set, read_yaml)
         asked, model, training, machine, read = configure(objective, _file(config), settings)
-    scans = mnemodyn.load_scans(data, t_r=read.t_r or None)
+    scans = mnemodyn.open_scans(data, t_r=read.t_r or None)
     held_out = {"n_test": read.n_test, "n_validation": read.n_validation}
     train, validation, _ = split_participants(scans, **held_out)
     network = mnemodyn.ModelConfig(n_parcels=len(scans[0].parcels), **model)
@@ -796,7 +796,6 @@ def _ablate(
     FOLDER keeps every finished cell: the same command goes on where it was stopped. GRID is a YAML file such as
     notebooks/ablations.yaml, SIZE one of its sizes.
     """
-    from mnemodyn.data.quality import open_scans
     from mnemodyn.evaluate import ablations
 
     with _asked():
@@ -804,8 +803,8 @@ def _ablate(
     import torch
 
     torch.set_num_threads(threads)
-    found = open_scans(data, cohort=cohort)
-    scans = [scan for scan in found.scans if not (cohort and scan.constant.any())]
+    found = mnemodyn.open_scans(data, cohort=cohort)
+    scans = [scan for scan in found if not (cohort and scan.constant.any())]
     records = ablations.run_grid(asked, scans, folder, table=found.table)
     minutes = sum(record["cpu_seconds"] for mine in records.values() for record in mine) / 60
     words = f"{'DATA' if cohort else data} {grid} {size} FOLDER --out FILE{f' --cohort {cohort}' if cohort else ''}"

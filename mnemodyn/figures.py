@@ -19,7 +19,6 @@ from matplotlib.figure import Figure
 from scipy.spatial import cKDTree
 
 from mnemodyn.data.atlas import NETWORKS, Atlas, cortex_surfaces, greyordinates
-from mnemodyn.data.quality import OUTLYING, SLOW
 from mnemodyn.data.scans import Scan
 from mnemodyn.evaluate import LABELS
 
@@ -29,6 +28,8 @@ if TYPE_CHECKING:
 # Okabe and Ito's palette: told apart with any colour vision, and in grey.
 COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#999999"]
 MARKERS = "os^vDPX*"
+SLOW = 0.1  # Hz, as in lib.quality
+OUTLYING = 3.5  # robust z, as in lib.quality
 
 
 def use_style() -> None:

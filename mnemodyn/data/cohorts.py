@@ -460,6 +460,7 @@ class Index(Sequence[Scan]):
         found.pop("excluded")
         lines = ["SIMULATED"] if found.pop("simulated") else []
         found.update(found.pop("targets"))
+        found["left out"] = found.pop("problems")
         for name, value in found.items():
             if isinstance(value, dict):
                 value = ", ".join(f"{key} ({number:g})" for key, number in value.items())

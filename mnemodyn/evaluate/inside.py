@@ -5,12 +5,12 @@ from typing import Any, cast
 
 import numpy as np
 import torch
+from lib.quality import homotopic_pairs
 from scipy.signal import butter, hilbert, sosfiltfilt, welch
 from scipy.spatial.distance import cdist
 from scipy.stats import rankdata
 from torch import Tensor
 
-from mnemodyn.data.quality import homotopic_pairs
 from mnemodyn.evaluate.baselines import VAR
 from mnemodyn.model.front import conditional_mean
 from mnemodyn.model.network import MnemoDyn
