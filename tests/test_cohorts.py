@@ -270,7 +270,7 @@ def test_a_folder_of_several_atlases_is_said_so(tmp_path, data):
     (row,) = excluded(found := index(describe(tmp_path), data))
     assert row[1:] == ("parcel-count", "all")
     (message,) = found.excluded.message
-    assert "2 parcels, and most scans have 3; of several atlases, name one" in message
+    assert "2 parcels, not the 3 of most scans in order; of several atlases, name one" in message
 
 
 def test_families_join_through_each_other(tmp_path, data):

@@ -636,19 +636,18 @@ def _raw_values(
     content["key"] = keys.agg(" ".join, axis=1)
     content = content[keys.ne("").all(axis=1)].drop_duplicates()  # repeated rows do no harm
     raw = content.drop_duplicates("key", keep=False).set_index("key")
-    contradictory = set(content.key) - set(raw.index)
     wanted = []
     for entity in named:
         wanted.append(" ".join(_key(form.format_map(entity)) for form in table.match.values()))
     unlabelled = {}
-    for i, key in enumerate(wanted):
-        if key in contradictory:
-            n_values = content[content.key == key].nunique()
-            differ = ", ".join(n_values.index[n_values > 1])
+    for i in np.flatnonzero(~pd.Index(wanted).isin(raw.index)).tolist():
+        rows = content[content.key == wanted[i]]
+        if len(rows):
+            differ = ", ".join(rows.columns[rows.nunique() > 1])
             message = f": its rows of {table.file} differ in {differ}"
             unlabelled[i] = ("contradictory-phenotype", message)
-        elif key not in raw.index:
-            unlabelled[i] = ("no-phenotype", f": no row of {table.file} for {key}")
+        else:
+            unlabelled[i] = ("no-phenotype", f": no row of {table.file} for {wanted[i]}")
     return raw.reindex(wanted, fill_value="").reset_index(drop=True), unlabelled
 
 
@@ -751,12 +750,8 @@ def _mark_other_parcels(found: pd.DataFrame, problems: Reasons) -> None:
         return
     usual = usable[usable.parcels == usable.parcels.mode()[0]].iloc[0]
     for i, row in usable[usable.parcels != usual.parcels].iterrows():
-        if row.n_parcels == usual.n_parcels:
-            problem = "parcel-order"
-            message = ": other parcels, or the same in another order, than most scans"
-        else:
-            problem = "parcel-count"
-            message = f": {row.n_parcels:g} parcels, and most scans have {usual.n_parcels:g}"
+        problem = "parcel-count" if row.n_parcels != usual.n_parcels else "parcel-order"
+        message = f": {row.n_parcels:g} parcels, not the {usual.n_parcels:g} of most scans in order"
         remedy = "of several atlases, name one in the cohort's scans, as in *_seg-NAME_*"
         problems[i] = (problem, f"{message}; {remedy}")
 

@@ -1,11 +1,9 @@
 """From dense series or volumes to parcels."""
 
-import json
 import re
 import warnings
 from collections import Counter
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -16,18 +14,16 @@ import numpy as np
 import pandas as pd
 from joblib import Parallel, delayed
 from nibabel.cifti2 import BrainModelAxis, ParcelsAxis, SeriesAxis
-from scipy.sparse import csc_array
 
 from mnemodyn.data import formats
 from mnemodyn.data.atlas import Atlas, plain_name, read_atlas
 from mnemodyn.data.formats import DataError, entities, read_cifti, refuse, stem
 from mnemodyn.data.scans import Scan, agree_on_t_r, save_scan
-from mnemodyn.files import sha256, write_json
+from mnemodyn.files import digest, sha256, write_json
 from mnemodyn.provenance import describe_derivative, generated_by
 
 __all__ = ["Preprocessing", "align", "parcellate", "preprocess"]
 
-BLOCK = 8192  # grayordinates in memory as float64 at a time
 DENSE = (".dtseries.nii",)
 VOLUMES = ("_bold.nii.gz", "_bold.nii")
 
@@ -108,14 +104,10 @@ def parcellate(values: np.ndarray, labels: np.ndarray) -> np.ndarray:
     sizes = np.bincount(labels, minlength=2)[1:]
     if not sizes.all():
         refuse(f"parcel {int(sizes.argmin()) + 1} has no grayordinate", "atlas")
-    columns = np.flatnonzero(labels)
-    rows = labels[columns] - 1
-    weights = csc_array((1 / sizes[rows], (rows, columns)), shape=(len(sizes), len(labels)))
-    sums = np.zeros((len(sizes), len(values)))
-    for start in range(0, len(labels), BLOCK):
-        block = slice(start, start + BLOCK)
-        sums += weights[:, block] @ np.ascontiguousarray(values[:, block].T, dtype=float)
-    return sums.T.astype(np.float32, order="C")
+    means = np.empty((len(values), len(sizes)), np.float32)
+    for i in range(len(sizes)):
+        means[:, i] = values[:, labels == i + 1].mean(axis=1, dtype=float)
+    return means
 
 
 def align(atlas: Atlas, axis: BrainModelAxis) -> np.ndarray:
@@ -289,24 +281,15 @@ def output_path(source: Path, folder: Path, atlas: str, table: bool) -> Path:
     return inside / "func" / f"{name}_seg-{atlas}_stat-mean_timeseries.{ending}"
 
 
-def _is_complete(source: Path, output: Path, sidecar: Path, facts: dict[str, Any]) -> bool:
-    """Whether the output was made from this source with these settings."""
-    if not output.is_file() or not sidecar.is_file():
-        return False
-    known: Any = None
-    with suppress(ValueError):  # a run that was killed may leave half a file
-        known = json.loads(sidecar.read_text(encoding="utf-8"))
-    newer = source.stat().st_mtime_ns > sidecar.stat().st_mtime_ns
-    return isinstance(known, dict) and not newer and facts.items() <= known.items()
-
-
 def _preprocess_scan(
     source: Path, output: Path, atlas: str, facts: dict[str, Any], settings: Preprocessing
 ) -> str:
     """Write one scan, unless it is complete; ``done`` or ``skipped``."""
-    facts = {**facts, "Sources": [source.name], "SourceBytes": source.stat().st_size}
     sidecar = output.with_name(f"{stem(output.name)}.json")
-    if _is_complete(source, output, sidecar, facts):
+    state = source.stat()
+    made_from = digest(facts, source.name, state.st_size, state.st_mtime_ns)
+    written = output.is_file() and sidecar.is_file()
+    if written and made_from in sidecar.read_text(encoding="utf-8"):
         return "skipped"
     participant = _participant(source)
     if not participant:
@@ -330,8 +313,15 @@ def _preprocess_scan(
     # The sidecar marks the scan as complete, and is written last.
     sidecar.unlink(missing_ok=True)
     save_scan(scan, output, axis=found.axis)
-    about = {"RepetitionTime": t_r, "RepetitionTimeFrom": origin, "Atlas": atlas}
-    write_json(sidecar, {**about, "AtlasGrayordinatesAbsent": found.n_absent, **facts})
+    about = {
+        "RepetitionTime": t_r,
+        "RepetitionTimeFrom": origin,
+        "Atlas": atlas,
+        "AtlasGrayordinatesAbsent": found.n_absent,
+        "Sources": [source.name],
+        "MadeFrom": made_from,
+    }
+    write_json(sidecar, {**about, **facts})
     return "done"
 
 
@@ -356,7 +346,8 @@ def preprocess(
     """Turn dense series or volumes into parcellated scans, each with a JSON sidecar.
 
     A scan that is complete already, from the same file with the same settings, is left alone, so
-    that an interrupted run can be repeated.
+    that an interrupted run can be repeated. A file is the same if its size and its time of change
+    are: reading it would take as long as to preprocess it.
 
     Parameters
     ----------
