@@ -16,7 +16,7 @@ _OFFERED = {
     "mnemodyn.hub": ("from_pretrained", "publish"),
     "mnemodyn.model.config": ("ModelConfig",),
     "mnemodyn.model.network": ("MnemoDyn",),
-    "mnemodyn.running": ("run_notebook",),
+    "mnemodyn.run": ("run_notebook",),
 }
 _HOME = {name: module for module, names in _OFFERED.items() for name in names}
 

@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 import mnemodyn
 from mnemodyn.files import find_root, write_json, write_text
 from mnemodyn.parameters import ParameterError, read_yaml
+from mnemodyn.run import first_results
 from mnemodyn.provenance import installed_version
 
 _START = """\
@@ -698,7 +699,8 @@ def _run(notebook: str, output: str, parameter: Sequence, parameters_file: str |
     if not Path(notebook).is_file():
         raise ParameterError(f"there is no notebook {notebook}")
     done = mnemodyn.run_notebook(notebook, output, _file(parameters_file) | dict(parameter))
-    return done, f"{done['notebook']} -> {done['output']} in {done['seconds']:.1f} s"
+    said = f"{done['notebook']} -> {done['output']} in {done['seconds']:.1f} s"
+    return done, f"{said}\n{first_results(done)}".strip()
 
 
 def _in_clone(folder: str, name: str, ending: str) -> tuple[Path, Path]:

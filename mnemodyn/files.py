@@ -161,3 +161,17 @@ class Kept:
 
 def _as_json(content: Any) -> str:
     return json.dumps(content, default=_plain)
+
+
+def read_yaml(text: str) -> Any:
+    """What YAML 1.2 says: ``off`` and ``no`` are text, ``1e-3`` is a number, ``012`` is not octal.
+
+    A ValueError where ``text`` is not YAML says at which line.
+    """
+    from ruamel.yaml import YAML
+    from ruamel.yaml.error import YAMLError
+
+    try:
+        return YAML(typ="safe", pure=True).load(text)
+    except YAMLError as error:
+        raise ValueError(f"not valid YAML: {' '.join(str(error).split())}") from None

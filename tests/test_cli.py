@@ -104,7 +104,7 @@ def test_info_says_what_is_wrong(tmp_path, capsys):
 
 def test_the_command_line_starts_without_heavy_imports():
     code = (
-        "import sys; import mnemodyn.cli, mnemodyn.running;"
+        "import sys; import mnemodyn.cli, mnemodyn.run;"
         "sys.exit(bool({'torch', 'papermill', 'nbclient', 'nbformat'} & set(sys.modules)))"
     )
     root = Path(__file__).resolve().parents[1]
