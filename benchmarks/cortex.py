@@ -28,13 +28,13 @@ from mnemodyn.data.quality import open_scans
 from mnemodyn.data.scans import Scan
 from mnemodyn.evaluate import inside
 from mnemodyn.evaluate.readout import MnemoDynEncoder
-from mnemodyn.evaluate.splits import repeated_folds
 from mnemodyn.files import sha256, write_bytes, write_json
 from mnemodyn.model.config import ModelConfig
 from mnemodyn.pretrain.objective import Masked
 from mnemodyn.pretrain.training import TrainingConfig, pretrain
 from mnemodyn.pretrain.windows import cut_windows
 from mnemodyn.provenance import surroundings
+from mnemodyn.splits import repeated_folds
 
 FRAMES, MASKS, TARGET, CASE = 64, Masked(0.55, 5, 0.3), "diagnosis", "autism"
 PENALTY = 5e-4  # inverse, of 19,900 standardised edges

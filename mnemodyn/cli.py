@@ -430,8 +430,9 @@ def _evaluate(
       mnemodyn evaluate hbn FOLDER --target sex --json sex.json
       mnemodyn evaluate abide STORE --target diagnosis --checkpoint NAME/MODEL --json diagnosis.json --jobs 4
     """
+    from mnemodyn import splits
     from mnemodyn.data import cohorts
-    from mnemodyn.evaluate import downstream, splits
+    from mnemodyn.evaluate import downstream
 
     checkpoint, seed = settings["checkpoint"], settings["seed"]
     n_folds, n_repeats = settings.pop("n_folds"), settings.pop("n_repeats")

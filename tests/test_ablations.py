@@ -26,11 +26,11 @@ from mnemodyn.evaluate.ablations import (
     run_grid,
     score,
 )
-from mnemodyn.evaluate.splits import repeated_folds
 from mnemodyn.model.config import ModelConfig
 from mnemodyn.model.network import MnemoDyn
 from mnemodyn.parameters import ParameterError
 from mnemodyn.pretrain.objective import Masked
+from mnemodyn.splits import repeated_folds
 
 GRID = Path(__file__).parents[1] / "notebooks" / "ablations.yaml"
 TINY = """

@@ -5,7 +5,7 @@ import pandas as pd
 import pytest
 
 from mnemodyn.data.scans import DataError
-from mnemodyn.evaluate.splits import inner_splits, leave_one_site_out, repeated_folds
+from mnemodyn.splits import hold_out, inner_splits, leave_one_site_out, repeated_folds
 
 
 def cohort(n=60, sessions=2, seed=0):
@@ -22,6 +22,53 @@ def cohort(n=60, sessions=2, seed=0):
     )
     table = people.loc[people.index.repeat(sessions)].sample(frac=1, random_state=seed)
     return table.reset_index(drop=True)
+
+
+def test_without_a_seed_the_last_identifiers_are_held_out():
+    participants = [f"sub-{i // 2}" for i in range(12)]
+    rows = hold_out(participants, n_test=2, n_validation=1)
+    assert rows["train"].tolist() == [0, 1, 2, 3, 4, 5]
+    assert rows["validation"].tolist() == [6, 7]
+    assert rows["test"].tolist() == [8, 9, 10, 11]
+    shares = hold_out(participants, n_test=1 / 3, n_validation=0.01)
+    assert all((shares[side] == rows[side]).all() for side in rows)
+    assert len(hold_out(participants, n_test=2, n_validation=0)["validation"]) == 0
+
+
+def test_a_random_division_keeps_families_and_proportions():
+    table = cohort(200)
+    table["site"] = np.where(table["participant_id"] < "sub-050", "small", "large")
+    people = table["participant_id"]
+    families = table["family"]
+    how = {"n_test": 0.25, "n_validation": 10, "families": families, "strata": table["site"]}
+    rows = hold_out(people, **how, seed=1)
+    sides = [set(families.iloc[rows[side]]) for side in rows]
+    assert not sides[0] & sides[1] | sides[0] & sides[2] | sides[1] & sides[2]
+    assert sum(map(len, rows.values())) == len(table)
+    assert 50 <= people.iloc[rows["test"]].nunique() <= 52
+    assert 10 <= people.iloc[rows["validation"]].nunique() <= 12
+    assert (table["site"].iloc[rows["test"]] == "small").mean() == pytest.approx(0.25, abs=0.06)
+    again = hold_out(people, **how, seed=1)
+    other = hold_out(people, **how, seed=2)
+    assert (again["test"] == rows["test"]).all()
+    assert set(other["test"]) != set(rows["test"])
+    # Who is held out does not depend on the order of the scans.
+    turned = hold_out(people[::-1], n_test=5, n_validation=5)
+    assert set(people[::-1].iloc[turned["test"]]) == {f"sub-{i}" for i in range(195, 200)}
+
+
+@pytest.mark.parametrize(
+    ("n_test", "n_validation", "message"),
+    [
+        (4, 2, "got 4 and 2 of 6 participants"),
+        (0.5, 0.5, "must leave a participant"),
+        (1.0, 1, "shares below 1, got 1.0"),
+        (-1, 1, "got -1"),
+    ],
+)
+def test_a_division_without_anybody_to_train_on_is_refused(n_test, n_validation, message):
+    with pytest.raises(DataError, match=message):
+        hold_out([f"sub-{i}" for i in range(6)], n_test=n_test, n_validation=n_validation)
 
 
 @pytest.mark.parametrize("target", ["sex", "age"])
@@ -87,13 +134,13 @@ def test_the_table_says_who_is_where_and_its_digest_follows(tmp_path):
         (lambda t: t.assign(sex="male"), "one value only"),
         (
             lambda t: t[t["participant_id"] < "sub-004"].assign(family=None),
-            "4 families are fewer than 5 folds",
+            r"2 families .* are fewer than 5 folds",
         ),
         (
             lambda t: t.assign(
                 sex=np.where(t["participant_id"] < "sub-003", "female", "male"), family=None
             ),
-            "smaller class has 3",
+            r"3 families \(of the smaller class\) are fewer than 5",
         ),
         (lambda t: t.assign(sex=t["sex"].where(t.index > 3)), "4 scans have no value"),
         (

@@ -34,7 +34,6 @@ from mnemodyn.evaluate.features import connectivity
 from mnemodyn.evaluate.metrics import hidden_sums
 from mnemodyn.evaluate.readout import MnemoDynEncoder
 from mnemodyn.evaluate.scores import t_interval
-from mnemodyn.evaluate.splits import repeated_folds
 from mnemodyn.files import write_json
 from mnemodyn.model.config import ModelConfig
 from mnemodyn.model.network import MnemoDyn
@@ -43,6 +42,7 @@ from mnemodyn.pretrain.config import Machine, configure
 from mnemodyn.pretrain.objective import Masked
 from mnemodyn.pretrain.windows import cut_windows
 from mnemodyn.provenance import surroundings
+from mnemodyn.splits import repeated_folds
 
 DEFAULT = "default"
 READOUT = "latent_correlation"  # what the second outcome is read from

@@ -31,8 +31,8 @@ from mnemodyn.evaluate.scores import (
     resamples,
     t_interval,
 )
-from mnemodyn.evaluate.splits import Folds, inner_splits, leave_one_site_out, repeated_folds
 from mnemodyn.files import write_json
+from mnemodyn.splits import Folds, inner_splits, leave_one_site_out, repeated_folds
 
 
 def open_scans(cohort: Cohort, source: str | Path, *, workers: int = 1) -> Index | Store:

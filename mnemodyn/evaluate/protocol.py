@@ -12,7 +12,7 @@ from sklearn.neural_network import MLPClassifier
 from sklearn.utils import compute_sample_weight
 
 from mnemodyn.evaluate.downstream import Task
-from mnemodyn.evaluate.splits import inner_splits
+from mnemodyn.splits import inner_splits
 
 
 @dataclass(frozen=True)
