@@ -1,11 +1,13 @@
 """Reference pages made from docstrings.
 
+A line ``[modules PACKAGE]`` in a page stands for a section a module of that package;
 ``settings MODULE:CLASS`` is a table of a dataclass's settings: default, type and meaning. The rest
 adapts autodoc to numpydoc sections whose types are words.
 """
 
 import importlib
 import inspect
+import pkgutil
 import re
 from dataclasses import MISSING, fields
 from typing import Annotated, get_args, get_origin
@@ -14,7 +16,24 @@ from docutils import nodes
 from docutils.statemachine import StringList
 from sphinx.util.docutils import SphinxDirective
 
+MODULES = re.compile(r"^\[modules ([\w.]+)\]$", re.MULTILINE)
 HEAD = re.compile(r"^(\w+(?:, \w+)*) : ")
+
+
+def list_modules(app, docname, source):
+    """Put a heading and an automodule for each module of a package in place of the line for it."""
+
+    def sections(match):
+        package = importlib.import_module(match[1])
+        text = ""
+        for module in pkgutil.iter_modules(package.__path__, f"{match[1]}."):
+            # The kernels for a GPU need triton, which a copy may not have.
+            if not module.ispkg and not module.name.endswith("_triton"):
+                body = f"```{{eval-rst}}\n.. automodule:: {module.name}\n   :members:\n```"
+                text += f"## {module.name.removeprefix('mnemodyn.')}\n\n{body}\n\n"
+        return text
+
+    source[0] = MODULES.sub(sections, source[0])
 
 
 def meanings(cls):
@@ -104,6 +123,7 @@ def leave_types(app, env, node, contnode):
 
 def setup(app):
     """Register the steps with Sphinx."""
+    app.connect("source-read", list_modules)
     app.connect("autodoc-skip-member", skip_borrowed)
     app.connect("autodoc-process-docstring", plain_references, priority=400)  # before napoleon
     app.connect("missing-reference", leave_types)

@@ -58,7 +58,9 @@ def find(env, page, key, data):
     if len(matching) == 1:
         return matching[0]
     if matching:
-        raise LookupError(f"{key} stands for several; say data= of {[row.data for row in matching]}")
+        raise LookupError(
+            f"{key} stands for several; say data= of {[row.data for row in matching]}"
+        )
     near = difflib.get_close_matches(key, [key_of(row) for row in rows], n=3, cutoff=0.3)
     raise LookupError(f"{page} has no row {key}; nearest: {near}")
 
@@ -155,7 +157,9 @@ class Scores(SphinxDirective):
             found = table_of(self.env, page)
             if found is None:
                 continue
-            found = found[(found["against"] == "") & found["score"].isin(["balanced_accuracy", "r"])]
+            found = found[
+                (found["against"] == "") & found["score"].isin(["balanced_accuracy", "r"])
+            ]
             found = found[found["method"].isin(methods)]
             where = docname(page, read_studies(self.env.srcdir)[page])
             for (data, task), group in found.groupby(["data", "task"], sort=False):
