@@ -20,7 +20,7 @@ help:
 	@echo "make book [PROFILE=quick] [CORES=2]  run the notebooks and build the book: _build/html/index.html"
 	@echo "                                     profiles: $(PROFILES)"
 	@echo "          [DATA=FOLDER]              your own scans in place of the profile's"
-	@echo "          [COHORT=NAME]              what describes their participants: a name or a YAML file"
+	@echo "          [COHORT=NAME] [T_R=2.0]    what describes their participants, a name or a YAML file; seconds a frame"
 	@echo "make pdf                             the book as one PDF, by Chromium; after make book"
 	@echo "make test                            run the tests"
 	@echo "make lint                            check style, formatting and types"
@@ -33,7 +33,7 @@ book: .venv/.installed
 	@test -f "profiles/$(PROFILE).yaml" || \
 	  { echo "make: unknown PROFILE '$(PROFILE)'; known: $(PROFILES)" >&2; exit 2; }
 	@$(SNAKEMAKE) --cores "$(CORES)" $(FLAGS) --config profile="$(PROFILE)" \
-	  $(if $(DATA),data="$(DATA)") $(if $(COHORT),cohort="$(COHORT)")
+	  $(if $(DATA),data="$(DATA)") $(if $(COHORT),cohort="$(COHORT)") $(if $(T_R),t_r="$(T_R)")
 	@echo "The book: _build/html/index.html"
 
 pdf: .venv/.installed

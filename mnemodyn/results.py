@@ -1,6 +1,6 @@
 """The one format of results: a tidy table a run, which pages, model cards and the README read.
 
-A row is one number with its interval. What the columns hold stands in :data:`COLUMNS`.
+A row is one number with its interval. What the columns hold stands in `COLUMNS`.
 """
 
 from collections.abc import Iterable, Mapping

@@ -36,11 +36,14 @@ def docname(page, study):
 
 def command(study):
     """What makes a page."""
+    words = "make book"
     if "profile" in study:
-        return f"make book PROFILE={study['profile']} DATA=FOLDER"
+        words += f" PROFILE={study['profile']}"
+        if "needs" in study:
+            words += " DATA=FOLDER"
     if study.get("when") == "cohort":
-        return "make book DATA=FOLDER COHORT=NAME"
-    return "make book"
+        words += " DATA=FOLDER COHORT=NAME"
+    return words
 
 
 def table_of(env, page):
