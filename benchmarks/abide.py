@@ -27,7 +27,7 @@ import torch
 from joblib import cpu_count
 from joblib.externals.loky import get_reusable_executor
 
-from mnemodyn.checkpoint import Checkpoint, load_checkpoint
+from mnemodyn.checkpoint import Checkpoint, from_pretrained
 from mnemodyn.data.cohorts import load_cohort
 from mnemodyn.data.scans import Scan
 from mnemodyn.evaluate import downstream, protocol
@@ -157,7 +157,7 @@ def main() -> int:
     ):  # which is written when training ends
         train(scans, work / "pretrain", options.epochs)
         say("pretrained")
-    checkpoint = with_front(load_checkpoint(folder), scans)
+    checkpoint = with_front(from_pretrained(folder), scans)
     used = {"--checkpoint C": options.checkpoint, "--finetune": options.finetune}
     used[f"--only {' '.join(options.only)}"] = options.only
     content = {

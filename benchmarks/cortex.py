@@ -22,18 +22,18 @@ from sklearn.metrics import roc_auc_score
 from sklearn.preprocessing import StandardScaler
 
 from mnemodyn import figures
-from mnemodyn.checkpoint import Checkpoint, load_checkpoint
+from mnemodyn.checkpoint import Checkpoint, from_pretrained
 from mnemodyn.data.atlas import NETWORKS, schaefer400_tian3
 from mnemodyn.data.quality import open_scans
 from mnemodyn.data.scans import Scan
 from mnemodyn.evaluate import inside
-from mnemodyn.evaluate.readout import MnemoDynEncoder
 from mnemodyn.files import sha256, write_bytes, write_json
 from mnemodyn.model.config import ModelConfig
 from mnemodyn.pretrain.objective import Masked
 from mnemodyn.pretrain.training import TrainingConfig, pretrain
 from mnemodyn.pretrain.windows import cut_windows
 from mnemodyn.provenance import surroundings
+from mnemodyn.readout import MnemoDynEncoder
 from mnemodyn.splits import repeated_folds
 
 FRAMES, MASKS, TARGET, CASE = 64, Masked(0.55, 5, 0.3), "diagnosis", "autism"
@@ -76,7 +76,7 @@ def trained(scans: list[Scan], folder: Path, epochs: int) -> Checkpoint:
             training=training,
             restart=True,
         )
-    return load_checkpoint(folder / "best")
+    return from_pretrained(folder / "best")
 
 
 def filled(checkpoint: Checkpoint, scans: list[Scan]) -> np.ndarray:

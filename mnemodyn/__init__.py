@@ -8,14 +8,14 @@ from importlib import import_module
 from typing import Any
 
 _OFFERED = {
-    "mnemodyn.checkpoint": ("Checkpoint", "load_checkpoint", "save_checkpoint"),
+    "mnemodyn.checkpoint": ("Checkpoint", "from_pretrained", "save_checkpoint"),
     "mnemodyn.data.scaling": ("Scaling",),
     "mnemodyn.data.scans": ("Scan", "load_scan", "load_scans", "save_scan"),
     "mnemodyn.data.store": ("Store",),
-    "mnemodyn.evaluate.readout": ("MnemoDynEncoder",),
-    "mnemodyn.hub": ("from_pretrained", "publish"),
+    "mnemodyn.hub": ("publish",),
     "mnemodyn.model.config": ("ModelConfig",),
     "mnemodyn.model.network": ("MnemoDyn",),
+    "mnemodyn.readout": ("MnemoDynEncoder",),
     "mnemodyn.run": ("run_notebook",),
 }
 _HOME = {name: module for module, names in _OFFERED.items() for name in names}

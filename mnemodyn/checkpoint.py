@@ -1,56 +1,92 @@
-"""A checkpoint: a folder with ``model.safetensors`` (weights) and ``config.json`` (everything needed to use them).
+"""A checkpoint: a folder with the weights and everything that is needed to use them.
 
-The Lightning checkpoints of the published draft are read as well, with ``compat="reference"``.
+``model.safetensors`` holds the weights, ``config.json`` the rest: the configuration of the network,
+its parcels, repetition time and scaling, and how it was trained. Nothing that is read is executed.
 """
 
 import json
+import re
 import warnings
-from dataclasses import dataclass
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
+import numpy as np
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 
 from mnemodyn.data.scaling import Scaling
 from mnemodyn.data.scans import Scan
-from mnemodyn.files import sha256, write_bytes, write_json
+from mnemodyn.files import digest, sha256, write_bytes, write_json
 from mnemodyn.model.config import ModelConfig
 from mnemodyn.model.network import MnemoDyn
-from mnemodyn.model.reference import misfits, read_lightning
+from mnemodyn.parameters import read_yaml
 
-__all__ = ["Checkpoint", "CheckpointError", "describe", "load_checkpoint", "save_checkpoint"]
+__all__ = ["Checkpoint", "CheckpointError", "HubError", "from_pretrained", "save_checkpoint"]
 
 FORMAT = 1
+FILES = ("config.json", "model.safetensors")
+LOGIN = "log in with `hf auth login`, or set HF_TOKEN to a token that has access"
+
+# A file of the draft's trainer is named by its validation metric: epoch=07-val_mae=0.4321.ckpt.
+METRIC = re.compile(r".*(val\w*)=(-?\d+(?:\.\d+)?)")
+LARGER_IS_BETTER = re.compile(r"acc|auc|r2|corr|f1")
 
 
 class CheckpointError(ValueError):
-    """A checkpoint that is damaged or does not fit; the message says what was expected and what was found."""
+    """A checkpoint that is missing, damaged or does not fit; the message says what was expected."""
+
+
+class HubError(RuntimeError):
+    """The Hugging Face Hub refused a request or could not be reached."""
 
 
 @dataclass(frozen=True)
 class Checkpoint:
     """A network in evaluation mode, and what it was trained on.
 
-    That is its parcels in the order of the columns it reads; the repetition time of the training scans (s) and their
-    fingerprint; the scaling that is applied to a scan before the network; and of the training the objective, optimiser
-    settings, participants and validation result. A checkpoint of the published draft knows neither parcels, repetition
-    time, scaling nor data: they are None, and ``dataclasses.replace`` fills in what is known from elsewhere.
+    Parameters
+    ----------
+    model : MnemoDyn
+        The network.
+    parcels : tuple of str, optional
+        Names of the parcels, in the order of the columns that the network reads.
+    t_r : float, optional
+        Repetition time of the training scans, in seconds.
+    scaling : Scaling, optional
+        How a scan is scaled before the network reads it.
+    data_fingerprint : str, optional
+        Digest of the training data.
+    training : dict
+        Settings, participants and validation result of the training.
+
+    Notes
+    -----
+    A checkpoint of the published draft states no parcels, repetition time, scaling or data. They are
+    None, and ``dataclasses.replace`` sets what is known from elsewhere.
     """
 
     model: MnemoDyn
-    parcels: tuple[str, ...] | None
-    t_r: float | None
-    scaling: Scaling | None
-    data_fingerprint: str | None
-    training: dict
+    parcels: tuple[str, ...] | None = None
+    t_r: float | None = None
+    scaling: Scaling | None = None
+    data_fingerprint: str | None = None
+    training: dict = field(default_factory=dict)
 
     def check(self, scan: Scan) -> None:
-        """Refuse a scan whose parcels or their order the network was not trained on, naming the first that differs.
+        """Refuse a scan whose parcels or their order differ from those of the training.
 
-        Warns if the checkpoint does not know its parcels, so that no more than their number was checked.
+        Warns if the checkpoint states no parcels, because only their number can be checked then.
+
+        Raises
+        ------
+        CheckpointError
+            If they differ; the message names the first column that does.
         """
         expected = self.model.config.n_parcels
         if len(scan.parcels) != expected:
@@ -58,146 +94,267 @@ class Checkpoint:
                 f"{scan.source}: the checkpoint expects {expected} parcels, got {len(scan.parcels)}"
             )
         if self.parcels is None:
-            said = f"their number, {expected}, fits, but not their names or order were checked"
             warnings.warn(
-                f"{scan.source}: the checkpoint does not know its parcels; {said}", stacklevel=2
+                f"{scan.source}: the checkpoint does not state its parcels; "
+                f"only their number, {expected}, was checked",
+                stacklevel=2,
             )
             return
-        for i, (name, got) in enumerate(zip(self.parcels, scan.parcels, strict=True)):
-            if name != got:
-                kind = "in another order" if set(self.parcels) == set(scan.parcels) else "others"
-                said = f"parcels are {kind} than the checkpoint's: column {i} should be {name!r}, got {got!r}"
-                raise CheckpointError(f"{scan.source}: {said}")
+        for i, name in enumerate(self.parcels):
+            if scan.parcels[i] != name:
+                raise CheckpointError(
+                    f"{scan.source}: its parcels are others, or in another order, than the checkpoint's: "
+                    f"column {i} should be {name!r}, got {scan.parcels[i]!r}"
+                )
+
+    def scale(self, scan: Scan) -> np.ndarray:
+        """Scale the values of a scan for the network, (time, parcel), float32.
+
+        Raises
+        ------
+        CheckpointError
+            If the checkpoint does not state its scaling.
+        """
+        if self.scaling is None:
+            raise CheckpointError(
+                "the checkpoint does not state its scaling; "
+                "name it with dataclasses.replace(checkpoint, scaling=...) or --scaling"
+            )
+        return self.scaling(scan)
+
+    def fingerprint(self) -> str:
+        """Digest of all that a result of this checkpoint depends on."""
+        scaling = None
+        if self.scaling is not None:
+            scaling = self.scaling.to_dict()
+        return digest(asdict(self.model.config), self.model.state_dict(), scaling, self.parcels)
 
 
 def save_checkpoint(folder: str | Path, checkpoint: Checkpoint) -> Path:
-    """Write a checkpoint into a folder, which is made or whose checkpoint is replaced, and return the folder.
+    """Write a checkpoint into a folder, in place of one that is there, and return the folder.
 
-    The JSON, which holds the weights' SHA-256, is written last.
+    Raises
+    ------
+    OSError
+        If the folder cannot be written.
     """
     folder = Path(folder)
-    weights = {k: v.detach().cpu().contiguous() for k, v in checkpoint.model.state_dict().items()}
-    write_bytes(folder / "model.safetensors", save_tensors(weights))
-    known = {
-        name: getattr(checkpoint, name)
-        for name in ("parcels", "t_r", "scaling", "data_fingerprint", "training")
-    }
-    known["scaling"] = None if checkpoint.scaling is None else checkpoint.scaling.to_dict()
-    facts = {
+    weights = {}
+    for name, value in checkpoint.model.state_dict().items():
+        weights[name] = value.detach().cpu().contiguous()
+    scaling = None
+    if checkpoint.scaling is not None:
+        scaling = checkpoint.scaling.to_dict()
+    path = write_bytes(folder / "model.safetensors", save_tensors(weights))
+    config = {
         "format": FORMAT,
         "mnemodyn": version("mnemodyn"),
-        "model": checkpoint.model.config.to_dict(),
-        **known,
+        "model": asdict(checkpoint.model.config),
+        "parcels": checkpoint.parcels,
+        "t_r": checkpoint.t_r,
+        "scaling": scaling,
+        "data_fingerprint": checkpoint.data_fingerprint,
+        "training": checkpoint.training,
+        "weights_sha256": sha256(path),
     }
-    write_json(
-        folder / "config.json", facts | {"weights_sha256": sha256(folder / "model.safetensors")}
-    )
+    # Last, because it vouches for the weights.
+    write_json(folder / "config.json", config)
     return folder
 
 
-def describe(folder: str | Path) -> dict:
-    """The JSON of a checkpoint; a CheckpointError if a file is missing or damaged, or the format is another."""
-    folder = Path(folder)
-    path, weights = folder / "config.json", folder / "model.safetensors"
-    if folder.is_file():
-        mend = "a .ckpt of the published draft is loaded with load_checkpoint(path, compat='reference')"
-        raise CheckpointError(f"{folder} is a file, not a checkpoint's folder; {mend}")
-    for file in (path, weights):
-        if not file.is_file():
-            expected = "expected a folder with config.json and model.safetensors"
-            raise CheckpointError(f"{folder} is no checkpoint: {file.name} is missing ({expected})")
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-        found = config["format"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{path}: damaged, not a checkpoint's JSON ({error})") from error
-    if found != FORMAT:
-        raise CheckpointError(
-            f"{path}: format must be {FORMAT}, got {found}; another version of mnemodyn wrote it"
-        )
-    found, expected = sha256(weights), str(config.get("weights_sha256"))
-    if found != expected:
-        said = f"its SHA-256 is {found[:12]}..., config.json expects {expected[:12]}...; copy or train it again"
-        raise CheckpointError(f"{weights}: damaged: {said}")
-    return config
-
-
-def load_checkpoint(
-    folder: str | Path, *, compat: Literal["none", "reference"] = "none"
+def from_pretrained(
+    name_or_path: str | Path,
+    *,
+    compat: Literal["none", "reference"] = "none",
+    revision: str | None = None,
+    subfolder: str = "",
+    **download: Any,
 ) -> Checkpoint:
-    """Load a checkpoint, its model on the CPU, in evaluation mode; nothing in its files is executed.
+    """Load a checkpoint, its network on the CPU and in evaluation mode.
 
-    `folder` has ``config.json`` and ``model.safetensors``; with ``compat="reference"`` it is a Lightning ``.ckpt`` of
-    the published draft, its settings inside or in ``hparams.yaml`` beside it. A reference network saved in this
-    package's format is loaded like any other.
+    Parameters
+    ----------
+    name_or_path : str or Path
+        A checkpoint's folder or one of its two files; the folder of a run, whose ``best`` is loaded;
+        or, where there is no such path, ``NAME/MODEL`` on the Hugging Face Hub. With
+        ``compat="reference"`` a Lightning ``.ckpt`` of the published draft, with its settings inside
+        or in ``hparams.yaml`` beside it or one folder up; or a version folder of the draft's trainer,
+        of which the file with the best validation metric in its name is loaded.
+    compat : str
+        ``none``, or ``reference`` for a file of the published draft.
+    revision : str, optional
+        Branch, tag or commit on the hub.
+    subfolder : str
+        Folder of the repository or path that holds the checkpoint.
+    **download
+        As in ``huggingface_hub.snapshot_download``: ``token``, ``cache_dir`` and so on.
 
     Raises
     ------
     CheckpointError
-        If a file is missing or damaged, or weights and configuration or parcels do not fit each other; weights
-        that do not fit are named, with both shapes.
+        If there is no checkpoint, or it is damaged, or its weights, configuration and parcels do not
+        fit each other.
+    HubError
+        If the hub cannot be reached or has no such repository or revision for this token.
     """
-    folder = Path(folder)
-    if compat == "reference":
-        return _load_lightning(folder)
-    if compat != "none":
+    if compat not in ("none", "reference"):
         raise ValueError(f"compat must be none or reference, got {compat!r}")
-    config = describe(folder)
-    path = folder / "model.safetensors"
-    try:
-        model = MnemoDyn(ModelConfig.from_dict(config["model"])).eval()
-        weights = load_tensors(path.read_bytes())
-        made: dict[str, Any] = {
-            "parcels": tuple,
-            "t_r": float,
-            "scaling": lambda found: Scaling(**found),
-        }
-        known: dict = {
-            k: None if config[k] is None else make(config[k]) for k, make in made.items()
-        }
-        checkpoint = Checkpoint(
-            model, **known, **{k: config[k] for k in ("data_fingerprint", "training")}
-        )
-    except (KeyError, TypeError, ValueError, SafetensorError) as error:
-        raise CheckpointError(
-            f"{folder}: config.json and weights do not make a checkpoint: {error}"
-        ) from error
-    if wrong := misfits(model.state_dict(), weights):
-        raise CheckpointError(f"{path}: weights do not fit the configuration: {wrong}")
-    model.load_state_dict(weights)
-    if checkpoint.parcels is None and model.config.compat == "none":
-        raise CheckpointError(
-            f"{folder}: config.json names no parcels, which only reference networks may lack"
-        )
-    if checkpoint.parcels is not None and len(checkpoint.parcels) != model.config.n_parcels:
-        raise CheckpointError(
-            f"{folder}: {len(checkpoint.parcels)} parcel names for {model.config.n_parcels} parcels"
-        )
-    return checkpoint
+    path = Path(name_or_path)
+    if not path.exists():
+        path = _download(str(name_or_path), compat, revision, subfolder, download)
+    path = path / subfolder
+    if compat == "reference":
+        return _load_draft(_draft_file(path))
+    return _load(_checkpoint_folder(path))
 
 
-def _load_lightning(path: Path) -> Checkpoint:
-    if path.is_dir():
-        ours = (path / "config.json").is_file()
-        what = (
-            "load_checkpoint(path), without compat, loads it"
-            if ours
-            else "give the .ckpt file itself"
-        )
+def _download(name: str, compat: str, revision: str | None, subfolder: str, settings: dict) -> Path:
+    """Fetch the files of a checkpoint from the hub, or find them in its cache."""
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
         raise CheckpointError(
-            f"{path} is a folder, and compat='reference' expects a Lightning .ckpt file; {what}"
+            f"{name}: there is no such file or folder, and it is no NAME/MODEL of the hub"
         )
-    if not path.is_file():
-        raise CheckpointError(f"there is no file {path}")
+    # Takes half a second to import, and is not needed for local checkpoints.
+    from huggingface_hub import snapshot_download
+
+    wanted = FILES
+    if compat == "reference":
+        wanted = ("*.ckpt", "hparams.yaml")
+    patterns = [str(PurePosixPath(subfolder, file)) for file in wanted]
+    with hub_errors(name):
+        return Path(snapshot_download(name, revision=revision, allow_patterns=patterns, **settings))
+
+
+@contextmanager
+def hub_errors(repo_id: str) -> Iterator[None]:
+    """Turn whatever huggingface_hub raises into a HubError of one line."""
+    from huggingface_hub import errors
+
     try:
-        settings, state, training = read_lightning(path)
-    except ValueError as error:
-        raise CheckpointError(str(error)) from error
-    try:
-        model = MnemoDyn.from_reference(settings, state)
-    except (TypeError, ValueError) as error:
-        raise CheckpointError(f"{path}: {error}") from error
-    training |= {"source": path.name, "source_sha256": sha256(path), "settings": settings}
-    return Checkpoint(
-        model, parcels=None, t_r=None, scaling=None, data_fingerprint=None, training=training
+        yield
+    except Exception as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        status = getattr(getattr(error, "response", None), "status_code", None)
+        if isinstance(error, errors.RepositoryNotFoundError):
+            reason = f"no such repository for this token; check the name, or {LOGIN}"
+        elif isinstance(error, errors.LocalTokenNotFoundError) or status in (401, 403):
+            reason = f"the hub does not allow this; {LOGIN}"
+        elif isinstance(error, errors.LocalEntryNotFoundError):
+            reason = "the hub was not reached, and no copy is in the cache"
+        raise HubError(f"{repo_id}: {reason}") from error
+
+
+def _checkpoint_folder(path: Path) -> Path:
+    """The folder of the checkpoint that a path stands for."""
+    if path.name in FILES:
+        path = path.parent
+    for folder in (path, path / "best"):
+        if (folder / "config.json").is_file():
+            return folder
+    if (path / "run.json").is_file():
+        raise CheckpointError(f"{path} is a run that has no best/ yet; let its training finish")
+    raise CheckpointError(
+        f"{path} is no checkpoint: expected a folder with {' and '.join(FILES)} "
+        "(a .ckpt of the published draft needs compat='reference', or --compat reference)"
     )
+
+
+def _load(folder: Path) -> Checkpoint:
+    """Load a checkpoint of this package's format."""
+    path = folder / "config.json"
+    weights = folder / "model.safetensors"
+    if not weights.is_file():
+        raise CheckpointError(f"{folder} is no checkpoint: model.safetensors is missing")
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+        if config["format"] != FORMAT:
+            raise ValueError(f"format must be {FORMAT}, got {config['format']}")
+        _check_digest(weights, config["weights_sha256"])
+        model = MnemoDyn(ModelConfig(**config["model"]))
+        model.load_state_dict(load_tensors(weights.read_bytes()))
+        parcels = config["parcels"]
+        if parcels is not None:
+            parcels = tuple(parcels)
+        scaling = config["scaling"]
+        if scaling is not None:
+            scaling = Scaling(**scaling)
+        return Checkpoint(
+            model=model.eval(),
+            parcels=parcels,
+            t_r=config["t_r"],
+            scaling=scaling,
+            data_fingerprint=config["data_fingerprint"],
+            training=config["training"],
+        )
+    except CheckpointError:
+        raise
+    except (KeyError, TypeError, ValueError, RuntimeError, SafetensorError) as error:
+        # PyTorch names each weight that does not fit, with both shapes.
+        raise CheckpointError(f"{path}: not a checkpoint of this version: {error}") from error
+
+
+def _check_digest(path: Path, expected: str) -> None:
+    """Refuse weights that are not those that the configuration was written for."""
+    found = sha256(path)
+    if found != expected:
+        raise CheckpointError(
+            f"{path}: damaged: its SHA-256 is {found[:12]}..., config.json expects "
+            f"{expected[:12]}...; copy or train it again"
+        )
+
+
+def _draft_file(path: Path) -> Path:
+    """The .ckpt that a path stands for: itself, or the best of a version folder."""
+    if path.is_file():
+        return path
+    found = [file for file in sorted(path.rglob("*.ckpt")) if file.stem != "last"]
+    if len(found) == 1:
+        return found[0]
+    scores = {}
+    names = set()
+    for file in found:
+        metric = METRIC.match(file.stem)
+        if metric:
+            names.add(metric[1])
+            scores[file] = float(metric[2])
+    if len(names) != 1 or len(scores) < len(found):
+        raise CheckpointError(
+            f"{path}: expected one .ckpt of the published draft, or several with one validation "
+            f"metric in their names, found {len(found)}; name the file itself"
+        )
+    if LARGER_IS_BETTER.search(names.pop()):
+        return max(scores, key=scores.__getitem__)
+    return min(scores, key=scores.__getitem__)
+
+
+def _load_draft(path: Path) -> Checkpoint:
+    """Load a Lightning checkpoint of the published draft."""
+    try:
+        # With weights_only PyTorch refuses everything but tensors and plain values.
+        content = torch.load(path, map_location="cpu", weights_only=True)
+        state = content["state_dict"]
+    except Exception as error:  # a damaged or hostile file may raise anything
+        reason = str(error).partition("\n")[0].partition(". ")[0]
+        raise CheckpointError(
+            f"{path}: not a Lightning checkpoint of tensors and plain values; nothing in it was "
+            f"executed ({type(error).__name__}: {reason})"
+        ) from None
+    try:
+        settings = content.get("hyper_parameters") or _settings_beside(path)
+        model = MnemoDyn.from_reference(settings, state)
+    except (AttributeError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{path}: {error}") from error
+    training = {"source": path.name, "source_sha256": sha256(path), "settings": dict(settings)}
+    for name in ("epoch", "global_step"):
+        if name in content:
+            training[name] = content[name]
+    return Checkpoint(model=model, training=training)
+
+
+def _settings_beside(path: Path) -> dict:
+    """The settings that Lightning's logger writes beside a checkpoint or one folder up."""
+    for folder in (path.parent, path.parent.parent):
+        file = folder / "hparams.yaml"
+        if file.is_file():
+            return read_yaml(file.read_text(encoding="utf-8"))
+    raise ValueError("holds no hyper_parameters, and there is no hparams.yaml beside it")

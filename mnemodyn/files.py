@@ -74,6 +74,21 @@ def sha256(path: str | os.PathLike) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
+def read_yaml(text: str) -> Any:
+    """Read YAML 1.2, in which ``off`` is text and ``1e-3`` is a number.
+
+    A ValueError if `text` is not valid YAML; the message names the line.
+    """
+    from ruamel.yaml import YAML, YAMLError
+
+    # ruamel's parser in C reads YAML 1.1, in which `off` is false.
+    reader = YAML(typ="safe", pure=True)
+    try:
+        return reader.load(text)
+    except YAMLError as error:
+        raise ValueError(f"not valid YAML: {' '.join(str(error).split())}") from None
+
+
 def find_root(start: str | os.PathLike = ".") -> Path:
     """Return the nearest folder at or above ``start`` (by default the current) with ``_toc.yml``, or else ``start``."""
     start = Path(start).resolve()
@@ -161,17 +176,3 @@ class Kept:
 
 def _as_json(content: Any) -> str:
     return json.dumps(content, default=_plain)
-
-
-def read_yaml(text: str) -> Any:
-    """What YAML 1.2 says: ``off`` and ``no`` are text, ``1e-3`` is a number, ``012`` is not octal.
-
-    A ValueError where ``text`` is not YAML says at which line.
-    """
-    from ruamel.yaml import YAML
-    from ruamel.yaml.error import YAMLError
-
-    try:
-        return YAML(typ="safe", pure=True).load(text)
-    except YAMLError as error:
-        raise ValueError(f"not valid YAML: {' '.join(str(error).split())}") from None

@@ -1,172 +1,22 @@
-"""Checkpoints given to others and taken from them: Hugging Face Hub, folders, single files, the draft's versions.
+"""Publish a checkpoint on the Hugging Face Hub, with a model card written from its run."""
 
-Nothing that is read is ever executed: weights are safetensors (those of the published draft are read as tensors and
-plain values only), everything else is JSON, YAML or text.
-"""
-
-import contextlib
-import json
-import re
 import shutil
 import tempfile
-from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from collections.abc import Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 from string import Template
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
-import httpx2
-from huggingface_hub import (
-    EvalResult,
-    HfApi,
-    ModelCard,
-    ModelCardData,
-    constants,
-    snapshot_download,
-)
-from huggingface_hub import errors as hub_errors
+import pandas as pd
 
-from mnemodyn.checkpoint import Checkpoint, CheckpointError, load_checkpoint, save_checkpoint
+from mnemodyn.checkpoint import Checkpoint, from_pretrained, hub_errors, save_checkpoint
 from mnemodyn.files import write_text
+from mnemodyn.results import label, read_results
 
-__all__ = [
-    "HubError",
-    "Source",
-    "find_checkpoint",
-    "from_pretrained",
-    "publish",
-    "save_network",
-    "write_folder",
-]
+__all__ = ["publish", "write_folder"]
 
-PEOPLE = ("train_participants", "validation_participants")
-BEST = re.compile(r"(val\w*)=(-?\d+(?:\.\d+)?(?:e-?\d+)?)")
-LARGER_IS_BETTER = re.compile(r"acc|auc|r2|corr|f1")
-CHECKPOINT_FILES = ("config.json", "model.safetensors")
-LOGIN = "log in with `hf auth login`, or set HF_TOKEN to a token that may write to it"
-
-
-class HubError(RuntimeError):
-    """The hub refused or was not reached; the message says what mends it."""
-
-
-class Source(NamedTuple):
-    """What :func:`find_checkpoint` settles on: a checkpoint, how to read it, and its training metrics (or None)."""
-
-    checkpoint: Path
-    compat: Literal["none", "reference"]
-    metrics: Path | None
-
-
-def find_checkpoint(source: str | Path) -> Source:
-    """The checkpoint that a path stands for; a CheckpointError where there is none, or the best is not clear.
-
-    `source` is a checkpoint's folder or one of its two files; a run's folder, whose best checkpoint by validation is
-    taken; a ``.ckpt`` of the published draft; or a version folder of its trainer, where the file with the best
-    validation metric in its name is taken: the lowest, or the highest of an accuracy, correlation, AUC, F1 or R2.
-    """
-    path = Path(source)
-    if not path.exists():
-        raise CheckpointError(f"there is no file or folder {path}")
-    if path.is_file() and path.name in CHECKPOINT_FILES:
-        path = path.parent
-    for folder in (path, path / "best"):
-        if (folder / "config.json").is_file():
-            return Source(folder, "none", _beside(folder / "config.json", "history.csv"))
-    if (path / "run.json").is_file():
-        raise CheckpointError(
-            f"{path} is a run without best/: let its training come to its end, then try again"
-        )
-    if path.is_file() and path.suffix != ".ckpt":
-        files = " or ".join(CHECKPOINT_FILES)
-        raise CheckpointError(
-            f"{path} is no checkpoint: expected its folder, its {files}, or a .ckpt"
-        )
-    found = (
-        [path] if path.is_file() else [p for p in sorted(path.rglob("*.ckpt")) if p.stem != "last"]
-    )
-    if len(found) != 1:
-        scored = [(match[-1], p) for p in found if (match := BEST.findall(p.stem))]
-        if not found or len(scored) < len(found) or len({name for (name, _), _ in scored}) > 1:
-            what = (
-                f"{len(found)} .ckpt files that do not all name one validation metric"
-                if found
-                else "no checkpoint"
-            )
-            raise CheckpointError(f"{path} holds {what}; name the checkpoint itself")
-        sign = -1 if LARGER_IS_BETTER.search(scored[0][0][0]) else 1
-        found = [min(scored, key=lambda item: sign * float(item[0][1]))[1]]
-    return Source(found[0], "reference", _beside(found[0], "metrics.csv"))
-
-
-def _beside(path: Path, name: str) -> Path | None:
-    return next(
-        (
-            folder / name
-            for folder in (path.parent, path.parent.parent)
-            if (folder / name).is_file()
-        ),
-        None,
-    )
-
-
-def from_pretrained(
-    name_or_path: str | Path,
-    *,
-    compat: Literal["none", "reference"] = "none",
-    revision: str | None = None,
-    subfolder: str = "",
-    **download: Any,
-) -> Checkpoint:
-    """Load a checkpoint from the hub, a folder or a file; nothing in it is executed.
-
-    `name_or_path` is ``NAME/MODEL`` on the hub, or what :func:`find_checkpoint` takes; what is there as a path is not
-    looked for on the hub. `compat` is ``reference`` for a Lightning ``.ckpt`` of the published draft, here or on the
-    hub; `revision` a branch, tag or commit; `subfolder` the folder of the repository or path that holds the checkpoint;
-    `download` as in ``huggingface_hub.snapshot_download``: ``token`` (by default ``HF_TOKEN`` or that of ``hf auth
-    login``), ``cache_dir``, ``force_download`` and so on.
-
-    Raises
-    ------
-    CheckpointError
-        If there is no checkpoint, or it is damaged.
-    HubError
-        If the hub is not reached, or has no such repository or revision for this token.
-    """
-    path = Path(name_or_path)
-    if not path.exists():
-        if not re.fullmatch(r"[\w.-]+/[\w.-]+", str(name_or_path)):
-            raise CheckpointError(
-                f"there is no file or folder {name_or_path}, and it is no NAME/MODEL of the hub"
-            )
-        wanted = CHECKPOINT_FILES if compat == "none" else ("*.ckpt", "hparams.yaml")
-        inside = f"{subfolder}/" if subfolder else ""
-        with _explained(f"{name_or_path} (no file or folder here)", revision):
-            patterns = [inside + name for name in wanted]  # * matches / too
-            path = Path(
-                snapshot_download(
-                    str(name_or_path), revision=revision, allow_patterns=patterns, **download
-                )
-            )
-        if not (path / subfolder).is_dir():
-            place = (
-                f"in its folder {subfolder or '/'}{f' at revision {revision}' if revision else ''}"
-            )
-            mend = "give subfolder, or another revision"
-            raise CheckpointError(
-                f"{name_or_path} on the hub has no {' and '.join(wanted)} {place}; {mend}"
-            )
-    found = find_checkpoint(path / subfolder if subfolder else path)
-    if found.compat != compat:
-        mend = (
-            "without compat"
-            if found.compat == "none"
-            else "with compat='reference' (--compat reference)"
-        )
-        raise CheckpointError(
-            f"{found.checkpoint}: not a checkpoint of compat={compat!r}; load it {mend}"
-        )
-    return load_checkpoint(found.checkpoint, compat=compat)
+UNKNOWN = "not stated in the checkpoint"
 
 
 def publish(
@@ -180,269 +30,256 @@ def publish(
     token: str | None = None,
     **contents: Any,
 ) -> str:
-    """Push what :func:`write_folder` writes (which takes `source` and `contents`) in one commit; returns its address.
+    """Push what :func:`write_folder` writes in one commit and return the commit's address.
 
-    The repository is made where it is missing, and then `private` or not; so is `revision`, a branch. Everything goes
-    into the folder `subfolder` of it. The token is by default ``HF_TOKEN`` or that of ``hf auth login``.
+    Parameters
+    ----------
+    source : str or Path
+        What :func:`mnemodyn.from_pretrained` takes as a path.
+    repo_id : str
+        ``NAME/MODEL``; the repository is made where it is missing.
+    private : bool, optional
+        Whether a repository that is made is private.
+    revision : str, optional
+        Branch, which is made where it is missing; by default ``main``.
+    subfolder : str
+        Folder of the repository that everything goes into.
+    commit_message : str
+        Of the commit.
+    token : str, optional
+        By default ``HF_TOKEN`` or that of ``hf auth login``.
+    **contents
+        ``compat``, ``licence`` and ``results`` of :func:`write_folder`.
 
     Raises
     ------
     CheckpointError
-        As :func:`write_folder`; nothing was sent.
+        If there is no checkpoint, or it is damaged. Nothing was sent.
     HubError
-        If the hub refuses or is not reached. The commit is whole or was not made.
+        If the hub refuses or cannot be reached. The commit is whole or was not made.
     """
-    with tempfile.TemporaryDirectory() as temporary:
-        folder = write_folder(source, temporary, repo_id=repo_id, subfolder=subfolder, **contents)
+    from huggingface_hub import HfApi
+
+    with tempfile.TemporaryDirectory() as folder:
+        write_folder(source, folder, repo_id=repo_id, subfolder=subfolder, **contents)
         api = HfApi(token=token, library_name="mnemodyn")
-        with _explained(repo_id, revision):
+        with hub_errors(repo_id):
             api.create_repo(repo_id, private=private, exist_ok=True)
-            if revision:
+            if revision is not None:
                 api.create_branch(repo_id, branch=revision, exist_ok=True)
-            place: dict = {
-                "repo_id": repo_id,
-                "path_in_repo": subfolder or None,
-                "revision": revision,
-            }
-            return api.upload_folder(
-                **place, folder_path=folder, commit_message=commit_message
-            ).commit_url
+            commit = api.upload_folder(
+                repo_id=repo_id,
+                folder_path=folder,
+                path_in_repo=subfolder or None,
+                revision=revision,
+                commit_message=commit_message,
+            )
+            return commit.commit_url
 
 
 def write_folder(
     source: str | Path,
     folder: str | Path,
     *,
+    compat: Literal["none", "reference"] = "none",
     repo_id: str = "NAME/MODEL",
     subfolder: str = "",
     licence: str = "mit",
     results: Sequence[str | Path] = (),
-    metrics: str | Path | None = None,
-    hyper_parameters: str | Path | None = None,
-    keep_participants: bool = False,
 ) -> Path:
-    """Write what :func:`publish` pushes: weights, ``config.json``, ``parcels.tsv``, ``history.csv``, ``README.md``.
+    """Write what :func:`publish` pushes.
 
-    `source` is as in :func:`find_checkpoint`; `repo_id` and `subfolder` are how the card says to load it; `licence` is
-    an identifier of the hub, such as ``mit`` or ``cc-by-4.0``; `results` are JSON files for the card, as the notebooks
-    write them; `metrics` is a CSV of training metrics, where it is not beside the checkpoint; `hyper_parameters` a YAML
-    of settings, for a ``.ckpt`` that has none inside or beside it. `keep_participants` publishes the identifiers of
-    training participants too, and not their numbers only. A CheckpointError is as of :func:`find_checkpoint`, or where
-    a named file is missing or cannot be read.
+    These are the weights, ``config.json``, ``parcels.tsv``, the training's ``history.csv`` and the
+    model card ``README.md``. Participants' identifiers are replaced by their number.
+
+    Parameters
+    ----------
+    source : str or Path
+        What :func:`mnemodyn.from_pretrained` takes as a path.
+    folder : str or Path
+        Where the files go.
+    compat : str
+        ``reference`` for a checkpoint of the published draft.
+    repo_id, subfolder : str
+        How the card says to load it.
+    licence : str
+        An identifier of the hub, such as ``mit`` or ``cc-by-4.0``.
+    results : sequence of str or Path
+        Tables of results for the card, as :func:`mnemodyn.results.write_results` writes them; by
+        default ``results.csv`` in the run's folder, where there is one.
+
+    Raises
+    ------
+    CheckpointError
+        If there is no checkpoint, or it is damaged.
+    FileNotFoundError, ValueError
+        If a table of results is missing, or is not one.
     """
-    found, folder = find_checkpoint(source), Path(folder)
-    metrics = found.metrics if metrics is None else Path(metrics)
-    for path in (*results, *(p for p in (metrics, hyper_parameters) if p is not None)):
-        if not Path(path).is_file():
-            raise CheckpointError(f"there is no file {path}")
-    with tempfile.TemporaryDirectory() as temporary:
-        path = found.checkpoint
-        if hyper_parameters is not None:
-            if found.compat == "none":
-                raise CheckpointError(
-                    f"{path}: its config.json holds its hyper-parameters; leave hyper_parameters out"
-                )
-            path = Path(temporary, path.name)
-            path.symlink_to(found.checkpoint.resolve())
-            shutil.copy(hyper_parameters, Path(temporary, "hparams.yaml"))
-        checkpoint = load_checkpoint(path, compat=found.compat)
-    rows = []
-    for path in results:
-        try:
-            rows += _results(Path(path).stem, json.loads(Path(path).read_text(encoding="utf-8")))
-        except ValueError as error:
-            raise CheckpointError(f"{path}: not a JSON of results ({error})") from error
-    _write(checkpoint, folder, (repo_id, subfolder, licence), rows, keep_participants)
-    if metrics is not None:
-        shutil.copyfile(metrics, folder / "history.csv")
+    source = Path(source)
+    folder = Path(folder)
+    checkpoint = _without_participants(from_pretrained(source, compat=compat))
+    if not results:
+        results = _beside(source, "results.csv")
+    tables = [read_results(path) for path in results]
+    save_checkpoint(folder, checkpoint)
+    if checkpoint.parcels is not None:
+        parcels = pd.DataFrame({"name": checkpoint.parcels})
+        write_text(folder / "parcels.tsv", parcels.to_csv(sep="\t", index_label="index"))
+    # metrics.csv is what the draft's trainer calls it.
+    for path in _beside(source, "history.csv", "metrics.csv"):
+        shutil.copyfile(path, folder / "history.csv")
+    write_text(folder / "README.md", _card(checkpoint, repo_id, subfolder, licence, tables))
     return folder
 
 
-def save_network(model: Any, folder: Path) -> None:
-    """What ``MnemoDyn.save_pretrained`` and ``push_to_hub`` write: its weights, and what came with them.
-
-    A CheckpointError for one that did not come from ``from_pretrained``: weights alone do not say what they are for.
-    """
-    if model.checkpoint is None:
-        raise CheckpointError(
-            "this network does not know its parcels, scaling and repetition time; save it with "
-            "mnemodyn.save_checkpoint, and publish that folder with `mnemodyn publish`, or set model.checkpoint"
-        )
-    _write(replace(model.checkpoint, model=model), folder, ("NAME/MODEL", "", "mit"), [], False)
+def _beside(source: Path, *names: str) -> list[Path]:
+    """The first file of one of these names in the folder of a checkpoint or one folder up."""
+    if source.is_file():
+        source = source.parent
+    for folder in (source, source.parent):
+        for name in names:
+            if (folder / name).is_file():
+                return [folder / name]
+    return []
 
 
-def _write(
-    checkpoint: Checkpoint,
-    folder: Path,
-    names: tuple[str, str, str],
-    rows: list[dict],
-    people: bool,
-) -> None:
-    """A checkpoint, its parcels and its card; names are the repository, the folder in it, and the licence."""
-    if not people:
-        counts = {k: (f"n_{k}", len(v)) for k, v in checkpoint.training.items() if k in PEOPLE}
-        checkpoint = replace(
-            checkpoint,
-            training=dict(counts.get(item[0], item) for item in checkpoint.training.items()),
-        )
-    save_checkpoint(folder, checkpoint)
-    if checkpoint.parcels is not None:
-        lines = [f"{i}\t{name}" for i, name in enumerate(checkpoint.parcels)]
-        write_text(folder / "parcels.tsv", "\n".join(["index\tname", *lines]) + "\n")
-    write_text(folder / "README.md", str(_card(checkpoint, *names, rows)))
-
-
-def _results(name: str, content: Any) -> list[dict]:
-    """Rows for the card: every number of a results' JSON under `r2_hidden`, with its interval, else its top level."""
-    if not isinstance(content, dict):
-        raise ValueError(f"expected a mapping, got {type(content).__name__}")
-    values, label, intervals = content, "", {k: content.get(f"{k}_interval") for k in content}
-    if isinstance(content.get("r2_hidden"), dict):
-        values, label, intervals = (
-            content["r2_hidden"],
-            "R² of hidden entries, ",
-            content.get("r2_hidden_interval", {}),
-        )
-        n = content.get("n_participants")
-        name = f"{n} held-out participants" if n else "held-out participants"
-    rows = []
-    for k, v in values.items():
-        v, ends = (
-            (v.get("value"), [v.get("low"), v.get("high")])
-            if isinstance(v, dict)
-            else (v, intervals.get(k))
-        )
-        if isinstance(v, (int, float)) and not isinstance(v, bool):
-            ends = ends if isinstance(ends, list) and len(ends) == 2 and None not in ends else None
-            ours = not label or k == "model"
-            rows.append(
-                {"name": f"{label}{k}", "value": v, "interval": ends, "ours": ours, "on": name}
-            )
-    return rows
+def _without_participants(checkpoint: Checkpoint) -> Checkpoint:
+    """Replace the lists of participants by their lengths, because identifiers stay at home."""
+    training = {}
+    for name, value in checkpoint.training.items():
+        if name.endswith("participants") and isinstance(value, list):
+            name = f"n_{name}"
+            value = len(value)
+        training[name] = value
+    return replace(checkpoint, training=training)
 
 
 def _card(
-    checkpoint: Checkpoint, repo_id: str, subfolder: str, licence: str, rows: list[dict]
-) -> ModelCard:
+    checkpoint: Checkpoint,
+    repo_id: str,
+    subfolder: str,
+    licence: str,
+    tables: Sequence[pd.DataFrame],
+) -> str:
     """The model card: metadata that the hub reads, and what a person should know before use."""
-    config, training = checkpoint.model.config, checkpoint.training
-    scores = [
-        EvalResult(
-            task_type="feature-extraction",
-            dataset_type="resting-state-fmri",
-            dataset_name=row["on"],
-            metric_type="r_squared" if "R²" in row["name"] else "score",
-            metric_name=row["name"],
-            metric_value=row["value"],
-        )
-        for row in rows
-        if row["ours"]  # a baseline's score is no result of this network
-    ]
-    data = ModelCardData(
+    from huggingface_hub import ModelCardData
+
+    training = checkpoint.training
+    name = repo_id.rpartition("/")[2]
+    metadata = ModelCardData(
         license=licence,
         library_name="mnemodyn",
         pipeline_tag="feature-extraction",
         tags=["fmri", "neuroimaging", "neural-operator", "wavelet"],
-        model_name=repo_id.rpartition("/")[2],
-        eval_results=scores or None,
+        model_name=name,
+        eval_results=_eval_results(tables),
     )
-    unknown = "not recorded in the checkpoint"
-    people = [len(training[k]) if k in training else training.get(f"n_{k}") for k in PEOPLE]
-    fingerprint = checkpoint.data_fingerprint
-    trained = (
-        f"{people[0]} participants, {people[1]} to choose it; fingerprint of the data {fingerprint}"
-    )
-    results = ["No results on held-out participants were published with these weights."]
-    if rows:
-        results = ["| measure | value | 95 % interval | on |", "| --- | --- | --- | --- |"]
-    for row in rows:
-        ends = "{:.3f} to {:.3f}".format(*row["interval"]) if row["interval"] else "not given"
-        results.append(f"| {row['name']} | {row['value']:.3f} | {ends} | {row['on']} |")
-    if chosen := {
-        k: v for k, v in training.items() if k.startswith("val_") and isinstance(v, float)
-    }:
-        said = f"On the validation participants, which chose this checkpoint: {_words(chosen)}. Expect less elsewhere."
-        results.append(f"\n{said}")
+    order = f"(names and order {UNKNOWN})"
+    if checkpoint.parcels is not None:
+        order = "in the order of parcels.tsv"
+    t_r = UNKNOWN
+    if checkpoint.t_r is not None:
+        t_r = f"{checkpoint.t_r:g} s"
+    scaling = UNKNOWN
+    if checkpoint.scaling is not None:
+        scaling = checkpoint.scaling.method
+    trained_on = UNKNOWN
+    if "n_train_participants" in training:
+        trained_on = (
+            f"{training['n_train_participants']} participants, and "
+            f"{training['n_validation_participants']} to choose the checkpoint; "
+            f"fingerprint of the data {checkpoint.data_fingerprint}"
+        )
+    option = ""
+    argument = ""
+    if subfolder:
+        option = f" --subfolder {subfolder}"
+        argument = f', subfolder="{subfolder}"'
     template = Template(Path(__file__).with_name("model_card.md").read_text(encoding="utf-8"))
-    text = template.substitute(
-        config.to_dict(),
-        metadata=data.to_yaml(),
-        name=data.model_name,
-        n_parameters=f"{sum(p.numel() for p in checkpoint.model.parameters()):,}",
-        order="in the order of parcels.tsv"
-        if checkpoint.parcels
-        else f"(names and order {unknown})",
-        t_r=f"{checkpoint.t_r:g} s" if checkpoint.t_r else unknown,
-        scaling=checkpoint.scaling.method if checkpoint.scaling else unknown,
-        trained=unknown if people[0] is None else trained,
-        objective=_words(training.get("objective")) or unknown,
-        settings=_words(training.get("settings")) or unknown,
+    return template.substitute(
+        asdict(checkpoint.model.config),
+        metadata=metadata.to_yaml(),
+        name=name,
         repo_id=repo_id,
-        subfolder=f', subfolder="{subfolder}"' if subfolder else "",
-        option=f" --subfolder {subfolder}" if subfolder else "",
-        results="\n".join(results),
+        argument=argument,
+        option=option,
+        n_parameters=f"{sum(p.numel() for p in checkpoint.model.parameters()):,}",
+        order=order,
+        t_r=t_r,
+        scaling=scaling,
+        trained_on=trained_on,
+        objective=_words(training.get("objective")),
+        settings=_words(training.get("settings")),
+        results=_results(tables, training),
         licence=licence,
     )
-    return ModelCard(text)
+
+
+def _eval_results(tables: Sequence[pd.DataFrame]) -> list | None:
+    """The results of this network itself, as the hub lists them; baselines are left to the text."""
+    from huggingface_hub import EvalResult
+
+    found = []
+    for row in _rows(tables):
+        if row.method == "model" and not row.against:
+            found.append(
+                EvalResult(
+                    task_type="feature-extraction",
+                    dataset_type="resting-state-fmri",
+                    dataset_name=f"{row.data} ({row.kind})",
+                    metric_type=row.score,
+                    metric_name=f"{row.task}, {row.score}",
+                    metric_value=row.value,
+                )
+            )
+    return found or None
+
+
+def _rows(tables: Sequence[pd.DataFrame]) -> list:
+    """The rows of all tables, as named tuples."""
+    return [row for table in tables for row in table.itertuples()]
+
+
+def _results(tables: Sequence[pd.DataFrame], training: dict) -> str:
+    """The card's table of results, and what the validation participants gave."""
+    lines = ["No results on held-out participants were published with these weights."]
+    if tables:
+        lines = [
+            "| data | task | method | score | value | 95 % interval | n |",
+            "| --- | --- | --- | --- | --- | --- | --- |",
+        ]
+    for row in _rows(tables):
+        method = label(row.method)
+        if row.against:
+            method = f"{method} - {label(row.against)}"
+        interval = "not given"
+        if pd.notna(row.low):
+            interval = f"{row.low:.3f} to {row.high:.3f}"
+        n = "" if pd.isna(row.n) else row.n
+        data = f"{row.data} ({row.kind})"
+        lines.append(
+            f"| {data} | {row.task} | {method} | {row.score} | {row.value:.3f} | {interval} | {n} |"
+        )
+    validation = {name: value for name, value in training.items() if name.startswith("val_")}
+    if validation:
+        lines.append(
+            f"\nOn the validation participants, who chose this checkpoint: {_words(validation)}. "
+            "Expect less elsewhere."
+        )
+    return "\n".join(lines)
 
 
 def _words(settings: Any) -> str:
+    """Settings as a line of text; those in a section follow the section's name."""
+    if settings is None:
+        return UNKNOWN
     if not isinstance(settings, dict):
-        return "" if settings is None else str(settings)
-    return ", ".join(
-        f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in settings.items()
-    )
-
-
-@contextlib.contextmanager
-def _explained(repo_id: str, revision: str | None) -> Iterator[None]:
-    """Whatever the hub's library raises becomes one sentence that says what to do."""
-    try:
-        yield
-    except hub_errors.HFValidationError as error:
-        raise HubError(f"{repo_id!r} is no NAME/MODEL of the hub: {_first_line(error)}") from error
-    except (
-        hub_errors.HfHubHTTPError,
-        httpx2.TransportError,
-        RuntimeError,
-        OSError,
-        ValueError,
-    ) as error:
-        raise HubError(f"{repo_id}: {_mend(error, revision)}") from error
-
-
-def _mend(error: Exception, revision: str | None) -> str:
-    said, status = (
-        _first_line(error),
-        getattr(getattr(error, "response", None), "status_code", None),
-    )
-    if isinstance(error, hub_errors.RevisionNotFoundError):
-        return f"has no revision {revision!r}; look at its branches and tags"
-    if isinstance(error, hub_errors.RepositoryNotFoundError):
-        return f"no such repository for this token. Check the name; if it is private, {LOGIN}"
-    if isinstance(error, hub_errors.LocalTokenNotFoundError):
-        return f"no token; {LOGIN}"
-    if status in (401, 403):
-        return f"the hub refused the token (status {status}); {LOGIN}"
-    if isinstance(
-        error,
-        (
-            hub_errors.OfflineModeIsEnabled,
-            hub_errors.LocalEntryNotFoundError,
-            httpx2.TransportError,
-        ),
-    ):
-        mend = "check the connection, HF_ENDPOINT and HF_HUB_OFFLINE, and try again"
-        return f"{constants.ENDPOINT} was not reached and no copy is here ({said}); {mend}"
-    if isinstance(error, hub_errors.HfHubHTTPError):
-        return f"the hub answered with an error (status {status}): {said}"
-    if isinstance(error, ValueError):
-        return f"the hub refused the model card: {' '.join(str(error).split())}"
-    said = _first_line(error.__cause__ or error)
-    return f"the transfer broke off ({said}); nothing was changed there, run the same command again"
-
-
-def _first_line(error: BaseException) -> str:
-    return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)[
-        :200
-    ]
+        return str(settings)
+    words = []
+    for name, value in settings.items():
+        if isinstance(value, dict):
+            value = f"({_words(value)})"
+        elif isinstance(value, float):
+            value = f"{value:.4g}"
+        words.append(f"{name} {value}")
+    return ", ".join(words)

@@ -100,7 +100,7 @@ def test_finished_cells_are_kept_and_differences_are_paired(grid, scans, tmp_pat
     assert [r["people"] for r in first["default"]] == ["sub-0", "sub-1"]
     # Cells that differ in the test alone share a network: three trained a fold.
     assert len(list((tmp_path / "runs" / "networks").iterdir())) == 6
-    monkeypatch.setattr(ablations, "load_checkpoint", lambda _: pytest.fail("computed again"))
+    monkeypatch.setattr(ablations, "from_pretrained", lambda _: pytest.fail("computed again"))
     assert run_grid(grid, scans, tmp_path / "runs", log=lambda _: None) == first
     monkeypatch.undo()
 
@@ -265,7 +265,14 @@ def test_settings_of_the_network_that_only_ablations_ask_for():
     learned(x, 0.7).reconstruction.square().sum().backward()
     assert all((block.angles.grad.abs() > 0).all() for block in learned.blocks)
     with pytest.raises(ValueError, match="wavelet must be fixed with compat"):
-        ModelConfig.preset("reference", **{**small, "n_timepoints": 64}, wavelet="learned")
+        ModelConfig(
+            n_parcels=3,
+            n_timepoints=64,
+            lift=False,
+            compat="reference",
+            interpolation="spline",
+            wavelet="learned",
+        )
     lazy = MnemoDyn(ModelConfig(**small, n_levels=1, wavelet="lazy")).blocks[0]
     first, second = lazy.analysis(x.mT)
     torch.testing.assert_close(torch.cat([first, second], -1).sort().values, x.mT.sort().values)

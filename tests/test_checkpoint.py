@@ -1,14 +1,15 @@
-"""A checkpoint comes back whole, and refuses what does not fit."""
+"""A checkpoint comes back whole, refuses what does not fit, and executes nothing."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from mnemodyn import load_checkpoint, save_checkpoint
-from mnemodyn.checkpoint import Checkpoint, CheckpointError, describe
+from mnemodyn import Checkpoint, from_pretrained, save_checkpoint
+from mnemodyn.checkpoint import CheckpointError
 from mnemodyn.data.scaling import Scaling
 from mnemodyn.data.scans import Scan
 from mnemodyn.files import sha256
@@ -16,19 +17,16 @@ from mnemodyn.model.config import ModelConfig
 from mnemodyn.model.network import MnemoDyn
 
 PARCELS = ("a", "b", "c")
+DRAFT = Path(__file__).parent / "golden" / "lightning-epoch=01-val_mae=0.5000.ckpt"
 
 
 @pytest.fixture
 def folder(tmp_path):
     torch.manual_seed(0)
-    model = MnemoDyn(
-        ModelConfig(n_parcels=3, n_timepoints=16, n_blocks=1, n_channels=4, n_levels=2)
-    )
+    config = ModelConfig(n_parcels=3, n_timepoints=16, n_blocks=1, n_channels=4, n_levels=2)
     scaling = Scaling("subtract_mean_global_sd", 2.5)
-    save_checkpoint(
-        tmp_path / "best", Checkpoint(model, PARCELS, 0.72, scaling, "f" * 64, {"epochs": 3})
-    )
-    return tmp_path / "best"
+    checkpoint = Checkpoint(MnemoDyn(config), PARCELS, 0.72, scaling, "f" * 64, {"epochs": 3})
+    return save_checkpoint(tmp_path / "run" / "best", checkpoint)
 
 
 def rewrite(folder, **changes):
@@ -36,61 +34,87 @@ def rewrite(folder, **changes):
     (folder / "config.json").write_text(json.dumps({**config, **changes}))
 
 
-def test_comes_back_whole(folder):
-    a = load_checkpoint(folder)
-    b = load_checkpoint(save_checkpoint(folder.parent / "copy", a))
+def make_scan(parcels):
+    values = np.random.default_rng(0).standard_normal((20, len(parcels))).astype(np.float32)
+    return Scan("sub-1", values, 0.72, tuple(parcels), source="scan.tsv")
+
+
+def test_comes_back_whole(folder, tmp_path):
+    a = from_pretrained(folder)
+    b = from_pretrained(save_checkpoint(tmp_path / "copy", a))
     x = torch.randn(2, 16, 3)
     assert torch.equal(a.model(x, 0.72).reconstruction, b.model(x, 0.72).reconstruction)
     assert (b.parcels, b.t_r, b.scaling.sd, b.data_fingerprint) == (PARCELS, 0.72, 2.5, "f" * 64)
     assert b.training == {"epochs": 3}
     assert not b.model.training
-    assert describe(folder)["model"]["n_channels"] == 4
+    assert b.model.config.n_channels == 4
     assert sorted(p.name for p in folder.iterdir()) == ["config.json", "model.safetensors"]
 
 
-def test_refuses_damage(folder):
+def test_the_paths_that_stand_for_it(folder):
+    expected = from_pretrained(folder).fingerprint()
+    for path in (folder.parent, folder / "config.json", folder / "model.safetensors"):
+        assert from_pretrained(str(path)).fingerprint() == expected
+    assert from_pretrained(folder.parent, subfolder="best").fingerprint() == expected
+    with pytest.raises(ValueError, match="compat must be none or reference, got 'draft'"):
+        from_pretrained(folder, compat="draft")
+    with pytest.raises(CheckpointError, match="nowhere: there is no such file.*no NAME/MODEL"):
+        from_pretrained("nowhere")
+    (folder.parent.parent / "run.json").write_text("{}")
+    with pytest.raises(CheckpointError, match="no best/ yet"):
+        from_pretrained(folder.parent.parent)
+
+
+def test_the_fingerprint_tells_what_matters(folder):
+    checkpoint = from_pretrained(folder)
+    before = checkpoint.fingerprint()
+    assert from_pretrained(folder).fingerprint() == before
+    with torch.no_grad():
+        next(checkpoint.model.parameters()).add_(1e-3)
+    assert checkpoint.fingerprint() != before
+    rewrite(folder, scaling={"method": "zscore_per_parcel"})
+    assert from_pretrained(folder).fingerprint() != before
+
+
+def test_damage_is_named(folder):
     weights = folder / "model.safetensors"
-    weights.write_bytes(weights.read_bytes()[:-10])
+    whole = weights.read_bytes()
+    weights.write_bytes(whole[:-10])
     with pytest.raises(CheckpointError, match=r"model\.safetensors: damaged: its SHA-256"):
-        load_checkpoint(folder)
+        from_pretrained(folder)
+    weights.write_bytes(whole[:50])
+    rewrite(folder, weights_sha256=sha256(weights))
+    with pytest.raises(CheckpointError, match=r"config\.json: not a checkpoint"):
+        from_pretrained(folder)
     weights.unlink()
     with pytest.raises(CheckpointError, match=r"is no checkpoint: model\.safetensors is missing"):
-        load_checkpoint(folder)
-    with pytest.raises(CheckpointError, match=r"is no checkpoint: config\.json is missing"):
-        load_checkpoint(folder.parent)
+        from_pretrained(folder)
+    (folder / "config.json").unlink()
+    with pytest.raises(CheckpointError, match=r"is no checkpoint: expected a folder with config"):
+        from_pretrained(folder)
 
 
-def test_refuses_truncated_weights_even_with_their_checksum(folder):
-    weights = folder / "model.safetensors"
-    weights.write_bytes(weights.read_bytes()[:50])
-    rewrite(folder, weights_sha256=sha256(weights))
-    with pytest.raises(CheckpointError, match="do not make a checkpoint"):
-        load_checkpoint(folder)
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"format": 99}, "format must be 1, got 99"),
+        ({"model": {"n_parcels": 3, "n_timepoints": 16, "n_heads": 8}}, "n_heads"),
+        ({"scaling": {"method": "unheard"}}, "unheard"),
+    ],
+)
+def test_another_configuration_is_refused(folder, changes, message):
+    rewrite(folder, **changes)
+    with pytest.raises(CheckpointError, match=message):
+        from_pretrained(folder)
 
 
-def test_refuses_damaged_or_foreign_json(folder):
-    rewrite(folder, format=99)
-    with pytest.raises(CheckpointError, match="format must be 1, got 99"):
-        load_checkpoint(folder)
+def test_damaged_json_is_refused(folder):
     (folder / "config.json").write_text('{"format": ')
-    with pytest.raises(CheckpointError, match="damaged, not a checkpoint's JSON"):
-        load_checkpoint(folder)
+    with pytest.raises(CheckpointError, match=r"config\.json: not a checkpoint"):
+        from_pretrained(folder)
 
 
-def test_refuses_an_unknown_setting(folder):
-    model = {**describe(folder)["model"], "n_heads": 8}
-    rewrite(folder, model=model)
-    with pytest.raises(CheckpointError, match=r"unknown model settings \['n_heads'\]"):
-        load_checkpoint(folder)
-
-
-def test_only_reference_networks_may_lack_parcels(folder):
-    rewrite(folder, parcels=None)
-    with pytest.raises(CheckpointError, match="names no parcels"):
-        load_checkpoint(folder)
-
-
-def test_lists_weights_that_do_not_fit(folder):
+def test_weights_that_do_not_fit_are_listed(folder):
     path = folder / "model.safetensors"
     weights = load_file(path)
     weights["blocks.0.output.bias"] = torch.zeros(7)
@@ -98,26 +122,116 @@ def test_lists_weights_that_do_not_fit(folder):
     save_file(weights, path)
     rewrite(folder, weights_sha256=sha256(path))
     with pytest.raises(CheckpointError) as error:
-        load_checkpoint(folder)
-    assert "blocks.0.lift.bias: missing" in str(error.value)
-    assert "blocks.0.output.bias: expected (3,), got (7,)" in str(error.value)
+        from_pretrained(folder)
+    assert 'Missing key(s) in state_dict: "blocks.0.lift.bias"' in str(error.value)
+    assert "size mismatch for blocks.0.output.bias" in str(error.value)
 
 
-def test_refuses_other_parcels_or_another_order(folder):
-    checkpoint = load_checkpoint(folder)
+def test_other_parcels_or_another_order_are_refused(folder):
+    checkpoint = from_pretrained(folder)
+    checkpoint.check(make_scan(PARCELS))
+    with pytest.raises(CheckpointError, match=r"scan\.tsv: the checkpoint expects 3 .*, got 2"):
+        checkpoint.check(make_scan("ab"))
+    with pytest.raises(CheckpointError, match="order, .*column 0 should be 'a', got 'b'"):
+        checkpoint.check(make_scan("bac"))
+    with pytest.raises(CheckpointError, match="column 2 should be 'c', got 'd'"):
+        checkpoint.check(make_scan("abd"))
 
-    def scan(parcels):
-        values = np.random.default_rng(0).standard_normal((20, len(parcels))).astype(np.float32)
-        return Scan("sub-1", values, 0.72, parcels, source="scan.tsv")
 
-    checkpoint.check(scan(PARCELS))
-    with pytest.raises(
-        CheckpointError, match=r"scan\.tsv: the checkpoint expects 3 parcels, got 2"
-    ):
-        checkpoint.check(scan(("a", "b")))
-    with pytest.raises(
-        CheckpointError, match="in another order .* column 0 should be 'a', got 'b'"
-    ):
-        checkpoint.check(scan(("b", "a", "c")))
-    with pytest.raises(CheckpointError, match="others .* column 2 should be 'c', got 'd'"):
-        checkpoint.check(scan(("a", "b", "d")))
+def test_a_checkpoint_of_the_draft(tmp_path):
+    tensors = load_file(DRAFT.with_suffix(".tensors.safetensors"))
+    checkpoint = from_pretrained(DRAFT, compat="reference")
+    assert not checkpoint.model.training
+    stated = (checkpoint.parcels, checkpoint.t_r, checkpoint.scaling, checkpoint.data_fingerprint)
+    assert stated == (None, None, None, None)
+    assert checkpoint.training["epoch"] == 2
+    assert checkpoint.training["settings"]["normalize"] == "robust_scaler"
+    x = tensors["x"].float()
+    expected = checkpoint.model(x).reconstruction
+    again = from_pretrained(save_checkpoint(tmp_path / "ours", checkpoint))
+    assert torch.equal(again.model(x).reconstruction, expected)
+    assert again.parcels is None
+    assert again.training == checkpoint.training
+    exact = checkpoint.model.double()(tensors["x"]).reconstruction
+    torch.testing.assert_close(exact, tensors["output"], rtol=1e-8, atol=1e-8)
+
+
+def test_a_draft_states_no_parcels_and_no_scaling():
+    checkpoint = from_pretrained(DRAFT, compat="reference")
+    scan = make_scan([f"p{i}" for i in range(12)])
+    with pytest.warns(UserWarning, match=r"scan\.tsv: .* only their number, 12, was checked"):
+        checkpoint.check(scan)
+    with pytest.raises(CheckpointError, match=r"scan\.tsv: the checkpoint expects 12 .*, got 3"):
+        checkpoint.check(make_scan("abc"))
+    with pytest.raises(CheckpointError, match="does not state its scaling"):
+        checkpoint.scale(scan)
+
+
+def test_settings_of_a_draft_beside_it(tmp_path):
+    content = torch.load(DRAFT, weights_only=True)
+    settings = content.pop("hyper_parameters")
+    inner = tmp_path / "version_0" / "checkpoints"
+    inner.mkdir(parents=True)
+    torch.save(content, inner / "model.ckpt")
+    with pytest.raises(CheckpointError, match=r"holds no hyper_parameters.*no hparams\.yaml"):
+        from_pretrained(inner / "model.ckpt", compat="reference")
+    # JSON is YAML.
+    (tmp_path / "version_0" / "hparams.yaml").write_text(json.dumps(settings))
+    expected = from_pretrained(DRAFT, compat="reference").model.config
+    assert from_pretrained(inner / "model.ckpt", compat="reference").model.config == expected
+    (inner / "hparams.yaml").write_text("storage: !!python/object/apply:os.getcwd []")
+    with pytest.raises(CheckpointError, match=r"model\.ckpt"):
+        from_pretrained(inner / "model.ckpt", compat="reference")
+
+
+def test_the_best_of_a_version_folder(tmp_path, monkeypatch):
+    monkeypatch.setattr("mnemodyn.checkpoint._load_draft", lambda path: path.name)
+    inner = tmp_path / "checkpoints"
+    inner.mkdir()
+    for name in ("epoch=01-val_mae=0.50", "epoch=02-val_mae=0.40", "epoch=03-val_mae=0.60", "last"):
+        (inner / f"{name}.ckpt").touch()
+    best = from_pretrained(tmp_path, compat="reference")
+    assert best == "epoch=02-val_mae=0.40.ckpt"
+    (inner / "epoch=04.ckpt").touch()
+    with pytest.raises(CheckpointError, match="one validation metric.*found 4; name the file"):
+        from_pretrained(tmp_path, compat="reference")
+    (tmp_path / "acc").mkdir()
+    for name in ("a-val_acc=0.7", "b-val_acc=0.9"):
+        (tmp_path / "acc" / f"{name}.ckpt").touch()
+    assert from_pretrained(tmp_path / "acc", compat="reference") == "b-val_acc=0.9.ckpt"
+
+
+def test_the_other_compat_is_named(folder):
+    with pytest.raises(CheckpointError, match="needs compat='reference', or --compat reference"):
+        from_pretrained(DRAFT)
+    with pytest.raises(CheckpointError, match=r"expected one \.ckpt of the published draft"):
+        from_pretrained(folder, compat="reference")
+
+
+class Bomb:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return Path.touch, (self.path,)
+
+
+def test_nothing_in_a_file_is_executed(tmp_path):
+    content = torch.load(DRAFT, weights_only=True)
+    content["hyper_parameters"]["storage"] = Bomb(tmp_path / "exploded")
+    torch.save(content, tmp_path / "bomb.ckpt")
+    with pytest.raises(CheckpointError, match="nothing in it was executed"):
+        from_pretrained(tmp_path / "bomb.ckpt", compat="reference")
+    assert not (tmp_path / "exploded").exists()
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"not a checkpoint", b"PK\x03\x04 half a zip", b"\x80\x02}q\x00.", b"cut"],
+)
+def test_foreign_files_are_refused(tmp_path, content):
+    if content == b"cut":
+        content = DRAFT.read_bytes()[:-500]
+    (tmp_path / "a.ckpt").write_bytes(content)
+    with pytest.raises(CheckpointError, match=r"a\.ckpt: not a Lightning checkpoint"):
+        from_pretrained(tmp_path / "a.ckpt", compat="reference")

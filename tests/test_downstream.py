@@ -36,9 +36,9 @@ from mnemodyn.evaluate.downstream import (
 )
 from mnemodyn.evaluate.features import confounds, connectivity
 from mnemodyn.evaluate.finetune import Series, finetune
-from mnemodyn.evaluate.readout import READOUTS, MnemoDynEncoder, readouts
 from mnemodyn.model.config import ModelConfig
 from mnemodyn.model.network import MnemoDyn
+from mnemodyn.readout import READOUTS, MnemoDynEncoder, readouts
 from mnemodyn.splits import inner_splits, leave_one_site_out, repeated_folds
 
 PARCELS = tuple(f"p{i}" for i in range(8))

@@ -11,7 +11,7 @@ from sklearn.preprocessing import StandardScaler
 from mnemodyn import Checkpoint, MnemoDyn, ModelConfig, Scaling
 from mnemodyn.checkpoint import CheckpointError
 from mnemodyn.data.scans import DataError, Scan, load_scan
-from mnemodyn.evaluate.readout import MnemoDynEncoder
+from mnemodyn.readout import MnemoDynEncoder
 
 maskers = pytest.importorskip("nilearn.maskers")
 PARCELS = ("a", "b", "c", "d")

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from mnemodyn.checkpoint import load_checkpoint
+from mnemodyn.checkpoint import from_pretrained
 from mnemodyn.data.scaling import Scaling
 from mnemodyn.data.scans import DataError, Scan
 from mnemodyn.data.store import convert
@@ -89,7 +89,7 @@ def test_learns_and_writes_what_it_says(finished):
     assert len(list(folder.glob("epoch=*.ckpt"))) == 2
     best = max(r["val_r2_hidden"] for r in history)
     assert checkpoint.training["val_r2_hidden"] == pytest.approx(best, rel=1e-5)
-    second = load_checkpoint(folder / "second")
+    second = from_pretrained(folder / "second")
     assert second.training["val_r2_hidden"] < checkpoint.training["val_r2_hidden"]
 
 

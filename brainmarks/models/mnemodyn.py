@@ -13,9 +13,8 @@ from brainmarks.models.base import Embeddings
 from brainmarks.models.registry import register_model
 from torch import Tensor, nn
 
-from mnemodyn.checkpoint import Checkpoint
+from mnemodyn.checkpoint import Checkpoint, from_pretrained
 from mnemodyn.data.scans import Scan
-from mnemodyn.hub import from_pretrained
 
 SPACES = {
     400: "schaefer400",

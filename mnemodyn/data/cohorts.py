@@ -1,360 +1,369 @@
-"""Cohorts: a YAML description of where scans, participants and targets are, and the index of a folder by it."""
+"""Cohorts: the YAML description of a study, and the index of a folder of scans that follows it."""
 
-import hashlib
 import os
 import re
-from collections import Counter, defaultdict
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass, replace
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 from importlib import resources
 from pathlib import Path
-from types import UnionType
-from typing import Any, TypeAlias, get_args, get_origin
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import pandas as pd
 from joblib import Parallel, delayed
-from scipy.sparse import coo_array
-from scipy.sparse.csgraph import connected_components
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
-from mnemodyn.data.formats import entities, naming, refuse
-from mnemodyn.data.scans import DataError, Scan, load_scan, series_digest
-from mnemodyn.parameters import read_yaml
+from mnemodyn.data.formats import entities, reading, refuse
+from mnemodyn.data.scans import DataError, Scan, load_scan
+from mnemodyn.files import digest, read_yaml
 
 __all__ = ["Cohort", "Column", "Index", "Phenotype", "Reader", "index", "load_cohort", "shipped"]
 
-KINDS = ("classification", "regression")
-MONTHS = {"years": 1.0, "months": 12.0}  # how many make a year
-COLUMNS = {"site": "", "family": "", "age": "years", "sex": "", "mean_fd": "mm"}  # and the unit
-MISSING_WORDS = {"", "na", "n/a", "nan", "null"}
-SIMULATED = "simulated.json"
+PER_YEAR = {"years": 1.0, "months": 12.0}
+MISSING_WORDS = ("", "na", "n/a", "nan", "null")
 Entities = defaultdict[str, str]
-Progress: TypeAlias = Callable[[int, int], None] | None
+Reasons = dict[int, tuple[str, str]]  # row -> problem and message
+SIMULATED = "simulated.json"  # a folder with this file holds a simulated cohort
+
+# Columns of the index's table; those of a cohort's targets follow.
+TABLE = (
+    "path",
+    "participant_id",
+    "session",
+    "run",
+    "site",
+    "family",
+    "age",
+    "sex",
+    "mean_fd",
+    "n_frames",
+    "t_r",
+    "n_parcels",
+    "n_constant",
+    "phenotype",
+)
+RESERVED = set(TABLE) - {"sex", "age"}  # targets are not called so
 
 
-@dataclass(frozen=True)
-class Reader:
-    """How scans are read: the settings of :func:`mnemodyn.data.scans.load_scan`, and beside them:
+def _label(value: Any) -> str:
+    """A raw value as text, whole numbers without decimals: 1, "1" and 1.0 are the same label."""
+    text = str(value).strip()
+    if re.fullmatch(r"-?\d+\.0+", text):
+        text = text.split(".")[0]
+    return text
+
+
+RawValue = Annotated[str, BeforeValidator(_label)]
+Seconds = Annotated[float, Field(gt=0, lt=100)]
+Kind = Literal["classification", "regression"]
+
+
+def _pattern(pattern: str) -> re.Pattern[str]:
+    """The regular expression of a pattern of paths, see :class:`Cohort`."""
+    expression = ""
+    # An entity's own expression may hold counts in braces, such as [0-9]{7}.
+    special = r"(\{[a-z_]+(?::(?:[^{}]|\{[0-9,]+\})+)?\}|\*\*/|\*)"
+    for piece in re.split(special, pattern):
+        if piece == "**/":
+            expression += "(?:.*/)?"
+        elif piece == "*":
+            expression += "[^/]*"
+        elif re.fullmatch(special, piece):
+            name, _, form = piece[1:-1].partition(":")
+            if f"(?P<{name}>" in expression:
+                expression += f"(?P={name})"
+            else:
+                expression += f"(?P<{name}>{form or '[A-Za-z0-9]+'})"
+        else:
+            expression += re.escape(piece)
+    return re.compile(expression)
+
+
+def _check_pattern(pattern: str) -> str:
+    try:
+        _pattern(pattern)
+    except re.error as error:
+        raise ValueError(f"{pattern!r} is no valid pattern ({error})") from None
+    return pattern
+
+
+def _column_name(given: Any) -> Any:
+    """A plain name is short for the column of that name."""
+    return {"column": given} if isinstance(given, str) else given
+
+
+class _Description(BaseModel):
+    """A part of a cohort's description. Types are not converted, and unknown keys are refused."""
+
+    model_config = ConfigDict(strict=True, extra="forbid", frozen=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _refuse_unknown_keys(cls, given: Any) -> Any:
+        if isinstance(given, dict):
+            for key in given:
+                if key not in cls.model_fields:
+                    raise ValueError(f"unknown key {key!r} (known: {', '.join(cls.model_fields)})")
+        return given
+
+
+class Reader(_Description):
+    """How scans are read: settings of :func:`mnemodyn.data.scans.load_scan`, and two more.
 
     Attributes
     ----------
-    t_r_by : dict
-        ``{"site": {name: seconds}}`` where `t_r` depends on the site; a site that is not listed has none.
+    t_r : float, optional
+        Repetition time in seconds, for files that do not state it.
+    t_r_by_site : dict
+        Site -> seconds, where the repetition time depends on the site.
     atlas : str
-        Name of the atlas, for files that do not state one.
+        Name of the atlas, for files that do not state it.
     """
 
-    t_r: float | None = None
-    t_r_by: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    t_r: Seconds | None = None
+    t_r_by_site: dict[str, Seconds] = {}
     override_t_r: bool = False
     frames_first: bool | None = None
-    key: str | None = None
     max_constant_parcels: int = 0
     min_frames: int = 2
     atlas: str = ""
 
-    def __post_init__(self) -> None:
-        if self.t_r_by and (
-            set(self.t_r_by) != {"site"} or not isinstance(self.t_r_by["site"], dict)
-        ):
-            refuse(f"reader.t_r_by must be {{site: {{name: seconds}}}}, got {self.t_r_by!r}")
-        for t in (self.t_r, *self.t_r_by.get("site", {}).values()):
-            if t is not None and (
-                isinstance(t, bool) or not isinstance(t, int | float) or not 0 < t < 100
-            ):
-                refuse(f"reader: t_r must be in seconds, > 0 and < 100, got {t!r}")
-
     def load(self, path: Path, participant_id: str, t_r: float | None) -> Scan:
-        """Read a scan; `t_r` in seconds is of its site, or what was found before."""
-        settings = asdict(self) | {
-            "t_r": t_r,
-            "override_t_r": self.override_t_r and t_r is not None,
-        }
-        atlas, _ = settings.pop("atlas"), settings.pop("t_r_by")
-        scan = load_scan(path, participant_id=participant_id, **settings)
-        return scan if scan.atlas else replace(scan, atlas=atlas)
+        """Read a scan; `t_r` (seconds) is that of its site, or what was found before."""
+        scan = load_scan(
+            path,
+            participant_id=participant_id,
+            t_r=t_r,
+            override_t_r=self.override_t_r and t_r is not None,
+            frames_first=self.frames_first,
+            max_constant_parcels=self.max_constant_parcels,
+            min_frames=self.min_frames,
+        )
+        if not scan.atlas:
+            scan = replace(scan, atlas=self.atlas)
+        return scan
 
 
-@dataclass(frozen=True)
-class Phenotype:
-    """A table of phenotypes.
+class Phenotype(_Description):
+    """The table of phenotypes. If the file is missing, all scans are without labels.
 
     Attributes
     ----------
     file : str
-        Path seen from the cohort's folder, absolute, or a pattern that one file matches. A comma separates the
-        cells of ``.csv``, a tab those of everything else.
+        Path relative to the cohort's folder, or absolute. Cells are separated by commas in a
+        ``.csv`` and by tabs in any other file.
     match : dict
-        Key column -> template of the scan's entities, such as ``{"participant_id": "sub-{participant}"}``; a row
-        belongs to a scan where all of them agree. Leading zeros, ``sub-`` and punctuation do not count.
-    skip_rows : tuple of int
-        Lines to leave out, the first being 0 (NDA's tables describe their columns in line 1).
-    optional : bool
-        Whether the file may be missing: all scans are then without phenotype.
+        Key column -> template of the scan's entities, such as
+        ``{"participant_id": "sub-{participant}"}``. A row belongs to a scan if all of them agree;
+        leading zeros, ``sub-`` and punctuation are ignored.
     """
 
     file: str
-    match: Mapping[str, str]
-    skip_rows: tuple[int, ...] = ()
-    optional: bool = False
+    match: Annotated[dict[str, str], Field(min_length=1)]
 
 
-@dataclass(frozen=True)
-class Column:
-    """A column of the phenotype table; of a target, with the name of what is to be predicted.
+class Column(_Description):
+    """A column of the phenotype table.
 
     Attributes
     ----------
-    column, name : str
+    column : str
     kind : {"classification", "regression"}
     mapping : dict
-        Raw value -> label. Where there is one, any value outside it is an error. For a site, other values stand.
-    exclude : tuple
+        Raw value -> label. If it is given, any other value is an error, except for a site.
+    exclude : list
         Raw values that carry no label.
     unit : str
-        Of a regression's values; ``years`` or ``months`` for an age, which is converted to years.
+        Unit of a regression's values. Months are converted to years.
     optional : bool
-        Whether the tables may be without it.
+        Whether the table may lack the column.
     """
 
     column: str
-    kind: str = "classification"
-    mapping: Mapping[str, str] = field(default_factory=dict)
-    exclude: tuple[str, ...] = ()
+    kind: Kind = "classification"
+    mapping: dict[RawValue, RawValue] = {}
+    exclude: list[RawValue] = []
     unit: str = ""
     optional: bool = False
-    name: str = ""
-
-    def __post_init__(self) -> None:
-        if self.kind not in KINDS:
-            refuse(f"column {self.column}: kind must be one of {KINDS}, got {self.kind!r}")
-        object.__setattr__(self, "mapping", {_label(k): str(v) for k, v in self.mapping.items()})
-        object.__setattr__(self, "exclude", tuple(map(_label, self.exclude)))
 
 
-@dataclass(frozen=True)
-class Cohort:
-    """A study: where its scans are, its phenotype tables, and what can be predicted; see :func:`load_cohort`.
+class Sex(Column):
+    """The column of the participants' sex."""
+
+    mapping: dict[RawValue, Literal["male", "female"]]  # type: ignore[assignment]
+
+
+class Age(Column):
+    """The column of the participants' age."""
+
+    kind: Kind = "regression"
+    unit: Literal["years", "months"] = "years"
+
+
+class MeanFD(Column):
+    """The column of mean framewise displacement."""
+
+    kind: Kind = "regression"
+    unit: Literal["mm"] = "mm"
+
+
+class Target(Column):
+    """A column that can be predicted, with the name of what it measures."""
+
+    name: Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]*$")]
+    kind: Kind
+
+
+class Cohort(_Description):
+    """A study: where its scans are, its phenotype table, and what can be predicted.
 
     Attributes
     ----------
     name, description : str
-    scans : tuple of str
-        Patterns of paths seen from the folder; the first that matches any file counts. ``{entity}`` stands for
-        letters and digits, ``{entity:regex}`` for anything else, the same text wherever it is repeated; ``*`` for
-        anything within a folder's or file's name and ``**/`` for any folders. The ``key-value`` pairs of a BIDS
-        name are entities too (``ses`` as session).
+    scans : list of str
+        Patterns of paths relative to the folder; the first one that matches any file is used.
+        ``{entity}`` stands for letters and digits, ``{entity:regex}`` for text of another form; an
+        entity that occurs twice must be the same text. ``*`` stands for anything within the name
+        of a file or folder, ``**/`` for any folders. The ``key-value`` pairs of a BIDS name are
+        entities too (``sub`` is called participant, ``ses`` session).
     reader : Reader
-    phenotype : tuple of Phenotype
-        A column is taken from the first table that has it.
-    participant, session, run : str
-        Templates of entities.
+    phenotype : Phenotype, optional
+    run : str
+        Template of entities that names the run.
+    missing : list
+        Raw values that mean "not known", in addition to empty cells, NA, n/a, nan and null.
     site, family, age, sex, mean_fd : Column
-        Age in years or months, sex to ``male`` and ``female``, mean framewise displacement in mm. Without a value
-        in the table the site is the entity ``site``, and ``mean_fd`` that of the motion file beside the scan.
-    targets : tuple of Column
-        What can be predicted, each with a name.
-    missing : tuple of str
-        Raw values that mean "not known", beside an empty cell, NA, n/a, nan and null.
-    families : tuple of tuple of str
+        A plain column name will do. Age is in years (or months, with ``unit``), sex is mapped to
+        ``male`` and ``female``, mean framewise displacement is in mm. Where the table has no
+        value, the site is the entity ``site`` and ``mean_fd`` comes from the motion file beside
+        the scan.
+    targets : list of Target
+        What can be predicted; ``sex`` and ``age`` are short for those columns.
+    families : list of list of str
         Participants (``sub-...``) that belong together although no column says so.
     """
 
     name: str
-    scans: tuple[str, ...]
     description: str = ""
+    scans: Annotated[list[Annotated[str, AfterValidator(_check_pattern)]], Field(min_length=1)]
     reader: Reader = Reader()
-    phenotype: tuple[Phenotype, ...] = ()
-    participant: str = "{participant}"
-    session: str = "{session}"
+    phenotype: Phenotype | None = None
     run: str = "{run}"
-    site: Column | None = None
-    family: Column | None = None
-    age: Column | None = None
-    sex: Column | None = None
-    mean_fd: Column | None = None
-    targets: tuple[Column, ...] = ()
-    missing: tuple[str, ...] = ()
-    families: tuple[tuple[str, ...], ...] = ()
+    missing: list[RawValue] = []
+    site: Annotated[Column | None, BeforeValidator(_column_name)] = None
+    family: Annotated[Column | None, BeforeValidator(_column_name)] = None
+    age: Annotated[Age | None, BeforeValidator(_column_name)] = None
+    sex: Sex | None = None
+    mean_fd: Annotated[MeanFD | None, BeforeValidator(_column_name)] = None
+    targets: list[Target] = []
+    families: list[list[str]] = []
 
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "missing", tuple(map(_label, self.missing)))
-        if self.age and self.age.unit not in MONTHS:
-            refuse(f"age.unit must be years or months, got {self.age.unit!r}")
-        if self.sex and {*self.sex.mapping.values()} != {"male", "female"}:
-            refuse(f"sex.mapping must lead to male and female, got {self.sex.mapping}")
-        for name, n in Counter(t.name for t in self.targets).items():
-            if not re.fullmatch(r"[a-z][a-z0-9_]*", name):
-                refuse(f"targets: name must be lower-case letters, digits and _, got {name!r}")
-            if n > 1 or (name in TABLE and name not in ("sex", "age")):
-                refuse(f"targets: the name {name!r} is taken")
-        for pattern in self.scans:
-            _pattern(pattern)
+    @field_validator("targets", mode="before")
+    @classmethod
+    def _short_targets(cls, given: Any, info: ValidationInfo) -> Any:
+        if not isinstance(given, list):
+            return given
+        targets = []
+        for target in given:
+            if target in ("sex", "age"):
+                if info.data.get(target) is None:
+                    raise ValueError(f"the column {target} is not described")
+                target = {"name": target, **info.data[target].model_dump()}
+            targets.append(target)
+        return targets
+
+    @field_validator("targets")
+    @classmethod
+    def _check_names(cls, targets: list[Target]) -> list[Target]:
+        names = [target.name for target in targets]
+        for name in names:
+            if name in RESERVED or names.count(name) > 1:
+                raise ValueError(f"the name {name!r} is taken")
+        return targets
 
     @property
     def variables(self) -> dict[str, Column]:
-        """What is read from the phenotype: name in the index's table -> column."""
-        known = {name: getattr(self, name) for name in COLUMNS}
-        return {k: v for k, v in known.items() if v} | {t.name: t for t in self.targets}
-
-
-def _label(value: Any) -> str:
-    text = str(value).strip()
-    return text.split(".")[0] if re.fullmatch(r"-?\d+\.0+", text) else text
-
-
-def _key(value: str) -> str:
-    text = re.sub(r"[^A-Za-z0-9]", "", re.sub(r"^(sub|ses)-", "", _label(value)))
-    return str(int(text)) if text.isdecimal() else text
-
-
-def _build(kind: Any, value: Any, where: str) -> Any:
-    """What a field of type `kind` holds, from YAML: a dataclass from a mapping, a tuple from a list, or as it is."""
-    origin, args = get_origin(kind), get_args(kind)
-    if origin is UnionType and is_dataclass(args[0]):
-        return None if value is None else _build(args[0], value, where)
-    if not is_dataclass(kind):
-        needs = {tuple: list, Mapping: dict}.get(origin, kind)
-        if needs in (list, dict, str, bool, int) and type(value) is not needs:
-            words = {list: "a list", dict: "a mapping"}.get(needs, f"{needs.__name__}")
-            refuse(
-                f"{where} must be {words}, got {value!r}{' (quote text)' if needs is str else ''}"
-            )
-        return (
-            tuple(str(v) if args[0] is str else _build(args[0], v, where) for v in value)
-            if origin is tuple
-            else value
-        )
-    if type(value) is kind:
-        return value
-    if not isinstance(value, dict):
-        refuse(f"{where} must be a mapping, got {value!r}")
-    known = {f.name: f for f in fields(kind)}
-    for name in value:
-        if name not in known:
-            refuse(f"{where}: unknown key {name!r} (known: {', '.join(known)})")
-    for name, f in known.items():
-        if (
-            f.default is MISSING
-            and f.default_factory is MISSING
-            and value.get(name) in (None, "", [], {})
-        ):
-            refuse(f"{where}: {name} is missing")
-    with naming(where):
-        return kind(
-            **{name: _build(known[name].type, v, f"{where}: {name}") for name, v in value.items()}
-        )  # type: ignore
+        """What is read from the phenotype table: its name in the index -> column."""
+        names = ("site", "family", "age", "sex", "mean_fd")
+        found = {name: getattr(self, name) for name in names if getattr(self, name)}
+        for target in self.targets:
+            found[target.name] = target
+        return found
 
 
 def shipped() -> list[str]:
     """Names of the cohorts that come with the package."""
     folder = resources.files("mnemodyn.data") / "cohorts"
-    return sorted(
-        f.name.removesuffix(".yaml") for f in folder.iterdir() if f.name.endswith(".yaml")
-    )
+    names = [file.name for file in folder.iterdir()]
+    return sorted(name.removesuffix(".yaml") for name in names if name.endswith(".yaml"))
 
 
 def load_cohort(source: str | Path) -> Cohort:
     """Read a cohort's description.
 
-    `source` is the name of a shipped cohort (:func:`shipped`), or a YAML file with the fields of :class:`Cohort`;
-    ``site``, ``family``, ``age``, ``sex`` and ``mean_fd`` are the name of a column or a mapping of :class:`Column`.
-    A DataError (problem ``cohort``) for an unknown name or setting, a missing one, or one of the wrong type.
+    Parameters
+    ----------
+    source : str or Path
+        Name of a shipped cohort (see :func:`shipped`), or a YAML file with the fields of
+        :class:`Cohort`.
+
+    Raises
+    ------
+    DataError
+        With the problem ``cohort``: an unknown name, an unknown or missing key, or a value of the
+        wrong type. The message names the file and the key.
     """
     path = Path(source)
     if str(source) in shipped():
         path = Path(str(resources.files("mnemodyn.data") / "cohorts" / f"{source}.yaml"))
     elif not path.is_file():
-        refuse(
-            f"{source} is neither a YAML file nor one of the shipped cohorts: {', '.join(shipped())}"
-        )
+        known = ", ".join(shipped())
+        refuse(f"{source} is neither a YAML file nor one of the shipped cohorts: {known}")
     try:
-        content: Any = read_yaml(path.read_text(encoding="utf-8"))
+        content = read_yaml(path.read_text(encoding="utf-8"))
     except ValueError as error:
         refuse(f"{path.name}: {error}")
     if isinstance(content, dict):
-        content = {"name": path.stem} | content
-        for name in ("scans", "phenotype"):  # one is as good as a list of one
-            if name in content and not isinstance(content[name], list):
-                content[name] = [content[name]]
-        for name, unit in COLUMNS.items():
-            given = content.get(name)
-            given = {"column": given} if isinstance(given, str) else given
-            if unit and isinstance(given, dict):
-                given = {"kind": "regression", "unit": unit} | given
-            content[name] = _build(Column | None, given, f"{path.name}: {name}")
-        if isinstance(content.get("targets"), list):
-            content["targets"] = [
-                _target(t, content, f"{path.name}: targets") for t in content["targets"]
-            ]
-    return _build(Cohort, content, path.name)
-
-
-def _target(given: Any, content: dict[str, Any], where: str) -> Any:
-    if isinstance(given, str):  # "sex" and "age": as their columns say
-        if not isinstance(content.get(given), Column):
-            refuse(f"{where}: {given!r} is short for the column {given}, which is not given")
-        return replace(content[given], name=given)
-    if isinstance(given, dict) and "kind" not in given:
-        refuse(f"{where}: kind is missing (one of {', '.join(KINDS)})")
-    return given
-
-
-def _pattern(pattern: str) -> re.Pattern[str]:
-    """The regular expression of a pattern of paths."""
-    token = re.compile(
-        r"\{(?P<name>[a-z_]+)(?::(?P<form>(?:[^{}]|\{\d+(?:,\d*)?\})+))?\}|\*\*/|\*|\?|[^{}*?]+|."
-    )
-    wild = {"**/": "(?:.*/)?", "*": "[^/]*", "?": "[^/]"}
-    expression, seen = "", set()
-    for part in token.finditer(pattern):
-        if name := part["name"]:
-            expression += (
-                f"(?P={name})" if name in seen else f"(?P<{name}>{part['form'] or '[A-Za-z0-9]+'})"
-            )
-            seen.add(name)
-        else:
-            expression += wild.get(part[0]) or re.escape(part[0])
+        content.setdefault("name", path.stem)
     try:
-        return re.compile(expression)
-    except re.error as error:
-        refuse(f"scans: {pattern!r} is no valid pattern ({error})")
-
-
-def _entities(path: str, match: re.Match[str]) -> Entities:
-    pairs = entities(path.rsplit("/", 1)[-1])
-    for short, long in (("sub", "participant"), ("ses", "session")):
-        if short in pairs:
-            pairs[long] = pairs.pop(short)
-    return defaultdict(str, pairs | {k: v for k, v in match.groupdict().items() if v is not None})
-
-
-TABLE = (
-    *("path", "participant_id", "session", "run", "site", "family", "age", "sex", "mean_fd"),
-    *("n_frames", "t_r", "n_parcels", "n_constant", "phenotype"),
-)
+        return Cohort.model_validate(content)
+    except ValidationError as error:
+        first = error.errors()[0]
+    message = first["msg"].removeprefix("Value error, ")
+    if first["type"] not in ("missing", "value_error"):
+        message = f"{message}, got {first['input']!r}"
+    refuse(": ".join([path.name, *map(str, first["loc"]), message]))
 
 
 @dataclass(frozen=True)
 class Index(Sequence[Scan]):
-    """What a folder holds by a cohort's description; as a sequence, the scans of `table`, read when asked for.
+    """What a folder holds; as a sequence, the scans of `table`, read when asked for.
 
     Attributes
     ----------
     cohort : Cohort
     folder : Path
     found : DataFrame
-        A row a file that matched: ``path``, ``participant_id``, ``site``.
+        One row per file that matched, with what is known of it.
     table : DataFrame
-        A row a scan that can be read: ``path`` (seen from the folder), ``participant_id``, ``session``, ``run``,
-        ``site``, ``family``, ``age`` (years), ``sex``, ``mean_fd`` (mm), ``n_frames``, ``t_r`` (seconds),
-        ``n_parcels``, ``n_constant`` (constant parcels), ``phenotype`` (whether it has a row) and a column a target.
-        What is not known is missing.
+        One row per usable scan: ``path`` (relative to the folder), ``participant_id``,
+        ``session``, ``run``, ``site``, ``family``, ``age`` (years), ``sex``, ``mean_fd`` (mm),
+        ``n_frames``, ``t_r`` (seconds), ``n_parcels``, ``n_constant`` (constant parcels),
+        ``phenotype`` (whether it has a row), and one column per target.
     excluded : DataFrame
-        ``file``, ``participant_id``, ``problem``, ``message``, ``left_out_of``: ``all`` where the scan is not in the
-        table, ``targets`` where it is there without labels, for pretraining only; a file can have both.
-    rows : dict
-        Of the phenotype tables: ``rows``, ``identical`` (repeated), ``contradictory`` and ``without_scan``.
+        ``file``, ``participant_id``, ``problem``, ``message`` and ``left_out_of``: ``all`` if the
+        scan is not in the table, ``targets`` if it is there without labels, for pretraining only.
     simulated : bool
     """
 
@@ -363,84 +372,321 @@ class Index(Sequence[Scan]):
     found: pd.DataFrame = field(repr=False)
     table: pd.DataFrame = field(repr=False)
     excluded: pd.DataFrame = field(repr=False)
-    rows: Mapping[str, int]
     simulated: bool = False
-
-    def load(self, row: Mapping[str, Any]) -> Scan:
-        """Read the scan of a row of `table`; a DataError where the file changed since and can no longer be used."""
-        scan = self.cohort.reader.load(
-            self.folder / row["path"], row["participant_id"], float(row["t_r"])
-        )
-        return replace(scan, session=row["session"], run=row["run"])
 
     def __len__(self) -> int:
         return len(self.table)
 
-    def __getitem__(self, i: Any) -> Any:
-        if isinstance(i, slice):
-            return [self[j] for j in range(len(self))[i]]
-        return self.load(self.table.iloc[i])
+    def __getitem__(self, i: int) -> Scan:  # type: ignore[override]
+        """Read scan `i`; a DataError if the file has changed and can no longer be used."""
+        row = self.table.iloc[i]
+        path = self.folder / row["path"]
+        scan = self.cohort.reader.load(path, row["participant_id"], float(row["t_r"]))
+        return replace(scan, session=row["session"], run=row["run"])
 
     def summary(self) -> dict[str, Any]:
         """Counts and distributions, ready for JSON.
 
-        ``n_scans``, ``n_participants`` and ``n_sites`` are of the files found, ``n_usable`` of the scans in `table` and
-        ``n_with_phenotype`` of those among them that have a row of the phenotype table.
+        ``n_scans``, ``n_participants`` and ``n_sites`` count the files found, ``n_usable`` the
+        scans in `table`, and ``n_with_phenotype`` those of them that have a row of phenotypes.
         """
         table = self.table
-        sites = self.found.site[self.found.site != ""]
+        targets = {}
+        for target in self.cohort.targets:
+            values = table[target.name]
+            if target.kind == "classification":
+                targets[target.name] = _counts(values)
+            else:
+                targets[target.name] = values.dropna().describe().round(2).to_dict()
         return {
             "cohort": self.cohort.name,
             "simulated": self.simulated,
             "n_scans": len(self.found),
-            "n_participants": int(self.found.participant_id.nunique()),
-            "n_sites": int(sites.nunique()),
+            "n_participants": self.found.participant_id.nunique(),
+            "n_sites": self.found.site[self.found.site != ""].nunique(),
             "n_usable": len(table),
-            "n_usable_participants": int(table.participant_id.nunique()),
             "n_with_phenotype": int(table.phenotype.sum()),
-            "n_parcels": sorted(map(int, table.n_parcels.unique())),
-            "frames": [int(table.n_frames.min()), int(table.n_frames.max())] if len(table) else [],
-            "t_r": dict(Counter(f"{t:g}" for t in table.t_r.sort_values())),
-            "sites": dict(Counter(map(str, sites.sort_values()))),
-            "targets": {
-                t.name: _distribution(t, table[t.name].dropna()) for t in self.cohort.targets
-            },
-            "phenotype": dict(self.rows),
-            "problems": {k: int(n) for k, n in self.excluded.problem.value_counts().items()},
+            "n_frames": _counts(table.n_frames),
+            "n_parcels": _counts(table.n_parcels),
+            "t_r": _counts(table.t_r.map("{:g}".format)),
+            "targets": targets,
+            "problems": _counts(self.excluded.problem),
             "excluded": self.excluded.to_dict("records"),
         }
 
     def __str__(self) -> str:
-        s = self.summary()
-        kept = f"{s['n_usable']} of them usable, {s['n_with_phenotype']} with phenotype"
+        found = self.summary()
         lines = [
-            s["cohort"] + ("  SIMULATED" if self.simulated else ""),
-            f"{s['n_scans']} scans of {s['n_participants']} participants found, {s['n_sites']} sites; {kept}",
-            f"frames {' to '.join(map(str, s['frames']))}, parcels {', '.join(map(str, s['n_parcels']))}",
-            "t_r " + ", ".join(f"{t} s ({n})" for t, n in s["t_r"].items()),
+            self.cohort.name + (" SIMULATED" if self.simulated else ""),
+            f"{found['n_scans']} scans of {found['n_participants']} participants found, "
+            f"{found['n_sites']} sites; {found['n_usable']} of them usable, "
+            f"{found['n_with_phenotype']} with phenotype",
         ]
-        for name, d in s["targets"].items():
-            shown = ", ".join(f"{label} {n}" for label, n in d.get("classes", {}).items())
-            if "mean" in d:
-                shown = f"{d['mean']:.2f} (SD {d['sd']:.2f}, {d['min']:g} to {d['max']:g}) {d['unit']}".rstrip()
-            lines.append(f"target {name}: {shown or 'none'}; {s['n_usable'] - d['n']} without")
-        lines.append(
-            "phenotype: " + ", ".join(f"{n} {k.replace('_', ' ')}" for k, n in self.rows.items())
+        listed = {name: found[name] for name in ("n_frames", "n_parcels", "t_r", "problems")}
+        for name, values in {**found["targets"], **listed}.items():
+            shown = [f"{value} ({n:g})" for value, n in values.items()]
+            lines.append(f"{name}: {', '.join(shown[:10])}")
+        examples = self.excluded.drop_duplicates("problem")
+        return "\n".join([*lines, *examples.problem.str.cat(examples.message, sep=": ")])
+
+
+def _counts(values: pd.Series) -> dict[str, int]:
+    """How often each value occurs, in the order of the values."""
+    counts = values.value_counts().sort_index()
+    return {str(value): int(n) for value, n in counts.items()}
+
+
+def index(
+    cohort: Cohort | str | Path,
+    folder: str | Path,
+    *,
+    t_r: float | None = None,
+    workers: int = 1,
+    progress: Callable[[int, int], None] | None = None,
+) -> Index:
+    """Find a cohort's scans in a folder, match them with their phenotypes, and read each once.
+
+    A scan that cannot be used is no error: it is listed in ``excluded`` with the reason.
+
+    Parameters
+    ----------
+    cohort : Cohort, str or Path
+        A description, or what :func:`load_cohort` takes.
+    folder : str or Path
+    t_r : float, optional
+        Repetition time in seconds for files that state none, in place of the description's.
+    workers : int
+        Number of processes that read.
+    progress : callable, optional
+        Called with the number of scans read and their total.
+
+    Raises
+    ------
+    DataError
+        If the folder, the phenotype table or a column is missing, if no file matches, or if a
+        column holds values that its description does not know; the message shows them with their
+        counts.
+    """
+    if not isinstance(cohort, Cohort):
+        cohort = load_cohort(cohort)
+    if t_r is not None:
+        reader = cohort.reader.model_copy(update={"t_r": t_r, "t_r_by_site": {}})
+        cohort = cohort.model_copy(update={"reader": reader})
+    folder = Path(folder)
+    found, named = _find(cohort, folder)
+    raw, unlabelled = _raw_values(cohort, folder, named)
+    for name, column in cohort.variables.items():
+        if name != "site":
+            found[name] = _values(name, column, raw[column.column], cohort.name)
+    found["site"] = _sites(cohort.site, raw, named)
+    _drop_contradictory_sexes(cohort, found, unlabelled)
+    found["family"] = _families(cohort, found)
+
+    jobs = []
+    for path, who, site in zip(found.path, found.participant_id, found.site, strict=True):
+        t_r = cohort.reader.t_r_by_site.get(site, cohort.reader.t_r)
+        jobs.append(delayed(_inspect)(cohort.reader, folder / path, who, t_r))
+    results = []
+    for result in Parallel(max(1, workers), return_as="generator")(jobs):
+        results.append(result)
+        if progress:
+            progress(len(results), len(jobs))
+    read = pd.DataFrame(results).reindex(columns=READ)
+    problems = read.problem.dropna().to_dict()
+    found = found.join(read)
+    _mark_other_parcels(found, problems)
+    _mark_duplicates(found, problems)
+    measured = found.measured_fd.astype(float)
+    found["mean_fd"] = found.get("mean_fd", measured).fillna(measured)
+    found["phenotype"] = ~found.index.isin(list(unlabelled))
+
+    numbers = ["t_r", "age", "mean_fd"]
+    numbers += [target.name for target in cohort.targets if target.kind == "regression"]
+    kinds = dict.fromkeys(numbers, float)
+    kinds.update(dict.fromkeys(("n_frames", "n_parcels", "n_constant"), int))
+    columns = dict.fromkeys([*TABLE, *(target.name for target in cohort.targets)])
+    table = found.drop(index=list(problems)).reindex(columns=list(columns))
+    table = table.reset_index(drop=True).astype(kinds)
+    excluded = _excluded(found, problems, unlabelled)
+    return Index(cohort, folder, found, table, excluded, (folder / SIMULATED).is_file())
+
+
+def _excluded(found: pd.DataFrame, problems: Reasons, unlabelled: Reasons) -> pd.DataFrame:
+    """What is left out of the table, and of the targets; one scan can be listed twice."""
+    rows = []
+    for scope, reasons in (("all", problems), ("targets", unlabelled)):
+        for i, (problem, message) in reasons.items():
+            # The whole path, because many cohorts give every participant's file the same name.
+            path = found.path[i]
+            rows.append((path, found.participant_id[i], problem, path + message, scope))
+    columns = ["file", "participant_id", "problem", "message", "left_out_of"]
+    return pd.DataFrame(sorted(rows), columns=columns)
+
+
+def _find(cohort: Cohort, folder: Path) -> tuple[pd.DataFrame, list[Entities]]:
+    """The files that match the first pattern with a match, and the entities of each."""
+    if not folder.is_dir():
+        refuse(f"{folder}: no such folder", "no-folder")
+    paths = []
+    for root, _, names in os.walk(folder, followlinks=True):
+        inside = Path(root).relative_to(folder)
+        paths += [(inside / name).as_posix() for name in names if not name.startswith(".")]
+    for pattern in cohort.scans:
+        matches = [match for path in sorted(paths) if (match := _pattern(pattern).fullmatch(path))]
+        if matches:
+            break
+    else:
+        files = f"none of its {len(paths)} files {sorted(paths)[:1]} matches {cohort.scans}"
+        refuse(f"{folder}: {files}; correct the scans of {cohort.name}", "no-scans")
+    named = [_entities(match) for match in matches]
+    rows = []
+    for match, entity in zip(matches, named, strict=True):
+        who = re.sub(r"[^A-Za-z0-9]", "", entity["participant"])
+        if not who:
+            refuse(f"{match[0]}: no participant in its name", "participant")
+        rows.append((match[0], f"sub-{who}", entity["session"], cohort.run.format_map(entity)))
+    return pd.DataFrame(rows, columns=["path", "participant_id", "session", "run"]), named
+
+
+def _entities(match: re.Match[str]) -> Entities:
+    """Entities of a path: those of its BIDS name and those of the pattern; "" for any other."""
+    found = defaultdict(str, entities(match[0].rsplit("/", 1)[-1]))
+    for short, name in (("sub", "participant"), ("ses", "session")):
+        if short in found:
+            found[name] = found.pop(short)
+    found.update(match.groupdict())
+    return found
+
+
+def _read_table(cohort: Cohort, file: Path) -> pd.DataFrame:
+    """The cells of a phenotype table as text, "" for what is missing."""
+    separator = "," if file.suffix == ".csv" else "\t"
+    with reading(file, "table"):
+        content = pd.read_csv(
+            file, sep=separator, dtype=str, keep_default_na=False, encoding="utf-8-sig"
         )
-        for (problem, scope), group in self.excluded.groupby(["problem", "left_out_of"], sort=True):
-            what = "left out" if scope == "all" else "without labels"
-            lines.append(f"{what}: {len(group)} {problem}, e.g. {group.message.iloc[0]}")
-        return "\n".join(lines)
+    columns = [column.column for column in cohort.variables.values() if not column.optional]
+    absent = [name for name in [*cohort.phenotype.match, *columns] if name not in content]
+    if absent:
+        has = f"it has {list(content)[:30]} (separator {separator!r})"
+        refuse(f"{file.name}: no column {absent[0]!r}; {has}", "no-phenotype")
+    content = content.map(_label)
+    missing = content.isin(cohort.missing) | content.map(str.lower).isin(MISSING_WORDS)
+    return content.mask(missing, "")
 
 
-def _distribution(target: Column, values: pd.Series) -> dict[str, Any]:
-    base = {"kind": target.kind, "n": len(values)}
-    if target.kind == "classification":
-        return base | {"classes": dict(Counter(map(str, values.sort_values())))}
-    v = values.to_numpy(float)
-    numbers = {"mean": v.mean(), "sd": v.std(), "min": v.min(), "max": v.max()} if len(v) else {}
-    unit = "years" if target.unit in MONTHS else target.unit
-    return base | {"unit": unit} | {name: float(number) for name, number in numbers.items()}
+def _key(value: str) -> str:
+    """An identifier to match by: no ``sub-`` or ``ses-``, no punctuation, no leading zeros."""
+    text = re.sub(r"^(sub|ses)-|[^A-Za-z0-9]", "", _label(value))
+    return str(int(text)) if text.isdecimal() else text
+
+
+def _raw_values(
+    cohort: Cohort, folder: Path, named: list[Entities]
+) -> tuple[pd.DataFrame, Reasons]:
+    """The phenotype table's cells of each scan, "" where it has none, and why."""
+    needed = list(dict.fromkeys(column.column for column in cohort.variables.values()))
+    table = cohort.phenotype
+    if table is None or not (folder / table.file).is_file():
+        file = table.file if table else "phenotype table"
+        remedy = "put it there, or give its place in a cohort's YAML: phenotype: {file: ...}"
+        reason = ("no-phenotype", f": there is no {file} in the folder; {remedy}")
+        raw = pd.DataFrame("", index=range(len(named)), columns=needed)
+        return raw, dict.fromkeys(raw.index, reason)
+
+    content = _read_table(cohort, folder / table.file)
+    keys = content[list(table.match)].map(_key)
+    content = content.reindex(columns=needed, fill_value="")
+    content["key"] = keys.agg(" ".join, axis=1)
+    content = content[keys.ne("").all(axis=1)].drop_duplicates()  # repeated rows do no harm
+    raw = content.drop_duplicates("key", keep=False).set_index("key")
+    contradictory = set(content.key) - set(raw.index)
+    wanted = []
+    for entity in named:
+        wanted.append(" ".join(_key(form.format_map(entity)) for form in table.match.values()))
+    unlabelled = {}
+    for i, key in enumerate(wanted):
+        if key in contradictory:
+            n_values = content[content.key == key].nunique()
+            differ = ", ".join(n_values.index[n_values > 1])
+            message = f": its rows of {table.file} differ in {differ}"
+            unlabelled[i] = ("contradictory-phenotype", message)
+        elif key not in raw.index:
+            unlabelled[i] = ("no-phenotype", f": no row of {table.file} for {key}")
+    return raw.reindex(wanted, fill_value="").reset_index(drop=True), unlabelled
+
+
+def _values(name: str, column: Column, text: pd.Series, cohort: str) -> pd.Series:
+    """Labels, or numbers with ages in years; missing where the cell is empty or excluded."""
+    text = text.mask(text.isin(column.exclude), "")
+    given = text != ""
+    if column.kind == "regression":
+        numbers = pd.to_numeric(text.where(given, None), errors="coerce")
+        values = numbers.where(np.isfinite(numbers)) / PER_YEAR.get(column.unit, 1.0)
+        allowed = "numbers"
+        if name == "age":
+            values = values.where((values >= 0) & (values <= 120))
+            allowed = f"ages of 0 to 120 years in {column.unit}"
+    else:
+        values = text.map(column.mapping) if column.mapping else text
+        values = values.astype(object).where(given, None)
+        allowed = f"one of {[*column.mapping, *column.exclude]}"
+    unknown = text[given & values.isna()]
+    if len(unknown):
+        shown = ", ".join(f"{value!r} ({n})" for value, n in unknown.value_counts().items())
+        message = f"{name} of {cohort}: column {column.column!r} must hold {allowed}, found {shown}"
+        refuse(f"{message}; map them, or list them under exclude or missing", "unexpected-label")
+    return values
+
+
+def _sites(column: Column | None, raw: pd.DataFrame, named: list[Entities]) -> pd.Series:
+    """Site of each scan: that of the table, else the entity ``site``; "" where not known."""
+    in_name = pd.Series([entity["site"] for entity in named], index=raw.index)
+    if not column:
+        return in_name
+    site = raw[column.column]
+    return site.where(site != "", in_name).map(lambda name: column.mapping.get(name, name))
+
+
+def _drop_contradictory_sexes(cohort: Cohort, found: pd.DataFrame, unlabelled: Reasons) -> None:
+    """Remove all labels of a participant who has two sexes.
+
+    Age and other variables may differ between sessions; sex shows that rows were mixed up.
+    """
+    if not cohort.sex:
+        return
+    contradictory = found.groupby("participant_id").sex.transform("nunique") > 1
+    labels = [name for name in cohort.variables if name not in ("site", "family")]
+    found.loc[contradictory, labels] = None
+    reason = ("contradictory-phenotype", ": the participant's rows name more than one sex")
+    unlabelled.update(dict.fromkeys(found.index[contradictory], reason))
+
+
+def _families(cohort: Cohort, found: pd.DataFrame) -> list[str]:
+    """A label per scan, equal for participants who are joined directly or through others."""
+    links = [list(group) for group in cohort.families]
+    if cohort.family:
+        known = found[found.family.notna()]
+        links += [list(pair) for pair in zip(known.participant_id, "family-" + known.family)]
+    group_of = {who: {who} for who in found.participant_id}
+    for link in links:
+        joined = set().union(*(group_of.get(member, {member}) for member in link))
+        for member in joined:
+            group_of[member] = joined
+    # "family-" sorts before "sub-", so that a family with a name is called by it.
+    return [min(group_of[who]) for who in found.participant_id]
+
+
+READ = (
+    "problem",
+    "n_frames",
+    "t_r",
+    "n_parcels",
+    "n_constant",
+    "parcels",
+    "series",
+    "measured_fd",
+)
 
 
 def _inspect(reader: Reader, path: Path, participant_id: str, t_r: float | None) -> dict[str, Any]:
@@ -448,319 +694,47 @@ def _inspect(reader: Reader, path: Path, participant_id: str, t_r: float | None)
     try:
         scan = reader.load(path, participant_id, t_r)
     except DataError as error:
-        return {"problem": error.problem, "message": str(error).removeprefix(path.name)}
+        return {"problem": (error.problem, str(error).removeprefix(path.name))}
     except OSError as error:
-        return {"problem": "unreadable", "message": f": {error.strerror}"}
+        return {"problem": ("unreadable", f": {error.strerror}")}
     return {
         "n_frames": scan.n_frames,
         "t_r": scan.t_r,
         "n_parcels": len(scan.parcels),
         "n_constant": int(scan.constant.sum()),
-        "parcels": hashlib.sha256("\n".join(scan.parcels).encode()).hexdigest(),
-        "series": series_digest(scan),
-        "mean_fd": scan.mean_fd,
+        "parcels": digest(scan.parcels),
+        "series": digest(scan.values),
+        "measured_fd": scan.mean_fd,
     }
 
 
-READ = (
-    "problem",
-    "message",
-    "n_frames",
-    "t_r",
-    "n_parcels",
-    "n_constant",
-    "parcels",
-    "series",
-    "mean_fd",
-)
-
-
-def index(
-    cohort: Cohort | str | Path, folder: str | Path, *, progress: Progress = None, workers: int = 1
-) -> Index:
-    """Find a cohort's scans in a folder, match them with their phenotypes, and read each once: can it be used?
-
-    A DataError where the folder, a phenotype table or a column is missing, no file matches, or a column holds values
-    that its description does not know; the message shows them with their counts. A scan that cannot be used is no
-    error: it is in ``excluded``.
-
-    Parameters
-    ----------
-    cohort : Cohort, str or Path
-        A description, or what :func:`load_cohort` takes.
-    folder : str or Path
-    progress : callable
-        Called with the number of scans read and their total.
-    workers : int
-        Processes that read.
-    """
-    cohort = cohort if isinstance(cohort, Cohort) else load_cohort(cohort)
-    folder = Path(folder)
-    found, named = _find(cohort, folder)
-    raw, out, rows = _phenotypes(cohort, folder, named)
-    values = _variables(cohort, raw, named)
-    if "sex" in values:  # the only variable here that two sessions cannot differ in
-        sexes = values.sex.groupby(found.participant_id).agg(
-            lambda v: ", ".join(sorted(v.dropna().unique()))
-        )
-        sexes = found.participant_id.map(sexes)
-        two = sexes.str.contains(", ")
-        for i in np.flatnonzero(two).tolist():
-            out[i] = (
-                "contradictory-phenotype",
-                f": the participant's rows name more than one sex ({sexes[i]})",
-            )
-        values.loc[two, [c for c in values if c not in ("site", "family")]] = None
-    values["family"] = _families(cohort, found.participant_id, values.get("family"))
-    found["site"] = values["site"]
-
-    by_site = {str(k): float(v) for k, v in cohort.reader.t_r_by.get("site", {}).items()}
-    jobs = [
-        (cohort.reader, folder / path, who, by_site.get(site, cohort.reader.t_r))
-        for path, who, site in found[["path", "participant_id", "site"]].itertuples(index=False)
-    ]
-    results = []
-    for result in Parallel(max(1, workers), return_as="generator")(
-        delayed(_inspect)(*job) for job in jobs
-    ):
-        results.append(result)
-        if progress:
-            progress(len(results), len(jobs))
-    read = pd.DataFrame(results, index=found.index).reindex(columns=list(READ))
-    read[["problem", "message"]] = read[["problem", "message"]].astype(object)
-    _compare(read, found)
-    measured = read.mean_fd.astype(float)
-    values["mean_fd"] = values.get("mean_fd", measured).fillna(measured)
-    broken = read.problem.notna()
-    # Many cohorts give every participant's file one name: the path says which.
-    why = [(i, problem, message, "targets") for i, (problem, message) in out.items()]
-    why += [(i, read.problem[i], read.message[i], "all") for i in np.flatnonzero(broken).tolist()]
-    excluded = sorted(
-        (found.path[i], found.participant_id[i], p, found.path[i] + m, of) for i, p, m, of in why
-    )
-
-    table = pd.concat([found, read[["n_frames", "t_r", "n_parcels", "n_constant"]]], axis=1)
-    table = table.assign(
-        phenotype=~found.index.isin(list(out)), **{c: values[c] for c in values if c != "site"}
-    )
-    table = table.reindex(columns=list(dict.fromkeys([*TABLE, *(t.name for t in cohort.targets)])))
-    numbers = ("t_r", "age", "mean_fd", *(t.name for t in cohort.targets if t.kind == "regression"))
-    kinds = dict.fromkeys(("n_frames", "n_parcels", "n_constant"), int) | dict.fromkeys(
-        numbers, float
-    )
-    return Index(
-        cohort,
-        folder,
-        found[["path", "participant_id", "site"]],
-        table[~broken].reset_index(drop=True).astype(kinds),
-        pd.DataFrame(
-            excluded, columns=["file", "participant_id", "problem", "message", "left_out_of"]
-        ),
-        rows,
-        (folder / SIMULATED).is_file(),
-    )
-
-
-def _find(cohort: Cohort, folder: Path) -> tuple[pd.DataFrame, list[Entities]]:
-    if not folder.is_dir():
-        refuse(f"{folder}: no such folder", "no-folder")
-    paths = sorted(
-        (Path(root) / name).relative_to(folder).as_posix()
-        for root, _, names in os.walk(folder, followlinks=True)
-        for name in names
-        if not name.startswith(".")
-    )
-    for pattern in map(_pattern, cohort.scans):
-        if hits := [
-            (path, _entities(path, match)) for path in paths if (match := pattern.fullmatch(path))
-        ]:
-            break
-    else:
-        example = f", for example {paths[0]}" if paths else ""
-        files = f"none of its {len(paths)} files{example} matches {' or '.join(cohort.scans)}"
-        refuse(f"{folder}: {files} of the cohort {cohort.name}; correct its scans", "no-scans")
-    rows = []
-    for path, named in hits:
-        who = re.sub(r"[^A-Za-z0-9]", "", cohort.participant.format_map(named))
-        if not who:
-            refuse(
-                f"{path}: no participant in its name; the cohort reads it as {cohort.participant}",
-                "participant",
-            )
-        rows.append(
-            (path, f"sub-{who}", cohort.session.format_map(named), cohort.run.format_map(named))
-        )
-    return pd.DataFrame(rows, columns=["path", "participant_id", "session", "run"]), [
-        named for _, named in hits
-    ]
-
-
-def _read_table(cohort: Cohort, folder: Path, table: Phenotype) -> pd.DataFrame | None:
-    """The cells as text, with an empty one for what is missing, or None for an optional table that is not there."""
-    several = re.search(r"[*?\[]", table.file) and not Path(table.file).is_absolute()
-    paths = (
-        sorted(folder.glob(table.file))
-        if several
-        else [p for p in [folder / table.file] if p.is_file()]
-    )
-    if not paths and table.optional:
-        return None
-    if len(paths) != 1:
-        found = f"one file {table.file} is needed in {folder}, found {[p.name for p in paths] or 'none'}"
-        refuse(f"phenotype of {cohort.name}: {found}", "no-phenotype")
-    file, separator = paths[0], "," if paths[0].suffix == ".csv" else "\t"
-    how = {"sep": separator, "skiprows": list(table.skip_rows), "encoding": "utf-8-sig"}
-    try:
-        content = pd.read_csv(file, dtype=str, keep_default_na=False, **how)
-    except (ValueError, OSError) as error:
-        refuse(f"{file.name}: not a readable table ({error})", "no-phenotype")
-    for column in table.match:
-        if column not in content:
-            has = f"it has {list(content)[:20]} (separator {separator!r})"
-            refuse(f"{file.name}: no column {column!r} to match scans by; {has}", "no-phenotype")
-    content = content.map(_label)
-    return content.mask(
-        content.isin(cohort.missing) | content.map(str.lower).isin(MISSING_WORDS), ""
-    )
-
-
-def _phenotypes(
-    cohort: Cohort, folder: Path, named: list[Entities]
-) -> tuple[pd.DataFrame, dict[int, tuple[str, str]], dict[str, int]]:
-    """The raw values of every scan (a column a phenotype column), why rows of these have none, and counts."""
-    tables = [
-        (t, content)
-        for t in cohort.phenotype
-        if (content := _read_table(cohort, folder, t)) is not None
-    ]
-    needed = list(dict.fromkeys(v.column for v in cohort.variables.values()))
-    raw = [dict.fromkeys(needed, "") for _ in named]
-    absent = f"there is no {' or '.join(t.file for t in cohort.phenotype) or 'phenotype table'} in the folder"
-    mend = "put it there, or give its place in a cohort's YAML: phenotype: {file: ...}"
-    out = (
-        {} if tables else dict.fromkeys(range(len(named)), ("no-phenotype", f": {absent}; {mend}"))
-    )
-    counts = {"rows": 0, "identical": 0, "contradictory": 0, "without_scan": 0}
-    taken: set[str] = set()
-    for number, (table, content) in enumerate(tables):
-        columns = [c for c in needed if c in content and c not in taken]
-        taken |= set(columns)
-        rows: dict[tuple[str, ...], tuple[str, ...]] = {}
-        contradictory: dict[tuple[str, ...], str] = {}
-        keys = zip(*(content[c].map(_key) for c in table.match), strict=True)
-        for key, row in zip(keys, content[columns].itertuples(index=False, name=None), strict=True):
-            if all(key) and (first := rows.setdefault(key, row)) is not row:
-                counts["identical" if first == row else "contradictory"] += 1
-                if first != row:
-                    which = next(c for c, a, b in zip(columns, first, row, strict=True) if a != b)
-                    contradictory[key] = f": its rows of {table.file} differ in {which}"
-        wanted = [tuple(_key(t.format_map(e)) for t in table.match.values()) for e in named]
-        for place, template in enumerate(table.match.values()):
-            if not any(key[place] for key in wanted):
-                refuse(
-                    f"phenotype of {cohort.name}: no scan has the entities of {template!r}",
-                    "no-phenotype",
-                )
-        if number == 0:
-            counts |= {"rows": len(content), "without_scan": len(set(rows) - set(wanted))}
-        for i, key in enumerate(wanted):
-            if key in contradictory:
-                out[i] = "contradictory-phenotype", contradictory[key]
-            elif key in rows:
-                raw[i] |= dict(zip(columns, rows[key], strict=True))
-            elif number == 0:
-                out[i] = "no-phenotype", f": no row of {table.file} for {' '.join(key)}"
-    for variable in cohort.variables.values() if tables else ():
-        if variable.column not in taken and not variable.optional:
-            have = sorted({c for _, content in tables for c in content})[:30]
-            where = f"in {[t.file for t, _ in tables]}; there are {have}"
-            refuse(
-                f"phenotype of {cohort.name}: no column {variable.column!r} {where}", "no-phenotype"
-            )
-    for i, (problem, _) in out.items():
-        if problem == "contradictory-phenotype":
-            raw[i] = dict.fromkeys(needed, "")
-    return pd.DataFrame(raw, index=range(len(raw)), columns=needed, dtype=object), out, counts
-
-
-def _variables(cohort: Cohort, raw: pd.DataFrame, named: list[Entities]) -> pd.DataFrame:
-    """Values with their labels and units; None where there is none."""
-    values = pd.DataFrame(index=raw.index)
-    for name, column in cohort.variables.items():
-        if name == "site":
-            continue
-        text = raw[column.column].mask(raw[column.column].isin(column.exclude), "")
-        if column.kind == "regression":
-            numbers = pd.to_numeric(text.mask(text == "", None), errors="coerce")
-            unknown = text[(text != "") & ~np.isfinite(numbers)]
-            values[name] = numbers / MONTHS.get(column.unit, 1.0)
-            allowed = "numbers"
-        else:
-            labels = text.map(column.mapping) if column.mapping else text
-            unknown = text[(text != "") & labels.isna()]
-            values[name] = labels.astype(object).where(text != "", None)
-            allowed = f"one of {[*column.mapping, *column.exclude]}"
-        where = f"{name} of {cohort.name}: column {column.column!r} must"
-        if len(unknown):
-            shown = ", ".join(f"{v!r} ({n})" for v, n in unknown.value_counts().items())
-            mend = "map them, or list them under exclude or missing"
-            refuse(f"{where} hold {allowed}, found also {shown}; {mend}", "unexpected-label")
-        if name == "age" and len(wrong := values.age[(values.age < 0) | (values.age > 120)]):
-            shown = f"{len(wrong)} others, for example {wrong.iloc[0]:g}; is its unit ({column.unit}) right?"
-            refuse(f"{where} be 0 to 120 years, got {shown}", "unexpected-label")
-    site = raw[cohort.site.column] if cohort.site else pd.Series("", index=raw.index)
-    site = site.where(site != "", [e["site"] for e in named])
-    labels = cohort.site.mapping if cohort.site else {}
-    values["site"] = site.map(lambda s: labels.get(_label(s), s))
-    return values
-
-
-def _families(cohort: Cohort, people: pd.Series, family: pd.Series | None) -> list[str]:
-    """A label a scan: participants joined by a family column, by the cohort's list, or through each other."""
-    links = [(who, who) for who in people] + [
-        (group[0], other) for group in cohort.families for other in group
-    ]
-    if family is not None:
-        links += [
-            (who, f"family-{name}")
-            for who, name in zip(people, family, strict=True)
-            if not pd.isna(name)
-        ]
-    names, codes = np.unique(np.array(links, dtype=str), return_inverse=True)
-    pairs = coo_array(
-        (np.ones(len(links)), tuple(codes.reshape(-1, 2).T)), shape=(len(names), len(names))
-    )
-    groups = connected_components(pairs, directed=False)[1]
-    first = names[
-        np.unique(groups, return_index=True)[1]
-    ]  # "family-" sorts before "sub-" and so names the group
-    return first[groups[np.searchsorted(names, people.to_numpy(str))]].tolist()
-
-
-def _compare(read: pd.DataFrame, found: pd.DataFrame) -> None:
-    """Mark scans with other parcels than most, and series that are there more than once."""
-    usable = read[read.problem.isna()]
+def _mark_other_parcels(found: pd.DataFrame, problems: Reasons) -> None:
+    """Give a problem to scans whose parcels are not those of most scans."""
+    usable = found.drop(index=list(problems))
     if usable.empty:
         return
-    usual = usable[usable.parcels == usable.parcels.value_counts().index[0]].iloc[0]
+    usual = usable[usable.parcels == usable.parcels.mode()[0]].iloc[0]
     for i, row in usable[usable.parcels != usual.parcels].iterrows():
-        n, n_usual = int(row.n_parcels), int(usual.n_parcels)
-        kind, what = (
-            "parcel-order",
-            f"other parcels, or the same {n} in another order, than most scans",
-        )
-        if n != n_usual:
-            kind, what = "parcel-count", f"{n} parcels, and most scans have {n_usual}"
-        atlases = [entities(Path(found.path[j]).name) for j in (i, usual.name)]
-        if len(names := {e.get("seg", e.get("atlas", "")) for e in atlases}) > 1:
-            what += f"; name one of the atlases {sorted(names)} in the cohort's pattern of scans, as in *_seg-NAME_*"
-        read.loc[i, ["problem", "message"]] = kind, f": {what}"
-    for _, group in usable[usable.series.duplicated(keep=False)].groupby("series", sort=False):
-        people = found.participant_id[group.index].unique()
-        # one participant's copy can go; whose series it is that stands under two names nobody knows
-        for i in group.index if len(people) > 1 else group.index[1:]:
-            other = next(found.path[j] for j in group.index if j != i)
-            read.loc[i, ["problem", "message"]] = (
+        if row.n_parcels == usual.n_parcels:
+            problem = "parcel-order"
+            message = ": other parcels, or the same in another order, than most scans"
+        else:
+            problem = "parcel-count"
+            message = f": {row.n_parcels:g} parcels, and most scans have {usual.n_parcels:g}"
+        remedy = "of several atlases, name one in the cohort's scans, as in *_seg-NAME_*"
+        problems[i] = (problem, f"{message}; {remedy}")
+
+
+def _mark_duplicates(found: pd.DataFrame, problems: Reasons) -> None:
+    """Give a problem to series that are there more than once."""
+    for _, copies in found.drop(index=list(problems)).groupby("series"):
+        wrong = copies.index
+        if copies.participant_id.nunique() == 1:
+            wrong = wrong[
+                1:
+            ]  # the first copy stays; if two people have it, nobody knows whose it is
+        for i in wrong:
+            problems[i] = (
                 "duplicate-series",
-                f": the same series as {other}",
+                f": the same series as {copies.path.drop(i).iloc[0]}",
             )

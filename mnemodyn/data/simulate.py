@@ -1,8 +1,9 @@
-"""SIMULATED cohorts: the files and tables of a real one, from a linear process with planted effects of known size."""
+"""SIMULATED cohorts: the files and tables of a real one, with planted effects of known size."""
 
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -10,24 +11,33 @@ from nibabel.cifti2 import Cifti2Image, ScalarAxis, SeriesAxis
 from scipy.linalg import expm, logm, solve_continuous_lyapunov, solve_discrete_lyapunov
 
 from mnemodyn.data import formats
-from mnemodyn.data.cohorts import MONTHS, SIMULATED, Cohort, Column, load_cohort
+from mnemodyn.data.cohorts import PER_YEAR, SIMULATED, Cohort, Column, load_cohort
 from mnemodyn.data.formats import refuse
 from mnemodyn.data.scans import load_hcp7
 from mnemodyn.files import write_bytes, write_json, write_text
 
 __all__ = ["LAYOUTS", "linear_process", "simulate_cohort"]
 
-EDGE_SD = 0.06  # between-person standard deviation of a planted edge, in units of correlation
-REACH = (
-    4.0  # a score is cut off at this many of them, which keeps every covariance positive definite
-)
+EDGE_SD = 0.06  # standard deviation of a planted edge between persons, in units of correlation
+REACH = 4.0  # scores are cut off at +-REACH, so that every covariance is positive definite
 MISSING = 0.05  # share of labels that are missing
 CHUNK = 64  # participants simulated at a time
+FAULTS = (
+    "truncated",
+    "nan",
+    "constant-parcels",
+    "duplicate-series",
+    "duplicate-series",
+    "no-phenotype",
+)
 
 
 @dataclass(frozen=True)
 class Layout:
-    """Where a cohort's files lie and what its scans and people are like; `t_r` and `years` are plausible, not data."""
+    """Where a cohort's files lie, and what its scans and people are like.
+
+    `t_r` (seconds) and the range of ages in `years` are plausible values, not data.
+    """
 
     path: str
     participant: str
@@ -39,29 +49,79 @@ class Layout:
     runs: tuple[str, ...] = ("",)
 
 
-_BIDS = "sub-{participant}/{ses}func/sub-{participant}_{ses_}task-rest_space-fsLR_seg-{atlas}_stat-mean_"
+_BIDS = "sub-{participant}/{ses}func/sub-{participant}_{ses_}task-rest_space-fsLR_seg-SIMULATED_stat-mean_"
 _COLUMNS = "{n_parcels}_parcellated.dtseries.nii"
 _HCP = (
     "{participant}_V1_MR/MNINonLinear/Results/rfMRI_{run}/rfMRI_{run}_Atlas_hp0_clean_" + _COLUMNS
 )
-_UKB = "{participant}/{participant}_20227_2_0_" + _COLUMNS
-_AP_PA = ("REST1_AP", "REST1_PA")
-_ABIDE, _ADHD = ("NYU", "UM_1", "USM", "KKI", "SDSU"), ("NYU", "Peking", "KKI", "OHSU")
 LAYOUTS = {
-    "abide": Layout("{site}_{participant}_rois_cc200.1D", "00{:05d}", 2.0, 176, (7, 40), _ABIDE),
-    "adhd200": Layout(_BIDS + "timeseries.tsv", "{:07d}", 2.0, 176, (7, 21), _ADHD, runs=("1",)),
+    "abide": Layout(
+        "{site}_{participant}_rois_cc200.1D",
+        "00{:05d}",
+        t_r=2.0,
+        n_frames=176,
+        years=(7, 40),
+        sites=("NYU", "UM_1", "USM", "KKI", "SDSU"),
+    ),
+    "adhd200": Layout(
+        _BIDS + "timeseries.tsv",
+        "{:07d}",
+        t_r=2.0,
+        n_frames=176,
+        years=(7, 21),
+        sites=("NYU", "Peking", "KKI", "OHSU"),
+        runs=("1",),
+    ),
     "adni": Layout(
-        _BIDS + "timeseries.ptseries.nii", "002S{:04d}", 3.0, 140, (55, 90), sessions=("M00", "M12")
+        _BIDS + "timeseries.ptseries.nii",
+        "002S{:04d}",
+        t_r=3.0,
+        n_frames=140,
+        years=(55, 90),
+        sessions=("M00", "M12"),
     ),
     "hbn": Layout(
-        _BIDS + "timeseries.tsv", "NDARAA{:03d}ZZ", 0.8, 375, (5, 21), ("RU", "CBIC", "CUNY")
+        _BIDS + "timeseries.tsv",
+        "NDARAA{:03d}ZZ",
+        t_r=0.8,
+        n_frames=375,
+        years=(5, 21),
+        sites=("RU", "CBIC", "CUNY"),
     ),
     "hcp_aging": Layout(
-        _HCP, "HCA{:07d}", 0.8, 478, (36, 90), ("WU", "MGH", "UMN", "UCLA"), runs=_AP_PA
+        _HCP,
+        "HCA{:07d}",
+        t_r=0.8,
+        n_frames=478,
+        years=(36, 90),
+        sites=("WU", "MGH", "UMN", "UCLA"),
+        runs=("REST1_AP", "REST1_PA"),
     ),
-    "nkir": Layout(_BIDS + _COLUMNS, "A{:08d}", 1.4, 404, (6, 85), sessions=("BAS1",)),
-    "ukb": Layout(_UKB, "{:07d}", 0.735, 490, (45, 82), ("Cheadle", "Reading", "Newcastle")),
+    "nkir": Layout(
+        _BIDS + _COLUMNS,
+        "A{:08d}",
+        t_r=1.4,
+        n_frames=404,
+        years=(6, 85),
+        sessions=("BAS1",),
+    ),
+    "ukb": Layout(
+        "{participant}/{participant}_20227_2_0_" + _COLUMNS,
+        "{:07d}",
+        t_r=0.735,
+        n_frames=490,
+        years=(45, 82),
+        sites=("Cheadle", "Reading", "Newcastle"),
+    ),
 }
+
+
+class Variable(NamedTuple):
+    """A variable of all people: values, z-scores, and in words what one unit of z is."""
+
+    values: Any
+    z: np.ndarray
+    per: str
 
 
 def linear_process(
@@ -69,54 +129,72 @@ def linear_process(
 ) -> tuple[np.ndarray, np.ndarray, tuple[str, ...]]:
     """A stationary linear process with unit variances: ``dx = -K x dt + noise``.
 
-    The `generator` is ``"ou"``, an Ornstein-Uhlenbeck process on a synthetic connectivity, exp(-distance) of random
-    places that mirror each other in two hemispheres, with an edge between twins; or ``"hcp7"``, the VAR(1) that ridge
-    regression fits to the seven HCP scans (94 parcels). A DataError for another generator, an odd or too small
-    `n_parcels`, or a missing package (hcp7).
+    Parameters
+    ----------
+    generator : {"ou", "hcp7"}
+        ``"ou"`` is an Ornstein-Uhlenbeck process on a synthetic connectivity: exp(-distance)
+        between random places that are mirrored in two hemispheres, and an edge between mirror
+        images. ``"hcp7"`` is the VAR(1) that ridge regression fits to the seven HCP scans.
+    n_parcels, seed : int
+        For ``"ou"``; ``"hcp7"`` always has 94 parcels.
 
     Returns
     -------
     K, S : ndarray, shape (parcel, parcel)
-        K per second, and the stationary covariance, which is a correlation.
+        K in 1/s, and the stationary covariance, which is a correlation.
     parcels : tuple of str
+
+    Raises
+    ------
+    DataError
+        For another generator, an odd or too small `n_parcels`, or a missing package (hcp7).
     """
-    if generator == "hcp7":
-        scans = load_hcp7()
-        z = [(s.values - s.values.mean(0)) / s.values.std(0) for s in scans]
-        past, now = (
-            np.concatenate([x[part] for x in z]).astype(float) for part in (np.s_[:-1], np.s_[1:])
-        )
-        n = past.shape[1]
-        a = np.linalg.solve(past.T @ past + 0.01 * len(past) * np.eye(n), past.T @ now).T
-        s = solve_discrete_lyapunov(a, np.cov((now - past @ a.T).T))
-        k, parcels = -np.real(logm(a)) / scans[0].t_r, scans[0].parcels
-    elif generator == "ou":
-        if n_parcels < 10 or n_parcels % 2:
-            refuse(f"n_parcels must be even and >= 10, got {n_parcels}", "setting")
-        half = n_parcels // 2
-        place = np.random.default_rng([seed, 0]).uniform((0.1, -1, -1), (1, 1, 1), (half, 3))
-        place = np.concatenate([place * (-1, 1, 1), place])
-        distance = np.linalg.norm(place[:, None] - place[None], axis=2)
-        w = np.exp(-distance / 0.5) - np.eye(n_parcels)
-        twins = np.arange(half)
-        w[twins, twins + half] = w[twins + half, twins] = 1.0
-        w *= 0.8 / np.abs(np.linalg.eigvalsh(w)).max()
-        k = (
-            np.eye(n_parcels) - w
-        ) / 2.0  # 2 s: slow enough for most of the power to lie below 0.1 Hz
-        s = solve_continuous_lyapunov(k, np.eye(n_parcels))
-        parcels = tuple(f"{side}H_{i + 1}" for side in "LR" for i in range(half))
+    if generator == "ou":
+        k, s, parcels = _ornstein_uhlenbeck(n_parcels, seed)
+    elif generator == "hcp7":
+        k, s, parcels = _fitted_to_hcp7()
     else:
         refuse(f"generator must be ou or hcp7, got {generator!r}", "setting")
     scale = np.sqrt(np.diag(s))
     return k * (scale[None] / scale[:, None]), s / np.outer(scale, scale), parcels
 
 
+def _ornstein_uhlenbeck(
+    n_parcels: int, seed: int
+) -> tuple[np.ndarray, np.ndarray, tuple[str, ...]]:
+    if n_parcels < 10 or n_parcels % 2:
+        refuse(f"n_parcels must be even and >= 10, got {n_parcels}", "setting")
+    half = n_parcels // 2
+    place = np.random.default_rng([seed, 0]).uniform((0.1, -1, -1), (1, 1, 1), (half, 3))
+    place = np.concatenate([place * (-1, 1, 1), place])
+    distance = np.linalg.norm(place[:, None] - place[None], axis=2)
+    weights = np.exp(-distance / 0.5) - np.eye(n_parcels)
+    mirrored = np.arange(half)
+    weights[mirrored, mirrored + half] = 1.0
+    weights[mirrored + half, mirrored] = 1.0
+    weights *= 0.8 / np.abs(np.linalg.eigvalsh(weights)).max()
+    # A time constant of 2 s puts most of the power below 0.1 Hz, as in BOLD.
+    k = (np.eye(n_parcels) - weights) / 2.0
+    s = solve_continuous_lyapunov(k, np.eye(n_parcels))
+    return k, s, tuple(f"{side}H_{i + 1}" for side in "LR" for i in range(half))
+
+
+def _fitted_to_hcp7() -> tuple[np.ndarray, np.ndarray, tuple[str, ...]]:
+    scans = load_hcp7()
+    z = [(scan.values - scan.values.mean(0)) / scan.values.std(0) for scan in scans]
+    past = np.concatenate([x[:-1] for x in z]).astype(float)
+    now = np.concatenate([x[1:] for x in z]).astype(float)
+    n = past.shape[1]
+    a = np.linalg.solve(past.T @ past + 0.01 * len(past) * np.eye(n), past.T @ now).T
+    s = solve_discrete_lyapunov(a, np.cov((now - past @ a.T).T))
+    return -np.real(logm(a)) / scans[0].t_r, s, scans[0].parcels
+
+
 def _root(matrix: np.ndarray, power: float = 0.5) -> np.ndarray:
+    """A power of symmetric matrices, (..., parcel, parcel)."""
     values, vectors = np.linalg.eigh(matrix)
-    return (vectors * np.maximum(values, 1e-9)[..., None, :] ** power) @ np.swapaxes(
-        vectors, -1, -2
-    )
+    powers = np.maximum(values, 1e-9)[..., None, :] ** power
+    return (vectors * powers) @ np.swapaxes(vectors, -1, -2)
 
 
 def _sample(
@@ -134,46 +212,50 @@ def _sample(
 
 
 def _covariances(s: np.ndarray, blocks: list[np.ndarray], strength: np.ndarray) -> np.ndarray:
-    """Correlations (person, parcel, parcel) whose edges in block i are EDGE_SD * strength[:, i] above their base.
+    """Correlations, (person, parcel, parcel), with edges in block i raised by `strength`.
 
-    The base is half of `s`, and REACH * EDGE_SD within the blocks: what is added is never negative, so that the least
-    eigenvalue is at least 0.5 - 2 * REACH * EDGE_SD.
+    An edge lies EDGE_SD * strength[:, i] above its base. The base is half of `s`, and within the
+    blocks REACH * EDGE_SD more: what is added is never negative, so that the least eigenvalue is
+    at least 0.5 - 2 * REACH * EDGE_SD.
     """
-    sigma = np.repeat((0.5 * s + 0.5 * np.eye(len(s)))[None], len(strength), axis=0)
+    base = 0.5 * s + 0.5 * np.eye(len(s))
+    sigma = np.repeat(base[None], len(strength), axis=0)
     for block, amount in zip(blocks, EDGE_SD * (REACH + strength).T, strict=True):
         edges = np.ix_(np.arange(len(strength)), block, block)
         sigma[edges] += amount[:, None, None] * (1 - np.eye(len(block)))
     return sigma
 
 
-def _draw(column: Column, name: str, layout: Layout, n: int, rng: np.random.Generator):
-    """Values of a variable for `n` people, their z-scores by the population's moments, and what one unit of z is."""
+def _draw(column: Column, name: str, layout: Layout, n: int, rng: np.random.Generator) -> Variable:
+    """A variable of `n` people; z-scores are by the moments of the population."""
     if column.kind == "classification":
         labels = sorted(set(column.mapping.values()))
         code = rng.integers(len(labels), size=n)
         z = code / (len(labels) - 1) - 0.5
-        return np.array(labels, dtype=object)[code], z, f"{labels[-1]} against {labels[0]}"
+        return Variable(np.array(labels, object)[code], z, f"{labels[-1]} against {labels[0]}")
+    if name == "mean_fd":
+        z = rng.normal(size=n)
+        return Variable(np.round(0.12 * np.exp(0.5 * z), 6), z, "1 SD of its logarithm")
     if name == "age":
         low, high = layout.years
         values = rng.uniform(low, high, n)
-        mean, sd = (low + high) / 2, (high - low) / np.sqrt(12)
-    elif name == "mean_fd":
-        log = rng.normal(size=n)
-        return np.round(0.12 * np.exp(0.5 * log), 6), log, "1 SD of its logarithm"
+        mean = (low + high) / 2
+        sd = (high - low) / np.sqrt(12)
+        unit = "years"
     else:
-        mean, sd = 100.0, 15.0
+        mean = 100.0
+        sd = 15.0
         values = rng.normal(mean, sd, n)
-    return (
-        np.round(values, 2),
-        (values - mean) / sd,
-        f"{sd:.3g} {'years' if name == 'age' else column.unit}".strip(),
-    )
+        unit = column.unit
+    return Variable(np.round(values, 2), (values - mean) / sd, f"{sd:.3g} {unit}".strip())
 
 
-def _raw(column: Column, value, rng: np.random.Generator) -> str:
+def _raw(column: Column, value: Any, rng: np.random.Generator) -> str:
     """A value as the cohort's own table spells it."""
+    if column.unit == "months":
+        return f"{value * PER_YEAR['months']:.0f}"
     if column.kind == "regression":
-        return f"{value * MONTHS[column.unit]:.0f}" if column.unit == "months" else f"{value:g}"
+        return f"{value:g}"
     codes = [code for code, label in column.mapping.items() if label == value]
     return str(rng.choice(codes)) if codes else str(value)
 
@@ -192,125 +274,101 @@ def simulate_cohort(
 ) -> dict:
     """Write a SIMULATED cohort: scans in its real format and folders, and its phenotype table.
 
-    Every variable has a block of parcels of its own. A person's edges within it are
-    ``base + EDGE_SD * (d * z + noise)`` in units of correlation, with one standard normal ``noise`` a person and
-    ``z`` the variable: +-1/2 for the two classes, so that they differ by ``d`` standard deviations of the variation
-    between persons, and in standard deviations for the others. A block more varies between persons with nothing.
-    Sessions and runs of a person share the noise; siblings share the family's name only. A DataError for an unknown
-    cohort or effect, a folder that is not empty, or settings out of range.
+    Every variable has a block of parcels of its own. A person's edges within the block are
+    ``base + EDGE_SD * (d * z + noise)`` in units of correlation. ``noise`` is one standard normal
+    number per person. ``z`` is -1/2 or 1/2 for two classes, which then differ by ``d`` standard
+    deviations of the variation between persons, and a z-score for other variables. One more block
+    varies between persons but depends on nothing. Sessions and runs of a person share the noise;
+    siblings share the family's name only.
 
     Parameters
     ----------
-    name, folder : str, str or Path
-        One of `LAYOUTS`, and where it goes, which must be empty or absent.
+    name : str
+        One of `LAYOUTS`.
+    folder : str or Path
+        Must be empty or absent.
     n_participants, seed : int
         People with usable scans and a row of phenotypes.
     n_parcels, n_frames : int
-        The former even, 94 where the generator is ``hcp7``; the latter that of the layout by default.
+        The former is even, and 94 for the generator ``hcp7``; the latter is by default that of
+        the layout.
     effects : dict
-        Size ``d`` of a variable's effect (the cohort's targets, ``site``, ``mean_fd``), 1 where it is not given.
+        Size ``d`` of the effect of a target, ``site`` or ``mean_fd``; 1 if it is not given.
     generator : {"ou", "hcp7"}
         See :func:`linear_process`.
     broken : bool
-        Add participants whose file is truncated, has NaN, too many constant parcels, or is another's copy, and one
-        without a row in the table.
+        Add participants whose file is truncated, has NaN, has too many constant parcels or is a
+        copy of another's, and one without a row in the table.
 
     Returns
     -------
     dict
-        What ``simulated.json`` beside the data holds: the effects' sizes, blocks and slopes, and the broken files.
+        What ``simulated.json`` beside the data holds: the effects' sizes, blocks and slopes, and
+        the broken files.
+
+    Raises
+    ------
+    DataError
+        For an unknown cohort or effect, a folder that is not empty, or settings out of range.
     """
+    folder = Path(folder)
     if name not in LAYOUTS:
         refuse(f"cohort must be one of {', '.join(LAYOUTS)}, got {name!r}", "setting")
-    cohort, layout, folder = load_cohort(name), LAYOUTS[name], Path(folder)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         refuse(f"{folder} is not empty; simulated scans are never mixed with others", "setting")
-    n_frames = layout.n_frames if n_frames is None else n_frames
+    cohort = load_cohort(name)
+    layout = LAYOUTS[name]
+    n_frames = n_frames or layout.n_frames
     if n_participants < 2 or n_frames < cohort.reader.min_frames:
         least = f"n_participants must be >= 2 and n_frames >= {cohort.reader.min_frames}"
         refuse(f"{least}, got {n_participants} and {n_frames}", "setting")
-    k, s, parcels = linear_process(generator, n_parcels, seed)
+    process = linear_process(generator, n_parcels, seed)
     rng = np.random.default_rng([seed, 1])
-    variables = {n: c for n, c in cohort.variables.items() if n not in ("site", "family")}
-    known = [*variables, *(["site"] if len(layout.sites) > 1 else [])]
-    sizes = dict.fromkeys(known, 1.0) | (effects or {})
-    if set(sizes) - set(known):
-        refuse(
-            f"effects of {name} can be of {known}, got {sorted(set(sizes) - set(known))}", "setting"
-        )
-    blocks = np.array_split(rng.permutation(len(parcels)), len(known) + 1)
+    columns = {n: c for n, c in cohort.variables.items() if n not in ("site", "family")}
+    known = list(columns)
+    if len(layout.sites) > 1:
+        known.append("site")
+    sizes = {**dict.fromkeys(known, 1.0), **(effects or {})}
+    unknown = sorted(set(sizes) - set(known))
+    if unknown:
+        refuse(f"effects of {name} can be of {known}, got {unknown}", "setting")
+    blocks = np.array_split(rng.permutation(len(process[1])), len(known) + 1)
     if len(blocks[-1]) < 3:
-        refuse(
-            f"n_parcels must be >= {3 * len(blocks)} for the {len(known)} effects of {name}",
-            "setting",
-        )
+        least = f"n_parcels must be >= {3 * len(blocks)}"
+        refuse(f"{least} for the {len(known)} effects of {name}", "setting")
 
-    faults = [
-        "truncated",
-        "nan",
-        "constant-parcels",
-        "duplicate-series",
-        "duplicate-series",
-        "no-phenotype",
-    ]
-    faults = [""] * n_participants + (faults if broken else [])
+    faults = [""] * n_participants
+    if broken:
+        faults += FAULTS
     n = len(faults)
-    site = rng.integers(len(layout.sites), size=n)
-    drawn = {
-        variable: _draw(column, variable, layout, n, rng) for variable, column in variables.items()
-    }
+    sites = rng.integers(len(layout.sites), size=n)
+    variables = {}
+    for variable, column in columns.items():
+        variables[variable] = _draw(column, variable, layout, n, rng)
     if "site" in known:
         offsets = rng.normal(size=len(layout.sites))
-        drawn["site"] = (
-            None,
-            ((offsets - offsets.mean()) / offsets.std())[site],
-            "1 SD of the sites' offsets",
-        )
-    by_site = cohort.reader.t_r_by.get("site", {})
-    times = np.array([by_site.get(layout.sites[i], layout.t_r) for i in site])
+        z = ((offsets - offsets.mean()) / offsets.std())[sites]
+        variables["site"] = Variable(None, z, "1 SD of the sites' offsets")
     strength = rng.standard_normal((n, len(blocks)))
     for i, variable in enumerate(known):
-        strength[:, i] += sizes[variable] * drawn[variable][1]
+        strength[:, i] += sizes[variable] * variables[variable].z
     strength = np.clip(strength, -REACH, REACH)
 
-    people = [layout.participant.format(i + 1) for i in range(n)]
-    rows, files = [], {}
-    half, copied = _root(s, -0.5), None
-    for t_r in np.unique(times):
-        group = np.flatnonzero(times == t_r)
-        for members in (group[i : i + CHUNK] for i in range(0, len(group), CHUNK)):
-            mix = half @ _root(_covariances(s, blocks, strength[members]))
-            for session, run in product(layout.sessions, layout.runs):
-                first = (session, run) == (layout.sessions[0], layout.runs[0])
-                series = _sample(k, s, t_r, (len(members), n_frames), rng) @ mix
-                for who, values in zip(members, series, strict=True):
-                    fault = faults[who]
-                    if fault and not first:
-                        continue
-                    if (
-                        fault == "duplicate-series"
-                    ):  # the first of the two is written, and then written again
-                        values = copied = values if copied is None else copied
-                    scan = {
-                        "participant": people[who],
-                        "session": session,
-                        "run": run,
-                        "site": layout.sites[site[who]],
-                    }
-                    path = _write(folder, cohort, layout, scan, values, parcels, t_r, fault)
-                    if fault:
-                        files[path] = fault
-                    if fault != "no-phenotype":
-                        rows.append((int(who), scan))
-    _write_phenotype(folder, cohort, layout, rows, drawn, variables, rng)
+    people = [
+        {"participant": layout.participant.format(i + 1), "site": layout.sites[sites[i]]}
+        for i in range(n)
+    ]
+    scans, broken_files = _write_scans(
+        folder, cohort, layout, people, faults, process, blocks, strength, n_frames, rng
+    )
+    _write_phenotype(folder, cohort, scans, columns, variables, rng)
     planted = {}
     for variable, block in zip(known, blocks, strict=False):
-        d, per = sizes[variable], drawn[variable][2]
         planted[variable] = {
-            "d": d,
-            "slope": d * EDGE_SD,
-            "per": per,
-            "block": sorted(map(int, block)),
+            "d": sizes[variable],
+            "slope": sizes[variable] * EDGE_SD,
+            "per": variables[variable].per,
+            "block": sorted(block.tolist()),
         }
     truth = {
         "simulated": True,
@@ -318,68 +376,133 @@ def simulate_cohort(
         "generator": generator,
         "seed": seed,
         "n_participants": n_participants,
+        "edge_sd": EDGE_SD,
+        "effects": planted,
+        "broken": broken_files,
     }
-    truth |= {"edge_sd": EDGE_SD, "effects": planted, "broken": files}
     write_json(folder / SIMULATED, truth)
     return truth
 
 
+def _write_scans(
+    folder: Path,
+    cohort: Cohort,
+    layout: Layout,
+    people: list[dict[str, str]],
+    faults: list[str],
+    process: tuple,
+    blocks: list[np.ndarray],
+    strength: np.ndarray,
+    n_frames: int,
+    rng: np.random.Generator,
+) -> tuple[list[tuple[int, dict[str, str]]], dict[str, str]]:
+    """Write all series; who was scanned in which session and run, and the broken files."""
+    k, s, parcels = process
+    whiten = _root(s, -0.5)
+    by_site = cohort.reader.t_r_by_site
+    times = np.array([by_site.get(person["site"], layout.t_r) for person in people])
+    scans, broken_files, copied = [], {}, None
+    for t_r in np.unique(times):
+        group = np.flatnonzero(times == t_r)
+        for start in range(0, len(group), CHUNK):
+            members = group[start : start + CHUNK].tolist()
+            mix = whiten @ _root(_covariances(s, blocks, strength[members]))
+            for session, run in product(layout.sessions, layout.runs):
+                series = _sample(k, s, t_r, (len(members), n_frames), rng) @ mix
+                for who, values in zip(members, series, strict=True):
+                    fault = faults[who]
+                    if fault and (session, run) != (layout.sessions[0], layout.runs[0]):
+                        continue
+                    if fault == "duplicate-series":
+                        # Two people have this fault: the second gets the series of the first.
+                        copied = values if copied is None else copied
+                        values = copied
+                    scan = {**people[who], "session": session, "run": run}
+                    path = _write(folder, cohort, layout, scan, values, parcels, t_r, fault)
+                    if fault:
+                        broken_files[path] = fault
+                    if fault != "no-phenotype":
+                        scans.append((who, scan))
+    return scans, broken_files
+
+
 def _write(
-    folder, cohort: Cohort, layout: Layout, scan: dict, values, parcels, t_r: float, fault: str
+    folder: Path,
+    cohort: Cohort,
+    layout: Layout,
+    scan: dict[str, str],
+    values: np.ndarray,
+    parcels: tuple[str, ...],
+    t_r: float,
+    fault: str,
 ) -> str:
+    """Write one series in its cohort's format; its path relative to the folder."""
     values = values.astype(np.float32)
     if fault == "nan":
         values[len(values) // 2, 1] = np.nan
     elif fault == "constant-parcels":
         values[:, : cohort.reader.max_constant_parcels + 1] = 0
-    session = f"HBNsite{scan['site']}" if cohort.name == "hbn" else scan["session"]
-    folders = (
-        {"ses": f"ses-{session}/", "ses_": f"ses-{session}_"}
-        if session
-        else {"ses": "", "ses_": ""}
+    session = scan["session"]
+    if cohort.name == "hbn":
+        session = f"HBNsite{scan['site']}"
+    label = f"ses-{session}" if session else ""
+    name = layout.path.format(
+        **scan,
+        ses=label and f"{label}/",
+        ses_=label and f"{label}_",
+        n_parcels=len(parcels),
     )
-    name = layout.path.format(**scan, **folders, atlas="SIMULATED", n_parcels=len(parcels))
     path = folder / name
     if name.endswith(".1D"):
         table = pd.DataFrame(values, columns=[f"#{i + 1}" for i in range(len(parcels))])
         write_text(path, table.to_csv(sep="\t", index=False, na_rep="nan", float_format="%.6f"))
-    elif name.endswith(".dtseries.nii"):  # one column a parcel, under an axis of scalars
+    elif name.endswith(".dtseries.nii"):
+        # One column per parcel, under an axis of scalars.
         axes = SeriesAxis(0, float(t_r), len(values), unit="SECOND"), ScalarAxis(list(parcels))
         write_bytes(path, Cifti2Image(values, axes).to_bytes())
     else:
         formats.write(path, values, parcels, t_r)
     if fault == "truncated":
-        write_bytes(path, path.read_bytes()[: path.stat().st_size * 2 // 3])
+        content = path.read_bytes()
+        write_bytes(path, content[: len(content) * 2 // 3])
     return name
 
 
 def _write_phenotype(
-    folder, cohort: Cohort, layout: Layout, rows: list, drawn: dict, variables: dict, rng
+    folder: Path,
+    cohort: Cohort,
+    scans: list[tuple[int, dict[str, str]]],
+    columns: dict[str, Column],
+    variables: dict[str, Variable],
+    rng: np.random.Generator,
 ) -> None:
-    table = cohort.phenotype[0]
+    """Write the phenotype table, with missing labels, siblings and one repeated row."""
+    table = cohort.phenotype
     missing = cohort.missing[0] if cohort.missing else ""
     raw: dict[int, dict[str, str]] = {}
-    for who in dict.fromkeys(w for w, _ in rows):  # in a participant's rows all is the same
+    for who in dict.fromkeys(who for who, _ in scans):
         raw[who] = {}
-        for name, column in variables.items():
-            if column.column not in raw[who]:
-                value = _raw(column, drawn[name][0][who], rng)
-                if column.exclude and rng.uniform() < MISSING:
-                    value = str(rng.choice(column.exclude))
-                raw[who][column.column] = missing if rng.uniform() < MISSING else value
+        for name, column in columns.items():
+            if column.column in raw[who]:
+                continue
+            value = _raw(column, variables[name].values[who], rng)
+            if column.exclude and rng.uniform() < MISSING:
+                value = str(rng.choice(column.exclude))
+            if rng.uniform() < MISSING:
+                value = missing
+            raw[who][column.column] = value
     related = list(raw)[: len(raw) // 5 * 2]  # two in five have a sibling among them
     families = {who: f"F{i // 2:04d}" for i, who in enumerate(related)}
     lines = []
-    for who, scan in rows:
-        line = {
-            column: template.format_map(scan) for column, template in table.match.items()
-        } | raw[who]
+    for who, scan in scans:
+        line = {column: template.format_map(scan) for column, template in table.match.items()}
+        line.update(raw[who])
         if cohort.site and scan["site"]:
             line[cohort.site.column] = _raw(cohort.site, scan["site"], rng)
         if cohort.family:
             line[cohort.family.column] = families.get(who, "")
         lines.append(line)
     content = pd.DataFrame(lines).drop_duplicates(list(table.match))
-    content = pd.concat([content, content.iloc[:1]])  # a repeated row, as tables have
+    content = pd.concat([content, content.iloc[:1]])
     separator = "," if table.file.endswith(".csv") else "\t"
     write_text(folder / table.file, content.to_csv(index=False, sep=separator))

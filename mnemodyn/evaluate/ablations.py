@@ -27,12 +27,11 @@ from sklearn.model_selection import cross_validate
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
-from mnemodyn.checkpoint import Checkpoint, load_checkpoint
+from mnemodyn.checkpoint import Checkpoint, from_pretrained
 from mnemodyn.data.scaling import Scaling, moments
 from mnemodyn.data.scans import DataError, Scan, fingerprint, split_participants
 from mnemodyn.evaluate.features import connectivity
 from mnemodyn.evaluate.metrics import hidden_sums
-from mnemodyn.evaluate.readout import MnemoDynEncoder
 from mnemodyn.evaluate.scores import t_interval
 from mnemodyn.files import write_json
 from mnemodyn.model.config import ModelConfig
@@ -42,6 +41,7 @@ from mnemodyn.pretrain.config import Machine, configure
 from mnemodyn.pretrain.objective import Masked
 from mnemodyn.pretrain.windows import cut_windows
 from mnemodyn.provenance import surroundings
+from mnemodyn.readout import MnemoDynEncoder
 from mnemodyn.splits import repeated_folds
 
 DEFAULT = "default"
@@ -336,7 +336,7 @@ class _Fold:
             network.parent.mkdir(exist_ok=True)
             (unfinished / "best").rename(network)
             shutil.rmtree(unfinished)
-        return load_checkpoint(network)
+        return from_pretrained(network)
 
     def run(self, cell: Cell) -> dict:
         """The cell's record, from the folder where it was finished before, otherwise trained and scored."""

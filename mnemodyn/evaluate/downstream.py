@@ -21,7 +21,6 @@ from mnemodyn.data.scans import DataError, Scan
 from mnemodyn.data.store import Store
 from mnemodyn.evaluate.features import CONFOUNDS, confounds, connectivity, frames
 from mnemodyn.evaluate.heads import Combat, Features, Fold, Standardised, Tangent, rotate
-from mnemodyn.evaluate.readout import READOUTS, MnemoDynEncoder
 from mnemodyn.evaluate.scores import (
     SCORES,
     chance,
@@ -32,6 +31,7 @@ from mnemodyn.evaluate.scores import (
     t_interval,
 )
 from mnemodyn.files import write_json
+from mnemodyn.readout import READOUTS, MnemoDynEncoder
 from mnemodyn.splits import Folds, inner_splits, leave_one_site_out, repeated_folds
 
 

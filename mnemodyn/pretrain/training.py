@@ -29,7 +29,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from torch.utils.data import DataLoader
 
 import mnemodyn
-from mnemodyn.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
+from mnemodyn.checkpoint import Checkpoint, from_pretrained, save_checkpoint
 from mnemodyn.data.scaling import Scaling
 from mnemodyn.data.scans import DataError, Scan, fingerprint
 from mnemodyn.files import write_bytes, write_json, write_text
@@ -508,7 +508,7 @@ def pretrain(
             save_checkpoint(folder / name, Checkpoint(network, *known))
         write_json(folder / "run.json", {"identity": identity, "finished": True, **facts})
     trainer.strategy.barrier()
-    return load_checkpoint(folder / "best"), state[history.state_key]["rows"]
+    return from_pretrained(folder / "best"), state[history.state_key]["rows"]
 
 
 class _Scaled(Sequence):

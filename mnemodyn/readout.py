@@ -1,0 +1,285 @@
+"""Read-outs: a vector a scan from what a frozen network computes on it."""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from sklearn.base import BaseEstimator, TransformerMixin
+from sklearn.utils.validation import check_is_fitted
+
+from mnemodyn.checkpoint import Checkpoint, from_pretrained
+from mnemodyn.data.scans import DataError, Scan, load_scan
+from mnemodyn.files import digest, writing
+from mnemodyn.model.front import Front
+from mnemodyn.model.network import MnemoDyn, Output
+from mnemodyn.model.wavelet import wavedec
+
+__all__ = ["READOUTS", "MnemoDynEncoder", "read_scan", "readouts"]
+
+LARGEST_R = 0.999999  # Fisher's z of 1 is infinite
+SMALLEST_ENERGY = 1e-12
+
+
+def _scale_energy(output: Output, model: Any) -> torch.Tensor:
+    """Log mean square of the wavelet coefficients of the latents, a value a level and channel."""
+    wavelet = model.blocks[-1].wavelet
+    coefficients = wavedec(output.latents[0].T[None], wavelet, model.config.n_levels)
+    levels = []
+    for level in coefficients:
+        energy = level[0].square().mean(-1)
+        levels.append(energy.clamp_min(SMALLEST_ENERGY).log())
+    return torch.stack(levels).flatten()
+
+
+def _correlation(series: torch.Tensor) -> torch.Tensor:
+    """Fisher-z correlations between the columns of (time, column); 0 where a column is constant."""
+    n_columns = series.shape[1]
+    rows, columns = torch.triu_indices(n_columns, n_columns, 1)
+    r = torch.corrcoef(series.T)[rows, columns]
+    return torch.atanh(torch.nan_to_num(r).clamp(-LARGEST_R, LARGEST_R))
+
+
+READOUTS: dict[str, Callable] = {
+    "latent_mean": lambda output, _: output.latents[0].mean(0),
+    "latent_sd": lambda output, _: output.latents[0].std(0),
+    "latent_max": lambda output, _: output.latents[0].amax(0),
+    "scale_energy": _scale_energy,
+    "latent_correlation": lambda output, _: _correlation(output.latents[0]),
+    "response": lambda output, _: _correlation(output.reconstruction[0]),
+    "last_frame": lambda output, _: output.reconstruction[0, -1],
+}
+
+
+def _adapted(front: Front, x: torch.Tensor, censored: torch.Tensor | None) -> torch.Tensor:
+    """The covariance of a scan as the front end adapts it, upper triangle and diagonal."""
+    hidden = torch.zeros_like(x, dtype=torch.bool)
+    if censored is not None:
+        hidden = censored[..., None].expand_as(x)
+    covariance = front.connectivity(torch.where(hidden, 0, x), hidden)[0].double()
+    rows, columns = torch.triu_indices(len(covariance), len(covariance), 1)
+    # With this factor distances between vectors are those between the matrices.
+    return torch.cat([covariance[rows, columns] * 2**0.5, covariance.diagonal()])
+
+
+@torch.no_grad()
+def readouts(
+    model: MnemoDyn,
+    x: np.ndarray,
+    t_r: float,
+    names: Sequence[str] = tuple(READOUTS),
+    *,
+    censored: np.ndarray | None = None,
+) -> dict:
+    """Compute read-outs of one scan in one pass of a network in evaluation mode.
+
+    Parameters
+    ----------
+    model : MnemoDyn
+        The network.
+    x : ndarray, shape (time, parcel)
+        Scaled values, none of them hidden.
+    t_r : float
+        Repetition time, in seconds.
+    names : sequence of str
+        Among
+
+        - ``latent_mean``, ``latent_sd``, ``latent_max``: over time, a value a channel of the last
+          block's latents;
+        - ``scale_energy``: log mean square of their wavelet coefficients, a value a level and channel;
+        - ``latent_correlation``: Fisher-z correlations between channels;
+        - ``response``: Fisher-z correlations between parcels of the network's reconstruction;
+        - ``last_frame``: the last frame of the reconstruction, which the published draft's heads read;
+        - ``adapted``: the scan's covariance as the front end adapts it, see
+          :meth:`mnemodyn.model.front.Front.connectivity`; only for a network with a front end.
+    censored : ndarray of bool, shape (time,), optional
+        Frames that the network must not read.
+
+    Returns
+    -------
+    dict
+        A vector (feature,), float64, by name.
+
+    Raises
+    ------
+    ValueError
+        If a name is not among them.
+    """
+    known = list(READOUTS)
+    if model.front is not None:
+        known.append("adapted")
+    for name in names:
+        if name not in known:
+            raise ValueError(
+                f"read-out must be one of {', '.join(known)} for this network, got {name!r}"
+            )
+    parameter = next(model.parameters())
+    values = torch.as_tensor(x[None]).to(parameter)
+    missing = None
+    if censored is not None:
+        missing = torch.as_tensor(censored[None], device=parameter.device)
+    output = model(values, t_r, censored=missing)
+    output = Output(output.reconstruction.double(), output.latents.double(), None)
+    found = {name: READOUTS[name](output, model) for name in names if name in READOUTS}
+    if "adapted" in names and model.front is not None:
+        found["adapted"] = _adapted(model.front, values, missing)
+    return {name: found[name].cpu().numpy() for name in names}
+
+
+def read_scan(checkpoint: Checkpoint, scan: Scan, names: Sequence[str]) -> dict:
+    """Scale a scan as a checkpoint asks for and compute its :func:`readouts`.
+
+    A network of the published draft reads one length only; its read-outs are means over the windows
+    of that length, without regard to censored frames.
+
+    Raises
+    ------
+    CheckpointError
+        If the parcels are not the checkpoint's, or it does not state its scaling.
+    DataError
+        If the scan is shorter than the length that a network of the draft reads.
+    """
+    checkpoint.check(scan)
+    x = checkpoint.scale(scan)
+    model = checkpoint.model
+    if not model.reference:
+        return readouts(model, x, scan.t_r, names, censored=scan.censored)
+    length = model.config.n_timepoints
+    if len(x) < length:
+        raise DataError(
+            f"{scan.source}: the checkpoint reads {length} frames, got {len(x)}", "too-short"
+        )
+    windows = []
+    for start in range(0, len(x) - length + 1, length):
+        windows.append(readouts(model, x[start : start + length], scan.t_r, names))
+    return {name: np.mean([window[name] for window in windows], axis=0) for name in names}
+
+
+@dataclass(eq=False, repr=False)
+class MnemoDynEncoder(TransformerMixin, BaseEstimator):
+    """Transform scans to the read-outs of a frozen network, as a transformer of scikit-learn.
+
+    Nothing is fitted, so that it can stand in a pipeline or before it.
+
+    Parameters
+    ----------
+    checkpoint : str, Path or Checkpoint
+        What :func:`mnemodyn.from_pretrained` takes, or what it returns.
+    readouts : sequence of str
+        Concatenated in this order; see :func:`readouts`.
+    untrained : int, optional
+        Seed of random weights that replace the checkpoint's, as a control of the pretraining.
+    cache : str or Path, optional
+        Folder where read-outs are kept. They are found again only for the same network, scaling,
+        scan and read-outs, all by content.
+    device : str
+        Such as ``cpu`` or ``cuda``.
+    t_r : float, optional
+        Repetition time in seconds of scans that are given as arrays.
+    parcels : sequence of str, optional
+        Names of the columns of scans that are given as arrays.
+
+    Examples
+    --------
+    >>> from sklearn.linear_model import LogisticRegression
+    >>> from sklearn.pipeline import make_pipeline
+    >>> model = make_pipeline(MnemoDynEncoder("NAME/MODEL"), LogisticRegression())
+    >>> model.fit(scans, diagnosis)  # doctest: +SKIP
+    """
+
+    checkpoint: Any = None
+    readouts: Sequence[str] = ("latent_mean", "latent_sd")
+    untrained: int | None = None
+    cache: str | Path | None = None
+    device: str = "cpu"
+    t_r: float | None = None
+    parcels: Sequence[str] | None = None
+
+    def __sklearn_tags__(self) -> Any:
+        tags = super().__sklearn_tags__()
+        tags.input_tags.two_d_array = False
+        tags.input_tags.three_d_array = True
+        tags.requires_fit = False
+        return tags
+
+    def fit(self, X: Sequence[Scan | np.ndarray], y: Any = None) -> "MnemoDynEncoder":
+        """Load the checkpoint and check the first scan; `transform` checks every scan.
+
+        An item of `X` is a Scan or an array (time, parcel), as nilearn's maskers return it, for which
+        `t_r` and `parcels` must be given.
+        """
+        checkpoint = self._load()
+        for scan in self._scans(X):
+            checkpoint.check(scan)
+            break
+        self.n_parcels_ = checkpoint.model.config.n_parcels
+        return self
+
+    def transform(self, X: Sequence[Scan | np.ndarray]) -> np.ndarray:
+        """Compute the read-outs of every scan, (scan, feature), float64."""
+        check_is_fitted(self, "n_parcels_")
+        blocks = self.blocks(X)
+        return np.concatenate([blocks[name] for name in self.readouts], axis=1)
+
+    def blocks(self, scans: Sequence[Scan | np.ndarray]) -> dict:
+        """Compute each read-out apart, (scan, feature); scans are read one at a time."""
+        rows = list(self.rows(self._scans(scans)))
+        return {name: np.array([row[name] for row in rows]) for name in self.readouts}
+
+    def rows(self, scans: Iterator[Scan]) -> Iterator[dict]:
+        """Yield the read-outs of a scan, float64, before the next scan is read."""
+        checkpoint = self._load()
+        checkpoint.model.to(self.device).eval()
+        network = checkpoint.fingerprint()
+        for scan in scans:
+            yield self._row(checkpoint, network, scan)
+
+    def _row(self, checkpoint: Checkpoint, network: str, scan: Scan) -> dict:
+        """The read-outs of a scan, from the cache if they are there."""
+        names = list(self.readouts)
+        path = None
+        if self.cache is not None:
+            content = [scan.values, scan.t_r, scan.parcels, scan.censored]
+            path = Path(self.cache) / f"{digest(network, names, content)[:32]}.npz"
+        if path is not None and path.is_file():
+            with np.load(path) as kept:
+                return {name: kept[name].astype(float) for name in names}
+        found = {}
+        for name, vector in read_scan(checkpoint, scan, names).items():
+            # Rounded here too, so that a first run gives what a second one reads from the cache.
+            found[name] = vector.astype(np.float32)
+        if path is not None:
+            with writing(path) as stream:
+                np.savez(stream, allow_pickle=False, **found)
+        return {name: vector.astype(float) for name, vector in found.items()}
+
+    def _scans(self, X: Sequence[Scan | np.ndarray]) -> Iterator[Scan]:
+        """Every item as a scan."""
+        for i, item in enumerate(X):
+            if isinstance(item, Scan):
+                yield item
+                continue
+            yield load_scan(
+                item,
+                t_r=self.t_r,
+                parcels=self.parcels,
+                participant_id=f"array {i}",
+                # A masker leaves a parcel constant that its images do not cover.
+                max_constant_parcels=np.size(item),
+            )
+
+    def _load(self) -> Checkpoint:
+        """The checkpoint, with random weights if they are asked for."""
+        if self.checkpoint is None:
+            raise ValueError("checkpoint must be a Checkpoint, a path or NAME/MODEL, got None")
+        checkpoint = self.checkpoint
+        if not isinstance(checkpoint, Checkpoint):
+            checkpoint = from_pretrained(checkpoint)
+        if self.untrained is None:
+            return checkpoint
+        with torch.random.fork_rng():
+            torch.manual_seed(self.untrained)
+            model = MnemoDyn(checkpoint.model.config).eval()
+        return replace(checkpoint, model=model)
