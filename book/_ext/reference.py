@@ -1,7 +1,7 @@
 """Reference pages made from docstrings.
 
 A line ``[modules PACKAGE]`` in a page stands for a section a module of that package;
-``settings MODULE:CLASS`` is a table of a dataclass's settings: default, type and meaning. The rest
+``settings MODULE:CLASS`` is a table of a dataclass's settings: default and meaning. The rest
 adapts autodoc to numpydoc sections whose types are words.
 """
 
@@ -10,10 +10,8 @@ import inspect
 import pkgutil
 import re
 from dataclasses import MISSING, fields
-from typing import Annotated, get_args, get_origin
 
-from docutils import nodes
-from docutils.statemachine import StringList
+from registry import show
 from sphinx.util.docutils import SphinxDirective
 
 MODULES = re.compile(r"^\[modules ([\w.]+)\]$", re.MULTILINE)
@@ -54,49 +52,25 @@ def meanings(cls):
     return found
 
 
-def type_of(kind):
-    """A type as a reader needs it: the choices, or the name."""
-    if get_origin(kind) is Annotated:
-        return type_of(get_args(kind)[0])
-    if get_args(kind):
-        return " or ".join(type_of(part) for part in get_args(kind))
-    return "None" if kind is type(None) else getattr(kind, "__name__", str(kind))
-
-
-def settings(cls):
-    """Rows of name, default, type and meaning."""
-    said = meanings(cls)
-    rows = []
-    for field in fields(cls):
-        default = field.default
-        if field.default_factory is not MISSING:
-            default = field.default_factory()
-        shown = "required" if default is MISSING else str(default)
-        rows.append((field.name, shown, type_of(field.type), said.get(field.name, "")))
-    return rows
-
-
 def as_myst(text):
     """Docstring markup as MyST: roles and double backticks become code."""
     return re.sub(r"\s+", " ", re.sub(r":\w+:`~?([^`]+)`", r"`\1`", text).replace("``", "`"))
 
 
 class Settings(SphinxDirective):
-    """``MODULE:CLASS``: what the class is, and a table of its settings."""
+    """``MODULE:CLASS``: a table of its settings."""
 
     required_arguments = 1
 
     def run(self):
         module, name = self.arguments[0].split(":")
         cls = getattr(importlib.import_module(module), name)
-        lines = [as_myst(inspect.cleandoc(cls.__doc__).split("\n\n")[0]), ""]
-        lines += ["| setting | default | type | meaning |", "| --- | --- | --- | --- |"]
-        for setting, default, kind, meaning in settings(cls):
-            meaning = as_myst(meaning).replace("|", "\\|")
-            lines.append(f"| `{setting}` | `{default}` | {kind} | {meaning} |")
-        box = nodes.container(classes=["scroll", "settings"])
-        self.state.nested_parse(StringList(lines, source=name), self.content_offset, box)
-        return [box]
+        said = meanings(cls)
+        rows = []
+        for field in fields(cls):
+            default = "required" if field.default is MISSING else field.default
+            rows.append([f"`{field.name}`", f"`{default}`", as_myst(said[field.name])])
+        return [show(self, ["setting", "default", "meaning"], rows, "settings")]
 
 
 def skip_borrowed(app, what, name, obj, skip, options):

@@ -7,7 +7,7 @@ once. A page that this copy lacks gets a stub that says so.
 from pathlib import Path
 
 from docutils import nodes
-from sphinx import addnodes
+from docutils.statemachine import StringList
 
 from mnemodyn.files import read_yaml
 from mnemodyn.results import read_results
@@ -46,14 +46,21 @@ def command(study):
     return words
 
 
-def table_of(env, page):
-    """A page's table of results; None where this copy has none, a KeyError if there is no such page."""
-    study = read_studies(env.srcdir)[page]
-    path = f"{docname(page, study)}.csv"
-    env.note_dependency(path)
-    if not Path(env.srcdir, path).is_file():
-        return None
-    return read_results(Path(env.srcdir, path))
+def pages(env):
+    """Of every page: its name, entry, document, and table of results (None where this copy has none)."""
+    for page, study in read_studies(env.srcdir).items():
+        document = docname(page, study)
+        path = Path(env.srcdir, f"{document}.csv")
+        env.note_dependency(str(path))
+        yield page, study, document, read_results(path) if path.is_file() else None
+
+
+def table_of(env, name):
+    """The table of one page; a LookupError if no page has this name."""
+    for page, _, _, found in pages(env):
+        if page == name:
+            return found
+    raise LookupError(f"studies.yaml has no page {name}")
 
 
 def write_stubs(app, config):
@@ -85,30 +92,18 @@ def between(row, form=".3f", joint=" to "):
     return f"{write(row.low, form)}{joint}{write(row.high, form)}"
 
 
-def table(head, rows, numeric=(), classes=()):
-    """A table; a cell is text or a list of nodes, and columns `numeric` are set as numbers."""
-    group = nodes.tgroup("", *(nodes.colspec(colwidth=1) for _ in head), cols=len(head))
-    for part, lines in ((nodes.thead(), [head]), (nodes.tbody(), rows)):
-        for line in lines:
-            cells = []
-            for index, content in enumerate(line):
-                parts = [nodes.paragraph("", content)] if isinstance(content, str) else content
-                cells.append(nodes.entry("", *parts))
-                if index in numeric:
-                    cells[-1]["classes"] = ["number"]
-            part += nodes.row("", *cells)
-        group += part
-    box = nodes.table("", group, classes=["results", *classes])
-    return nodes.container("", box, classes=["scroll"])
-
-
-def link(env, docname, text):
-    """A paragraph with a link to a page."""
-    known = {"refdomain": "std", "reftype": "doc", "refdoc": env.docname, "refwarn": True}
-    reference = addnodes.pending_xref(
-        "", nodes.inline("", text), reftarget=f"/{docname}", refexplicit=True, **known
-    )
-    return nodes.paragraph("", "", reference)
+def show(directive, head, rows, name, numeric=()):
+    """A table of Markdown cells, in a box that scrolls; columns `numeric` are aligned to the right."""
+    rule = ["---:" if index in numeric else "---" for index in range(len(head))]
+    lines = []
+    for cells in (head, rule, *rows):
+        lines.append("| " + " | ".join(str(cell).replace("|", "\\|") for cell in cells) + " |")
+    box = nodes.container(classes=["scroll"])
+    text = StringList(lines, source=directive.env.docname)
+    directive.state.nested_parse(text, directive.content_offset, box)
+    for found in box.findall(nodes.table):
+        found["classes"] += ["results", name]
+    return box
 
 
 def setup(app):

@@ -7,13 +7,13 @@ data sets, and a format such as ``.2f``. ``{verdict}`...` `` says what a differe
 A row that a table lacks ends the build of the book; a table that this copy lacks is said.
 """
 
-import csv
 import difflib
 from pathlib import Path
 
+import pandas as pd
 from docutils import nodes
 from docutils.statemachine import StringList
-from registry import between, command, docname, link, read_studies, table, table_of, write
+from registry import between, command, pages, show, table_of, write
 from sphinx.util import logging
 from sphinx.util.docutils import SphinxDirective, SphinxRole
 
@@ -21,7 +21,7 @@ from mnemodyn.results import label, verdict
 
 logger = logging.getLogger(__name__)
 PUBLISHED = "book/data/published.csv"
-HEADS = ["Data", "Task", "Method", "Score", "Value", "95 % interval", "n", "Kind"]
+BELOW = '{}<br><span class="interval">{}</span>'
 SCRIPT = (Path(__file__).parent / "sort.js").read_text(encoding="utf-8")
 FIELDS = ("value", "low", "high", "n", "p", "interval")
 
@@ -55,14 +55,12 @@ def find(env, page, key, data):
         return None
     rows = [row for row in found.itertuples() if data in (None, row.data)]
     matching = [row for row in rows if key_of(row) == key]
-    if len(matching) == 1:
-        return matching[0]
-    if matching:
-        raise LookupError(
-            f"{key} stands for several; say data= of {[row.data for row in matching]}"
-        )
-    near = difflib.get_close_matches(key, [key_of(row) for row in rows], n=3, cutoff=0.3)
-    raise LookupError(f"{page} has no row {key}; nearest: {near}")
+    if len(matching) > 1:
+        raise LookupError(f"several rows {key}; say data= of {[row.data for row in matching]}")
+    if not matching:
+        near = difflib.get_close_matches(key, map(key_of, rows), n=3, cutoff=0.3)
+        raise LookupError(f"{page} has no row {key}; nearest: {near}")
+    return matching[0]
 
 
 def said(row, field, form):
@@ -105,23 +103,22 @@ class AllResults(SphinxDirective):
 
     def run(self):
         rows = []
-        for page, study in read_studies(self.env.srcdir).items():
-            found = table_of(self.env, page)
+        for _, _, document, found in pages(self.env):
             for row in [] if found is None else found.itertuples():
                 method = label(row.method)
                 if row.against:
                     method += f" \N{MINUS SIGN} {label(row.against)}"
-                n = "" if row.n != row.n else str(row.n)
-                cells = [row.task, method, row.score, write(row.value, ".3f"), between(row), n]
-                where = [link(self.env, docname(page, study), row.data)]
-                rows.append([where, *cells, row.kind])
-        with open(Path(self.env.srcdir, PUBLISHED), encoding="utf-8") as lines:
-            for line in csv.DictReader(lines):
-                method = f"{line['method']} ({line['source']})"
-                cells = [line["cohort"], line["target"], method, line["metric"], line["value"]]
-                rows.append([*cells, "", "", "published"])
+                n = "" if pd.isna(row.n) else row.n
+                first = [f"[{row.data}](/{document})", row.task, method, row.score]
+                rows.append([*first, write(row.value, ".3f"), between(row), n, row.kind])
+        for row in pd.read_csv(Path(self.env.srcdir, PUBLISHED)).itertuples():
+            method = f"{row.method} ({row.source})"
+            rows.append(
+                [row.cohort, row.target, method, row.metric, row.value, "", "", "published"]
+            )
+        head = ["Data", "Task", "Method", "Score", "Value", "95 % interval", "n", "Kind"]
         script = nodes.raw("", f"<script>{SCRIPT}</script>", format="html")
-        return [table(HEADS, rows, (4, 5, 6), ["all-results"]), script]
+        return [show(self, head, rows, "all-results", numeric=(4, 5, 6)), script]
 
 
 class Status(SphinxDirective):
@@ -129,18 +126,18 @@ class Status(SphinxDirective):
 
     def run(self):
         rows = []
-        for page, study in read_studies(self.env.srcdir).items():
-            found = table_of(self.env, page)
-            data, kinds, here = study["data"], study["kind"], "no"
+        for _, study, document, found in pages(self.env):
+            cells = [study["data"], study["kind"], "no"]
             if found is not None:
                 # What the rows say of themselves wins: the data may be somebody's own.
-                data = ", ".join(sorted(set(found["data"])))
-                kinds = ", ".join(sorted(set(found["kind"])))
-                here = "yes"
-            where = [link(self.env, docname(page, study), study["title"])]
-            how = [nodes.paragraph("", "", nodes.literal("", command(study)))]
-            rows.append([where, data, kinds, here, study.get("needs", ""), how])
-        return [table(["Page", "Data", "Kind", "Here", "Needs", "Command"], rows, (), ["status"])]
+                cells = [
+                    ", ".join(found["data"].unique()),
+                    ", ".join(found["kind"].unique()),
+                    "yes",
+                ]
+            title = f"[{study['title']}](/{document})"
+            rows.append([title, *cells, study.get("needs", ""), f"`{command(study)}`"])
+        return [show(self, ["Page", "Data", "Kind", "Here", "Needs", "Command"], rows, "status")]
 
 
 class Scores(SphinxDirective):
@@ -153,34 +150,20 @@ class Scores(SphinxDirective):
     def run(self):
         methods = dict(line.split(maxsplit=1) for line in self.content)
         rows = []
-        for page in self.arguments:
-            found = table_of(self.env, page)
-            if found is None:
+        for page, _, document, found in pages(self.env):
+            if page not in self.arguments or found is None:
                 continue
-            found = found[
-                (found["against"] == "") & found["score"].isin(["balanced_accuracy", "r"])
-            ]
-            found = found[found["method"].isin(methods)]
-            where = docname(page, read_studies(self.env.srcdir)[page])
+            shown = found["method"].isin(methods) & found["score"].isin(["balanced_accuracy", "r"])
+            found = found[shown & (found["against"] == "")]
             for (data, task), group in found.groupby(["data", "task"], sort=False):
-                if len(group) < 2:
-                    continue
-                text = f"n\N{NO-BREAK SPACE}{group['n'].iloc[0]}"
-                cells = {row.method: self.cell(row) for row in group.itertuples()}
-                first = [link(self.env, where, f"{data}, {task}"), small(text)]
-                rows.append([first, *(cells.get(method, "") for method in methods)])
-        heads = ["Cohort and target", *methods.values()]
-        return [table(heads, rows, range(1, len(heads)), ["people"])]
-
-    def cell(self, row):
-        """A score above its interval."""
-        value = ("r " if row.score == "r" else "") + write(row.value, ".3f")
-        return [nodes.paragraph("", value), small(between(row))]
-
-
-def small(text):
-    """A second line of a cell."""
-    return nodes.paragraph("", text, classes=["interval"])
+                cells = dict.fromkeys(methods, "")
+                for row in group.itertuples():
+                    value = ("r " if row.score == "r" else "") + write(row.value, ".3f")
+                    cells[row.method] = BELOW.format(value, between(row))
+                first = BELOW.format(f"[{data}, {task}](/{document})", f"n {row.n}")
+                rows.append([first, *cells.values()])
+        head = ["Cohort and target", *methods.values()]
+        return [show(self, head, rows, "people", numeric=range(1, len(head)))]
 
 
 class Given(SphinxDirective):

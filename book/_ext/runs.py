@@ -11,7 +11,7 @@ from pathlib import Path
 
 import nbformat
 from docutils import nodes
-from registry import docname, link, read_studies, table
+from registry import pages, read_studies, show
 from sphinx.util.docutils import SphinxDirective
 
 from mnemodyn.run import read_parameters
@@ -87,28 +87,23 @@ def dress_cell(cell, found):
 
 
 class Provenance(SphinxDirective):
-    """For every run of this copy: how it went, the versions, and a section of its own."""
+    """For every run of this copy: how it went, and what its last cell printed of what it used."""
 
     def run(self):
-        rows, used, sections = [], {}, []
-        for page, study in read_studies(self.env.srcdir).items():
-            where = docname(page, study)
-            run = manifest(self.env.srcdir, where)
+        rows, used = [], []
+        for page, _, document, _ in pages(self.env):
+            run = manifest(self.env.srcdir, document)
             if run is None:
                 continue
             commit = (run["commit"] or "none")[:7] + (", changed" if run["dirty"] else "")
-            numbers = [f"{run['seconds']:.0f}", str(run["peak_memory_mb"]), str(run["cpus"])]
-            rows.append([page, run["status"], run["started"][:16], *numbers, commit])
-            for package, version in {**run["versions"], "python": run["python"]}.items():
-                used.setdefault(package, set()).add(version or "not installed")
-            section = nodes.section("", nodes.title("", page), ids=[f"run-{page}"], names=[])
-            section += [link(self.env, where, study["title"]), rerun(self.env.srcdir, run)]
-            section += nodes.literal_block("", last_words(self.env.srcdir, where), language="text")
-            sections.append(section)
-        heads = ["Run", "Ended", "Started (UTC)", "Seconds", "MB", "Cores", "Commit"]
-        versions = [[package, ", ".join(sorted(found))] for package, found in used.items()]
-        runs = table(heads, rows, (3, 4, 5), ["runs"])
-        return [runs, table(["Package", "Version"], versions), *sections]
+            numbers = [f"{run['seconds']:.0f}", run["peak_memory_mb"], run["cpus"]]
+            rows.append(
+                [f"[{page}](/{document})", run["status"], run["started"][:16], *numbers, commit]
+            )
+            said = nodes.literal_block("", last_words(self.env.srcdir, document), language="text")
+            used += [nodes.rubric("", page), said]
+        head = ["Run", "Ended", "Started (UTC)", "Seconds", "MB", "Cores", "Commit"]
+        return [show(self, head, rows, "runs", numeric=(3, 4, 5)), *used]
 
 
 def last_words(root, name):
