@@ -7,10 +7,9 @@ CHROMIUM ?= $(firstword $(shell command -v chromium chromium-browser google-chro
 BIN := .venv/bin
 PROFILES := $(sort $(basename $(notdir $(wildcard profiles/*.yaml))))
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
-# A failed notebook is kept, with its traceback, and does not stop those that do not need it. What
-# other pages wait for goes first.
+# A failed notebook is kept, with its traceback, and does not stop those that do not need it.
 SNAKEMAKE := $(BIN)/snakemake --keep-going --keep-incomplete --rerun-incomplete --show-failed-logs \
-  --rerun-triggers mtime params input code --quiet host progress reason --prioritize book/runs/pretrain.ipynb --
+  --rerun-triggers mtime params input code --quiet host progress reason
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:

@@ -11,7 +11,7 @@ from pathlib import Path
 import shlex
 import sys
 
-from mnemodyn.files import read_yaml
+from mnemodyn.files import digest, read_yaml, sha256
 from mnemodyn.run import check_parameters, read_parameters
 
 # The package's command and Jupyter Book come from the environment that snakemake runs in.
@@ -41,17 +41,14 @@ def scheduled(study):
 
 def outputs(page):
     folder = "book/committed" if "profile" in STUDIES[page] else "book/runs"
-    return [f"{folder}/{page}.{ending}" for ending in ("ipynb", "csv", "manifest.json")]
+    return multiext(f"{folder}/{page}", ".ipynb", ".csv", ".manifest.json")
 
 
-def notebook(wildcards):
-    return f"notebooks/{STUDIES[wildcards.page]['notebook']}.ipynb"
-
-
-def network(wildcards):
-    """The page that trains the network which this one reads."""
-    reads = STUDIES[wildcards.page].get("checkpoint")
-    return outputs(reads) if reads else []
+def inputs(wildcards):
+    """The notebook, and the page that trains the network which it reads."""
+    study = STUDIES[wildcards.page]
+    network = outputs(study["checkpoint"]) if "checkpoint" in study else []
+    return [f"notebooks/{study['notebook']}.ipynb", *network]
 
 
 def resource(kind, default):
@@ -65,31 +62,37 @@ def parameters(wildcards):
     # A folder a profile, so that a quick look never costs a long run its network.
     given = {**PROFILE, "output": f"runs/{NAME}/{page}", "threads": resource("threads", 1)(wildcards)}
     given["checkpoint"] = f"runs/{NAME}/{study.get('checkpoint', page)}/best"
-    defaults = read_parameters(notebook(wildcards))
+    defaults = read_parameters(inputs(wildcards)[0])
     given = {name: value for name, value in given.items() if name in defaults}
     given |= study.get("parameters", {}) | PROFILE.get("pages", {}).get(page, {})
-    given["results"] = outputs(page)[1]
+    given["results"] = str(outputs(page)[1])
     return shlex.quote(json.dumps(check_parameters(defaults, given)))
 
 
-def files(*patterns):
-    found = {path for pattern in patterns for path in Path().glob(pattern) if path.is_file()}
-    return sorted(str(path) for path in found if "__pycache__" not in path.parts)
+def files(folder):
+    found = sorted(str(path) for path in Path(folder).rglob("*") if path.is_file())
+    return [path for path in found if "__pycache__" not in path]
 
 
-# What runs a notebook is not what its numbers depend on.
+# A page is run again when the content of any source has changed, but for what only runs a notebook.
 RUNNER = {f"mnemodyn/{name}.py" for name in ("__init__", "cli", "run")}
-SOURCES = [path for path in files("mnemodyn/**/*", "notebooks/lib/**/*") if path not in RUNNER]
+SOURCES = {path: sha256(path) for path in files("mnemodyn") + files("notebooks/lib") if path not in RUNNER}
+# What other pages wait for begins first, and so does what a reader sees first.
+LEADING = {"data"} | {study["checkpoint"] for study in STUDIES.values() if "checkpoint" in study}
 PAGES = [page for page in STUDIES if scheduled(STUDIES[page])]
 # What an earlier build left, as of other data, is no page of this one.
 STALE = [path for page in set(STUDIES) - set(PAGES) for path in outputs(page) if "/runs/" in path]
+
+# The build writes stubs for pages that this copy lacks.
+WRITTEN = [path for path in files("book") if not path.startswith(("book/runs/", "book/committed/"))]
+WRITTEN += [path for path in files("profiles") + files("book/committed") if not path.endswith(".md")]
 
 
 rule book:
     input:
         [outputs(page) for page in PAGES],
-        [path for path in files("book/**/*", "profiles/*") if not path.startswith("book/runs/")],
-        ["_config.yml", "_toc.yml", "studies.yaml"],
+        WRITTEN,
+        ["_config.yml", "_toc.yml", "studies.yaml", "CHANGELOG.md"],
     output:
         "_build/html/index.html",
     log:
@@ -107,13 +110,9 @@ rule book:
 # and an interrupted training would start anew.
 rule page:
     input:
-        notebook,
-        network,
-        SOURCES,
+        inputs,
     output:
-        "{folder}/{page}.ipynb",
-        "{folder}/{page}.csv",
-        "{folder}/{page}.manifest.json",
+        multiext("{folder}/{page}", ".ipynb", ".csv", ".manifest.json"),
     wildcard_constraints:
         folder="book/runs|book/committed",
         page="|".join(STUDIES),
@@ -121,6 +120,7 @@ rule page:
         "{input[0]}, the page {wildcards.page} ..."
     params:
         parameters=parameters,
+        sources=digest(SOURCES),
     threads: resource("threads", 1)
     resources:
         mem_mb=resource("mem_mb", 4000),
@@ -128,3 +128,13 @@ rule page:
         gpu=resource("gpu", 0),
     shell:
         "mnemodyn run {input[0]} {output[0]} -f - <<< {params.parameters}"
+
+
+use rule page as leading_page with:
+    wildcard_constraints:
+        folder="book/runs|book/committed",
+        page="|".join(LEADING),
+    priority: 1
+
+
+ruleorder: leading_page > page
