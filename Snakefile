@@ -127,7 +127,7 @@ rule page:
         runtime=resource("runtime", 60),
         gpu=resource("gpu", 0),
     shell:
-        "mnemodyn run {input[0]} {output[0]} -f - <<< {params.parameters}"
+        "mnemodyn run {input[0]} {output[0]} -f /dev/stdin <<< {params.parameters}"
 
 
 use rule page as leading_page with:
