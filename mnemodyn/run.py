@@ -5,7 +5,6 @@ the executed notebook free of what differs between two equal runs, and writes a 
 """
 
 import ast
-import difflib
 import json
 import logging
 import os
@@ -22,6 +21,7 @@ from unittest.mock import patch
 
 from mnemodyn.files import read_yaml, resolve, write_json, write_text
 from mnemodyn.provenance import surroundings
+from mnemodyn.settings import nearest
 
 __all__ = [
     "NotebookFailed",
@@ -89,9 +89,7 @@ def check_parameters(defaults: Mapping[str, Any], given: Mapping[str, Any]) -> d
     checked = {}
     for name, value in given.items():
         if name not in defaults:
-            near = difflib.get_close_matches(name, defaults, n=1)
-            hint = f"; did you mean {near[0]}?" if near else ""
-            raise ParameterError(f"unknown parameter {name}{hint} (known: {', '.join(defaults)})")
+            raise ParameterError(f"unknown parameter {name}{nearest(name, defaults)}")
         checked[name] = _convert(name, defaults[name], value)
     return checked
 
