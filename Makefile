@@ -54,7 +54,7 @@ lint: .venv/.installed
 
 lab: .venv/.installed
 	@$(PIP) --editable ".[lab]"
-	@cd notebooks && ../$(BIN)/jupyter lab $(addsuffix .ipynb,$(NOTEBOOK))
+	@cd notebooks && PYTHONPATH="$(CURDIR)" ../$(BIN)/jupyter lab $(addsuffix .ipynb,$(NOTEBOOK))
 
 clean:
 	rm -rf _build book/runs .snakemake

@@ -76,7 +76,7 @@ def files(folder):
 
 # A page is run again when the content of any source has changed, but for what only runs a notebook.
 RUNNER = {f"mnemodyn/{name}.py" for name in ("__init__", "cli", "run")}
-SOURCES = {path: sha256(path) for path in files("mnemodyn") + files("notebooks/lib") if path not in RUNNER}
+SOURCES = {path: sha256(path) for path in files("mnemodyn") + files("notebooks/lib") + files("benchmarks") if path not in RUNNER}
 # What other pages wait for begins first, and so does what a reader sees first.
 LEADING = {"data"} | {study["checkpoint"] for study in STUDIES.values() if "checkpoint" in study}
 PAGES = [page for page in STUDIES if scheduled(STUDIES[page])]
