@@ -4,6 +4,7 @@ A page's files lie in ``book/runs``, or in ``book/committed`` where it is a long
 once. A page that this copy lacks gets a stub that says so.
 """
 
+from functools import cache
 from pathlib import Path
 
 from docutils import nodes
@@ -24,6 +25,11 @@ Needed: {needs}.
 """
 
 
+# A build reads a file once.
+read_table = cache(read_results)
+
+
+@cache
 def read_studies(root):
     """The registry: a dict of page to its entry."""
     return read_yaml(Path(root, "studies.yaml").read_text(encoding="utf-8"))
@@ -52,7 +58,7 @@ def pages(env):
         document = docname(page, study)
         path = Path(env.srcdir, f"{document}.csv")
         env.note_dependency(str(path))
-        yield page, study, document, read_results(path) if path.is_file() else None
+        yield page, study, document, read_table(path) if path.is_file() else None
 
 
 def table_of(env, name):
