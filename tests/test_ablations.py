@@ -29,7 +29,7 @@ from mnemodyn.evaluate.ablations import (
 from mnemodyn.model.config import ModelConfig
 from mnemodyn.model.network import MnemoDyn
 from mnemodyn.parameters import ParameterError
-from mnemodyn.pretrain.objective import Masked
+from mnemodyn.pretrain.objectives import Masked
 from mnemodyn.splits import repeated_folds
 
 GRID = Path(__file__).parents[1] / "notebooks" / "ablations.yaml"

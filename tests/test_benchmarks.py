@@ -12,7 +12,7 @@ from benchmarks.banded import Grouped
 from benchmarks.draft import Draft
 from benchmarks.measure import Count
 from benchmarks.transformer import PatchTransformer
-from mnemodyn.model.config import ModelConfig
+from mnemodyn.settings import ModelConfig
 from mnemodyn.model.network import MnemoDyn
 from mnemodyn.model.operator import BandedOperator
 
