@@ -5,9 +5,9 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from mnemodyn.pretrain.objective import Masked
 
 from mnemodyn.evaluate.objectives import LatentReadout, by_setting, r2_by, r2_by_band, since_visible
-from mnemodyn.pretrain.objective import Masked
 
 
 def r2_hidden(x, prediction, hidden):
