@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from mnemodyn.data.cohorts import SIMULATED, index, load_cohort
+from mnemodyn.data.cohorts import SIMULATED, index
 from mnemodyn.data.formats import naming, refuse
 from mnemodyn.data.scans import (
     Collection,
