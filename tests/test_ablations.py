@@ -28,7 +28,7 @@ from mnemodyn.data.scans import DataError, Scan
 from mnemodyn.evaluate import ablations
 from mnemodyn.model.config import ModelConfig
 from mnemodyn.model.network import MnemoDyn
-from mnemodyn.parameters import ParameterError
+from mnemodyn.run import ParameterError
 from mnemodyn.pretrain.objectives import Masked
 from mnemodyn.splits import repeated_folds
 
