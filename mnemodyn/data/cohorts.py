@@ -766,10 +766,9 @@ def _mark_duplicates(found: pd.DataFrame, problems: Reasons) -> None:
     """Give a problem to series that are there more than once."""
     for _, copies in found.drop(index=list(problems)).groupby("series"):
         # One participant's first copy can stay. If two people have it, nobody knows whose it is.
+        wrong = copies.index
         if copies.participant_id.nunique() == 1:
-            wrong = copies.index[1:]
-        else:
-            wrong = copies.index
+            wrong = wrong[1:]
         for i in wrong:
             other = copies.path.drop(i).iloc[0]
             problems[i] = ("duplicate-series", f": the same series as {other}")
