@@ -26,9 +26,9 @@ from benchmarks.draft import Draft
 from benchmarks.measure import Count, about, apart, ceilings, interleaved, peak
 from benchmarks.transformer import PatchTransformer
 from mnemodyn import files
-from mnemodyn.model.config import ModelConfig
 from mnemodyn.model.network import MnemoDyn
 from mnemodyn.model.operator import Field
+from mnemodyn.settings import ModelConfig
 
 METHODS = ("draft", "eager", "lean", "compiled", "transformer")
 T_R = 0.72  # seconds

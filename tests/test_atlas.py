@@ -6,9 +6,9 @@ import sys
 import nibabel
 import numpy as np
 import pytest
-from lib.atlas import NETWORKS, networks
 from nibabel.cifti2 import BrainModelAxis, LabelAxis
 
+from lib.atlas import NETWORKS, networks
 from mnemodyn.data import atlas as module
 from mnemodyn.data.atlas import SCHAEFER400_TIAN3, read_atlas
 from mnemodyn.data.scans import DataError

@@ -6,15 +6,15 @@ from dataclasses import replace
 
 import pytest
 import torch
+from benchmarks.banded import Grouped
 
 from benchmarks import speed
-from benchmarks.banded import Grouped
 from benchmarks.draft import Draft
 from benchmarks.measure import Count
 from benchmarks.transformer import PatchTransformer
-from mnemodyn.model.config import ModelConfig
 from mnemodyn.model.network import MnemoDyn
 from mnemodyn.model.operator import BandedOperator
+from mnemodyn.settings import ModelConfig
 
 TINY = speed.Case(
     section="batch", batch=2, n_timepoints=61, n_parcels=7, n_channels=8, input_width=5, n_levels=3

@@ -8,10 +8,10 @@ import subprocess
 import nibabel
 import numpy as np
 import pytest
-from lib.quality import spectrum, survey
 from nibabel.cifti2 import BrainModelAxis, Cifti2Image, ScalarAxis, SeriesAxis
 from scipy.io import savemat
 
+from lib.quality import spectrum, survey
 from mnemodyn.data import formats
 from mnemodyn.data.collection import open_scans
 from mnemodyn.data.scans import (

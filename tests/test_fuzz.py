@@ -44,6 +44,7 @@ WHOLE = {
 }
 NO_HEADER = (".npy", ".npz", ".mat")
 
+
 def read(path, content: bytes):
     path.write_bytes(content)
     return load_scan(

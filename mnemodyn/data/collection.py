@@ -97,15 +97,15 @@ def _open_cohort(folder: Path, cohort: str | Path, t_r: float | None, workers: i
     found = index(described, folder, t_r=t_r, workers=workers)
     table = found.table
     if not len(table):
-        remedy = f"mnemodyn index {cohort} {folder} says why"
-        refuse(f"{folder}: no scan of cohort {cohort} can be used; {remedy}", "no-scans")
+        hint = f"mnemodyn index {cohort} {folder} says why"
+        refuse(f"{folder}: no scan of cohort {cohort} can be used; {hint}", "no-scans")
     n_values = int((table["n_frames"] * table["n_parcels"]).sum())
     return Collection(
         list(found) if 4 * n_values <= IN_MEMORY else found,
         table,
         found.excluded,
-        name=data_name(described.name),
-        cohort=described.name,
+        name=data_name(found.cohort.name),
+        cohort=found.cohort.name,
         simulated=found.simulated,
         folder=folder,
     )

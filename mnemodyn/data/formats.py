@@ -164,7 +164,10 @@ def read_cifti(path: str | Path) -> tuple[np.ndarray, tuple, float | None]:
     """
     path = Path(path)
     with reading(path, "CIFTI-2 file"):
-        image = nibabel.load(path)
+        try:
+            image = nibabel.load(path)
+        except nibabel.filebasedimages.ImageFileError as error:
+            refuse(f"expected CIFTI-2, got another kind of file ({error})", "not-cifti")
         if not isinstance(image, Cifti2Image):
             kind = type(image).__name__
             refuse(f"expected CIFTI-2, got a volume ({kind}); {PREPROCESS}", "not-cifti")
@@ -172,9 +175,6 @@ def read_cifti(path: str | Path) -> tuple[np.ndarray, tuple, float | None]:
             refuse(f"expected two axes, got shape {image.shape}", "not-a-table")
         rows = image.header.get_axis(0)
         columns = image.header.get_axis(1)
-        if (len(rows), len(columns)) != image.shape:
-            described = f"its axes describe {len(rows)} by {len(columns)} elements"
-            refuse(f"{described}, its values have shape {image.shape}", "truncated")
         values = real(np.asarray(image.dataobj))
     if isinstance(columns, SeriesAxis) and not isinstance(rows, SeriesAxis):
         values = np.ascontiguousarray(values.T)
@@ -271,21 +271,23 @@ def _table(text: str, separator: str, header: list[str] | None) -> np.ndarray:
     skipped = 0 if header is None else 1
     stream = io.StringIO(text)
     table = pd.read_csv(stream, sep=separator, header=None, skiprows=skipped, na_values=["n/a"])
-    names = header or [f"column {i + 1}" for i in range(table.shape[1])]
-    words = [i for i, dtype in enumerate(table.dtypes) if dtype.kind not in "iuf"]
-    if words:
-        example = table[words[0]].dropna().astype(str).iloc[0][:40]
-        named = [names[i] for i in words[:3] if i < len(names)]
-        found = f"got text in {named}, for example {example!r}"
+    n_columns = table.shape[1]
+    if header is not None:
+        if n_columns != len(header):
+            refuse(
+                f"the header names {len(header)} columns, the rows have {n_columns}", "truncated"
+            )
+        table.columns = header
+    words = table.select_dtypes(exclude="number")
+    if words.shape[1]:
+        example = str(words.iloc[:, 0].dropna().iloc[0])[:40]
+        found = f"got text in {list(words)[:3]}, for example {example!r}"
         refuse(f"columns must be parcels with numbers, {found}", "text")
-    if table.shape[1] != len(names):
-        found = f"the rows have {table.shape[1]}"
-        refuse(f"the header names {len(names)} columns, {found}", "truncated")
     # pandas fills a line that ends early with NaN. The last one tells that the file was cut short.
     last = text.rstrip("\r\n").rpartition("\n")[2]
     width = last.count(separator) + 1
-    if separator != r"\s+" and width < len(names):
-        refuse(f"the last line ends early, in column {width} of {len(names)}", "truncated")
+    if separator != r"\s+" and width < n_columns:
+        refuse(f"the last line ends early, in column {width} of {n_columns}", "truncated")
     return table.to_numpy(np.float64)
 
 
@@ -297,12 +299,9 @@ def _choose(key: str | None, found: Mapping[str, np.ndarray]) -> Raw:
     tables = [name for name, array in found.items() if array.ndim == 2 and min(array.shape) > 1]
     if key is None and len(tables) == 1:
         key = tables[0]
-    if key not in found:
-        listed = [f"{name} {array.shape}" for name, array in found.items()]
-        asked = "key must say which array is the scan"
-        if key is not None:
-            asked = f"no array {key!r}"
-        refuse(f"{asked}; the file holds {', '.join(listed[:12]) or 'none'}", "key")
+    if key is None or key not in found:
+        listed = ", ".join(f"{name} {array.shape}" for name, array in found.items())
+        refuse(f"key must say which array is the scan, got {key!r}; there are: {listed}", "key")
     return Raw(found[key])
 
 
@@ -336,16 +335,16 @@ def _mat(path: Path, key: str | None) -> Raw:
     return _choose(key, found)
 
 
-# By the end of the name: the reader, and what it reads.
+# By the end of the name.
 READERS = {
-    ".nii.gz": (_cifti, "CIFTI-2 file"),
-    ".nii": (_cifti, "CIFTI-2 file"),
-    ".tsv": (_text, "table of numbers"),
-    ".csv": (_text, "table of numbers"),
-    ".1d": (_text, "table of numbers"),
-    ".npy": (_npy, "NumPy array"),
-    ".npz": (_npz, "NumPy archive"),
-    ".mat": (_mat, "MATLAB file"),
+    ".nii.gz": _cifti,
+    ".nii": _cifti,
+    ".tsv": _text,
+    ".csv": _text,
+    ".1d": _text,
+    ".npy": _npy,
+    ".npz": _npz,
+    ".mat": _mat,
 }
 
 
@@ -362,9 +361,8 @@ def read(path: Path, key: str | None = None) -> Raw:
         refuse(f"{path.name}: the name must end in one of {', '.join(READERS)}", "format")
     if not path.is_file():
         refuse(f"{path}: no such file", "no-file")
-    reader, what = READERS[endings[0]]
-    with reading(path, what):
-        raw = reader(path, key)
+    with reading(path, f"{endings[0]} file"):
+        raw = READERS[endings[0]](path, key)
         return raw._replace(values=real(raw.values))
 
 

@@ -339,6 +339,9 @@ def _read_head(folder: Path) -> Row:
 class _StoredScan(Scan):
     """A scan whose values are read when they are asked for; it was checked when it was converted."""
 
+    _store: "Store"
+    _i: int
+
     def __init__(self, store: "Store | None" = None, i: int = 0, **facts: Any):
         if store is None:  # a copy with something replaced is a scan in memory
             super().__init__(**facts)
@@ -387,6 +390,8 @@ class Store(Collection):
     simulated : bool
     """
 
+    folder: Path
+
     def __init__(self, folder: str | Path):
         """Open a store; a DataError if the folder holds none, an unfinished or an altered one."""
         folder = Path(folder)
@@ -402,14 +407,15 @@ class Store(Collection):
             refuse(f"{folder}/rows.jsonl: altered since the conversion (checksum)", "checksum")
         rows = [json.loads(line) for line in lines.splitlines()]
         scan_rows = [row for row in rows if _is_scan(row)]
-        there = {_key(row) for row in scan_rows}
-        left_out = [*listed["excluded"], *(row for row in rows if not _is_scan(row))]
-        excluded = [row for row in left_out if _key(row) not in there]
+        # A scan that was left out may have been added later.
+        left_out = {_key(row): row for row in rows if not _is_scan(row)}
+        for row in scan_rows:
+            left_out.pop(_key(row), None)
         self.folder = folder
         self.table = with_known_columns(pd.DataFrame(scan_rows))
         self._scan_lines = scan_rows
         self._rows = np.arange(len(scan_rows))
-        self.excluded = pd.DataFrame(excluded)
+        self.excluded = pd.DataFrame([*listed["excluded"], *left_out.values()])
         self.dtype = head["dtype"]
         self.atlas = head["atlas"]
         self.parcels = tuple(head["parcels"])

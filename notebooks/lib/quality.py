@@ -30,15 +30,16 @@ def summary(found: Collection) -> pd.DataFrame:
         "participants": str(table["participant_id"].nunique()),
         "sites": str(sites.nunique()) if len(sites) else "not known",
         "parcels": f"{len(first.parcels)} ({first.atlas or 'atlas not stated'})",
-        "frames a scan": _range(table["n_frames"], "{:.0f}"),
-        "minutes a scan": _range(table["n_frames"] * table["t_r"] / 60, "{:.1f}"),
+        "frames a scan": span(table["n_frames"], "{:.0f}"),
+        "minutes a scan": span(table["n_frames"] * table["t_r"] / 60, "{:.1f}"),
         "repetition time (s)": ", ".join(f"{seconds:g}" for seconds in t_r),
         "mean FD known": f"{table['mean_fd'].notna().sum()} of {len(table)}",
     }
     return pd.DataFrame({"": list(rows), "found": list(rows.values())})
 
 
-def _range(values: pd.Series, form: str) -> str:
+def span(values: pd.Series, form: str) -> str:
+    """The smallest and the largest value as text, or one where they read alike."""
     low = form.format(values.min())
     high = form.format(values.max())
     return low if low == high else f"{low} to {high}"
