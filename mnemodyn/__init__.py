@@ -1,34 +1,38 @@
 """MnemoDyn: operator learning for resting-state fMRI.
 
-The public names below are imported on first use, so that ``import mnemodyn`` is quick and needs neither torch nor
-lightning.
+The names below are imported when they are first used, so that ``import mnemodyn`` is quick and
+needs neither torch nor lightning.
 """
 
 from importlib import import_module
 from typing import Any
 
-_OFFERED = {
-    "mnemodyn.checkpoint": ("Checkpoint", "from_pretrained", "save_checkpoint"),
-    "mnemodyn.data.scaling": ("Scaling",),
-    "mnemodyn.data.scans": ("Scan", "load_scan", "load_scans", "save_scan"),
-    "mnemodyn.data.store": ("Store",),
-    "mnemodyn.hub": ("publish",),
-    "mnemodyn.model.config": ("ModelConfig",),
-    "mnemodyn.model.network": ("MnemoDyn",),
-    "mnemodyn.readout": ("MnemoDynEncoder",),
-    "mnemodyn.running": ("run_notebook",),
+_MODULES = {
+    "Checkpoint": "mnemodyn.checkpoint",
+    "MnemoDyn": "mnemodyn.model.network",
+    "MnemoDynEncoder": "mnemodyn.readout",
+    "ModelConfig": "mnemodyn.settings",
+    "Scaling": "mnemodyn.data.scaling",
+    "Scan": "mnemodyn.data.scans",
+    "Settings": "mnemodyn.settings",
+    "Store": "mnemodyn.data.store",
+    "from_pretrained": "mnemodyn.checkpoint",
+    "load_scan": "mnemodyn.data.scans",
+    "open_scans": "mnemodyn.data.collection",
+    "publish": "mnemodyn.hub",
+    "run_notebook": "mnemodyn.run",
+    "save_checkpoint": "mnemodyn.checkpoint",
+    "save_scan": "mnemodyn.data.scans",
 }
-_HOME = {name: module for module, names in _OFFERED.items() for name in names}
+# The function `pretrain` is not among them, because the package mnemodyn.pretrain has its name.
 
-__all__ = sorted(_HOME)
+__all__ = list(_MODULES)
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOME:
-        raise AttributeError(
-            f"module 'mnemodyn' has no attribute {name!r}; it has {', '.join(__all__)}"
-        )
-    return getattr(import_module(_HOME[name]), name)
+    if name not in _MODULES:
+        raise AttributeError(f"module 'mnemodyn' has no attribute {name!r}")
+    return getattr(import_module(_MODULES[name]), name)
 
 
 def __dir__() -> list[str]:

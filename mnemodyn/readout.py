@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +13,12 @@ from sklearn.utils.validation import check_is_fitted
 
 from mnemodyn.checkpoint import Checkpoint, from_pretrained
 from mnemodyn.data.scans import DataError, Scan, load_scan
-from mnemodyn.files import digest, writing
+from mnemodyn.files import Kept
 from mnemodyn.model.front import Front
 from mnemodyn.model.network import MnemoDyn, Output
 from mnemodyn.model.wavelet import wavedec
 
-__all__ = ["READOUTS", "MnemoDynEncoder", "read_scan", "readouts"]
+__all__ = ["READOUTS", "MnemoDynEncoder", "kept_readouts", "readouts"]
 
 LARGEST_R = 0.999999  # Fisher's z of 1 is infinite
 SMALLEST_ENERGY = 1e-12
@@ -64,6 +65,18 @@ def _adapted(front: Front, x: torch.Tensor, censored: torch.Tensor | None) -> to
     return torch.cat([covariance[rows, columns] * 2**0.5, covariance.diagonal()])
 
 
+def check_names(model: MnemoDyn, names: Sequence[str]) -> None:
+    """Refuse the names of read-outs that there are not for a network."""
+    known = list(READOUTS)
+    if model.front is not None:
+        known.append("adapted")
+    for name in names:
+        if name not in known:
+            raise ValueError(
+                f"read-out must be one of {', '.join(known)} for this network, got {name!r}"
+            )
+
+
 @torch.no_grad()
 def readouts(
     model: MnemoDyn,
@@ -107,20 +120,14 @@ def readouts(
     ValueError
         If a name is not among them.
     """
-    known = list(READOUTS)
-    if model.front is not None:
-        known.append("adapted")
-    for name in names:
-        if name not in known:
-            raise ValueError(
-                f"read-out must be one of {', '.join(known)} for this network, got {name!r}"
-            )
+    check_names(model, names)
     parameter = next(model.parameters())
     values = torch.as_tensor(x[None]).to(parameter)
     missing = None
     if censored is not None:
         missing = torch.as_tensor(censored[None], device=parameter.device)
     output = model(values, t_r, censored=missing)
+    # Correlations and moments of long scans lose digits in float32.
     output = Output(output.reconstruction.double(), output.latents.double(), None)
     found = {name: READOUTS[name](output, model) for name in names if name in READOUTS}
     if "adapted" in names and model.front is not None:
@@ -128,11 +135,28 @@ def readouts(
     return {name: found[name].cpu().numpy() for name in names}
 
 
-def read_scan(checkpoint: Checkpoint, scan: Scan, names: Sequence[str]) -> dict:
-    """Scale a scan as a checkpoint asks for and compute its :func:`readouts`.
+def kept_readouts(
+    checkpoint: Checkpoint, network: str, scan: Scan, names: Sequence[str], kept: Kept
+) -> dict:
+    """Compute the read-outs of a scan, or find those that were kept.
 
-    A network of the published draft reads one length only; its read-outs are means over the windows
-    of that length, without regard to censored frames.
+    Parameters
+    ----------
+    checkpoint : Checkpoint
+        The network.
+    network : str
+        Its fingerprint, which takes a moment to compute.
+    scan : Scan
+        The scan, in its own units.
+    names : sequence of str
+        See :func:`readouts`.
+    kept : Kept
+        Where they are kept, by the content of network, scan and names.
+
+    Returns
+    -------
+    dict
+        A vector (feature,), float64 with the precision of float32, by name.
 
     Raises
     ------
@@ -142,19 +166,35 @@ def read_scan(checkpoint: Checkpoint, scan: Scan, names: Sequence[str]) -> dict:
         If the scan is shorter than the length that a network of the draft reads.
     """
     checkpoint.check(scan)
-    x = checkpoint.scale(scan)
+    # Not the participant or the file's name: a scan that was renamed is found again.
+    depends_on = [network, list(names), scan.values, scan.t_r, scan.parcels, scan.censored]
+    found = kept("readouts", depends_on, partial(_read, checkpoint, scan, names))
+    return {name: np.array(vector) for name, vector in found.items()}
+
+
+def _read(checkpoint: Checkpoint, scan: Scan, names: Sequence[str]) -> dict:
+    """The read-outs of a scan as the checkpoint scales it, float32."""
+    x = checkpoint.require_scaling()(scan)
     model = checkpoint.model
-    if not model.reference:
-        return readouts(model, x, scan.t_r, names, censored=scan.censored)
-    length = model.config.n_timepoints
+    length = len(x)
+    censored = scan.censored
+    if model.reference:
+        # Weights of the draft belong to one length and know no censored frames.
+        length = model.config.n_timepoints
+        censored = None
     if len(x) < length:
         raise DataError(
             f"{scan.source}: the checkpoint reads {length} frames, got {len(x)}", "too-short"
         )
     windows = []
     for start in range(0, len(x) - length + 1, length):
-        windows.append(readouts(model, x[start : start + length], scan.t_r, names))
-    return {name: np.mean([window[name] for window in windows], axis=0) for name in names}
+        window = x[start : start + length]
+        windows.append(readouts(model, window, scan.t_r, names, censored=censored))
+    found = {}
+    for name in names:
+        mean = np.mean([window[name] for window in windows], axis=0)
+        found[name] = mean.astype(np.float32)
+    return found
 
 
 @dataclass(eq=False, repr=False)
@@ -201,6 +241,7 @@ class MnemoDynEncoder(TransformerMixin, BaseEstimator):
         tags = super().__sklearn_tags__()
         tags.input_tags.two_d_array = False
         tags.input_tags.three_d_array = True
+        # `transform` needs no more than the checkpoint.
         tags.requires_fit = False
         return tags
 
@@ -225,35 +266,14 @@ class MnemoDynEncoder(TransformerMixin, BaseEstimator):
 
     def blocks(self, scans: Sequence[Scan | np.ndarray]) -> dict:
         """Compute each read-out apart, (scan, feature); scans are read one at a time."""
-        rows = list(self.rows(self._scans(scans)))
-        return {name: np.array([row[name] for row in rows]) for name in self.readouts}
-
-    def rows(self, scans: Iterator[Scan]) -> Iterator[dict]:
-        """Yield the read-outs of a scan, float64, before the next scan is read."""
         checkpoint = self._load()
         checkpoint.model.to(self.device).eval()
         network = checkpoint.fingerprint()
-        for scan in scans:
-            yield self._row(checkpoint, network, scan)
-
-    def _row(self, checkpoint: Checkpoint, network: str, scan: Scan) -> dict:
-        """The read-outs of a scan, from the cache if they are there."""
-        names = list(self.readouts)
-        path = None
-        if self.cache is not None:
-            content = [scan.values, scan.t_r, scan.parcels, scan.censored]
-            path = Path(self.cache) / f"{digest(network, names, content)[:32]}.npz"
-        if path is not None and path.is_file():
-            with np.load(path) as kept:
-                return {name: kept[name].astype(float) for name in names}
-        found = {}
-        for name, vector in read_scan(checkpoint, scan, names).items():
-            # Rounded here too, so that a first run gives what a second one reads from the cache.
-            found[name] = vector.astype(np.float32)
-        if path is not None:
-            with writing(path) as stream:
-                np.savez(stream, allow_pickle=False, **found)
-        return {name: vector.astype(float) for name, vector in found.items()}
+        kept = Kept(self.cache)
+        rows = []
+        for scan in self._scans(scans):
+            rows.append(kept_readouts(checkpoint, network, scan, self.readouts, kept))
+        return {name: np.array([row[name] for row in rows]) for name in self.readouts}
 
     def _scans(self, X: Sequence[Scan | np.ndarray]) -> Iterator[Scan]:
         """Every item as a scan."""
@@ -279,6 +299,7 @@ class MnemoDynEncoder(TransformerMixin, BaseEstimator):
             checkpoint = from_pretrained(checkpoint)
         if self.untrained is None:
             return checkpoint
+        # The random weights must not change the draws of whatever runs next.
         with torch.random.fork_rng():
             torch.manual_seed(self.untrained)
             model = MnemoDyn(checkpoint.model.config).eval()

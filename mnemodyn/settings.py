@@ -83,7 +83,7 @@ def checked(cls: Class) -> Class:
 def _explain(error: ValidationError, known: Sequence[str]) -> str:
     """The first thing that pydantic found wrong, in a line that begins with the setting's name."""
     problem = error.errors(include_url=False)[0]
-    name = ".".join(str(part) for part in problem["loc"])
+    name = str(problem["loc"][0]) if problem["loc"] else ""
     if problem["type"] == "value_error":
         # Raised by one of the classes below, whose messages begin with a name already.
         return str(problem["ctx"]["error"])
@@ -298,6 +298,10 @@ class TrainingConfig:
         Folds of training participants for the front end: the blocks learn from what a front end
         fitted to the other folds fills in, since they will meet new people. 0 or 1 for one front
         end fitted to all of them.
+    fresh_windows : bool
+        Every epoch has windows and masks of its own. False: all epochs and seeds share the first
+        `windows_per_epoch`, whose hidden entries the front end then fills in once only, which is its
+        cost in training.
     seed : int
         Of the initial weights, windows and masks.
     """
@@ -318,6 +322,7 @@ class TrainingConfig:
     patience: AtLeastZero = 10
     precision: Literal["32-true", "bf16-mixed"] = "32-true"
     cross_fit: AtLeastZero = 5
+    fresh_windows: bool = True
     seed: AtLeastZero = 0
 
     def to_dict(self) -> dict:
@@ -359,15 +364,14 @@ class DataConfig:
     ----------
     t_r : float or None
         Repetition time in seconds, for files that do not state it.
-    n_test : int
-        Participants held out, the last of the sorted identifiers.
-    n_validation : int
-        Participants before those, who choose the checkpoint.
+    n_test, n_validation : int or float
+        Participants held out, and those who choose the epoch: a number, or a share of all. See
+        :func:`mnemodyn.splits.hold_out`.
     """
 
     t_r: Positive | None = None
-    n_test: AtLeastZero = 2
-    n_validation: AtLeastOne = 1
+    n_test: AtLeastZero | Share = 2
+    n_validation: AtLeastOne | ProperShare = 1
 
 
 @checked

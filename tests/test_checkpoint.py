@@ -13,8 +13,8 @@ from mnemodyn.checkpoint import CheckpointError
 from mnemodyn.data.scaling import Scaling
 from mnemodyn.data.scans import Scan
 from mnemodyn.files import sha256
-from mnemodyn.model.config import ModelConfig
 from mnemodyn.model.network import MnemoDyn
+from mnemodyn.settings import ModelConfig
 
 PARCELS = ("a", "b", "c")
 DRAFT = Path(__file__).parent / "golden" / "lightning-epoch=01-val_mae=0.5000.ckpt"
@@ -164,7 +164,7 @@ def test_a_draft_states_no_parcels_and_no_scaling():
     with pytest.raises(CheckpointError, match=r"scan\.tsv: the checkpoint expects 12 .*, got 3"):
         checkpoint.check(make_scan("abc"))
     with pytest.raises(CheckpointError, match="does not state its scaling"):
-        checkpoint.scale(scan)
+        checkpoint.require_scaling()
 
 
 def test_settings_of_a_draft_beside_it(tmp_path):

@@ -6,6 +6,19 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from mnemodyn.evaluate.downstream import (
+    METHODS,
+    Method,
+    Task,
+    evaluate,
+    few_shot,
+    noise_scans,
+    permuted,
+    report,
+    transfer,
+)
+from mnemodyn.evaluate.features import confounds, connectivity
+from mnemodyn.evaluate.finetune import Series, finetune
 from scipy import stats
 from sklearn.base import clone
 from sklearn.decomposition import PCA
@@ -23,20 +36,7 @@ from mnemodyn.checkpoint import Checkpoint, CheckpointError, save_checkpoint
 from mnemodyn.data.scaling import Scaling
 from mnemodyn.data.scans import DataError, Scan
 from mnemodyn.evaluate import downstream, heads, scores
-from mnemodyn.evaluate.downstream import (
-    METHODS,
-    Method,
-    Task,
-    evaluate,
-    few_shot,
-    noise_scans,
-    permuted,
-    report,
-    transfer,
-)
-from mnemodyn.evaluate.features import confounds, connectivity
-from mnemodyn.evaluate.finetune import Series, finetune
-from mnemodyn.model.config import ModelConfig
+from mnemodyn.settings import ModelConfig
 from mnemodyn.model.network import MnemoDyn
 from mnemodyn.readout import READOUTS, MnemoDynEncoder, readouts
 from mnemodyn.splits import inner_splits, leave_one_site_out, repeated_folds

@@ -4,7 +4,6 @@ import io
 import json
 import shutil
 import subprocess
-import zipfile
 
 import nibabel
 import numpy as np
@@ -12,14 +11,14 @@ import pytest
 from nibabel.cifti2 import BrainModelAxis, Cifti2Image, ScalarAxis, SeriesAxis
 from scipy.io import savemat
 
+from lib.quality import spectrum, survey
 from mnemodyn.data import formats
-from mnemodyn.data.quality import spectrum, survey
+from mnemodyn.data.collection import open_scans
 from mnemodyn.data.scans import (
     DataError,
     Scan,
     fingerprint,
     load_scan,
-    load_scans,
     save_scan,
     series_digest,
 )
@@ -192,7 +191,8 @@ def test_what_is_no_parcellated_series(tmp_path):
     for image in (nibabel.Nifti1Image, nibabel.Nifti2Image):
         image(np.ones((4, 4, 4, 5), np.float32), np.eye(4)).to_filename(volume)
         assert problem(volume) == "not-cifti"
-    assert problem(shutil.copy(volume, tmp_path / "sub-1_bold.nii.gz")) == "not-cifti"
+        image(np.ones((4, 4, 4, 5), np.float32), np.eye(4)).to_filename(f"{volume}.gz")
+        assert problem(tmp_path / "sub-1_bold.nii.gz") == "not-cifti"
     matrix = formats.parcels_axis(NAMES)
     assert (
         problem(cifti(tmp_path / "sub-1.pconn.nii", np.eye(3, dtype=np.float32), matrix, matrix))
@@ -265,25 +265,13 @@ def test_files_cut_short(tmp_path):
             assert problem(path, **settings) in {"truncated", "not-cifti"}, (name, part)
 
 
-def test_declared_sizes_are_held_against_the_file(tmp_path):
+def test_an_array_that_is_longer_than_its_file(tmp_path):
     header = io.BytesIO()
-    np.lib.format.write_array_header_1_0(
-        header, {"descr": "<f4", "fortran_order": False, "shape": (10**6, 10**6)}
-    )
+    about = {"descr": "<f4", "fortran_order": False, "shape": (10**6, 10**6)}
+    np.lib.format.write_array_header_1_0(header, about)
     path = tmp_path / "sub-1.npy"
     path.write_bytes(header.getvalue() + b"\0" * 64)
     assert problem(path, frames_first=True) == "truncated"
-    bomb = tmp_path / "sub-1.npz"
-    with zipfile.ZipFile(bomb, "w", zipfile.ZIP_DEFLATED) as archive:
-        content = io.BytesIO()
-        np.save(content, np.zeros((2000, 2000)))
-        archive.writestr("bold.npy", content.getvalue())
-    assert bomb.stat().st_size < 50_000
-    assert problem(bomb, frames_first=True) == "truncated"
-    path = cifti(tmp_path / "sub-1.ptseries.nii", VALUES)
-    whole = path.read_bytes()
-    path.write_bytes(whole.replace(b'SeriesExponent="0"', b'SeriesExponent="999999999"'))
-    assert problem(path) == "truncated"
 
 
 # t_r
@@ -438,7 +426,7 @@ def test_censored_frames_of_fmriprep(tmp_path):
     scan = load_scan(path, t_r=2)
     np.testing.assert_array_equal(np.flatnonzero(scan.censored), [0, 7])
     assert scan.mean_fd == pytest.approx(0.2)
-    assert [s.source for s in load_scans(tmp_path, t_r=2)] == [
+    assert [s.source for s in open_scans(tmp_path, t_r=2)] == [
         path.name
     ]  # the confounds are no scan
     confounds.write_text("framewise_displacement\nword\n")
@@ -452,20 +440,20 @@ def test_censored_frames_of_fmriprep(tmp_path):
 def test_one_series_under_two_names(tmp_path):
     table(tmp_path / "sub-1_timeseries.tsv")
     cifti(tmp_path / "sub-1_timeseries.ptseries.nii", VALUES)
-    assert [s.source for s in load_scans(tmp_path)] == ["sub-1_timeseries.ptseries.nii"]
+    assert [s.source for s in open_scans(tmp_path)] == ["sub-1_timeseries.ptseries.nii"]
     cifti(
         tmp_path / "sub-1_den-91k_timeseries.ptseries.nii", VALUES
     )  # as XCP-D names it beside sub-1_timeseries.tsv
     (tmp_path / "sub-1_timeseries.ptseries.nii").unlink()
-    assert [s.source for s in load_scans(tmp_path)] == ["sub-1_den-91k_timeseries.ptseries.nii"]
+    assert [s.source for s in open_scans(tmp_path)] == ["sub-1_den-91k_timeseries.ptseries.nii"]
     (tmp_path / "sub-1_den-91k_timeseries.ptseries.nii").rename(
         tmp_path / "sub-1_timeseries.ptseries.nii"
     )
     cifti(tmp_path / "sub-2_timeseries.ptseries.nii", VALUES)
     with pytest.raises(DataError, match=r"sub-1_time.*sub-2_time") as caught:
-        load_scans(tmp_path)
+        open_scans(tmp_path)
     assert caught.value.problem == "duplicate-series"
-    assert len(load_scans(tmp_path, pattern="sub-2*")) == 1
+    assert len(open_scans(tmp_path, pattern="sub-2*")) == 1
     a, b, c = (Scan(f"sub-{i}", VALUES + (i == 2), 1.0, NAMES) for i in range(3))
     assert series_digest(a) == series_digest(b) != series_digest(c)
 
@@ -477,7 +465,7 @@ def test_a_dot_within_a_name_ends_nothing(tmp_path):
             Scan("sub-01", values, 2.0, NAMES),
             tmp_path / f"sub-01_run-{hertz[-1]}_hp{hertz}_timeseries.tsv",
         )
-    assert [s.t_r for s in load_scans(tmp_path)] == [
+    assert [s.t_r for s in open_scans(tmp_path)] == [
         2.0,
         2.0,
     ]  # two scans, each with its own sidecar

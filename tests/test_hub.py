@@ -32,7 +32,7 @@ def run(tmp_path_factory):
     torch.manual_seed(0)
     training = {
         "objective": {"name": "masked", "hidden_share": 0.5},
-        "settings": {"epochs": 2, "learning_rate": 1e-3},
+        "settings": {"training": {"epochs": 2, "learning_rate": 1e-3}, "scaling": "raw"},
         "train_participants": ["sub-a", "sub-b"],
         "validation_participants": ["sub-c"],
         "val_r2_hidden": 0.25,
@@ -101,7 +101,8 @@ def test_the_card_states_what_the_run_states(run, tmp_path):
     assert f"{about} VAR(1) smoother | r2 | 0.420 | not given | 9 |" in card.text
     assert f"{about} MnemoDyn - VAR(1) smoother | r2 | -0.110 |" in card.text
     assert "2 participants, and 1 to choose the checkpoint" in card.text
-    assert "name masked, hidden_share 0.5" in card.text
+    assert "| name masked, hidden_share 0.5 |" in card.text
+    assert "| epochs 2, learning_rate 0.001 |" in card.text
     assert "val_r2_hidden 0.25. Expect less" in card.text
     code = card.text.split("```python\n")[1].split("```")[0]
     compile(code, "card", "exec")

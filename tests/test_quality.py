@@ -4,15 +4,18 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from mnemodyn import figures
-from mnemodyn.data.quality import (
+from lib.quality import (
     connectivity,
     homotopic_pairs,
-    open_scans,
+    mark,
     outlying,
+    problems,
     spectrum,
+    summary,
     survey,
 )
+from mnemodyn import figures
+from mnemodyn.data.collection import open_scans
 from mnemodyn.data.scans import Scan, save_scan
 
 PARCELS = ("a_L", "a_R", "b_L", "b_R", "c_L", "c_R")
@@ -153,17 +156,17 @@ def test_folder_and_cohort_are_opened_alike(tmp_path):
     )
     (tmp_path / "in" / "sub-09_task-rest_timeseries.tsv").write_text("a\tb\nx\ty\n")
     described = open_scans(tmp_path / "in", cohort="bids")
-    assert len(described.scans) == 4
-    assert "sub-09_task-rest_timeseries.tsv" in " ".join(described.problems["for example"])
+    assert len(described) == 4
+    assert "sub-09_task-rest_timeseries.tsv" in " ".join(problems(described)["for example"])
     (tmp_path / "in" / "sub-09_task-rest_timeseries.tsv").unlink()
     plain = open_scans(tmp_path / "in")
-    for one, other in zip(described.scans, plain.scans, strict=True):
+    for one, other in zip(described, plain, strict=True):
         assert one.participant_id == other.participant_id
         np.testing.assert_array_equal(one.values, other.values)
-    text = dict(zip(plain.summary.iloc[:, 0], plain.summary["found"], strict=True))
+    text = dict(zip(summary(plain).iloc[:, 0], summary(plain)["found"], strict=True))
     assert (text["scans"], text["sites"], text["repetition time (s)"]) == ("4", "not known", "2")
-    assert plain.problems["files"].tolist() == [0]
-    assert plain.mark == ""
+    assert problems(plain)["files"].tolist() == [0]
+    assert mark(plain) == ""
 
 
 def test_figures_draw_few_and_many_scans():

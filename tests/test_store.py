@@ -1,6 +1,5 @@
 """The store: what goes in comes out, whatever interrupts it."""
 
-import json
 import os
 import pickle
 import signal
@@ -13,8 +12,9 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from mnemodyn.data.collection import open_scans
 from mnemodyn.data.scaling import METHODS, Scaling
-from mnemodyn.data.scans import DataError, Scan, load_scans
+from mnemodyn.data.scans import DataError, Scan
 from mnemodyn.data.store import Store, convert
 
 PARCELS = tuple("abcde")
@@ -44,6 +44,9 @@ class Index:
     broken: tuple[int, ...] = ()
     excluded: list[dict] = field(default_factory=list)
     loaded: list[int] = field(default_factory=list)
+    cohort = ""
+    simulated = False
+    folder = None
 
     @property
     def table(self):
@@ -51,6 +54,9 @@ class Index:
             {
                 "path": f"{i}.tsv",
                 "participant_id": f"sub-{i:04d}",
+                "session": "",
+                "run": "",
+                "mean_fd": None,
                 "age": 20 + i,
                 "code": f"00{i}",
                 "site": None,
@@ -59,8 +65,8 @@ class Index:
         ]
         return pd.DataFrame(rows)
 
-    def load(self, row):
-        i = int(row["path"].split(".")[0])
+    def __getitem__(self, row):
+        i = self.numbers[row]
         self.loaded.append(i)
         if i in self.broken:
             raise DataError(f"{i}.tsv: truncated", problem="truncated")
@@ -74,7 +80,7 @@ def content(folder):
 @pytest.mark.parametrize("dtype", ["float16", "float32"])
 def test_what_goes_in_comes_out(tmp_path, dtype):
     scans = [scan(i) for i in range(7)]
-    store = convert(scans, tmp_path / "store", dtype=dtype, scans_per_shard=3)
+    store = convert(scans, tmp_path / "store", dtype=dtype)
     assert len(store) == 7
     assert (store.parcels, store.atlas, store.dtype) == (PARCELS, "Test", dtype)
     assert list(store.table["participant_id"]) == [s.participant_id for s in scans]
@@ -114,7 +120,7 @@ def test_index_is_kept_with_its_types_and_reasons(tmp_path):
 @pytest.mark.parametrize("dtype", ["float16", "float32"])
 def test_windows_are_scaled_with_the_whole_scan(tmp_path, dtype):
     scans = [scan(i) for i in range(6)]
-    store = convert(scans, tmp_path / "store", dtype=dtype, scans_per_shard=4)
+    store = convert(scans, tmp_path / "store", dtype=dtype)
     for method in METHODS:
         scaling = Scaling(method).fit(scans)
         for i in (0, 3, 5):
@@ -160,13 +166,14 @@ def test_constant_parcels_and_lost_frames(tmp_path):
 
 
 def test_more_scans_leave_old_bytes_alone(tmp_path):
-    first = convert(Index([0, 1, 2, 3, 4], broken=(3,)), tmp_path / "store", scans_per_shard=2)
+    first = convert(Index([0, 1, 2, 3, 4], broken=(3,)), tmp_path / "store")
     before = content(tmp_path / "store")
     index = Index([9, 0, 1, 2, 3, 4, 5], broken=(3,))
-    store = convert(index, tmp_path / "store", scans_per_shard=2)
+    store = convert(index, tmp_path / "store")
     after = content(tmp_path / "store")
     assert index.loaded == [9, 5]
-    assert {n for n in before if after[n] != before[n]} == {"store.json"}
+    changed = {n for n in before if not after[n].startswith(before[n])}
+    assert changed == {"store.json"}
     assert [s.source for s in store] == ["0.tsv", "1.tsv", "2.tsv", "4.tsv", "9.tsv", "5.tsv"]
     assert first.fingerprint != store.fingerprint
     assert first.fingerprint == store[:4].fingerprint
@@ -178,19 +185,17 @@ import sys, time
 sys.path.insert(0, {tests!r})
 from test_store import Index, convert
 index = Index(list(range(60)), broken=(7, 41))
-load = index.load
-index.load = lambda row: (time.sleep(0.003), load(row))[1]
 print("ready", flush=True)
-convert(index, {folder!r}, scans_per_shard=4)
+convert(index, {folder!r}, progress=lambda *_: time.sleep(0.003))
 """
 
 
 def test_killed_at_random_moments_ends_in_the_same_bytes(tmp_path):
-    whole = convert(Index(list(range(60)), broken=(7, 41)), tmp_path / "whole", scans_per_shard=4)
+    whole = convert(Index(list(range(60)), broken=(7, 41)), tmp_path / "whole")
     folder = tmp_path / "killed"
     code = KILLED.format(tests=str(__file__).rpartition("/")[0], folder=str(folder))
     rng = np.random.default_rng(0)
-    seen = set()
+    seen = []
     for _ in range(3):
         child = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE)
         child.stdout.readline()
@@ -198,24 +203,34 @@ def test_killed_at_random_moments_ends_in_the_same_bytes(tmp_path):
         child.send_signal(signal.SIGKILL)
         child.wait()
         child.stdout.close()
-        seen.add(len(list(folder.glob("*.json"))) if folder.exists() else 0)
-        if (
-            folder.exists()
-            and (folder / "parcels.json").exists()
-            and not (folder / "store.json").exists()
-        ):
+        lines = folder / "rows.jsonl"
+        seen.append(len(lines.read_text().splitlines()) if lines.is_file() else 0)
+        if (folder / "head.json").exists() and not (folder / "store.json").exists():
             with pytest.raises(DataError, match="has not ended; run it again"):
                 Store(folder)
-    assert min(seen) < 17  # it was killed before its end
-    again = convert(Index(list(range(60)), broken=(7, 41)), folder, scans_per_shard=4)
+    assert seen[0] < 60  # it was killed before its end
+    assert seen == sorted(seen)  # and lost nothing of what was there
+    again = convert(Index(list(range(60)), broken=(7, 41)), folder)
     assert content(folder) == content(tmp_path / "whole")
     assert again.fingerprint == whole.fingerprint
+
+
+def test_what_a_conversion_was_killed_in_the_middle_of_is_cut_off(tmp_path):
+    folder = tmp_path / "store"
+    convert([scan(i) for i in range(4)], tmp_path / "whole")
+    convert([scan(i) for i in range(3)], folder)
+    for name in ("values.bin", "moments.bin", "censored.bin", "rows.jsonl"):
+        with open(folder / name, "ab") as file:
+            file.write(b'{"half a')
+    assert Store(folder).verify() == 3  # a reader does not look beyond what was listed
+    assert convert([scan(i) for i in range(4)], folder).verify() == 4
+    assert content(folder) == content(tmp_path / "whole")
 
 
 def test_damage_is_a_named_problem(tmp_path):
     def problem(name, change):
         folder = tmp_path / name
-        convert([scan(i) for i in range(4)], folder, scans_per_shard=2)
+        convert([scan(i) for i in range(4)], folder)
         change(folder)
         with pytest.raises(DataError) as caught:
             Store(folder).verify()
@@ -230,23 +245,16 @@ def test_damage_is_a_named_problem(tmp_path):
         return change
 
     def truncate(folder):
-        path = folder / "00001.npy"
+        path = folder / "values.bin"
         path.write_bytes(path.read_bytes()[:-10])
 
-    def swap(old, new):
-        def change(folder):
-            path = folder / "00001.npy"
-            path.write_bytes(path.read_bytes().replace(old, new, 1))
-
-        return change
-
-    assert problem("values", alter("00001.npy")) == "checksum"
-    assert problem("moments", alter("00000.moments.npy")) == "checksum"
-    assert problem("rows", alter("00000.json")) == "checksum"
+    assert problem("values", alter("values.bin")) == "checksum"
+    assert problem("moments", alter("moments.bin")) == "checksum"
+    assert problem("rows", alter("rows.jsonl")) == "checksum"
+    assert problem("head", alter("head.json")) == "checksum"
     assert problem("truncated", truncate) == "truncated"
-    assert problem("header", lambda f: (f / "00001.npy").write_bytes(b"")) == "truncated"
-    assert problem("another dtype", swap(b"'<f2'", b"'<i2'")) == "truncated"
-    assert problem("missing", lambda f: (f / "00001.npy").unlink()) == "missing"
+    assert problem("empty", lambda f: (f / "values.bin").write_bytes(b"")) == "missing"
+    assert problem("missing", lambda f: (f / "moments.bin").unlink()) == "missing"
     assert problem("none", lambda f: (f / "store.json").unlink()) == "unfinished"
 
 
@@ -267,9 +275,13 @@ def test_refusals(tmp_path):
     convert([scan(0)], tmp_path / "d")
     with pytest.raises(DataError, match="dtype 'float16', but dtype is 'float32' here"):
         convert([scan(0)], tmp_path / "d", dtype="float32")
-    longer = scan(0, n_frames=60)
-    with pytest.raises(DataError, match="when it was converted"):
-        convert([longer], tmp_path / "d")
+    index = Index([0])
+    index.folder = tmp_path
+    (tmp_path / "0.tsv").write_text("short")
+    convert(index, tmp_path / "e")
+    (tmp_path / "0.tsv").write_text("longer now")
+    with pytest.raises(DataError, match="10 bytes, but 5 when converted"):
+        convert(index, tmp_path / "e")
 
 
 def test_one_conversion_at_a_time(tmp_path):
@@ -305,7 +317,7 @@ def test_the_command(tmp_path, capsys):
     assert main(["simulate", "abide", folder, "--participants", "12", "--frames", "60"]) == 0
     assert main(["convert", "abide", folder, to]) == 0
     printed = capsys.readouterr().out
-    store = load_scans(to)
+    store = open_scans(to)
     assert f"{len(store)} scans of" in printed
     assert "SIMULATED" in printed
     assert "left out: " in printed
@@ -315,9 +327,9 @@ def test_the_command(tmp_path, capsys):
     assert main(["convert", "atlantis", folder, to]) == 2
 
 
-def test_load_scans_and_pickle(tmp_path):
+def test_a_store_is_opened_and_pickled(tmp_path):
     convert([scan(i) for i in range(3)], tmp_path / "store")
-    store = load_scans(tmp_path / "store")
+    store = open_scans(tmp_path / "store")
     assert isinstance(store, Store)
     store.read(0)
     data = pickle.dumps(store)
@@ -325,22 +337,8 @@ def test_load_scans_and_pickle(tmp_path):
     np.testing.assert_array_equal(pickle.loads(data).read(1), store.read(1))
 
 
-def test_maps_are_closed_after_a_while(tmp_path, monkeypatch):
-    monkeypatch.setattr("mnemodyn.data.store.KEEP_MAPPED", 1000)
-    store = convert([scan(i) for i in range(8)], tmp_path / "store", scans_per_shard=1)
-    for i in range(8):
-        store.read(i)
-        assert len(store._maps) <= 9
-
-
 def test_frames_that_are_not_there(tmp_path):
     store = convert([scan(0, 40)], tmp_path / "store")
     for start, stop in ((0, 41), (-1, 5), (5, 5)):
         with pytest.raises(IndexError, match="frames must lie in 0 ... 40"):
             store.read(0, start, stop)
-
-
-def test_store_json_names_every_part(tmp_path):
-    convert([scan(i) for i in range(4)], tmp_path / "store", scans_per_shard=2)
-    listed = json.loads((tmp_path / "store" / "store.json").read_text())["files"]
-    assert sorted(listed) == ["00000.json", "00001.json", "parcels.json"]

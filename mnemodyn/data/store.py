@@ -1,57 +1,70 @@
 """A store: every usable scan of a cohort in one directory that many processes read at once.
 
-=======================  ==============================================================================================
-``parcels.json``         dtype, cohort, atlas and parcels, and whether simulated; written first and never changed
-``00000.npy``            values of up to 256 scans one after the other, shape (frames, parcels)
-``00000.moments.npy``    mean, SD, smallest and largest of each parcel of each scan, shape (scans, 4, parcels), float64
-``00000.censored.npy``   the frames censored for motion, bool, where there are any
-``00000.json``           the scans' rows of the table, with checksums, and what was left out; written after the others
-``store.json``           the JSON files with their checksums, and what the index left out; written last
-=======================  ==============================================================================================
+================  =====================================================================================================
+``head.json``     format, dtype, cohort, whether simulated, atlas and parcels; written first and never changed
+``values.bin``    values of the scans one after the other, (frame, parcel), float16 or float32
+``moments.bin``   mean, SD, smallest and largest value of each parcel of each scan, (scan, 4, parcel), float64
+``censored.bin``  1 for a frame censored for motion, else 0, (frame,), bytes
+``rows.jsonl``    a line a scan: its row of the table with a checksum; or what could not be used, and why
+``store.json``    how long ``rows.jsonl`` is, its checksum, and what the cohort's index left out; written last
+================  =====================================================================================================
 
-A conversion that is killed leaves whole shards, which the next one keeps; a conversion with more scans adds shards
-and replaces ``store.json``, so that a reader sees the old store or the new one.
+The binary files are little-endian without headers: ``numpy.memmap(path, "<f2").reshape(-1, n_parcels)`` opens one.
+
+Files only grow, and a scan's line is written after its values. A conversion that is killed leaves whole scans, which
+the next one keeps. While scans are added, a reader sees what ``store.json`` lists: the store as it was before.
 
 With float16 the values are each parcel's z-scores, and come back through mean and SD with the error that the table
 states: at BOLD's usual 10,000 +- 50 a float16 of the value itself would be off by up to 4. With float32 the values are
 the source's own, and come back exactly.
-
-The format is NumPy's, read through a memory map: ``benchmarks/store.py`` reads the same random windows from it, from
-Zarr, which has to copy whole chunks for each, and from Arrow, which is as quick but a large new dependency. The index
-is JSON, which keeps text and numbers apart ("0050642" stays text) and opens 40,000 scans quickly.
 """
 
 import hashlib
 import json
 import os
-import re
-from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
-from typing import Any, BinaryIO, TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 import pandas as pd
-from numpy.lib import format as npy
 
 from mnemodyn.data.formats import naming, refuse
-from mnemodyn.data.scaling import MEAN, SD, Scaling, moments
-from mnemodyn.data.scans import DataError, Scan, check_parcels
-from mnemodyn.files import sha256, write_json, writing
+from mnemodyn.data.scaling import Scaling
+from mnemodyn.data.scans import (
+    MEAN,
+    SD,
+    Collection,
+    DataError,
+    Scan,
+    check_parcels,
+    data_name,
+    with_known_columns,
+)
+from mnemodyn.files import digest, write_json
 
-__all__ = ["Store", "convert"]
+__all__ = ["Store", "convert", "is_store"]
 
-FORMAT = 1
-DTYPES = ("float16", "float32")
+FORMAT = 2
+DTYPES = {"float16": "<f2", "float32": "<f4"}
+BINARY = ("values.bin", "moments.bin", "censored.bin")
+# Scans between two waits for the disk; a conversion that is killed repeats as many at most.
+SCANS_AT_ONCE = 16
+# What a scan is known by.
 ENTITIES = ("participant_id", "session", "run", "path")
-LIMIT = np.finfo(np.float16).max  # only a censored frame can lie further out
-KEEP_MAPPED = (
-    1 << 27
-)  # bytes read before the maps are closed, so that a pass over a large store stays small
+# The largest float16. Only a censored frame can lie further out.
+LIMIT = 65504.0
 Row: TypeAlias = dict[str, Any]
-Progress: TypeAlias = Callable[[int, int], None] | None
+
+
+def is_store(folder: str | Path) -> bool:
+    """Whether a folder holds a store whose conversion has ended."""
+    return (Path(folder) / "store.json").is_file()
+
+
+# Writing
 
 
 def convert(
@@ -59,160 +72,250 @@ def convert(
     folder: str | Path,
     *,
     dtype: str = "float16",
-    scans_per_shard: int = 256,
-    progress: Progress = None,
+    progress: Callable[[int, int], None] | None = None,
 ) -> "Store":
     """Write scans into a store, or add those that it does not have yet.
 
-    May be killed at any moment and started again: it goes on from the last whole shard and ends in the same bytes. One
-    scan is held in memory at a time. A scan that cannot be read, or has other parcels than the first, is listed in
-    ``Store.excluded``. A DataError if the folder holds something else, a store of another dtype or cohort, or a scan
-    whose file has changed since; if two scans share participant, session, run and path; if no scan is usable; if
-    another conversion is at work.
+    The conversion may be killed at any moment and started again: it goes on after the last whole scan and ends in the
+    same bytes. One scan is held in memory at a time. A scan that cannot be read, or has other parcels than the first,
+    is listed in ``Store.excluded``, and tried again once its file has another size.
 
     Parameters
     ----------
-    scans : Index or sequence of Scan
-        An index of a cohort (``table``, ``excluded``, ``load(row)``), or scans. A scan is known by its participant,
-        session, run and path; one that is in the store already is not read again.
+    scans : Collection, Index or sequence of Scan
+        A scan is known by its participant, session, run and path; one that is in the store is not read again.
     folder : str or Path
     dtype : {"float16", "float32"}
-    scans_per_shard : int
     progress : callable
         Called with the number of the scan at hand, from 1, and of all scans to do.
+
+    Raises
+    ------
+    DataError
+        ``dtype``, ``cohort`` or ``simulated`` if the store has another; ``not-a-store`` if the folder holds something
+        else; ``source-changed`` if a scan's file has another size than when it was converted; ``duplicate-scan`` if
+        two scans share participant, session, run and path; ``no-scan`` if none is usable; ``locked`` while another
+        conversion is at work.
     """
     if dtype not in DTYPES:
-        refuse(f"dtype must be one of {DTYPES}, got {dtype!r}", "dtype")
+        refuse(f"dtype must be one of {tuple(DTYPES)}, got {dtype!r}", "dtype")
     folder = Path(folder)
-    rows, load, left_out = _source(scans)
-    for key, times in Counter(map(_key, rows)).items():
-        if times > 1:
-            refuse(f"{key[-1]}: two scans share {', '.join(ENTITIES)} = {key}", "duplicate-scan")
+    if not hasattr(scans, "table"):
+        scans = Collection(scans)
+    rows = _rows_of(scans)
+    cohort = getattr(scans.cohort, "name", scans.cohort)
+    wanted = {"format": FORMAT, "dtype": dtype, "cohort": cohort, "simulated": scans.simulated}
     folder.mkdir(parents=True, exist_ok=True)
     with _locked(folder):
-        cohort = getattr(getattr(scans, "cohort", None), "name", "")
-        new = {
-            "format": FORMAT,
-            "dtype": dtype,
-            "cohort": cohort,
-            "simulated": getattr(scans, "simulated", False),
-        }
-        head, shards = _open_for_writing(folder, new), _shards(folder)
-        there = [_read_json(path) for path in shards]
-        kept = {_key(row): row["source_bytes"] for shard in there for row in shard["scans"]}
-        left = {_key(row): row["source_bytes"] for shard in there for row in shard["excluded"]}
-        todo = []
-        for number, row in enumerate(rows):
-            key, size = _key(row), row["source_bytes"]
-            if kept.get(key, size) != size:
-                changed = f"{size} bytes, but {kept[key]} when it was converted"
-                refuse(f"{row['path']}: {changed}; convert into a new folder", "source-changed")
-            # What was left out is tried again once its file has changed.
-            if key not in kept and left.get(key, -1) != size:
-                todo.append((number, row))
-        # Shards are chunks of what is to do, so that those of a killed conversion are those of the next one too.
-        first = 1 + max((int(p.stem) for p in shards), default=-1)
-        for at in range(0, len(todo), scans_per_shard):
-            stem = folder / f"{first + at // scans_per_shard:05d}"
-            tick = None if progress is None else lambda i, at=at: progress(at + i, len(todo))
-            head = _write_shard(stem, todo[at : at + scans_per_shard], load, head, new, tick)
-        if head is None:
+        head = _existing_head(folder, wanted)
+        there = _resume(folder, head)
+        n_scans = sum(map(_is_scan, there))
+        n_frames = sum(row["n_frames"] for row in there if _is_scan(row))
+        todo = _missing(rows, there)
+        lines: list[str] = []
+        for done, number in enumerate(todo, start=1):
+            if progress is not None:
+                progress(done, len(todo))
+            row = rows[number]
+            try:
+                scan = scans[number]
+                if head is None:
+                    head = {**wanted, "atlas": scan.atlas, "parcels": scan.parcels}
+                    write_json(folder / "head.json", head)
+                with naming(scan.source):
+                    check_parcels(scan.parcels, head["parcels"])
+            except DataError as error:
+                row["problem"] = error.problem
+                row["message"] = str(error)
+            else:
+                row.update(_append_scan(folder, scan, dtype), place=n_scans, start=n_frames)
+                n_scans += 1
+                n_frames += scan.n_frames
+            lines.append(json.dumps(row) + "\n")
+            if len(lines) == SCANS_AT_ONCE or done == len(todo):
+                _write_lines(folder, lines)
+                lines.clear()
+        if n_scans == 0:
             refuse(f"none of the {len(rows)} scans for {folder} is usable", "no-scan")
-        files = {path.name: sha256(path) for path in (folder / "parcels.json", *_shards(folder))}
-        catalogue = {"files": files, "excluded": left_out}
-        write_json(folder / "store.json", catalogue | {"sha256": _digest(catalogue)})
+        _write_listing(folder, scans.excluded)
     return Store(folder)
 
 
-def _source(scans: Any) -> tuple[list[Row], Callable[[int], Scan], list[Row]]:
-    """Rows of the table to be, how to load the scan of a row by its number, and what was left out before."""
-    if not hasattr(scans, "load"):
-        rows = [
-            {name: getattr(scan, name) for name in ("participant_id", "session", "run")}
-            for scan in scans
-        ]
-        for row, scan in zip(rows, scans, strict=True):
-            row |= {"path": scan.source, "source_bytes": scan.values.nbytes}
-        return rows, scans.__getitem__, []
-    root = Path(getattr(scans, "folder", None) or ".")
-    rows = [_plain(row) for row in scans.table.to_dict("records")]
+def _rows_of(scans: Any) -> list[Row]:
+    """Rows of the table to be, with the size of each scan's file in bytes, None where there is no file."""
+    rows = _plain_rows(scans.table)
+    seen = set()
     for row in rows:
-        path = root / row["path"]
-        row["source_bytes"] = path.stat().st_size if path.is_file() else None
-    excluded = [_plain(row) for row in pd.DataFrame(scans.excluded).to_dict("records")]
-    return rows, lambda number: scans.load(scans.table.iloc[number]), excluded
+        row["source_bytes"] = None
+        if scans.folder is not None:
+            file = Path(scans.folder) / row["path"]
+            row["source_bytes"] = file.stat().st_size if file.is_file() else None
+        key = _key(row)
+        if key in seen:
+            shared = f"two scans share {', '.join(ENTITIES)} = {key}"
+            refuse(f"{row['path']}: {shared}", "duplicate-scan")
+        seen.add(key)
+    return rows
 
 
-def _plain(row: Row) -> Row:
-    """A row as JSON has it: NumPy's scalars as Python's, whatever is missing as None."""
-    row = {
-        name: value.item() if isinstance(value, np.generic) else value
-        for name, value in row.items()
-    }
-    return {
-        name: None if pd.api.types.is_scalar(value) and pd.isna(value) else value
-        for name, value in row.items()
-    }
+def _plain_rows(table: pd.DataFrame) -> list[Row]:
+    """Rows as JSON has them: Python's numbers, and None for whatever is missing."""
+    table = table.astype(object)
+    return table.where(table.notna(), None).to_dict("records")
 
 
 def _key(row: Row) -> tuple[str, ...]:
     return tuple(str(row.get(name) or "") for name in ENTITIES)
 
 
-def _shards(folder: Path) -> list[Path]:
-    return sorted(p for p in folder.iterdir() if re.fullmatch(r"\d{5,}\.json", p.name))
+def _is_scan(row: Row) -> bool:
+    """Whether a line of ``rows.jsonl`` is a scan's; else it says why a scan was left out."""
+    return "sha256" in row
 
 
 @contextmanager
 def _locked(folder: Path) -> Iterator[None]:
     """Keep a second conversion out. The lock ends with the process, however that ends; Windows has none."""
-    at = None
     try:
-        with suppress(ImportError):
-            import fcntl
-
-            at = os.open(folder, os.O_RDONLY)
-            fcntl.flock(at, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        import fcntl
+    except ImportError:
+        yield
+        return
+    at = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(at, fcntl.LOCK_EX | fcntl.LOCK_NB)
         yield
     except BlockingIOError:
         refuse(f"{folder}: another conversion is writing this store", "locked")
     finally:
-        if at is not None:
-            os.close(at)
+        os.close(at)
 
 
-def _open_for_writing(folder: Path, new: Row) -> Row | None:
-    """The store's ``parcels.json``, if it has scans; whatever a killed conversion left half done is removed."""
-    ours = re.compile(r"parcels\.json|store\.json|\d{5,}(\.moments|\.censored)?\.(npy|json)|\..*")
-    if strange := [p.name for p in folder.iterdir() if not ours.fullmatch(p.name)]:
-        refuse(f"{folder}: not a store, it holds {strange[:3]}; name a new folder", "not-a-store")
-    whole = {p.stem for p in _shards(folder)}
-    for path in folder.iterdir():
-        if path.name.endswith(".tmp") or (
-            path.suffix == ".npy" and path.name.split(".")[0] not in whole
-        ):
-            path.unlink()
-    if not whole or not (folder / "parcels.json").is_file():
+def _existing_head(folder: Path, wanted: Row) -> Row | None:
+    """The head of the store that is there, or None; a DataError if the folder holds something else."""
+    for left_over in folder.glob(".*.tmp"):
+        left_over.unlink()
+    names = sorted(path.name for path in folder.iterdir())
+    if not names:
         return None
-    head = _head(folder)
-    for name, value in new.items():
+    if "rows.jsonl" not in names:
+        refuse(f"{folder}: not a store, it holds {names[:3]}; name a new folder", "not-a-store")
+    if "head.json" not in names:
+        return None
+    head = _read_head(folder)
+    for name, value in wanted.items():
         if head[name] != value:
             found = f"a store with {name} {head[name]!r}, but {name} is {value!r} here"
             refuse(f"{folder}: {found}; name a new folder", name)
     return head
 
 
-def _head(folder: Path) -> Row:
-    head = _read_json(folder / "parcels.json")
-    if (
-        head.keys() != {"format", "dtype", "cohort", "simulated", "atlas", "parcels"}
-        or head["format"] != FORMAT
-    ):
-        refuse(
-            f"{folder}/parcels.json: format {head.get('format')}, this version reads {FORMAT}",
-            "format",
-        )
-    return head | {"parcels": tuple(head["parcels"])}
+def _resume(folder: Path, head: Row | None) -> list[Row]:
+    """The rows that an earlier conversion wrote; what it was killed in the middle of is cut off."""
+    path = folder / "rows.jsonl"
+    path.touch()
+    lines = path.read_bytes().splitlines(keepends=True)
+    if lines and not lines[-1].endswith(b"\n"):
+        lines.pop()
+    rows = [json.loads(line) for line in lines]
+    os.truncate(path, sum(map(len, lines)))
+    if head is not None:
+        n_scans = sum(map(_is_scan, rows))
+        n_frames = sum(row["n_frames"] for row in rows if _is_scan(row))
+        n_values = n_frames * len(head["parcels"])
+        itemsize = np.dtype(head["dtype"]).itemsize
+        _truncate(folder / "values.bin", n_values * itemsize)
+        _truncate(folder / "moments.bin", n_scans * len(head["parcels"]) * 4 * 8)
+        _truncate(folder / "censored.bin", n_frames)
+    return rows
+
+
+def _truncate(path: Path, size: int) -> None:
+    path.touch()
+    os.truncate(path, size)
+
+
+def _missing(rows: list[Row], there: list[Row]) -> list[int]:
+    """Numbers of the rows to convert: those that are not there, or were left out and have changed since."""
+    known = {_key(row): row for row in there}
+    todo = []
+    for number, row in enumerate(rows):
+        old = known.get(_key(row))
+        if old is None:
+            todo.append(number)
+        elif old["source_bytes"] != row["source_bytes"]:
+            if _is_scan(old):
+                changed = f"{row['source_bytes']} bytes, but {old['source_bytes']} when converted"
+                refuse(f"{row['path']}: {changed}; convert into a new folder", "source-changed")
+            todo.append(number)
+    return todo
+
+
+def _append_scan(folder: Path, scan: Scan, dtype: str) -> Row:
+    """Append a scan to the binary files; return what its row has to say of it."""
+    m = scan.moments
+    stored = _stored(scan.values, m, dtype)
+    censored = np.zeros(scan.n_frames, dtype=bool)
+    if scan.censored is not None:
+        censored = scan.censored
+    _append(folder / "values.bin", stored.tobytes())
+    _append(folder / "moments.bin", m.tobytes())
+    _append(folder / "censored.bin", censored.tobytes())
+    about = {name: getattr(scan, name) for name in ("t_r", "t_r_source", "source", "n_frames")}
+    about["n_usable"] = scan.n_usable
+    # The error of the values that come back, in SDs.
+    sd = np.where(m[SD] > 0, m[SD], np.inf)
+    error = ((_restored(stored, m) - scan.values.astype(np.float64)) / sd)[~censored]
+    about["error_max"] = float(np.abs(error).max())
+    about["error_rms"] = float(np.sqrt(np.square(error).mean()))
+    about["sha256"] = digest(stored, m, censored)
+    return about
+
+
+def _append(path: Path, content: bytes) -> None:
+    with open(path, "ab") as file:
+        file.write(content)
+
+
+def _write_lines(folder: Path, lines: list[str]) -> None:
+    """Append lines once the disk has their scans: a line must not outlive its values in a crash of the system."""
+    for name in BINARY:
+        with open(folder / name, "ab") as file:
+            os.fsync(file.fileno())
+    with open(folder / "rows.jsonl", "ab") as file:
+        file.write("".join(lines).encode())
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _write_listing(folder: Path, excluded: Any) -> None:
+    """Say that the conversion has ended."""
+    lines = (folder / "rows.jsonl").read_bytes()
+    listed = {"bytes": len(lines), "sha256": _listing_sha256(folder, lines)}
+    listed["excluded"] = _plain_rows(pd.DataFrame(excluded))
+    write_json(folder / "store.json", listed)
+
+
+def _stored(values: np.ndarray, m: np.ndarray, dtype: str) -> np.ndarray:
+    """Values as they are stored: z-scores in float16, or themselves in float32."""
+    if dtype == "float32":
+        return np.ascontiguousarray(values, dtype="<f4")
+    z = (values - m[MEAN]) / np.where(m[SD] > 0, m[SD], np.inf)
+    return np.ascontiguousarray(z.clip(-LIMIT, LIMIT), dtype="<f2")
+
+
+def _restored(stored: np.ndarray, m: np.ndarray) -> np.ndarray:
+    """Values in the units of their source, float32."""
+    if stored.dtype == np.float32:
+        return stored
+    return (stored * m[SD] + m[MEAN]).astype(np.float32)
+
+
+# Reading
+
+
+def _listing_sha256(folder: Path, lines: bytes) -> str:
+    return hashlib.sha256((folder / "head.json").read_bytes() + lines).hexdigest()
 
 
 def _read_json(path: Path) -> Row:
@@ -224,129 +327,55 @@ def _read_json(path: Path) -> Row:
         refuse(f"{path}: damaged ({error}); convert into a new folder", "checksum")
 
 
-def _digest(content: Row) -> str:
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
-
-
-def _write_shard(
-    stem: Path,
-    todo: list[tuple[int, Row]],
-    load: Callable[[int], Scan],
-    head: Row | None,
-    new: Row,
-    tick: Callable[[int], None] | None,
-) -> Row | None:
-    """Write a shard of what can be used of `todo`; return the store's head, which the first usable scan decides."""
-    rows, excluded, all_moments, all_censored, start = [], [], [], [], 0
-    with writing(stem.with_name(f"{stem.name}.npy")) as stream:
-        for i, (number, row) in enumerate(todo, start=1):
-            if tick is not None:
-                tick(i)
-            try:
-                scan = load(number)
-                if head is None:
-                    head = new | {"atlas": scan.atlas, "parcels": scan.parcels}
-                    write_json(stem.parent / "parcels.json", head)
-                with naming(scan.source):
-                    check_parcels(scan.parcels, head["parcels"])
-                m = moments(scan.values, scan.censored)
-            except DataError as error:
-                facts = {name: row.get(name) for name in (*ENTITIES, "source_bytes")}
-                excluded.append(facts | {"problem": error.problem, "message": str(error)})
-                continue
-            if start == 0:
-                _npy_header(stream, new["dtype"], 0, len(scan.parcels))
-            stored = _stored(scan.values, m, new["dtype"])
-            stream.write(stored.data)
-            censored = (
-                np.zeros(scan.n_frames, dtype=bool) if scan.censored is None else scan.censored
-            )
-            sd = np.where(m[SD] > 0, m[SD], np.inf)
-            off = ((_restored(stored, m) - scan.values.astype(np.float64)) / sd)[~censored]
-            known = {
-                name: getattr(scan, name)
-                for name in ("participant_id", "session", "run", "mean_fd")
-            }
-            facts = {
-                name: getattr(scan, name)
-                for name in ("t_r", "t_r_source", "source", "n_frames", "n_usable")
-            }
-            facts |= {"start": start, "error_max": float(np.abs(off).max())}
-            facts |= {
-                "error_rms": float(np.sqrt(np.square(off).mean())),
-                "sha256": _checksum(stored, m, censored),
-            }
-            rows.append(row | {k: v for k, v in known.items() if row.get(k) in (None, "")} | facts)
-            all_moments.append(m)
-            all_censored.append(censored)
-            start += scan.n_frames
-        stream.seek(0)
-        _npy_header(stream, new["dtype"], start, all_moments[0].shape[1] if rows else 0)
-    parts = {"moments": np.array(all_moments).reshape(len(rows), 4, -1 if rows else 0)}
-    if any(c.any() for c in all_censored):
-        parts["censored"] = np.concatenate(all_censored)
-    for name, part in parts.items():
-        with writing(stem.with_name(f"{stem.name}.{name}.npy")) as stream:
-            np.save(stream, part)
-    write_json(stem.with_name(f"{stem.name}.json"), {"scans": rows, "excluded": excluded})
+def _read_head(folder: Path) -> Row:
+    head = _read_json(folder / "head.json")
+    if head.get("format") != FORMAT:
+        found = f"format {head.get('format')}, this version reads {FORMAT}"
+        refuse(f"{folder}/head.json: {found}; convert into a new folder", "format")
+    head["parcels"] = tuple(head["parcels"])
     return head
-
-
-def _npy_header(stream: BinaryIO, dtype: str, n_frames: int, n_parcels: int) -> None:
-    """NumPy pads the header so that the first axis can grow: the same number of bytes whatever n_frames."""
-    descr = npy.dtype_to_descr(np.dtype(dtype).newbyteorder("<"))
-    npy.write_array_header_1_0(
-        stream, {"descr": descr, "fortran_order": False, "shape": (n_frames, n_parcels)}
-    )
-
-
-def _stored(values: np.ndarray, m: np.ndarray, dtype: str) -> np.ndarray:
-    if dtype == "float32":
-        return np.ascontiguousarray(values, dtype="<f4")
-    z = (values - m[MEAN]) / np.where(m[SD] > 0, m[SD], np.inf)
-    return np.ascontiguousarray(z.clip(-LIMIT, LIMIT), dtype="<f2")
-
-
-def _restored(stored: np.ndarray, m: np.ndarray) -> np.ndarray:
-    return stored if stored.dtype == np.float32 else (stored * m[SD] + m[MEAN]).astype(np.float32)
-
-
-def _checksum(stored: np.ndarray, m: np.ndarray, censored: np.ndarray) -> str:
-    digest = hashlib.sha256()
-    for part in (stored, m, censored):
-        digest.update(np.ascontiguousarray(part).data)
-    return digest.hexdigest()
 
 
 class _StoredScan(Scan):
     """A scan whose values are read when they are asked for; it was checked when it was converted."""
 
-    _from: "tuple[Store, int]"
+    _store: "Store"
+    _i: int
+
+    def __init__(self, store: "Store | None" = None, i: int = 0, **facts: Any):
+        if store is None:  # a copy with something replaced is a scan in memory
+            super().__init__(**facts)
+            return
+        # A frozen dataclass is set through its dictionary.
+        vars(self).update(facts, _store=store, _i=i)
 
     def __getstate__(self) -> Row:
         """Goes to another process with its values, not with its store."""
-        return {name: value for name, value in vars(self).items() if name != "_from"} | {
-            "values": self.values
-        }
+        values = self.values
+        state = {name: value for name, value in vars(self).items() if name[0] != "_"}
+        return {**state, "values": values}
 
     @cached_property
     def values(self) -> np.ndarray:  # type: ignore[override]  # a field of Scan
-        store, i = self._from
-        return _restored(*store._parts(i)[:2])
+        return self._store.values(self._i)
 
     @property
     def n_frames(self) -> int:
-        if "_from" not in vars(self):  # a copy with something replaced
-            return self.values.shape[0]
-        store, i = self._from
-        return store._where[i][3]
+        if "_store" in vars(self):
+            return self._store._row(self._i)["n_frames"]
+        return self.values.shape[0]
+
+    @property
+    def moments(self) -> np.ndarray:
+        if "_store" in vars(self):
+            return self._store.moments(self._i)
+        return super().moments
 
 
-class Store(Sequence[Scan]):
+class Store(Collection):
     """The scans of a store. A scan's values are read when they are asked for.
 
-    Goes to other processes as its folder and rows: each opens its own maps. A DataError if the folder holds no store,
-    one whose conversion has not ended, or one whose index was altered.
+    Any number of processes can read; a store goes to another one as its folder and rows.
 
     Attributes
     ----------
@@ -356,173 +385,172 @@ class Store(Sequence[Scan]):
         parcel over the scan.
     excluded : DataFrame
         What could not be used: ``participant_id``, ``path`` or ``file``, ``problem``, ``message``.
-    dtype, cohort, atlas, parcels, simulated : str, str, str, tuple of str, bool
+    dtype, cohort, atlas : str
+    parcels : tuple of str
+    simulated : bool
     """
 
-    def __init__(self, folder: str | Path):
-        self.folder = Path(folder)
-        if not (self.folder / "store.json").is_file():
-            if (self.folder / "parcels.json").is_file():
-                refuse(f"{self.folder}: its conversion has not ended; run it again", "unfinished")
-            refuse(f"{self.folder}: no store (there is no store.json)", "not-a-store")
-        catalogue = _read_json(self.folder / "store.json")
-        if catalogue.pop("sha256", None) != _digest(catalogue):
-            refuse(f"{self.folder}/store.json: altered since the conversion (checksum)", "checksum")
-        rows, excluded = [], catalogue["excluded"]
-        for name, checksum in catalogue["files"].items():
-            part = _read_json(self.folder / name)
-            if sha256(self.folder / name) != checksum:
-                refuse(f"{self.folder / name}: altered since the conversion (checksum)", "checksum")
-            if name != "parcels.json":
-                rows += [
-                    row | {"shard": Path(name).stem, "place": i}
-                    for i, row in enumerate(part["scans"])
-                ]
-                excluded = excluded + part["excluded"]
-        head = _head(self.folder)
-        self.dtype, self.atlas, self.parcels = head["dtype"], head["atlas"], head["parcels"]
-        self.cohort, self.simulated = head["cohort"], head["simulated"]
-        self.table = pd.DataFrame(rows)
-        there = {_key(row) for row in rows}
-        self.excluded = pd.DataFrame([row for row in excluded if _key(row) not in there])
-        self._maps: dict[str, np.ndarray] = {}
-        self._read = 0
-        self._index()
+    folder: Path
 
-    def _index(self) -> None:
-        columns = ("shard", "place", "start", "n_frames")
-        self._where = list(zip(*(self.table[c].tolist() for c in columns), strict=True))
-        self._censored = (self.table["n_usable"] < self.table["n_frames"]).tolist()
-        self._facts = {
-            name: self.table[name].tolist() for name in ("participant_id", "t_r", "source")
-        }
-        for name in ("session", "run", "t_r_source", "mean_fd"):
-            missing = None if name == "mean_fd" else ""
-            self._facts[name] = [missing if pd.isna(value) else value for value in self.table[name]]
+    def __init__(self, folder: str | Path):
+        """Open a store; a DataError if the folder holds none, an unfinished or an altered one."""
+        folder = Path(folder)
+        if not is_store(folder):
+            if (folder / "head.json").is_file():
+                refuse(f"{folder}: its conversion has not ended; run it again", "unfinished")
+            refuse(f"{folder}: no store (there is no store.json)", "not-a-store")
+        listed = _read_json(folder / "store.json")
+        head = _read_head(folder)
+        # More lines may be there: scans that are being added.
+        lines = (folder / "rows.jsonl").read_bytes()[: listed["bytes"]]
+        if listed["sha256"] != _listing_sha256(folder, lines):
+            refuse(f"{folder}/rows.jsonl: altered since the conversion (checksum)", "checksum")
+        rows = [json.loads(line) for line in lines.splitlines()]
+        scan_rows = [row for row in rows if _is_scan(row)]
+        # A scan that was left out may have been added later.
+        left_out = {_key(row): row for row in rows if not _is_scan(row)}
+        for row in scan_rows:
+            left_out.pop(_key(row), None)
+        self.folder = folder
+        self.table = with_known_columns(pd.DataFrame(scan_rows))
+        self._scan_lines = scan_rows
+        self._rows = np.arange(len(scan_rows))
+        self.excluded = pd.DataFrame([*listed["excluded"], *left_out.values()])
+        self.dtype = head["dtype"]
+        self.atlas = head["atlas"]
+        self.parcels = tuple(head["parcels"])
+        self.cohort = head["cohort"]
+        self.name = data_name(head["cohort"]) or folder.name
+        self.simulated = head["simulated"]
+        self._maps: dict[str, np.ndarray] = {}
 
     def __getstate__(self) -> Row:
-        return self.__dict__ | {"_maps": {}}
+        """Goes to another process without its maps, which would take all values along."""
+        return {**vars(self), "_maps": {}}
 
-    def __len__(self) -> int:
-        return len(self._where)
+    def _row(self, i: int) -> Row:
+        return self._scan_lines[self._rows[i]]
 
-    def select(self, rows: Any) -> "Store":
-        """The same store with only the rows given, a mask or numbers: those of the training participants, say."""
-        chosen = object.__new__(Store)
-        rows = np.asarray(rows)
-        rows = np.flatnonzero(rows) if rows.dtype == bool else rows
-        chosen.__dict__ |= self.__getstate__() | {
-            "table": self.table.iloc[rows].reset_index(drop=True)
-        }
-        chosen._index()
-        return chosen
+    def _scan(self, i: int) -> Scan:
+        row = self._row(i)
+        facts = {name: row[name] for name in ("participant_id", "t_r", "source", "mean_fd")}
+        for name in ("session", "run", "t_r_source"):
+            facts[name] = row.get(name) or ""
+        facts["censored"] = self.censored(i)
+        return _StoredScan(self, i, parcels=self.parcels, atlas=self.atlas, **facts)
 
-    def __getitem__(self, i: Any) -> Any:
-        """Scan `i`, or the store of a slice. A float32 scan's values are the map; writing to them reaches no file."""
-        if isinstance(i, slice):
-            return self.select(np.arange(len(self))[i])
-        i = range(len(self))[i]
-        scan = object.__new__(_StoredScan)
-        scan.__dict__ |= {name: column[i] for name, column in self._facts.items()}
-        scan.__dict__ |= {"parcels": self.parcels, "atlas": self.atlas, "_from": (self, i)}
-        scan.__dict__["censored"] = self._parts(i)[2]
-        return scan
-
-    def _map(self, name: str) -> np.ndarray:
-        if name not in self._maps:
-            path = self.folder / name
-            try:
-                # "c", because torch takes no array that is read-only; what is written to it reaches no file.
-                found = np.load(path, mmap_mode="c")
-                kind = {1: "bool", 2: self.dtype, 3: "float64"}.get(found.ndim)
-                if found.dtype != kind or (found.ndim > 1 and found.shape[-1] != len(self.parcels)):
-                    raise ValueError(f"{found.dtype} of shape {found.shape}")
-                self._maps[name] = found
-            except FileNotFoundError:
-                refuse(f"{path}: the store lacks this file", "missing")
-            except Exception as error:  # NumPy reads the header as Python, which fails in many ways
-                refuse(f"{path}: truncated or damaged ({error})", "truncated")
-        return self._maps[name]
-
-    def _parts(
-        self, i: int, start: int = 0, stop: int | None = None
-    ) -> tuple[np.ndarray, np.ndarray, Any]:
-        """Stored values, moments and censored frames (or None) of some frames of scan `i`, none of them copied."""
-        shard, place, first, n_frames = self._where[i]
-        stop = n_frames if stop is None else stop
+    def _span(self, i: int, start: int, stop: int | None) -> tuple[int, int]:
+        """First frame in the file and number of frames; an IndexError if the scan does not have them."""
+        row = self._row(i)
+        n_frames = row["n_frames"]
+        if stop is None:
+            stop = n_frames
         if not 0 <= start < stop <= n_frames:
             raise IndexError(f"frames must lie in 0 ... {n_frames}, got {start} ... {stop}")
-        if self._read > KEEP_MAPPED:
-            self._maps, self._read = {}, 0
-        values, m = self._map(f"{shard}.npy"), self._map(f"{shard}.moments.npy")
-        if len(values) < first + n_frames or place >= len(m):
-            refuse(f"{self.folder / shard}.npy: truncated, {len(values)} frames", "truncated")
-        stored, censored = values[first + start : first + stop], None
-        if self._censored[i]:
-            censored = self._map(f"{shard}.censored.npy")[first + start : first + stop]
-        self._read += stored.nbytes + m[place].nbytes
-        return stored, m[place], censored
+        return row["start"] + start, stop - start
+
+    def _read(self, name: str, dtype: str, width: int, start: int, n: int) -> np.ndarray:
+        """Rows of a binary file as an array (n, width); the file's other rows are not read."""
+        path = self.folder / name
+        if name not in self._maps:
+            if not path.is_file() or path.stat().st_size == 0:
+                refuse(f"{path}: the store lacks this file, or it is empty", "missing")
+            n_rows = path.stat().st_size // (width * np.dtype(dtype).itemsize)
+            # Copy on write, because torch takes no read-only array. What is written reaches no file.
+            mapped = np.memmap(path, dtype, mode="c", shape=(n_rows, width))
+            self._maps[name] = np.asarray(mapped)  # a plain array is sliced more quickly
+        found = self._maps[name][start : start + n]
+        if len(found) < n:
+            refuse(f"{path}: truncated, it ends before row {start + n}", "truncated")
+        return found
+
+    def _stored(self, i: int, start: int = 0, stop: int | None = None) -> np.ndarray:
+        """Values as they are stored, shape (time, parcel)."""
+        span = self._span(i, start, stop)
+        return self._read("values.bin", DTYPES[self.dtype], len(self.parcels), *span)
+
+    def values(self, i: int) -> np.ndarray:
+        """Return the values of scan `i` in the units of its source, shape (time, parcel), float32."""
+        return _restored(self._stored(i), self.moments(i))
 
     def moments(self, i: int) -> np.ndarray:
-        """Mean, SD, smallest and largest of each parcel of scan `i`, shape (4, parcel), as at the conversion."""
-        return self._parts(i, 0, 1)[1]
+        """Return mean, SD, smallest and largest value of each parcel of scan `i`, shape (4, parcel).
+
+        They are those of the scan that was converted, exactly.
+        """
+        place = 4 * self._row(i)["place"]
+        return self._read("moments.bin", "<f8", len(self.parcels), place, 4)
 
     def censored(self, i: int, start: int = 0, stop: int | None = None) -> np.ndarray | None:
-        """The censored frames among some frames of scan `i`, bool of shape (time,), or None if the scan has none."""
-        return self._parts(i, start, stop)[2]
+        """Return the censored frames among some frames of scan `i`, bool of shape (time,), or None if it has none."""
+        row = self._row(i)
+        if row["n_usable"] == row["n_frames"]:
+            return None
+        return self._read("censored.bin", "?", 1, *self._span(i, start, stop))[:, 0]
 
     def read(
         self, i: int, start: int = 0, stop: int | None = None, scaling: Scaling | None = None
     ) -> np.ndarray:
-        """Some frames of scan `i` (all by default), (time, parcel) float32, scaled with the whole scan's moments.
+        """Read some frames of scan `i`, scaled with the whole scan's moments.
 
-        Only those frames are read, into a copy; a frame without a value is 0. Scaled to z-scores by default.
+        Parameters
+        ----------
+        i : int
+        start, stop : int
+            Frames; all by default. No others are read.
+        scaling : Scaling
+            Z-scores by default.
+
+        Returns
+        -------
+        ndarray, shape (time, parcel), float32
+            A frame without a value is 0.
         """
-        import torch  # which turns float16 into float32 ten times as fast as NumPy does
+        import torch  # turns float16 into float32 ten times as fast as NumPy does
 
-        stored, m, censored = self._parts(i, start, stop)
+        stored = self._stored(i, start, stop)
         scaling = scaling or Scaling()
         if self.dtype == "float32":
-            offset, scale = scaling.affine(m)
+            offset, scale = scaling.affine(self.moments(i))
             x = ((stored - offset) / scale).astype(np.float32)
         else:
-            x = torch.from_numpy(np.asarray(stored)).float().numpy()
+            x = torch.from_numpy(stored).float().numpy()
             if scaling.method != "zscore_per_parcel":
+                m = self.moments(i)
                 offset, scale = scaling.affine(m)
                 x *= (m[SD] / scale).astype(np.float32)
                 x += ((m[MEAN] - offset) / scale).astype(np.float32)
-        return x if censored is None else np.nan_to_num(x, copy=False)
+        if self.censored(i) is None:
+            return x
+        return np.nan_to_num(x, copy=False)
 
     def summary(self) -> str:
-        """What is in it, and how many scans were left out for which reason."""
-        people, error = self.table["participant_id"].nunique(), self.table["error_max"].max()
-        what = (
-            f"{len(self)} scans of {people} participants, {len(self.parcels)} parcels, {self.dtype}"
-        )
-        lines = [
-            f"{what} (largest error {error:.2g} SD)" + (", SIMULATED" if self.simulated else "")
-        ]
-        out = self.excluded.reindex(columns=["problem", "left_out_of"])
-        counts = out["problem"][out["left_out_of"] != "targets"].value_counts()
-        return "\n".join(
-            [*lines, *(f"left out: {count} {problem}" for problem, count in counts.items())]
-        )
+        """Say what is in it, and how many scans were left out for which reason."""
+        n_people = self.table["participant_id"].nunique()
+        error = self.table["error_max"].max()
+        content = f"{len(self)} scans of {n_people} participants, {len(self.parcels)} parcels"
+        mark = ", SIMULATED" if self.simulated else ""
+        lines = [f"{content}, {self.dtype} (largest error {error:.2g} SD){mark}"]
+        left_out = self.excluded.reindex(columns=["problem", "left_out_of"])
+        # Scans without a phenotype are in the store.
+        counts = left_out.query("left_out_of != 'targets'")["problem"].value_counts()
+        lines += [f"left out: {count} {problem}" for problem, count in counts.items()]
+        return "\n".join(lines)
 
     @property
     def fingerprint(self) -> str:
-        """SHA-256 over participants, t_r, parcels and the scans' checksums."""
-        digest = hashlib.sha256(repr((self.dtype, self.parcels)).encode())
-        for row in self.table[["participant_id", "t_r", "sha256"]].itertuples(index=False):
-            digest.update(repr(tuple(row)).encode())
-        return digest.hexdigest()
+        """Digest of participants, t_r, parcels and the scans' checksums."""
+        told = self.table[["participant_id", "t_r", "sha256"]]
+        return digest(self.dtype, self.parcels, told.to_numpy().tolist())
 
     def verify(self) -> int:
         """Compare every scan with its checksum and return their number; a DataError for the first that differs."""
-        for i, (shard, _, first, n_frames) in enumerate(self._where):
-            stored, m, censored = self._parts(i)
-            censored = np.zeros(n_frames, dtype=bool) if censored is None else censored
-            if _checksum(stored, m, censored) != self.table["sha256"].iat[i]:
-                frames = f"frames {first} to {first + n_frames} ({self.table['source'].iat[i]})"
-                changed = f"{frames} are not what was converted; convert into a new folder"
-                refuse(f"{self.folder / shard}.npy: {changed}", "checksum")
+        for i in range(len(self)):
+            row = self._row(i)
+            censored = self.censored(i)
+            if censored is None:
+                censored = np.zeros(row["n_frames"], dtype=bool)
+            if digest(self._stored(i), self.moments(i), censored) != row["sha256"]:
+                changed = f"{row['source']} is not what was converted; convert into a new folder"
+                refuse(f"{self.folder}: {changed}", "checksum")
         return len(self)

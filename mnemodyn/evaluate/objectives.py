@@ -9,8 +9,7 @@ import pandas as pd
 import torch
 
 from mnemodyn.checkpoint import Checkpoint
-from mnemodyn.evaluate.metrics import hidden_sums
-from mnemodyn.pretrain.objective import Masked
+from mnemodyn.pretrain.objectives import Masked
 
 DIGITS = 10  # two equal runs differ in the sixteenth
 
@@ -96,10 +95,10 @@ def by_setting(
     for share, window in product(shares, mask_windows):
         hidden = Masked(share, window).hide(windows.shape, seed).numpy()
         for name, method in methods.items():
-            residual, total = hidden_sums(windows, method.fill(windows, hidden), hidden)
-            rows.append(
-                (name, share, window, window * t_r, round(1 - residual.sum() / total.sum(), DIGITS))
-            )
+            truth = windows[hidden].astype(np.float64)
+            residual = ((truth - method.fill(windows, hidden)[hidden]) ** 2).sum()
+            r2 = 1 - residual / (truth**2).sum()
+            rows.append((name, share, window, window * t_r, round(r2, DIGITS)))
     return pd.DataFrame(rows, columns=["method", "hidden_share", "mask_window", "seconds", "r2"])
 
 

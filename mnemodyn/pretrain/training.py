@@ -1,6 +1,11 @@
-"""Training with Lightning: resumable at any step, on one device or many, the two best checkpoints kept."""
+"""The one trainer: resumable after every epoch, on one device or many.
 
-import hashlib
+:func:`pretrain` trains the network, :func:`pretrain_rival` another module on the same windows, and
+:func:`pretrain_several` compares seeds and learning rates. All end in :func:`fit`, which is the only
+training loop and takes any module with a loss.
+"""
+
+import copy
 import io
 import itertools
 import json
@@ -10,7 +15,7 @@ import os
 import shutil
 import sys
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -24,30 +29,44 @@ import torch.distributed
 import torch.utils.checkpoint
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.pytorch import Trainer
-from lightning.pytorch.callbacks import Callback, EarlyStopping, ModelCheckpoint, WeightAveraging
+from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities import rank_zero_only
-from torch.utils.data import DataLoader
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
+from torch.utils.data import DataLoader, Dataset
 
-import mnemodyn
 from mnemodyn.checkpoint import Checkpoint, from_pretrained, save_checkpoint
 from mnemodyn.data.scaling import Scaling
 from mnemodyn.data.scans import DataError, Scan, fingerprint
-from mnemodyn.files import write_bytes, write_json, write_text
-from mnemodyn.model.config import ModelConfig
+from mnemodyn.files import digest, write_bytes, write_json, write_text
+from mnemodyn.model.front import Front
 from mnemodyn.model.network import MnemoDyn
-from mnemodyn.pretrain.config import Machine, TrainingConfig
-from mnemodyn.pretrain.objective import Objective
+from mnemodyn.pretrain.objectives import Objective, make_objective
 from mnemodyn.pretrain.windows import (
     Draws,
     FixedWindows,
     RandomWindows,
-    Windows,
     censored_frames,
     collate,
 )
 from mnemodyn.provenance import surroundings
+from mnemodyn.settings import Machine, ModelConfig, Settings, TrainingConfig
 
-__all__ = ["Machine", "Pretraining", "ResumeError", "TrainingConfig", "TrainingError", "pretrain"]
+__all__ = [
+    "Fronts",
+    "Learner",
+    "ResumeError",
+    "TrainingError",
+    "fit",
+    "pretrain",
+    "pretrain_rival",
+    "pretrain_several",
+]
+
+History = list[dict[str, Any]]
+
+# Windows whose fills are kept in memory, at most: of 490 frames and 450 parcels, 3.5 GB.
+FILLS_KEPT = 4096
 
 
 class TrainingError(RuntimeError):
@@ -58,479 +77,846 @@ class ResumeError(RuntimeError):
     """A folder holds an unfinished run of another configuration."""
 
 
-class Pretraining(lightning.LightningModule):
-    """A network, an objective and an optimiser. Logs the training loss and the objective's validation scores."""
+def pretrain(
+    train: Sequence[Scan],
+    validation: Sequence[Scan],
+    folder: str | Path,
+    settings: Settings | None = None,
+    *,
+    restart: bool = False,
+    fronts: "Fronts | None" = None,
+) -> tuple[Checkpoint, History]:
+    """Pretrain a network on scans without labels.
 
-    def __init__(self, model: MnemoDyn, objective: Objective, config: TrainingConfig):
+    The network before its first step counts as epoch 0 and may be the one that is kept.
+
+    Parameters
+    ----------
+    train, validation : sequence of Scan
+        Of different participants; the validation scans choose the epoch. They may be read lazily, and
+        differ in length and repetition time.
+    folder : str or Path
+        Gets the network as ``best/``, ``history.csv`` and ``run.json`` (settings, data, machine). Until
+        the run is finished its files lie in ``unfinished/``; a finished run of other settings stays
+        until then.
+    settings : Settings, optional
+        ``data`` is not read here: the scans are given.
+    restart : bool
+        Give up an unfinished run of other settings. Without it that is an error.
+    fronts : Fronts, optional
+        Front ends of the training scans, where they are fitted already.
+
+    Returns
+    -------
+    checkpoint : Checkpoint
+    history : list of dict
+        One for each epoch: ``epoch``, ``train_loss`` (None in epoch 0), and the objective's scores, whose
+        names begin with ``val_``.
+
+    Raises
+    ------
+    DataError
+        If a participant is in both sets, scans do not fit the settings, or a window holds NaN.
+    ResumeError
+        If `folder` holds an unfinished run of other settings or data.
+    TrainingError
+        If the loss is NaN or infinite, or a checkpoint cannot be written; earlier ones stay as they are.
+    """
+    settings = settings or Settings()
+    people = _participants(train, validation)
+    run = _Run(folder, _identity(settings, train, validation))
+    if run.finished():
+        run.show(settings)
+    else:
+        config = _config(settings, train)
+        torch.manual_seed(settings.training.seed)
+        network = MnemoDyn(config)
+        scaling = Scaling(settings.scaling).fit(train)
+        if network.front is None:
+            fronts = None
+        else:
+            fronts = fronts or Fronts(train, scaling, settings.training)
+            fronts.fit(network.front)
+        windows = _windows(train, validation, scaling, settings, fronts)
+        history = run.train(network, settings, windows, restart, fronts)
+        objective = make_objective(settings.objective)
+        record = {
+            "objective": settings.objective.to_dict(),
+            "settings": settings.to_dict(),
+            **people,
+            objective.monitor: max(row[objective.monitor] for row in history),
+        }
+        data = run.identity["data"]["train"]
+        checkpoint = Checkpoint(
+            network, train[0].parcels, float(train[0].t_r), scaling, data, record
+        )
+        run.finish(settings, history, lambda work: save_checkpoint(work / "best", checkpoint))
+    return from_pretrained(run.folder / "best"), run.history()
+
+
+def pretrain_rival(
+    make: Callable[[], nn.Module],
+    train: Sequence[Scan],
+    validation: Sequence[Scan],
+    folder: str | Path,
+    settings: Settings | None = None,
+    *,
+    restart: bool = False,
+) -> tuple[nn.Module, History]:
+    """Train another network on the windows, masks and schedule that :func:`pretrain` would use.
+
+    Parameters
+    ----------
+    make : callable
+        Returns the network, untrained; it is called after the seed is set. Its ``forward(x, t_r, *,
+        hidden)`` returns a reconstruction (batch, time, parcel), or an object that has one as
+        ``reconstruction``. It must take ``censored`` and ``lengths`` where the scans have them.
+    train, validation, folder, settings, restart
+        See :func:`pretrain`; ``settings.model`` gives no more than the frames of a window.
+
+    Returns
+    -------
+    network : Module
+        In evaluation mode, on the CPU.
+    history : list of dict
+
+    Examples
+    --------
+    ::
+
+        make = functools.partial(PatchTransformer, n_parcels, n_timepoints, width=64, n_layers=4)
+        network, history = pretrain_rival(make, train, validation, folder, settings)
+    """
+    settings = settings or Settings()
+    _participants(train, validation)
+    torch.manual_seed(settings.training.seed)
+    network = make()
+    started = digest(repr(network), dict(network.state_dict()))
+    run = _Run(folder, {**_identity(settings, train, validation), "network": started})
+    if run.finished():
+        run.show(settings)
+    else:
+        scaling = Scaling(settings.scaling).fit(train)
+        windows = _windows(train, validation, scaling, settings, None)
+        history = run.train(network, settings, windows, restart, None)
+        weights = network.state_dict()
+        run.finish(settings, history, lambda work: _save(weights, work / "best" / "weights.pt"))
+    network.load_state_dict(torch.load(run.folder / "best" / "weights.pt", weights_only=True))
+    return network.eval(), run.history()
+
+
+def pretrain_several(
+    train: Sequence[Scan],
+    validation: Sequence[Scan],
+    folder: str | Path,
+    settings: Settings | None = None,
+    *,
+    seeds: Sequence[int] = (0,),
+    rates: Sequence[float] = (),
+    make: Callable[[], nn.Module] | None = None,
+) -> tuple[list, pd.DataFrame]:
+    """Train one network for each seed and learning rate, and keep the rate that is best on validation people.
+
+    Parameters
+    ----------
+    train, validation, folder, settings
+        See :func:`pretrain`; each run has a folder of its own in `folder`.
+    seeds : sequence of int
+    rates : sequence of float, optional
+        Learning rates to try, in place of that of the settings.
+    make : callable, optional
+        Makes a rival: see :func:`pretrain_rival`.
+
+    Returns
+    -------
+    networks : list of Checkpoint, or of Module for a rival
+        Those of the best rate, in the order of the seeds.
+    table : DataFrame
+        A row for each run: ``rate``, ``seed``, ``epoch`` (the one kept), ``score`` (validation), ``kept``.
+    """
+    settings = settings or Settings()
+    monitor = make_objective(settings.objective).monitor
+    # All runs share the front ends, which do not depend on the seed.
+    fronts = Fronts(train, Scaling(settings.scaling).fit(train), settings.training)
+    networks: dict[float, list] = {}
+    rows = []
+    for rate in rates or (settings.training.learning_rate,):
+        for seed in seeds:
+            one = settings.updated({"training.learning_rate": rate, "training.seed": seed})
+            place = Path(folder) / f"rate-{rate:g}-seed-{seed}"
+            trained: Any
+            if make is None:
+                trained, history = pretrain(train, validation, place, one, fronts=fronts)
+            else:
+                trained, history = pretrain_rival(make, train, validation, place, one)
+            networks.setdefault(rate, []).append(trained)
+            best = max(history, key=lambda row: row[monitor])
+            rows.append(
+                {"rate": rate, "seed": seed, "epoch": best["epoch"], "score": best[monitor]}
+            )
+    table = pd.DataFrame(rows)
+    kept = table.groupby("rate")["score"].mean().idxmax()
+    table["kept"] = table["rate"] == kept
+    return networks[kept], table
+
+
+def _participants(train: Sequence[Scan], validation: Sequence[Scan]) -> dict[str, list[str]]:
+    """Who trains and who validates; a DataError where these overlap or parcels differ."""
+    people = {}
+    for name, scans in (("train", train), ("validation", validation)):
+        people[f"{name}_participants"] = sorted({scan.participant_id for scan in scans})
+    both = sorted(set(people["train_participants"]) & set(people["validation_participants"]))
+    if both:
+        raise DataError(f"participants in both training and validation: {both}")
+    for scan in itertools.chain(train, validation):
+        if scan.parcels != train[0].parcels:
+            raise DataError(f"{scan.source}: parcels differ from those of {train[0].source}")
+    return people
+
+
+def _config(settings: Settings, train: Sequence[Scan]) -> ModelConfig:
+    """The settings of the network, with the number of parcels that the scans have."""
+    n_parcels = len(train[0].parcels)
+    asked = asdict(settings.model)  # type: ignore[call-overload]
+    if asked.setdefault("n_parcels", n_parcels) != n_parcels:
+        raise DataError(
+            f"{train[0].source}: expected {asked['n_parcels']} parcels, got {n_parcels}"
+        )
+    return ModelConfig(**asked)
+
+
+def _identity(settings: Settings, train: Sequence[Scan], validation: Sequence[Scan]) -> dict:
+    """What decides the result of a training."""
+    described = settings.to_dict()
+    del described["machine"], described["data"]
+    data = {}
+    for name, scans in (("train", train), ("validation", validation)):
+        data[name] = getattr(scans, "fingerprint", None) or fingerprint(scans)
+    return {"settings": described, "data": data, "torch": torch.__version__}
+
+
+def _windows(
+    train: Sequence[Scan],
+    validation: Sequence[Scan],
+    scaling: Scaling,
+    settings: Settings,
+    fronts: "Fronts | None",
+) -> tuple[RandomWindows, FixedWindows]:
+    """Training and validation windows."""
+    training = settings.training
+    shared = (scaling, make_objective(settings.objective), settings.model.n_timepoints)
+    seed = training.seed if training.fresh_windows else 0
+    folds: dict[str, Sequence[int] | None] = {"train": None, "validation": None}
+    if fronts is not None:
+        folds = {"train": fronts.folds, "validation": [Fronts.ALL] * len(validation)}
+    drawn = RandomWindows(
+        train, *shared, seed, seconds=training.window_seconds, folds=folds["train"]
+    )
+    # The views of validation must not follow the seed of a run, or runs could not be compared.
+    fixed = FixedWindows(
+        validation, *shared, 0, seconds=training.window_seconds, folds=folds["validation"]
+    )
+    return drawn, fixed
+
+
+class Fronts:
+    """The front ends of a training: one for each fold of participants, fitted to the others.
+
+    A front end has seen the people it was fitted to, and fills new ones less well. So that the blocks
+    learn to correct what they will meet, a training window is filled by a front end that has not seen its
+    participant. Validation, and the network that is saved, have the one fitted to all training scans.
+    """
+
+    # The number of the front end that is fitted to all training scans.
+    ALL = -1
+
+    def __init__(self, scans: Sequence[Scan], scaling: Scaling, training: TrainingConfig):
+        """Nothing is fitted before :meth:`fit`."""
+        self.scaled = _Scaled(scans, scaling)
+        self.kept: dict[str, Tensor] = {}
+        self.fronts: list[Front] = []
+        self.keep = not training.fresh_windows
+        people = [scan.participant_id for scan in scans]
+        names = sorted(set(people))
+        self.n_folds = min(training.cross_fit, len(names))
+        if self.n_folds < 2:
+            self.n_folds = 0
+            self.folds = [self.ALL] * len(people)
+        else:
+            number = {name: i % self.n_folds for i, name in enumerate(names)}
+            self.folds = [number[name] for name in people]
+
+    def fit(self, front: Front) -> None:
+        """Fit all front ends like `front`, if that is not done yet, and `front` itself to all scans."""
+        if not self.fronts:
+            for fold in [*range(self.n_folds), self.ALL]:
+                rows = [i for i, of in enumerate(self.folds) if of != fold or fold == self.ALL]
+                fitted = copy.deepcopy(front)
+                fitted.fit(_Scaled(self.scaled.scans, self.scaled.scaling, rows))
+                self.fronts.append(fitted)
+        front.load_state_dict(self.fronts[self.ALL].state_dict())
+
+    def run(
+        self,
+        network: nn.Module,
+        x: Tensor,
+        t_r: Tensor,
+        *,
+        folds: Tensor,
+        keep: bool,
+        hidden: Tensor | None = None,
+        censored: Tensor | None = None,
+        lengths: Tensor | None = None,
+    ) -> Any:
+        """The network's output for a batch whose windows belong to `folds`; with `keep` fills are remembered."""
+        known = {"hidden": hidden, "censored": censored, "lengths": lengths}
+        unseen = hidden
+        if censored is not None:
+            lost = censored[..., None].expand_as(x)
+            unseen = lost if hidden is None else hidden | lost
+        if unseen is None:
+            return network(x, t_r, **known)
+        x = x.masked_fill(unseen, 0)
+        filled = x.clone()
+        n_frames = torch.full_like(folds, x.shape[1]) if lengths is None else lengths
+        for fold, n in sorted(set(zip(folds.tolist(), n_frames.tolist(), strict=True))):
+            rows = ((folds == fold) & (n_frames == n)).nonzero()[:, 0]
+            filled[rows, :n] = self._fill(fold, x[rows, :n], unseen[rows, :n], keep)
+        return network(x, t_r, filled=filled, **known)
+
+    @torch.no_grad()
+    def _fill(self, fold: int, x: Tensor, unseen: Tensor, keep: bool) -> Tensor:
+        """What the front end of a fold makes of windows."""
+        front = self.fronts[fold].to(x.device)
+        if not keep:
+            return front(x, unseen)
+        filled = []
+        # One by one, so that a fill does not depend on which others were kept before it.
+        for one, where in zip(x, unseen, strict=True):
+            key = digest(fold, one, where)
+            found = self.kept.get(key)
+            if found is None:
+                found = front(one[None], where[None])[0]
+                if len(self.kept) < FILLS_KEPT:
+                    self.kept[key] = found.cpu()
+            filled.append(found.to(x.device))
+        return torch.stack(filled)
+
+
+class _Scaled(Sequence):
+    """Scaled scans (time, parcel) with NaN in censored frames, each made when it is asked for."""
+
+    def __init__(self, scans: Sequence[Scan], scaling: Scaling, rows: Sequence[int] | None = None):
+        self.scans = scans
+        self.scaling = scaling
+        self.rows = range(len(scans)) if rows is None else rows
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, i):
+        scan = self.scans[self.rows[i]]
+        return np.where(censored_frames(scan)[:, None], np.nan, self.scaling(scan))
+
+
+class _Run:
+    """The files of a run. Those of a finished one are replaced when the next is finished, not before."""
+
+    def __init__(self, folder: str | Path, identity: dict):
+        self.folder = Path(folder)
+        self.work = self.folder / "unfinished"
+        self.identity = identity
+
+    def finished(self) -> bool:
+        """Whether the folder holds this very run, finished."""
+        return not self._differences(self.folder) and (self.folder / "best").is_dir()
+
+    def _differences(self, folder: Path) -> list[str]:
+        """What tells the run in a folder from this one; empty where they are the same."""
+        record = folder / "run.json"
+        if not record.is_file():
+            return ["there is none"]
+        try:
+            there = json.loads(record.read_text(encoding="utf-8"))["identity"]
+        except (ValueError, KeyError) as error:
+            raise ResumeError(f"{record}: damaged ({error}); delete {folder}") from error
+        return _differences(there, self.identity)
+
+    def train(
+        self,
+        network: nn.Module,
+        settings: Settings,
+        windows: tuple[Dataset, Dataset],
+        restart: bool,
+        fronts: Fronts | None,
+    ) -> History:
+        """Train, or go on; a ResumeError if the folder holds an unfinished run that is another."""
+        different = self._differences(self.work)
+        if different and (self.work / "last.ckpt").is_file() and not restart:
+            raise ResumeError(
+                f"{self.folder} holds an unfinished run of another configuration: "
+                f"{'; '.join(different[:6])}. Go on with that one, name another folder, or give it "
+                "up with --restart (restart=True)."
+            )
+        if _is_first():
+            if different:
+                shutil.rmtree(self.work, ignore_errors=True)
+            for path in self.work.glob(".*.tmp"):
+                path.unlink()
+            write_json(self.work / "run.json", {"identity": self.identity})
+        objective = make_objective(settings.objective)
+        parts = (settings.training, settings.machine)
+        return fit(network, objective, *windows, *parts, folder=self.work, fronts=fronts)
+
+    def finish(self, settings: Settings, history: History, save: Callable[[Path], object]) -> None:
+        """Save the network by ``save(folder)``, and put this run in the place of the one before."""
+        if _is_first():
+            save(self.work)
+            about = {
+                "identity": self.identity,
+                "history": history,
+                "machine": asdict(settings.machine),  # type: ignore[call-overload]
+                "ran_on": surroundings(),
+            }
+            write_json(self.work / "run.json", about)
+            shutil.rmtree(self.folder / "best", ignore_errors=True)
+            # The record last: it says that the rest is there.
+            for name in ("best", "history.csv", "run.json"):
+                os.replace(self.work / name, self.folder / name)
+            shutil.rmtree(self.work)
+        if torch.distributed.is_initialized():
+            torch.distributed.barrier()
+
+    def show(self, settings: Settings) -> None:
+        """Print the lines of the finished run, as they were when it ran."""
+        objective = make_objective(settings.objective)
+        for row in self.history():
+            print(_line(row, objective, settings.training))
+
+    def history(self) -> History:
+        """Rows of the finished run, as fit returned them."""
+        return json.loads((self.folder / "run.json").read_text(encoding="utf-8"))["history"]
+
+
+def _differences(there: Any, here: Any, name: str = "") -> list[str]:
+    """By name, what differs between two nested mappings."""
+    if isinstance(there, dict) and isinstance(here, dict):
+        found = []
+        for key in sorted(there.keys() | here.keys()):
+            inner = f"{name}.{key}" if name else key
+            found += _differences(there.get(key), here.get(key), inner)
+        return found
+    return [] if there == here else [f"{name} is {str(there)[:16]} there, {str(here)[:16]} here"]
+
+
+def _is_first() -> bool:
+    """Whether this process is the first of those that train together, which writes the files."""
+    return getattr(rank_zero_only, "rank", 0) == 0
+
+
+def _save(content: Any, path: Path) -> None:
+    """Write tensors whole."""
+    stream = io.BytesIO()
+    torch.save(content, stream)
+    write_bytes(path, stream.getbuffer())
+
+
+def fit(
+    network: nn.Module,
+    objective: Objective,
+    windows: Dataset,
+    validation: Dataset,
+    training: TrainingConfig,
+    machine: Machine | None = None,
+    *,
+    folder: str | Path | None = None,
+    fronts: Fronts | None = None,
+) -> History:
+    """Train a module, and leave it with the averaged weights that are best on validation: the one loop.
+
+    Parameters
+    ----------
+    network : Module
+        Called by the objective alone; trained in place, and left on the CPU in evaluation mode.
+    objective : Objective
+        Anything with the methods of :class:`~mnemodyn.pretrain.objectives.Objective` that need no
+        view: ``loss``, ``sums``, ``scores`` and ``monitor``.
+    windows : Dataset
+        Item i is draw i: a dict of tensors and text, with ``scan`` for messages and ``x`` (time, parcel).
+        Needs no length.
+    validation : Dataset
+        With a length.
+    training : TrainingConfig
+    machine : Machine, optional
+    folder : str or Path, optional
+        Gets ``history.csv`` and ``last.ckpt`` after every epoch; training goes on from that one. None
+        for short trainings that need not resume.
+    fronts : Fronts, optional
+        See :func:`pretrain`.
+
+    Returns
+    -------
+    list of dict
+        A row for each epoch, with 0 for the module as it was given.
+
+    Examples
+    --------
+    Fine-tuning: an objective whose ``loss`` compares ``network(batch["x"], batch["t_r"])`` with
+    ``batch["y"]``, and windows that add ``y``::
+
+        class Labelled(RandomWindows):
+            def cut(self, which, start, seed, *, training):
+                item = super().cut(which, start, seed, training=training)
+                return {**item, "y": self.y[which]}
+
+        history = fit(network, objective, windows, validation, TrainingConfig(epochs=5))
+    """
+    machine = machine or Machine()
+    last = None if folder is None else Path(folder) / "last.ckpt"
+    record = Record(objective, training, last)
+    resumed = last is not None and last.is_file()
+    if resumed:
+        record.load_state_dict(_callback_state(last, record))
+    if not (resumed and record.is_over()):
+        if machine.recompute:
+            _recompute(network)
+        learner = Learner(network, objective, training, fronts)
+        batches = Batches(windows, validation, training, machine.workers)
+        logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", module="lightning")
+            trainer = _trainer(training, machine, record)
+            start = last if resumed else None
+            trainer.fit(learner, batches, ckpt_path=start, weights_only=True)
+        if last is not None:
+            # From the file: where training ran in other processes, their callbacks are not this one.
+            record.load_state_dict(_callback_state(last, record))
+    assert record.best is not None
+    network.load_state_dict(record.best["weights"])
+    network.cpu().eval()
+    return record.rows
+
+
+def _callback_state(path: Path | None, record: "Record") -> dict:
+    """What the record of a run has written into a checkpoint."""
+    content = torch.load(cast(Path, path), map_location="cpu", weights_only=True)
+    return content["callbacks"][record.state_key]
+
+
+def _recompute(network: nn.Module) -> None:
+    """Make the blocks of a network compute again in the backward pass instead of keeping what is inside."""
+    for block in cast(Any, network).blocks:
+        block.forward = partial(
+            torch.utils.checkpoint.checkpoint, block.forward, use_reentrant=False
+        )
+
+
+def _trainer(training: TrainingConfig, machine: Machine, record: "Record") -> Trainer:
+    """Lightning's trainer: the loop over epochs and steps, devices and processes, and precision."""
+    return lightning.Trainer(
+        accelerator=machine.accelerator,
+        devices=machine.devices,
+        num_nodes=machine.nodes,
+        strategy=machine.strategy,
+        precision=training.precision,
+        accumulate_grad_batches=training.accumulate,
+        max_epochs=training.epochs,
+        callbacks=[record],
+        plugins=[WholeFiles()],
+        logger=False,
+        gradient_clip_val=training.clip,
+        deterministic=True,
+        use_distributed_sampler=False,
+        # All of validation before the first step: that is epoch 0.
+        num_sanity_val_steps=-1,
+        enable_checkpointing=False,
+        enable_progress_bar=_someone_is_watching(),
+        enable_model_summary=False,
+    )
+
+
+class Learner(lightning.LightningModule):
+    """A network, an objective and an optimiser."""
+
+    def __init__(
+        self,
+        network: nn.Module,
+        objective: Objective,
+        training: TrainingConfig,
+        fronts: Fronts | None = None,
+    ):
         super().__init__()
-        self.model, self.objective, self.config = model, objective, config
-        self.parts = objective.parts(model)
+        self.objective = objective
+        self.training_config = training
+        self.fronts = fronts
+        self.core: Any = nn.ModuleDict({"network": network, "parts": objective.parts(network)})
+        self.averaged: Any = None
+        if training.ema_decay:
+            average = partial(_average, decay=training.ema_decay)
+            self.averaged = AveragedModel(self.core, avg_fn=average)
+            self.averaged.requires_grad_(False)
         self.scores: dict[str, float] = {}
-        self._sums: dict[str, torch.Tensor] = {}
-        self._losses: list[torch.Tensor] = []
+        self.train_loss: float | None = None
+        self._sums: dict[str, Tensor] = {}
+        self._losses: list[Tensor] = []
+
+    @property
+    def validated(self) -> Any:
+        """Network and parts as they are validated and kept."""
+        return self.core if self.averaged is None else self.averaged.module
+
+    def _reader(self, core: Any, *, keep: bool) -> Any:
+        """The network as the objective calls it, its hidden entries filled by the front end of each fold."""
+        if self.fronts is None:
+            return core["network"]
+        return partial(self.fronts.run, core["network"], keep=keep)
+
+    def on_train_epoch_start(self) -> None:
+        self._losses.clear()
 
     def on_train_batch_start(self, batch: dict, batch_idx: int) -> None:
-        # Whatever is random in a step depends on the step alone, so that a resumed run draws what it would have drawn.
-        place = [self.config.seed, self.global_step, batch_idx, self.global_rank]
+        # Whatever is random in a step depends on the step alone, so that a resumed run draws what it
+        # would have drawn.
+        place = [self.training_config.seed, self.global_step, batch_idx, self.global_rank]
         torch.manual_seed(int(np.random.SeedSequence(place).generate_state(1)[0]))
 
-    def training_step(self, batch: dict, _: int) -> torch.Tensor:
-        terms = self.objective.loss(self.model, batch, self.parts)
+    def training_step(self, batch: dict, _: int) -> Tensor:
+        keep = not self.training_config.fresh_windows
+        network = self._reader(self.core, keep=keep)
+        terms = self.objective.loss(network, batch, self.core["parts"])
         totals = torch.stack([total for total, _ in terms.values()])
         counts = torch.stack([count.to(totals) for _, count in terms.values()])
+        # Means over the joined batch, though the processes may count unequally many entries.
         joined = torch.cat([counts, totals.detach()])
-        if (
-            self.trainer.world_size > 1
-        ):  # means over the joined batch, though its parts may count unequally many
+        if self.trainer.world_size > 1:
             torch.distributed.all_reduce(joined)
         counts, sums = joined.chunk(2)
         counts = counts.clamp_min(1)
         value = (sums / counts).sum()
         if not value.isfinite():
-            rate, scans = (
-                self.trainer.optimizers[0].param_groups[0]["lr"],
-                ", ".join(sorted(set(batch["scan"]))),
-            )
-            raise TrainingError(
-                f"the loss is {value.item()} at step {self.global_step} (learning rate {rate:.2g}), in a batch of "
-                f"{scans}. Look at these scans; where they are sound, take a smaller learning_rate"
-            )
+            self._refuse(value, batch)
         self._losses.append(value)
         # Gradients are averaged over the processes.
         return (totals * (self.trainer.world_size / counts)).sum()
 
+    def _refuse(self, value: Tensor, batch: dict) -> None:
+        rate = self.trainer.optimizers[0].param_groups[0]["lr"]
+        raise TrainingError(
+            f"the loss is {value.item()} at step {self.global_step} (learning rate {rate:.2g}), in a "
+            f"batch of {', '.join(sorted(set(batch['scan'])))}. Look at these scans; where they are "
+            "sound, take a smaller learning_rate"
+        )
+
     def optimizer_step(self, *args, **kwargs) -> None:
         super().optimizer_step(*args, **kwargs)
-        self.objective.after_step(self.model, self.parts)
-
-    def on_train_epoch_start(self) -> None:
-        self._losses.clear()
-
-    def on_save_checkpoint(self, checkpoint: dict) -> None:
-        checkpoint["losses"] = [float(loss) for loss in self._losses]
-
-    def on_load_checkpoint(self, checkpoint: dict) -> None:
-        self._losses = [torch.tensor(loss) for loss in checkpoint["losses"]]
+        self.objective.after_step(self.core["network"], self.core["parts"])
+        if self.averaged is not None:
+            self.averaged.update_parameters(self.core)
 
     def validation_step(self, batch: dict, _: int) -> None:
-        for name, value in self.objective.sums(self.model, batch, self.parts).items():
+        network = self._reader(self.validated, keep=True)
+        sums = self.objective.sums(network, batch, self.validated["parts"])
+        for name, value in sums.items():
             self._sums[name] = self._sums.get(name, 0) + value
 
     def on_validation_epoch_end(self) -> None:
-        joined = torch.cat([value.reshape(-1) for value in self._sums.values()])
         if self.trainer.world_size > 1:
-            torch.distributed.all_reduce(joined)
-        parts = joined.split([value.numel() for value in self._sums.values()])
-        sums = {
-            k: part[0] if len(part) == 1 else part
-            for k, part in zip(self._sums, parts, strict=True)
-        }
-        self._sums.clear()
-        self.scores = {f"val_{name}": value for name, value in self.objective.scores(sums).items()}
+            for value in self._sums.values():
+                torch.distributed.all_reduce(value)
+        self.train_loss = None
         if self._losses:
-            self.scores = {
-                "train_loss": float(torch.stack([x.cpu() for x in self._losses]).mean()),
-                **self.scores,
-            }
-        self.log_dict(self.scores)
+            self.train_loss = float(torch.stack(self._losses).cpu().mean())
+        self.scores = {}
+        for name, score in self.objective.scores(self._sums).items():
+            self.scores[f"val_{name}"] = score
+        self._sums.clear()
 
     def configure_optimizers(self) -> Any:
-        config = self.config
-        decays = {
-            n: p.ndim > 1 and not n.endswith("bias")
-            for n, p in self.named_parameters()
-            if p.requires_grad
-        }
-        groups: list[dict] = [
-            {
-                "params": [self.get_parameter(n) for n, yes in decays.items() if yes == decay],
-                "weight_decay": weight,
-            }
-            for decay, weight in ((True, config.weight_decay), (False, 0.0))
-        ]
-        optimizer = torch.optim.AdamW(groups, lr=config.learning_rate, betas=(0.9, 0.95))
-        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, rate_of(config))
+        training = self.training_config
+        groups: dict[bool, list] = {True: [], False: []}
+        for name, parameter in self.named_parameters():
+            if parameter.requires_grad:
+                decays = parameter.ndim > 1 and not name.endswith("bias")
+                groups[decays].append(parameter)
+        optimizer = torch.optim.AdamW(
+            [
+                {"params": groups[True], "weight_decay": training.weight_decay},
+                {"params": groups[False], "weight_decay": 0.0},
+            ],
+            lr=training.learning_rate,
+            betas=(0.9, 0.95),
+        )
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, rate_of(training))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
 
-def rate_of(config: TrainingConfig) -> Callable[[int], float]:
+def _average(averaged, current, n_averaged, decay: float):
+    """The moving average of weights, whose decay rises to its value: a short run forgets where it began."""
+    weight = torch.clamp((1 + n_averaged) / (10 + n_averaged), max=decay)
+    return averaged * weight.to(averaged) + current * (1 - weight).to(averaged)
+
+
+def rate_of(training: TrainingConfig) -> Callable[[int], float]:
     """The learning rate at a step, as a share of its peak."""
-    steps = math.ceil(config.windows_per_epoch / config.batch_size)
-    total = config.epochs * steps
-    warmup = max(1, round(config.warmup_share * total))
+    steps = math.ceil(training.windows_per_epoch / training.batch_size)
+    total = training.epochs * steps
+    warmup = max(1, round(training.warmup_share * total))
 
     def rate(step: int) -> float:
         if step < warmup:
             return (step + 1) / warmup
-        step, cycle = step - warmup, total - warmup
-        if config.schedule == "restarts":
-            cycle = config.restart_epochs * steps
+        step -= warmup
+        cycle = total - warmup
+        if training.schedule == "restarts":
+            cycle = training.restart_epochs * steps
             while step >= cycle:
-                step, cycle = step - cycle, cycle * config.restart_factor
+                step -= cycle
+                cycle *= training.restart_factor
         return max(0.01, 0.5 * (1 + math.cos(math.pi * step / max(1, cycle))))
 
     return rate
 
 
 class Batches(lightning.LightningDataModule):
-    """Batches of windows: those of this process, from the step that training has come to."""
+    """Batches of windows: those of this process, from the epoch that training has come to."""
 
-    def __init__(
-        self, train: RandomWindows, validation: FixedWindows, config: TrainingConfig, workers: int
-    ):
+    def __init__(self, train: Dataset, validation: Dataset, training: TrainingConfig, workers: int):
         super().__init__()
-        self.train, self.validation, self.config, self.workers = train, validation, config, workers
+        self.train = train
+        self.validation = validation
+        self.training = training
+        self.workers = workers
 
     def train_dataloader(self) -> DataLoader:
-        trainer, config = cast(Trainer, self.trainer), self.config
-        place = {
-            "rank": trainer.global_rank,
-            "world": trainer.world_size,
-            "parts": config.accumulate,
-        }
+        trainer = cast(Trainer, self.trainer)
+        n = self.training.windows_per_epoch
+        steps = math.ceil(n / self.training.batch_size)
         draws = Draws(
-            config.windows_per_epoch, config.batch_size, lambda: trainer.global_step, **place
+            n,
+            self.training.batch_size,
+            lambda: trainer.global_step // steps,
+            fresh=self.training.fresh_windows,
+            seed=self.training.seed,
+            rank=trainer.global_rank,
+            world=trainer.world_size,
+            parts=self.training.accumulate,
         )
         return self._loader(self.train, draws)
 
     def val_dataloader(self) -> DataLoader:
         trainer = cast(Trainer, self.trainer)
-        mine, world = (
-            range(trainer.global_rank, len(self.validation), trainer.world_size),
-            trainer.world_size,
-        )
+        world = trainer.world_size
+        n = len(self.validation)  # type: ignore[arg-type]
+        mine = range(trainer.global_rank, n, world)
         if not mine:
-            raise DataError(
-                f"each process must have a validation window, got {len(self.validation)} for {world}"
-            )
-        size = -(-self.config.batch_size // (world * self.config.accumulate))
-        return self._loader(
-            self.validation, [mine[i : i + size] for i in range(0, len(mine), size)]
-        )
+            raise DataError(f"each process must have a validation window, got {n} for {world}")
+        size = -(-self.training.batch_size // (world * self.training.accumulate))
+        batches = [mine[i : i + size] for i in range(0, len(mine), size)]
+        return self._loader(self.validation, batches)
 
-    def _loader(self, windows: Windows, batches) -> DataLoader:
+    def _loader(self, windows: Dataset, batches: Any) -> DataLoader:
         return DataLoader(
             windows, batch_sampler=batches, collate_fn=collate, num_workers=self.workers
         )
 
 
 class WholeFiles(TorchCheckpointIO):
-    """Checkpoints are written whole or not at all, so that a full disk or a kill costs no earlier one."""
+    """Checkpoints are written whole or not at all, so that a full disk or a kill costs no earlier one.
+
+    Lightning's own way writes elsewhere and moves, which is not atomic from one file system to another.
+    """
 
     def save_checkpoint(
         self, checkpoint: dict[str, Any], path: str | Path, storage_options: object = None
     ) -> None:
-        content, last = io.BytesIO(), Path(path).with_name("last.ckpt")
-        torch.save(checkpoint, content)
         try:
-            write_bytes(path, content.getbuffer())
+            _save(checkpoint, Path(path))
         except OSError as error:
-            kept = (
-                f"{last} is whole: make room, and the same call goes on from it"
-                if last.is_file()
-                else "none is kept"
-            )
+            if Path(path).is_file():
+                remedy = "The one before it is whole: make room, and the same call goes on from it"
+            else:
+                remedy = "There is none before it: make room, and start again"
             raise TrainingError(
-                f"{path}: this checkpoint of {content.tell() / 2**20:.1f} MiB could not be written "
-                f"({error.strerror or error}). Of the earlier ones {kept}"
+                f"{path}: this checkpoint could not be written ({error.strerror or error}). {remedy}"
             ) from error
 
 
-class Last(ModelCheckpoint):
-    """``last.ckpt``, at the end of every epoch and every so many steps within it.
-
-    Comes after the best list among the callbacks, so that the state it saves holds it.
-    """
-
-    def __init__(self, folder: Path, every: int):
-        super().__init__(folder, "last", save_top_k=1, enable_version_counter=False)
-        self.every = every
-
-    def on_train_batch_end(self, trainer, *_) -> None:
-        step = trainer.global_step
-        ends = trainer.fit_loop.epoch_loop.batch_progress.is_last_batch
-        if (
-            self.every
-            and step % self.every == 0
-            and step != self._last_global_step_saved
-            and not ends
-        ):
-            self._last_global_step_saved = step
-            trainer.save_checkpoint(Path(str(self.dirpath)) / "last.ckpt")
-
-
-class History(Callback):
-    """A row an epoch, kept in the checkpoint, written to ``history.csv``, and shown in a line of its own.
+class Record(Callback):
+    """A row for each epoch, and the best weights so far; kept in the checkpoint, with ``history.csv`` beside it.
 
     A resumed run shows the lines it resumes from first, so its output is that of a run never interrupted.
     """
 
-    def __init__(self, path: Path, objective: Objective, epochs: int):
-        self.path, self.objective, self.epochs = path, objective, epochs
-        self.rows: list[dict] = []
+    def __init__(self, objective: Objective, training: TrainingConfig, last: Path | None):
+        self.objective = objective
+        self.training = training
+        self.last = last
+        self.rows: History = []
+        self.best: dict[str, Any] | None = None
 
     def state_dict(self) -> dict:
-        return {"rows": self.rows}
+        return {"rows": self.rows, "best": self.best}
 
     def load_state_dict(self, state_dict: dict) -> None:
         self.rows = list(state_dict["rows"])
+        self.best = state_dict["best"]
+
+    def is_over(self) -> bool:
+        """Whether all epochs are done, or too many without a better score."""
+        epoch = self.rows[-1]["epoch"]
+        waited = epoch - cast(dict, self.best)["epoch"]
+        return epoch >= self.training.epochs or 0 < waited >= self.training.patience
 
     def on_fit_start(self, trainer, pl_module) -> None:
         for row in self.rows:
             self._say(row, pl_module)
 
+    def on_sanity_check_end(self, trainer, pl_module) -> None:
+        self._add(0, trainer, pl_module)
+
     def on_validation_end(self, trainer, pl_module) -> None:
-        row = {"epoch": trainer.current_epoch + 1, **pl_module.scores}
-        self.rows = [r for r in self.rows if r["epoch"] < row["epoch"]] + [row]
-        if trainer.is_global_zero:
-            write_text(self.path, pd.DataFrame(self.rows).to_csv(index=False, lineterminator="\n"))
+        if trainer.sanity_checking:
+            return
+        self._add(trainer.current_epoch + 1, trainer, pl_module)
+        if self.last is not None:
+            trainer.save_checkpoint(self.last)
+        trainer.should_stop = self.is_over()
+
+    def _add(self, epoch: int, trainer, pl_module) -> None:
+        row = {"epoch": epoch, "train_loss": pl_module.train_loss, **pl_module.scores}
+        self.rows.append(row)
+        score = row[self.objective.monitor]
+        if self.best is None or score > self.best["score"]:
+            state = pl_module.validated["network"].state_dict()
+            weights = {name: value.detach().cpu().clone() for name, value in state.items()}
+            self.best = {"epoch": epoch, "score": score, "weights": weights}
+        if trainer.is_global_zero and self.last is not None:
+            table = pd.DataFrame(self.rows)
+            write_text(
+                self.last.with_name("history.csv"), table.to_csv(index=False, lineterminator="\n")
+            )
         self._say(row, pl_module)
 
     def _say(self, row: dict, pl_module) -> None:
-        known = {k.removeprefix("val_"): v for k, v in row.items() if k.startswith("val_")}
-        scores = "  ".join(f"{name} {value:.4f}" for name, value in known.items())
-        line = f"epoch {row['epoch']:3d}/{self.epochs}  train loss {row['train_loss']:.4f}  validation {scores}"
-        if warning := self.objective.warning(known):
-            line += f"\n  warning: {warning}"
-        pl_module.print(line)  # of the first process, and above the bar where there is one
+        # Of the first process, and above the bar where there is one.
+        pl_module.print(_line(row, self.objective, self.training))
         sys.stdout.flush()
+
+
+def _line(row: dict, objective: Objective, training: TrainingConfig) -> str:
+    """What is shown of an epoch."""
+    known = {k.removeprefix("val_"): v for k, v in row.items() if k.startswith("val_")}
+    loss = "     -" if row["train_loss"] is None else f"{row['train_loss']:.4f}"
+    scores = "  ".join(f"{name} {value:.4f}" for name, value in known.items())
+    line = f"epoch {row['epoch']:3d}/{training.epochs}  train loss {loss}  validation {scores}"
+    warning = objective.warning(known)
+    return f"{line}\n  warning: {warning}" if warning else line
 
 
 def _someone_is_watching() -> bool:
     """Whether to show a bar: at a terminal and in a notebook opened by a person, not in an executed one or a log."""
     if os.environ.get("MNEMODYN_HEADLESS"):
         return False
-    # Jupyter servers and VS Code name the document they started a kernel for; papermill and nbconvert do not.
+    # Jupyter servers and VS Code name the document they started a kernel for; papermill does not.
     in_notebook = "JPY_SESSION_NAME" in os.environ or "VSCODE_PID" in os.environ
     return sys.stdout.isatty() or ("ipykernel" in sys.modules and in_notebook)
-
-
-def _code_digest() -> str:
-    """SHA-256 over the source that decides what training computes."""
-    root = Path(mnemodyn.__file__).parent
-    paths = sorted(p for part in ("data", "model", "pretrain") for p in (root / part).glob("*.py"))
-    return hashlib.sha256(b"".join(path.read_bytes() for path in paths)).hexdigest()
-
-
-def _average(averaged, current, n_averaged, decay: float):
-    # The average of a short run must not remember the initial weights: the decay rises to its value.
-    weight = torch.clamp((1 + n_averaged) / (10 + n_averaged), max=decay)
-    return averaged * weight.to(averaged) + current * (1 - weight).to(averaged)
-
-
-def _differences(there: dict, here: dict, prefix: str = "") -> Iterator[str]:
-    for key in sorted(there.keys() | here.keys()):
-        a, b = there.get(key), here.get(key)
-        if isinstance(a, dict) and isinstance(b, dict):
-            yield from _differences(a, b, f"{prefix}{key}.")
-        elif a != b:
-            yield f"{prefix}{key} is {str(a)[:16]} there, {str(b)[:16]} here"
-
-
-def _prepare(folder: Path, identity: dict, facts: dict, restart: bool) -> Path | None:
-    """The Lightning checkpoint to go on from, if any; the folder emptied of another run's files.
-
-    Every process comes to the same answer, whether it looks before or after the first one has emptied the folder.
-    """
-    record, last = folder / "run.json", folder / "last.ckpt"
-    found = None
-    if record.is_file() and not restart:
-        try:
-            there = json.loads(record.read_text(encoding="utf-8"))
-        except ValueError as error:
-            mend = f"delete {folder}, or give --restart (restart=True)"
-            raise ResumeError(f"{record}: damaged ({error}); {mend}") from error
-        different = list(_differences(there["identity"], identity))
-        if not different and last.is_file():
-            found = last
-        elif different and last.is_file() and not there["finished"]:
-            raise ResumeError(
-                f"{folder} holds an unfinished run of another configuration: {'; '.join(different[:6])}. "
-                "Go on with that one, name another folder, or give it up with --restart (restart=True)."
-            )
-    if getattr(rank_zero_only, "rank", 0) == 0:
-        another = () if found else (*folder.glob("*.ckpt"), folder / "history.csv", record)
-        for path in (*folder.glob(".*.tmp"), *another):
-            path.unlink(missing_ok=True)
-        for name in () if found else ("best", "second"):
-            shutil.rmtree(folder / name, ignore_errors=True)
-        write_json(record, {"identity": identity, "finished": False, **facts})
-    return found
-
-
-def pretrain(
-    train: Sequence[Scan],
-    validation: Sequence[Scan],
-    folder: str | Path,
-    *,
-    model: ModelConfig,
-    objective: Objective,
-    training: TrainingConfig,
-    scaling: Scaling | None = None,
-    restart: bool = False,
-    machine: Machine | None = None,
-) -> tuple[Checkpoint, list[dict]]:
-    """Pretrain a network on scans without labels.
-
-    Returns the best checkpoint by the objective's validation metric, and the history: a row an epoch, with ``epoch``,
-    ``train_loss``, and the objective's scores, their names beginning with ``val_``.
-
-    Parameters
-    ----------
-    train, validation : sequence of Scan
-        Of different participants; the validation scans choose the checkpoint. They may be read lazily, and differ in
-        length and repetition time.
-    folder : str or Path
-        Gets ``history.csv``, ``run.json`` (configuration, data, commit), the Lightning checkpoints, and the two best
-        as ``best/`` and ``second/``. An interrupted run of the same configuration, data and code goes on from its last
-        checkpoint, to the same weights; with `restart` an unfinished one is given up.
-    model, objective, training, machine
-        What is trained for what, how, and where.
-    scaling : Scaling, optional
-        Fitted here, on the training scans.
-
-    Raises
-    ------
-    DataError
-        If a participant is in both sets, scans do not fit the configuration, or a window holds NaN.
-    ResumeError
-        If `folder` holds an unfinished run of another configuration.
-    TrainingError
-        If the loss is NaN or infinite, or a checkpoint cannot be written; earlier checkpoints stay as they are.
-    """
-    folder, machine = Path(folder), machine or Machine()
-    sides = {"train": train, "validation": validation}
-    people = {name: {s.participant_id for s in scans} for name, scans in sides.items()}
-    if both := people["train"] & people["validation"]:
-        raise DataError(f"participants in both training and validation: {sorted(both)}")
-    parcels = train[0].parcels
-    for scan in itertools.chain(train, validation):
-        if scan.parcels != parcels:
-            raise DataError(f"{scan.source}: parcels differ from those of {train[0].source}")
-    if len(parcels) != model.n_parcels:
-        raise DataError(
-            f"{train[0].source}: expected {model.n_parcels} parcels, got {len(parcels)}"
-        )
-    scaling = (scaling or Scaling()).fit(train)
-    settings = (scaling, objective, model.n_timepoints)
-    windows = RandomWindows(train, *settings, training.seed, seconds=training.window_seconds)
-    # The views of validation must not follow the seed of a run, or runs could not be compared.
-    fixed = FixedWindows(validation, *settings, 0, seconds=training.window_seconds)
-    parts: dict[str, Any] = {
-        "model": model,
-        "objective": objective,
-        "training": training,
-        "scaling": scaling,
-    }
-    identity: dict[str, Any] = {name: part.to_dict() for name, part in parts.items()}
-    identity["data"] = {
-        name: getattr(s, "fingerprint", None) or fingerprint(s) for name, s in sides.items()
-    }
-    identity = json.loads(
-        json.dumps(identity | {"code": _code_digest(), "torch": torch.__version__})
-    )
-    facts = {"machine": asdict(machine), "ran_on": surroundings()}
-    last = _prepare(folder, identity, facts, restart)
-
-    torch.manual_seed(training.seed)
-    network = MnemoDyn(model)
-    if network.front is not None:
-        network.fit_front(_Scaled(train, scaling))
-    if machine.recompute:
-        for block in network.blocks:
-            block.forward = partial(
-                torch.utils.checkpoint.checkpoint, block.forward, use_reentrant=False
-            )
-    module = Pretraining(network, objective, training)
-    history = History(folder / "history.csv", objective, training.epochs)
-    chosen: dict[str, Any] = {"monitor": objective.monitor, "mode": "max"}
-    name = "{epoch:03d}-{" + objective.monitor + ":.4f}"
-    best = ModelCheckpoint(folder, name, save_top_k=2, enable_version_counter=False, **chosen)
-    average = (
-        [WeightAveraging(avg_fn=partial(_average, decay=training.ema_decay))]
-        if training.ema_decay
-        else []
-    )
-    stop = EarlyStopping(patience=training.patience, **chosen)
-    callbacks: list[Callback] = [
-        *average,
-        history,
-        stop,
-        best,
-        Last(folder, machine.checkpoint_every),
-    ]
-    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", module="lightning")
-        trainer = lightning.Trainer(
-            accelerator=machine.accelerator,
-            devices=machine.devices,
-            num_nodes=machine.nodes,
-            strategy=machine.strategy,
-            precision=training.precision,
-            accumulate_grad_batches=training.accumulate,
-            max_epochs=training.epochs,
-            callbacks=callbacks,
-            plugins=[WholeFiles()],
-            logger=_tensorboard(folder) if machine.tensorboard else False,
-            gradient_clip_val=training.clip,
-            deterministic=machine.deterministic,
-            use_distributed_sampler=False,
-            num_sanity_val_steps=0,
-            enable_progress_bar=_someone_is_watching(),
-            enable_model_summary=False,
-        )
-        trainer.fit(
-            module,
-            Batches(windows, fixed, training, machine.workers),
-            ckpt_path=last,
-            weights_only=True,
-        )
-    # From the file: where training ran in other processes, their callbacks are not these.
-    state = torch.load(folder / "last.ckpt", map_location="cpu", weights_only=True)["callbacks"]
-    if trainer.is_global_zero:
-        ranked = sorted(
-            state[best.state_key]["best_k_models"].items(), key=lambda item: -float(item[1])
-        )
-        for name, (path, score) in zip(("best", "second"), ranked, strict=False):
-            weights = torch.load(path, map_location="cpu", weights_only=True)["state_dict"]
-            network = MnemoDyn(model)
-            network.load_state_dict(
-                {k.removeprefix("model."): v for k, v in weights.items() if k.startswith("model.")}
-            )
-            record: dict[str, Any] = {
-                "objective": objective.to_dict(),
-                "settings": training.to_dict(),
-            }
-            record |= {f"{side}_participants": sorted(ids) for side, ids in people.items()}
-            record |= {objective.monitor: float(score)}
-            known = (parcels, train[0].t_r, scaling, identity["data"]["train"], record)
-            save_checkpoint(folder / name, Checkpoint(network, *known))
-        write_json(folder / "run.json", {"identity": identity, "finished": True, **facts})
-    trainer.strategy.barrier()
-    return from_pretrained(folder / "best"), state[history.state_key]["rows"]
-
-
-class _Scaled(Sequence):
-    """Scaled scans (time, parcel) with NaN in censored frames, each made when it is asked for."""
-
-    def __init__(self, scans: Sequence[Scan], scaling: Scaling):
-        self.scans, self.scaling = scans, scaling
-
-    def __len__(self) -> int:
-        return len(self.scans)
-
-    def __getitem__(self, i):
-        scan = self.scans[i]
-        return np.where(censored_frames(scan)[:, None], np.nan, self.scaling(scan))
-
-
-def _tensorboard(folder: Path):
-    try:
-        from lightning.pytorch.loggers import TensorBoardLogger
-
-        return TensorBoardLogger(folder, name="", version="tensorboard")
-    except ImportError as error:
-        raise ImportError(
-            "tensorboard=True needs TensorBoard: pip install 'mnemodyn[tensorboard]'"
-        ) from error

@@ -13,7 +13,7 @@ from torch.utils.data import Dataset, Sampler
 from mnemodyn.data.scaling import Scaling
 from mnemodyn.data.scans import DataError, Scan
 from mnemodyn.data.store import Store
-from mnemodyn.pretrain.objective import Objective
+from mnemodyn.pretrain.objectives import Objective
 
 __all__ = [
     "Draws",
@@ -24,6 +24,9 @@ __all__ = [
     "cut_windows",
     "window_frames",
 ]
+
+# Scaled scans that are kept in memory: 256 of 1,200 frames and 400 parcels are half a gigabyte.
+SCANS_KEPT = 256
 
 
 def cut_windows(values: np.ndarray, n_timepoints: int) -> np.ndarray:
@@ -39,18 +42,23 @@ def cut_windows(values: np.ndarray, n_timepoints: int) -> np.ndarray:
     return values[: n * n_timepoints].reshape(n, n_timepoints, values.shape[1])
 
 
-def window_frames(scan: Scan, n_timepoints: int, seconds: float) -> int:
-    """Frames of a window of a scan: `n_timepoints`, or as many as `seconds` have where that is not 0.
+def window_frames(scan: Scan, n_timepoints: int, seconds: float | None = None) -> int:
+    """Frames of a window of a scan: `n_timepoints`, or as many as `seconds` have.
 
-    A scan that is shorter than `seconds`, but not by more than half, is one window. DataError if it is too short.
+    A scan that is shorter than `seconds`, but not by more than half, is one window. DataError if it is
+    too short.
     """
-    frames = round(seconds / scan.t_r) if seconds else n_timepoints
-    least = max(2, -(-frames // 2)) if seconds else frames
+    if seconds is None:
+        frames = n_timepoints
+        least = frames
+    else:
+        frames = round(seconds / scan.t_r)
+        least = max(2, -(-frames // 2))
     if scan.n_frames < least:
-        found = f"({scan.n_frames}, {len(scan.parcels)})"
         raise DataError(
-            f"{scan.source}: expected at least {least} frames of {len(scan.parcels)} parcels, got {found}; leave "
-            "shorter scans out by a cohort's min_frames or Store.select"
+            f"{scan.source}: expected at least {least} frames of {len(scan.parcels)} parcels, got "
+            f"({scan.n_frames}, {len(scan.parcels)}); leave shorter scans out by a cohort's "
+            "min_frames or Store.select"
         )
     return min(frames, scan.n_frames)
 
@@ -58,11 +66,25 @@ def window_frames(scan: Scan, n_timepoints: int, seconds: float) -> int:
 class Windows(Dataset):
     """Windows of scans, which are scaled when they are needed.
 
-    An item is a dict: ``x`` (time, parcel), ``t_r`` (seconds), ``scan`` (where it is from), the objective's view of
-    it, and ``censored`` (time,) where any scan has censored frames, whose values are set to zero.
+    An item is a dict: ``x`` (time, parcel), ``t_r`` (seconds), ``scan`` (where it is from), the
+    objective's view of it, ``censored`` (time,) where any scan has censored frames, whose values are set
+    to zero, and ``folds`` where the scans have them.
 
-    Scans are of one atlas and may be read lazily; of a store, windows are read alone. Windows have `n_timepoints`
-    frames, or as many as `seconds` have where that is not 0. At most 256 scaled scans are kept in memory.
+    Parameters
+    ----------
+    scans : sequence of Scan
+        Of one atlas. They may be read lazily; of a store, windows are read alone.
+    scaling : Scaling
+        Fitted.
+    objective : Objective
+        Makes the view.
+    n_timepoints : int
+        Frames of a window.
+    seed : int
+    seconds : float, optional
+        Length of a window, in place of `n_timepoints`.
+    folds : sequence of int, optional
+        The number of the front end that fills the windows of each scan.
     """
 
     def __init__(
@@ -73,31 +95,46 @@ class Windows(Dataset):
         n_timepoints: int,
         seed: int,
         *,
-        seconds: float = 0.0,
+        seconds: float | None = None,
+        folds: Sequence[int] | None = None,
     ):
-        self.scans, self.scaling, self.objective, self.seed = scans, scaling, objective, seed
-        sizes = [
-            (scan.n_frames, window_frames(scan, n_timepoints, seconds), censored_frames(scan).any())
-            for scan in scans
-        ]
-        self.n_frames, self.frames, censored = (
-            np.array(column) for column in zip(*sizes, strict=True)
-        )
-        self.any_censored = bool(censored.any())
-        self._scaled = lru_cache(256)(
-            lambda which: (scaling(self.scans[which]), censored_frames(self.scans[which]))
-        )
+        self.scans = scans
+        self.scaling = scaling
+        self.objective = objective
+        self.seed = seed
+        self.folds = folds
+        n_frames = []
+        frames = []
+        self.any_censored = False
+        # One pass, as a scan of a collection may be read from a file each time it is asked for.
+        for scan in scans:
+            n_frames.append(scan.n_frames)
+            frames.append(window_frames(scan, n_timepoints, seconds))
+            self.any_censored |= bool(censored_frames(scan).any())
+        self.n_frames = np.array(n_frames)
+        self.frames = np.array(frames)
+        self._scaled = lru_cache(SCANS_KEPT)(self._read)
+
+    def _read(self, which: int) -> tuple[np.ndarray, np.ndarray]:
+        """Scaled values and censored frames of a scan."""
+        scan = self.scans[which]
+        return self.scaling(scan), censored_frames(scan)
+
+    def _censored(self, which: int, start: int, stop: int) -> np.ndarray:
+        """Censored frames of a part of a scan."""
+        if not isinstance(self.scans, Store):
+            return self._scaled(which)[1][start:stop]
+        censored = self.scans.censored(which, start, stop)
+        if censored is None:
+            return np.zeros(stop - start, dtype=bool)
+        return np.array(censored)
 
     def usable(self, which: int, start: int) -> bool:
         """Whether at least two frames of a window are not censored: a path needs as many."""
         if not self.any_censored:
             return True
-        stop = start + int(self.frames[which])
-        if isinstance(self.scans, Store):
-            censored = self.scans.censored(which, start, stop)
-        else:
-            censored = self._scaled(which)[1][start:stop]
-        return censored is None or int((~censored).sum()) >= 2
+        censored = self._censored(which, start, start + int(self.frames[which]))
+        return int((~censored).sum()) >= 2
 
     def cut(self, which: int, start: int, seed: int, *, training: bool) -> dict:
         """The window of scan `which` that begins at frame `start`, and its view.
@@ -105,54 +142,64 @@ class Windows(Dataset):
         DataError if a value is NaN or infinite in a frame that is not censored.
         """
         scan = self.scans[which]
-        frames = slice(start, start + int(self.frames[which]))
-        if isinstance(self.scans, Store):  # reads these frames alone
-            values = self.scans.read(which, frames.start, frames.stop, self.scaling)
-            censored = self.scans.censored(which, frames.start, frames.stop)
-            censored = np.zeros(len(values), dtype=bool) if censored is None else np.array(censored)
+        stop = start + int(self.frames[which])
+        if isinstance(self.scans, Store):
+            values = self.scans.read(which, start, stop, self.scaling)
         else:
-            values, censored = (part[frames] for part in self._scaled(which))
+            values = self._scaled(which)[0][start:stop]
+        censored = self._censored(which, start, stop)
+        name = scan.source or scan.participant_id
         wrong = ~np.isfinite(values) & ~censored[:, None]
         if wrong.any():
             frame, parcel = np.argwhere(wrong)[0]
             raise DataError(
-                f"{scan.source or scan.participant_id}: {int(wrong.sum())} values are NaN or infinite, first in frame "
-                f"{start + frame}, parcel {scan.parcels[parcel]!r}; censor the frame or leave the scan out"
+                f"{name}: {int(wrong.sum())} values are NaN or infinite, first in frame "
+                f"{start + frame}, parcel {scan.parcels[parcel]!r}; censor the frame or leave the "
+                "scan out"
             )
         x = torch.from_numpy(np.where(censored[:, None], np.float32(0), values))
         view = self.objective.view(
             x, t_r=scan.t_r, parcels=scan.parcels, seed=seed, training=training
         )
-        item = {
-            "x": x,
-            "t_r": torch.tensor(scan.t_r),
-            "scan": scan.source or scan.participant_id,
-            **view,
-        }
-        return item | ({"censored": torch.from_numpy(censored.copy())} if self.any_censored else {})
+        item = {"x": x, "t_r": torch.tensor(scan.t_r), "scan": name, **view}
+        if self.any_censored:
+            item["censored"] = torch.from_numpy(censored.copy())
+        if self.folds is not None:
+            item["folds"] = torch.tensor(self.folds[which])
+        return item
 
 
 def censored_frames(scan: Scan) -> np.ndarray:
-    censored = getattr(scan, "censored", None)
-    return np.zeros(scan.n_frames, dtype=bool) if censored is None else censored
+    """True at the frames of a scan that are censored, (time,)."""
+    if scan.censored is None:
+        return np.zeros(scan.n_frames, dtype=bool)
+    return scan.censored
 
 
 def collate(items: Sequence[dict]) -> dict:
-    """A batch of windows: padded with zeros at their ends where they differ in length, which ``lengths`` then tells."""
-    batch: dict[str, Any] = {key: [item[key] for item in items] for key in items[0]}
-    for key, values in batch.items():
-        if isinstance(values[0], Tensor):
-            batch[key] = (
-                pad_sequence(values, batch_first=True) if values[0].ndim else torch.stack(values)
-            )
+    """A batch of windows.
+
+    Where they differ in length they are padded with zeros at their ends, and ``lengths`` is added.
+    """
+    batch: dict[str, Any] = {}
+    for key in items[0]:
+        values = [item[key] for item in items]
+        if isinstance(values[0], Tensor) and values[0].ndim:
+            batch[key] = pad_sequence(values, batch_first=True)
+        elif isinstance(values[0], Tensor):
+            batch[key] = torch.stack(values)
+        else:
+            batch[key] = values
     lengths = torch.tensor([len(item["x"]) for item in items])
-    return batch if bool((lengths == lengths[0]).all()) else batch | {"lengths": lengths}
+    if (lengths != lengths[0]).any():
+        batch["lengths"] = lengths
+    return batch
 
 
 class RandomWindows(Windows):
     """Draw i is a window of a scan, and a view of it, chosen by a generator seeded with (seed, i).
 
-    So a resumed run sees what it would have seen, whatever the number of workers and processes.
+    A resumed run sees what it would have seen, whatever the number of workers and processes.
     """
 
     def __init__(self, *args: Any, **settings: Any):
@@ -164,68 +211,26 @@ class RandomWindows(Windows):
 
     def __getitem__(self, draw: int) -> dict:
         rng = np.random.default_rng([self.seed, draw])
-        for _ in range(1000):  # until a window is usable: all but always the first
-            which = int(
-                self.share.searchsorted(rng.random(), side="right")
-            )  # as rng.choice, without a pass over all
+        # Until a window is usable, which all but always is the first.
+        for _ in range(1000):
+            # The draw of numpy's choice, without a pass over all scans.
+            which = int(self.share.searchsorted(rng.random(), side="right"))
             start = int(rng.integers(self.starts[which]))
             if self.usable(which, start):
                 break
         return self.cut(which, start, int(rng.integers(2**62)), training=True)
 
 
-class Draws(Sampler):
-    """The draws of every batch, from the step that training has come to until the end of its epoch.
-
-    Step s of an epoch of n draws takes `batch_size` draws in their order. They are dealt to the processes in turn, so
-    that the batches of all of them, joined, are the batch that one process would have. A step of several `parts`
-    (gradient accumulation) deals them to the parts in the same way. `step` returns the steps done so far, and is asked
-    when an epoch, or the rest of one, begins; `rank` is this process of `world`.
-    """
-
-    def __init__(
-        self,
-        n: int,
-        batch_size: int,
-        step: Callable[[], int],
-        *,
-        rank: int = 0,
-        world: int = 1,
-        parts: int = 1,
-    ):
-        rest = n % batch_size or batch_size
-        if rest < world * parts:
-            raise ValueError(
-                f"every step needs a window for each process and part: {world} processes and {parts} parts, but "
-                f"batch_size {batch_size} and windows_per_epoch {n} give a step of {rest}"
-            )
-        self.n, self.batch_size, self.step, self.steps = n, batch_size, step, -(-n // batch_size)
-        self.rank, self.world, self.parts = rank, world, parts
-
-    def __len__(self) -> int:
-        return self.steps * self.parts
-
-    def __iter__(self) -> Iterator[list[int]]:
-        epoch, done = divmod(self.step(), self.steps)
-        for first in range(done * self.batch_size, self.n, self.batch_size):
-            draws = range(
-                epoch * self.n + first, epoch * self.n + min(first + self.batch_size, self.n)
-            )
-            for part in range(self.parts):
-                yield list(draws[part * self.world + self.rank :: self.parts * self.world])
-
-
 class FixedWindows(Windows):
     """The consecutive windows of every scan, each with one view that never changes."""
 
-    def __init__(self, *args, **settings):
+    def __init__(self, *args: Any, **settings: Any):
         super().__init__(*args, **settings)
-        self.items = [
-            (which, start)
-            for which, (n, frames) in enumerate(zip(self.n_frames, self.frames, strict=True))
-            for start in range(0, n - frames + 1, frames)
-            if self.usable(which, start)
-        ]
+        self.items = []
+        for which, (n, frames) in enumerate(zip(self.n_frames, self.frames, strict=True)):
+            for start in range(0, n - frames + 1, frames):
+                if self.usable(which, start):
+                    self.items.append((which, start))
 
     def __len__(self) -> int:
         return len(self.items)
@@ -233,3 +238,68 @@ class FixedWindows(Windows):
     def __getitem__(self, index: int) -> dict:
         which, start = self.items[index]
         return self.cut(which, start, self.seed + index, training=False)
+
+
+class Draws(Sampler):
+    """The numbers of the windows of every batch of an epoch.
+
+    Each step takes the next `batch_size` numbers. They are dealt to the processes in turn, so that the
+    batches of all of them, joined, are the batch that one process would have. A step of several parts
+    (gradient accumulation) deals them to the parts in the same way.
+
+    Parameters
+    ----------
+    n : int
+        Windows of an epoch.
+    batch_size : int
+    epoch : callable
+        Returns the epoch, from 0; asked when an epoch begins.
+    fresh : bool
+        Every epoch has windows of its own. Otherwise all epochs have the first `n`, each in its order.
+    seed : int
+        Of that order.
+    rank, world : int
+        This process, and how many there are.
+    parts : int
+    """
+
+    def __init__(
+        self,
+        n: int,
+        batch_size: int,
+        epoch: Callable[[], int],
+        *,
+        fresh: bool = True,
+        seed: int = 0,
+        rank: int = 0,
+        world: int = 1,
+        parts: int = 1,
+    ):
+        rest = n % batch_size or batch_size
+        if rest < world * parts:
+            raise ValueError(
+                f"every step needs a window for each process and part: {world} processes and {parts} "
+                f"parts, but batch_size {batch_size} and windows_per_epoch {n} give a step of {rest}"
+            )
+        self.n = n
+        self.batch_size = batch_size
+        self.epoch = epoch
+        self.fresh = fresh
+        self.seed = seed
+        self.rank = rank
+        self.world = world
+        self.parts = parts
+
+    def __len__(self) -> int:
+        return -(-self.n // self.batch_size) * self.parts
+
+    def __iter__(self) -> Iterator[list[int]]:
+        epoch = self.epoch()
+        if self.fresh:
+            numbers = list(range(epoch * self.n, (epoch + 1) * self.n))
+        else:
+            numbers = np.random.default_rng([self.seed, epoch]).permutation(self.n).tolist()
+        for first in range(0, self.n, self.batch_size):
+            step = numbers[first : first + self.batch_size]
+            for part in range(self.parts):
+                yield step[part * self.world + self.rank :: self.parts * self.world]

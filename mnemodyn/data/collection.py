@@ -1,0 +1,128 @@
+"""The one way to open scans: the embedded ones, a file, a folder, a store, or a cohort's folder."""
+
+from pathlib import Path
+from typing import Any
+
+from mnemodyn.data.cohorts import SIMULATED, index, load_cohort
+from mnemodyn.data.formats import naming, refuse
+from mnemodyn.data.scans import (
+    Collection,
+    Scan,
+    check_parcels,
+    data_name,
+    load_hcp7,
+    load_scan,
+    scan_files,
+    series_digest,
+)
+from mnemodyn.data.store import Store, is_store
+from mnemodyn.files import resolve
+
+__all__ = ["Collection", "open_scans"]
+
+# Bytes of values up to which the scans of a cohort are read once and kept in memory.
+IN_MEMORY = 2**30
+
+
+def open_scans(
+    source: str | Path,
+    *,
+    cohort: str | Path | None = None,
+    t_r: float | None = None,
+    workers: int = 1,
+    pattern: str = "*",
+    **settings: Any,
+) -> Collection:
+    """Open scans, with what is known of each.
+
+    Parameters
+    ----------
+    source : str or Path
+        ``"hcp7"`` for the seven embedded scans; a store; a scan's file; or a folder that is searched for the formats
+        of :func:`~mnemodyn.data.scans.load_scan`. The scans of a folder are sorted by participant and file name, and
+        held in memory.
+    cohort : str or Path
+        The cohort whose folder `source` is: a name, or a YAML file. The table then has its phenotypes, and scans that
+        cannot be used are in ``excluded``, while they are an error without it.
+    t_r : float
+        Repetition time in seconds, for files that do not state it.
+    workers : int
+        Processes that read a cohort's scans.
+    pattern : str
+        Which names in a folder, for example ``"*seg-4S456Parcels*"`` where it holds several atlases.
+    **settings
+        As in :func:`~mnemodyn.data.scans.load_scan`, for files and folders without a cohort.
+
+    Raises
+    ------
+    DataError
+        ``no-file`` or ``no-scans`` if there are none; ``setting`` if one is given to a source that knows better;
+        whatever is wrong with a scan; ``parcel-count``, ``parcel-order`` or ``t-r-conflict`` if two scans differ;
+        ``duplicate-series`` if two participants have the same series.
+    """
+    if t_r is not None:
+        settings["t_r"] = t_r
+    if source == "hcp7":
+        _refuse_settings(source, settings)
+        return Collection(load_hcp7(), name="HCP-7")
+    path = _place(source)
+    if is_store(path):
+        _refuse_settings(source, settings)
+        return Store(path)
+    if cohort is not None:
+        return _open_cohort(path, cohort, t_r, workers)
+    paths = [path] if path.is_file() else scan_files(path, pattern)
+    scans = [load_scan(each, **settings) for each in paths]
+    scans.sort(key=lambda scan: (scan.participant_id, scan.source))
+    _check_agreement(scans)
+    return Collection(scans, name=path.name, simulated=(path / SIMULATED).is_file())
+
+
+def _place(path: str | Path) -> Path:
+    """A path seen from the working folder, or else from the repository's root: notebooks run in either."""
+    return Path(path) if Path(path).exists() else resolve(path)
+
+
+def _refuse_settings(source: str | Path, settings: dict[str, Any]) -> None:
+    """Raise a DataError for settings of reading where the scans have been read before."""
+    if settings:
+        refuse(f"{source}: {', '.join(settings)} cannot be set, the scans state it", "setting")
+
+
+def _open_cohort(folder: Path, cohort: str | Path, t_r: float | None, workers: int) -> Collection:
+    """The usable scans of a cohort's folder, in memory where they are few."""
+    if str(cohort).endswith((".yaml", ".yml")):
+        cohort = _place(cohort)
+    described = load_cohort(cohort)
+    found = index(described, folder, t_r=t_r, workers=workers)
+    table = found.table
+    if not len(table):
+        hint = f"mnemodyn index {cohort} {folder} says why"
+        refuse(f"{folder}: no scan of cohort {cohort} can be used; {hint}", "no-scans")
+    n_values = int((table["n_frames"] * table["n_parcels"]).sum())
+    return Collection(
+        list(found) if 4 * n_values <= IN_MEMORY else found,
+        table,
+        found.excluded,
+        name=data_name(found.cohort.name),
+        cohort=found.cohort.name,
+        simulated=found.simulated,
+        folder=folder,
+    )
+
+
+def _check_agreement(scans: list[Scan]) -> None:
+    """Raise a DataError if scans differ in parcels or t_r, or two participants have one series."""
+    first = scans[0]
+    same: dict[str, Scan] = {}
+    for scan in scans:
+        with naming(scan.source):
+            check_parcels(scan.parcels, first.parcels)
+            if abs(scan.t_r - first.t_r) > 1e-3:
+                found = f"t_r is {scan.t_r} s, but {first.t_r} s in {first.source}"
+                refuse(found, "t-r-conflict")
+        twin = same.setdefault(series_digest(scan), scan)
+        if twin.participant_id != scan.participant_id:
+            one = f"{twin.source} of {twin.participant_id}"
+            other = f"{scan.source} of {scan.participant_id}"
+            refuse(f"the same series under two participants: {one}, {other}", "duplicate-series")
