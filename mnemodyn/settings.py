@@ -252,11 +252,6 @@ class ModelConfig(ModelSettings):
 
     n_parcels: AtLeastOne = field(kw_only=True)
 
-    @classmethod
-    def from_dict(cls, settings: Mapping[str, Any]) -> Self:
-        """From what `to_dict` returned, as read from a file."""
-        return cls(**settings)
-
 
 @checked
 class TrainingConfig:

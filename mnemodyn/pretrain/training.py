@@ -7,7 +7,6 @@ training loop and takes any module with a loss.
 
 import copy
 import io
-import itertools
 import json
 import logging
 import math
@@ -262,15 +261,18 @@ def pretrain_several(
 
 def _participants(train: Sequence[Scan], validation: Sequence[Scan]) -> dict[str, list[str]]:
     """Who trains and who validates; a DataError where these overlap or parcels differ."""
+    first = train[0]
     people = {}
     for name, scans in (("train", train), ("validation", validation)):
-        people[f"{name}_participants"] = sorted({scan.participant_id for scan in scans})
+        found = set()
+        for scan in scans:
+            found.add(scan.participant_id)
+            if scan.parcels != first.parcels:
+                raise DataError(f"{scan.source}: parcels differ from those of {first.source}")
+        people[f"{name}_participants"] = sorted(found)
     both = sorted(set(people["train_participants"]) & set(people["validation_participants"]))
     if both:
         raise DataError(f"participants in both training and validation: {both}")
-    for scan in itertools.chain(train, validation):
-        if scan.parcels != train[0].parcels:
-            raise DataError(f"{scan.source}: parcels differ from those of {train[0].source}")
     return people
 
 
