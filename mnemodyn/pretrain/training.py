@@ -337,7 +337,6 @@ class Fronts:
         self.scaled = _Scaled(scans, scaling)
         self.kept: dict[str, Tensor] = {}
         self.fronts: list[Front] = []
-        self.keep = not training.fresh_windows
         people = [scan.participant_id for scan in scans]
         names = sorted(set(people))
         self.n_folds = min(training.cross_fit, len(names))
@@ -500,15 +499,16 @@ class _Run:
         return json.loads((self.folder / "run.json").read_text(encoding="utf-8"))["history"]
 
 
-def _differences(there: Any, here: Any, name: str = "") -> list[str]:
-    """By name, what differs between two nested mappings."""
-    if isinstance(there, dict) and isinstance(here, dict):
-        found = []
-        for key in sorted(there.keys() | here.keys()):
-            inner = f"{name}.{key}" if name else key
-            found += _differences(there.get(key), here.get(key), inner)
-        return found
-    return [] if there == here else [f"{name} is {str(there)[:16]} there, {str(here)[:16]} here"]
+def _differences(there: dict, here: dict) -> list[str]:
+    """What differs between two nested mappings, by dotted name."""
+    old, new = (pd.json_normalize(one).iloc[0].to_dict() for one in (there, here))
+    found = []
+    for name in sorted(old.keys() | new.keys()):
+        if old.get(name) != new.get(name):
+            found.append(
+                f"{name} is {str(old.get(name))[:16]} there, {str(new.get(name))[:16]} here"
+            )
+    return found
 
 
 def _is_first() -> bool:
