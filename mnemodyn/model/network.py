@@ -145,9 +145,9 @@ class MnemoDyn(nn.Module):
         """
         self._check(x, hidden, censored, filled)
         if lengths is not None:
-            if filled is not None or self.reference:
-                raise ValueError("lengths cannot be given with filled or compat='reference'")
-            return self._by_length(x, t_r, hidden, censored, torch.as_tensor(lengths))
+            if self.reference:
+                raise ValueError("lengths cannot be given with compat='reference'")
+            return self._by_length(x, t_r, hidden, censored, filled, torch.as_tensor(lengths))
         if t_r is None:
             if not self.reference:
                 raise ValueError("t_r must be given, in seconds")
@@ -209,6 +209,7 @@ class MnemoDyn(nn.Module):
         t_r: float | Tensor | None,
         hidden: Tensor | None,
         censored: Tensor | None,
+        filled: Tensor | None,
         lengths: Tensor,
     ) -> Output:
         """Scans padded to one length, one pass for each distinct length."""
@@ -231,6 +232,7 @@ class MnemoDyn(nn.Module):
                 t_r[rows] if isinstance(t_r, Tensor) else None,
                 hidden=None if hidden is None else hidden[rows, :n],
                 censored=None if censored is None else censored[rows, :n],
+                filled=None if filled is None else filled[rows, :n],
             )
             places.append(rows)
             outputs.append(output)
