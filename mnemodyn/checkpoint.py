@@ -191,6 +191,7 @@ def from_pretrained(
     """
     if compat not in ("none", "reference"):
         raise ValueError(f"compat must be none or reference, got {compat!r}")
+    # A path that exists is never looked for on the hub.
     path = Path(name_or_path)
     if not path.exists():
         path = _download(str(name_or_path), compat, revision, subfolder, download)
@@ -240,6 +241,7 @@ def _checkpoint_folder(path: Path) -> Path:
     """The folder of the checkpoint that a path stands for."""
     if path.name in FILES:
         path = path.parent
+    # A run's folder stands for the checkpoint that validation chose.
     for folder in (path, path / "best"):
         if (folder / "config.json").is_file():
             return folder

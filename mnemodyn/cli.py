@@ -15,7 +15,8 @@ from typing import Any
 from mnemodyn.files import read_yaml, write_json, write_text
 from mnemodyn.provenance import installed_version
 
-# Libraries that take seconds to import are imported by the commands that use them.
+# Libraries that take seconds to import are imported by the commands that use them, so that --help is
+# quick. The parameters of a function run_NAME are the arguments that add_NAME adds.
 
 EPILOG = """\
 examples:
@@ -52,10 +53,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     del options["command"]
     run = options.pop("run")
     if arguments is None:
+        # Warnings stay Python's own where the function is called by a program or a test.
         # Libraries warn about themselves; only what this package says helps a user.
         warnings.simplefilter("ignore")
         warnings.filterwarnings("default", module="mnemodyn")
         warnings.formatwarning = lambda message, *_: f"mnemodyn: {message}\n"
+    # Read by huggingface_hub when it is imported, which is later.
     if not sys.stderr.isatty():
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     try:
@@ -102,7 +105,7 @@ def make_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def add_command(commands: Any, name: str, run: Any, line: str, text: str) -> Any:
+def add_command(commands, name, run, line, text):
     """Add a command with its line in the list of commands and the text of its help."""
     parser = commands.add_parser(
         name, help=line, description=text, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -111,7 +114,7 @@ def add_command(commands: Any, name: str, run: Any, line: str, text: str) -> Any
     return parser
 
 
-def add_cohort(parser: Any) -> None:
+def add_cohort(parser):
     """Arguments of the commands that read the folder of a cohort."""
     parser.add_argument(
         "cohort", help="name of a shipped cohort, or a YAML file that describes one"
@@ -121,7 +124,7 @@ def add_cohort(parser: Any) -> None:
     parser.add_argument("--workers", type=int, default=1, metavar="N", help="processes that read")
 
 
-def add_t_r(parser: Any) -> None:
+def add_t_r(parser):
     parser.add_argument(
         "--t-r",
         type=float,
@@ -130,7 +133,7 @@ def add_t_r(parser: Any) -> None:
     )
 
 
-def add_json(parser: Any) -> None:
+def add_json(parser):
     parser.add_argument(
         "--json", action="store_true", dest="as_json", help="print JSON, for a program"
     )
@@ -169,6 +172,16 @@ def read_mapping(path: str | None) -> dict:
     return content
 
 
+def find_cohort(name: str) -> Any:
+    """The description of a cohort; an unknown name is wrong usage."""
+    from mnemodyn.data.cohorts import load_cohort
+
+    try:
+        return load_cohort(name)
+    except (OSError, ValueError) as error:
+        raise UsageError(str(error)) from error
+
+
 INDEX = """\
 Find the scans of a cohort in FOLDER, match them with their phenotypes, read each once, and print what
 there is: scans, participants, sites, frames, repetition times, the distribution of every target, and
@@ -178,17 +191,18 @@ Cohorts of the package: abide, adhd200, adni, bids, hbn, hcp_aging, nkir, ukb.
 """
 
 
-def add_index(commands: Any) -> None:
+def add_index(commands):
     parser = add_command(commands, "index", run_index, "say what scans a folder holds", INDEX)
     add_cohort(parser)
     parser.add_argument("--table", metavar="FILE", help="write a row a usable scan: .csv or .tsv")
     add_json(parser)
 
 
-def run_index(cohort, folder, t_r, workers, table, as_json) -> int:
+def run_index(cohort, folder, t_r, workers, table, as_json):
     from mnemodyn.data.cohorts import index
 
-    found = index(cohort, folder, t_r=t_r, workers=workers, progress=show_progress)
+    described = find_cohort(cohort)
+    found = index(described, folder, t_r=t_r, workers=workers, progress=show_progress)
     if table is not None:
         separator = "\t" if table.endswith(".tsv") else ","
         write_text(table, found.table.to_csv(index=False, sep=separator))
@@ -206,7 +220,7 @@ STORE are added. What could not be used is listed in the store with the reason.
 """
 
 
-def add_convert(commands: Any) -> None:
+def add_convert(commands):
     parser = add_command(
         commands, "convert", run_convert, "write a cohort's scans into a store", CONVERT
     )
@@ -221,11 +235,12 @@ def add_convert(commands: Any) -> None:
     add_json(parser)
 
 
-def run_convert(cohort, folder, t_r, workers, store, dtype, as_json) -> int:
+def run_convert(cohort, folder, t_r, workers, store, dtype, as_json):
     from mnemodyn.data.cohorts import index
     from mnemodyn.data.store import convert
 
-    found = index(cohort, folder, t_r=t_r, workers=workers, progress=show_progress)
+    described = find_cohort(cohort)
+    found = index(described, folder, t_r=t_r, workers=workers, progress=show_progress)
     made = convert(found, store, dtype=dtype, progress=show_progress)
     content = {"store": store, "n_scans": len(made), "n_excluded": len(made.excluded)}
     show(as_json, content, f"{store}: {made.summary()}")
@@ -244,7 +259,7 @@ examples:
 """
 
 
-def add_preprocess(commands: Any) -> None:
+def add_preprocess(commands):
     parser = add_command(
         commands,
         "preprocess",
@@ -274,16 +289,21 @@ def add_preprocess(commands: Any) -> None:
     add_json(parser)
 
 
-def run_preprocess(sources, output, jobs, as_json, **settings) -> int:
+def run_preprocess(sources, output, confounds, jobs, as_json, **settings):
     from mnemodyn.data.preprocess import Preprocessing, preprocess
 
-    rows = preprocess(sources, output, Preprocessing(**settings), jobs=jobs)
-    counts = rows["status"].value_counts().to_dict()
-    failed = rows[rows["status"] == "failed"]
-    for message in failed["message"]:
-        print(message, file=sys.stderr)
-    text = ", ".join(f"{n} {status}" for status, n in counts.items())
-    show(as_json, {"counts": counts, "failed": failed.to_dict("records")}, text)
+    try:
+        asked = Preprocessing(confounds=tuple(confounds), **settings)
+        rows = preprocess(sources, output, asked, jobs=jobs)
+    except ValueError as error:
+        # What is wrong with a scan is in its row.
+        raise UsageError(str(error)) from error
+    failed = rows.loc[rows["status"] == "failed", ["problem", "message"]]
+    for row in failed.itertuples():
+        print(f"{row.problem}: {row.message}", file=sys.stderr)
+    counts = {name: int((rows["status"] == name).sum()) for name in ("done", "skipped", "failed")}
+    text = ", ".join(f"{n} {name}" for name, n in counts.items())
+    show(as_json, {**counts, "problems": failed.to_dict("records")}, text)
     return int(len(failed) > 0)
 
 
@@ -293,7 +313,7 @@ broken files, and effects of known size on connectivity. FOLDER/simulated.json s
 """
 
 
-def add_simulate(commands: Any) -> None:
+def add_simulate(commands):
     parser = add_command(commands, "simulate", run_simulate, "write a SIMULATED cohort", SIMULATE)
     parser.add_argument("cohort", help="abide, adhd200, adni, hbn, hcp_aging, nkir or ukb")
     parser.add_argument("folder", help="where it goes; must be empty or absent")
@@ -316,14 +336,14 @@ def add_simulate(commands: Any) -> None:
     add_json(parser)
 
 
-def run_simulate(cohort, folder, effect, as_json, **settings) -> int:
+def run_simulate(cohort, folder, effect, as_json, **settings):
     from mnemodyn.data.simulate import simulate_cohort
 
     try:
         effects = {name: float(value) for name, value in effect}
+        truth = simulate_cohort(cohort, folder, effects=effects, **settings)
     except ValueError as error:
-        raise UsageError(f"--effect: {error}") from None
-    truth = simulate_cohort(cohort, folder, effects=effects, **settings)
+        raise UsageError(str(error)) from error
     planted = ", ".join(f"{name} {found['d']:g}" for name, found in truth["effects"].items())
     show(as_json, truth, f"SIMULATED {truth['cohort']} -> {folder}; effects in SD: {planted}")
     return 0
@@ -332,10 +352,10 @@ def run_simulate(cohort, folder, effect, as_json, **settings) -> int:
 PRETRAIN = """\
 Pretrain a network on scans without labels.
 
-OUTPUT gets the two best checkpoints (best, second), history.csv, and run.json with the settings, the
-commit and the fingerprint of the data. The same command goes on with a run that was interrupted.
-Settings are those of mnemodyn.settings.Settings, in the sections data, model, objective, training and
-machine of a YAML file, or one by one.
+OUTPUT gets the network as best/, history.csv, and run.json with the settings, the commit and the
+fingerprint of the data. The same command goes on with a run that was interrupted. Settings are those
+of mnemodyn.settings.Settings, in the sections data, model, objective, training and machine of a YAML
+file, or one by one.
 
 examples:
   mnemodyn pretrain hcp7 runs/masked -s training.epochs 16
@@ -343,7 +363,7 @@ examples:
 """
 
 
-def add_pretrain(commands: Any) -> None:
+def add_pretrain(commands):
     parser = add_command(
         commands, "pretrain", run_pretrain, "pretrain a network on scans without labels", PRETRAIN
     )
@@ -368,9 +388,10 @@ def add_pretrain(commands: Any) -> None:
     add_json(parser)
 
 
-def run_pretrain(data, output, cohort, t_r, settings, changes, restart, as_json) -> int:
+def run_pretrain(data, output, cohort, t_r, settings, changes, restart, as_json):
     if t_r is not None:
         changes = [("data.t_r", str(t_r)), *changes]
+    # Before torch is imported: a mistyped setting is refused at once.
     found = read_settings(settings, changes)
     from mnemodyn.data.collection import open_scans
     from mnemodyn.pretrain.training import pretrain
@@ -409,11 +430,11 @@ and write scores with 95 % intervals. By default the methods are confounds and f
 
 examples:
   mnemodyn evaluate hbn FOLDER --target sex -o sex.csv
-  mnemodyn evaluate abide STORE --target diagnosis --checkpoint NAME/MODEL -o diagnosis.csv --jobs 4
+  mnemodyn evaluate abide STORE --target diagnosis --checkpoint NAME/MODEL -o diagnosis.csv --workers 4
 """
 
 
-def add_evaluate(commands: Any) -> None:
+def add_evaluate(commands):
     parser = add_command(
         commands, "evaluate", run_evaluate, "predict a target from a cohort's scans", EVALUATE
     )
@@ -452,9 +473,10 @@ def run_evaluate(
     output,
     leave_one_site_out,
     **settings,
-) -> int:
+):
     if Path(output).is_dir():
         raise UsageError(f"{output} is a folder; name the file to write")
+    # Before the scans are read, which may take minutes.
     targets = find_target(cohort, target)
     from mnemodyn.checkpoint import from_pretrained
     from mnemodyn.data.collection import open_scans
@@ -469,6 +491,7 @@ def run_evaluate(
         checkpoint = from_pretrained(checkpoint)
     scans = open_scans(folder, cohort=cohort, t_r=t_r, workers=workers)
     by_site = methods if leave_one_site_out else ()
+    # A line a fold, also where the output goes to a file: an evaluation may take hours.
     say = partial(print, file=sys.stderr, flush=True)
     rows, failed = study(
         scans,
@@ -495,9 +518,7 @@ def run_evaluate(
 
 def find_target(cohort: str, target: str) -> dict:
     """The target, and whether it is of a classification or a regression."""
-    from mnemodyn.data.cohorts import load_cohort
-
-    kinds = {known.name: known.kind for known in load_cohort(cohort).targets}
+    kinds = {known.name: known.kind for known in find_cohort(cohort).targets}
     if target not in kinds:
         raise UsageError(
             f"--target must be one of {', '.join(kinds)} for {cohort}, got {target!r}; "
@@ -506,7 +527,7 @@ def find_target(cohort: str, target: str) -> dict:
     return {target: kinds[target]}
 
 
-def add_checkpoint(parser: Any) -> None:
+def add_checkpoint(parser):
     """Arguments that name a checkpoint, and say how scans are read for it."""
     parser.add_argument(
         "-c", "--checkpoint", required=True, help="folder or file, or NAME/MODEL on the hub"
@@ -528,7 +549,7 @@ def add_checkpoint(parser: Any) -> None:
     add_json(parser)
 
 
-def add_compat(parser: Any) -> None:
+def add_compat(parser):
     parser.add_argument(
         "--compat",
         choices=["none", "reference"],
@@ -537,7 +558,7 @@ def add_compat(parser: Any) -> None:
     )
 
 
-def load_checkpoint(checkpoint, compat, scaling, device) -> Any:
+def load_checkpoint(checkpoint, compat, scaling, device):
     """The checkpoint that is named, on the device that is named."""
     from mnemodyn.checkpoint import from_pretrained
     from mnemodyn.data.scaling import Scaling
@@ -564,7 +585,7 @@ examples:
 """
 
 
-def add_embed(commands: Any) -> None:
+def add_embed(commands):
     parser = add_command(commands, "embed", run_embed, "write a vector for every scan", EMBED)
     parser.add_argument("scans", nargs="+", help="files, folders or stores")
     parser.add_argument(
@@ -586,7 +607,7 @@ def add_embed(commands: Any) -> None:
 
 def run_embed(
     scans, output, names, pattern, checkpoint, compat, scaling, device, as_json, **reading
-) -> int:
+):
     from mnemodyn.embed import embed, refused_listing
 
     network = load_checkpoint(checkpoint, compat, scaling, device)
@@ -606,7 +627,7 @@ makes of the frames around them. All other frames stay as they were measured.
 """
 
 
-def add_reconstruct(commands: Any) -> None:
+def add_reconstruct(commands):
     parser = add_command(
         commands, "reconstruct", run_reconstruct, "fill a scan's censored frames", RECONSTRUCT
     )
@@ -624,9 +645,7 @@ def add_reconstruct(commands: Any) -> None:
     add_checkpoint(parser)
 
 
-def run_reconstruct(
-    scan, output, whole, checkpoint, compat, scaling, device, as_json, **reading
-) -> int:
+def run_reconstruct(scan, output, whole, checkpoint, compat, scaling, device, as_json, **reading):
     from mnemodyn.embed import reconstruct
 
     network = load_checkpoint(checkpoint, compat, scaling, device)
@@ -647,14 +666,18 @@ examples:
 """
 
 
-def add_publish(commands: Any) -> None:
+def add_publish(commands):
     parser = add_command(
         commands, "publish", run_publish, "push a checkpoint to the Hugging Face Hub", PUBLISH
     )
     parser.add_argument("source", help="folder of a run or a checkpoint")
     parser.add_argument("--repo-id", required=True, metavar="NAME/MODEL", help="made if missing")
     parser.add_argument(
-        "--private", action="store_true", default=None, help="make a missing repository private"
+        # None leaves the choice to the settings of an organisation on the hub.
+        "--private",
+        action="store_true",
+        default=None,
+        help="make a missing repository private",
     )
     add_compat(parser)
     parser.add_argument("--licence", "--license", default="mit", help="the hub's identifier")
@@ -667,13 +690,14 @@ def add_publish(commands: Any) -> None:
     add_json(parser)
 
 
-def run_publish(source, dry_run, private, as_json, **contents) -> int:
+def run_publish(source, dry_run, private, as_json, **contents):
     from mnemodyn.hub import publish, write_folder
 
     if not dry_run:
         address = publish(source, private=private, **contents)
         show(as_json, {"commit": address}, address)
         return 0
+    # The same function as for a real publication, so that what is shown is what would be sent.
     with TemporaryDirectory() as temporary:
         folder = write_folder(source, temporary, **contents)
         files = sorted(path.name for path in folder.iterdir())
@@ -695,7 +719,7 @@ examples:
 """
 
 
-def add_run(commands: Any) -> None:
+def add_run(commands):
     parser = add_command(commands, "run", run_run, "run a notebook with given parameters", RUN)
     parser.add_argument("notebook", help="notebook to run; it is not changed")
     parser.add_argument("output", help="the executed notebook")
@@ -712,7 +736,7 @@ def add_run(commands: Any) -> None:
     add_json(parser)
 
 
-def run_run(notebook, output, parameter, parameters_file, as_json) -> int:
+def run_run(notebook, output, parameter, parameters_file, as_json):
     from mnemodyn.run import ParameterError, first_results, run_notebook
 
     parameters = {**read_mapping(parameters_file), **dict(parameter)}

@@ -102,6 +102,7 @@ def embed(
                 f"none of {len(jobs)} scans could be used; the first: {refused[0]['message']}",
                 "none",
             )
+    # A listing of an earlier call would be taken for that of this one.
     listing = refused_listing(output)
     listing.unlink(missing_ok=True)
     if refused:
@@ -161,6 +162,7 @@ def _rows(
             scan = load()
             vectors = kept_readouts(checkpoint, network, scan, names, kept)
         except (RuntimeError, ValueError) as error:
+            # One bad file among thousands must not stop the others.
             problem = getattr(error, "problem", type(error).__name__)
             message = " ".join(str(error).split())
             refused.append({"file": file, "problem": problem, "message": message})
@@ -191,6 +193,7 @@ def _write_table(stream: Any, ending: str, rows: Iterator[dict]) -> tuple[int, i
             import pyarrow
             from pyarrow.parquet import ParquetWriter
 
+            # A row group for each batch; the first decides the types of the columns.
             content = pyarrow.Table.from_pandas(table, preserve_index=False)
             if parquet is None:
                 parquet = ParquetWriter(stream, content.schema)
@@ -247,6 +250,7 @@ def reconstruct(
     output = Path(output)
     if path.is_dir():
         raise DataError(f"{path} is a folder; name the file of one scan", "no-file")
+    # Its sidecar and table of outliers have the names of the recording, whatever the format.
     same_recording = recording(path.name) == recording(output.name)
     if path.parent.resolve() == output.parent.resolve() and same_recording:
         raise DataError(

@@ -60,6 +60,7 @@ def publish(
     """
     from huggingface_hub import HfApi
 
+    # Everything is read and checked before the hub is asked for anything.
     with tempfile.TemporaryDirectory() as folder:
         write_folder(source, folder, repo_id=repo_id, subfolder=subfolder, **contents)
         api = HfApi(token=token, library_name="mnemodyn")
@@ -67,6 +68,7 @@ def publish(
             api.create_repo(repo_id, private=private, exist_ok=True)
             if revision is not None:
                 api.create_branch(repo_id, branch=revision, exist_ok=True)
+            # One commit: the repository holds the old checkpoint or the new one, never a mixture.
             commit = api.upload_folder(
                 repo_id=repo_id,
                 folder_path=folder,
@@ -220,6 +222,7 @@ def _eval_results(rows: list) -> list | None:
 
     found = []
     for row in rows:
+        # A difference from a baseline is no score that the hub could rank.
         if row.method == "model" and not row.against:
             found.append(
                 EvalResult(
@@ -250,6 +253,7 @@ def _results(rows: list, training: dict) -> str:
         if pd.notna(row.low):
             interval = f"{row.low:.3f} to {row.high:.3f}"
         n = "" if pd.isna(row.n) else row.n
+        # SIMULATED results must not be mistaken for real ones.
         data = f"{row.data} ({row.kind})"
         lines.append(
             f"| {data} | {row.task} | {method} | {row.score} | {row.value:.3f} | {interval} | {n} |"

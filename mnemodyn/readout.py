@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 import torch
 from sklearn.base import BaseEstimator, TransformerMixin
-from sklearn.utils.validation import check_is_fitted
 
 from mnemodyn.checkpoint import Checkpoint, from_pretrained
 from mnemodyn.data.scans import DataError, Scan, load_scan
@@ -127,6 +126,7 @@ def readouts(
     if censored is not None:
         missing = torch.as_tensor(censored[None], device=parameter.device)
     output = model(values, t_r, censored=missing)
+    # Correlations and moments of long scans lose digits in float32.
     output = Output(output.reconstruction.double(), output.latents.double(), None)
     found = {name: READOUTS[name](output, model) for name in names if name in READOUTS}
     if "adapted" in names and model.front is not None:
@@ -165,6 +165,7 @@ def kept_readouts(
         If the scan is shorter than the length that a network of the draft reads.
     """
     checkpoint.check(scan)
+    # Not the participant or the file's name: a scan that was renamed is found again.
     depends_on = [network, list(names), scan.values, scan.t_r, scan.parcels, scan.censored]
     found = kept("readouts", depends_on, partial(_read, checkpoint, scan, names))
     return {name: np.array(vector) for name, vector in found.items()}
@@ -239,6 +240,7 @@ class MnemoDynEncoder(TransformerMixin, BaseEstimator):
         tags = super().__sklearn_tags__()
         tags.input_tags.two_d_array = False
         tags.input_tags.three_d_array = True
+        # `transform` needs no more than the checkpoint, which does not depend on the scans.
         tags.requires_fit = False
         return tags
 
@@ -252,12 +254,10 @@ class MnemoDynEncoder(TransformerMixin, BaseEstimator):
         for scan in self._scans(X):
             checkpoint.check(scan)
             break
-        self.n_parcels_ = checkpoint.model.config.n_parcels
         return self
 
     def transform(self, X: Sequence[Scan | np.ndarray]) -> np.ndarray:
         """Compute the read-outs of every scan, (scan, feature), float64."""
-        check_is_fitted(self, "n_parcels_")
         blocks = self.blocks(X)
         return np.concatenate([blocks[name] for name in self.readouts], axis=1)
 
@@ -296,6 +296,7 @@ class MnemoDynEncoder(TransformerMixin, BaseEstimator):
             checkpoint = from_pretrained(checkpoint)
         if self.untrained is None:
             return checkpoint
+        # The random weights must not change the draws of whatever runs next.
         with torch.random.fork_rng():
             torch.manual_seed(self.untrained)
             model = MnemoDyn(checkpoint.model.config).eval()

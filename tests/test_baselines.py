@@ -1,12 +1,20 @@
-"""Baselines against the joint Gaussian written out in full, and against plain loops."""
+"""Baselines against the joint Gaussian written out in full in float64, and against plain loops."""
 
 import numpy as np
 import pytest
+import torch
 from scipy.linalg import solve_discrete_lyapunov
 
-from mnemodyn.evaluate.baselines import VAR, Interpolation, SpatialGaussian, Zero
+from mnemodyn.evaluate.baselines import Gaussian, Interpolation, Zero
+from mnemodyn.model.front import conditional_mean
 
-N_PARCELS = 5
+N_PARCELS, N_FRAMES, N_LAGS = 5, 12, 3
+GAUSSIANS = {
+    "spatial": Gaussian("spatial", shrinkage=0.05, tolerance=1e-9),
+    "low_rank": Gaussian("low_rank", rank=2, tolerance=1e-9),
+    "var": Gaussian("var", shrinkage=0.05, tolerance=1e-9),
+    "spatiotemporal": Gaussian("spatiotemporal", n_lags=N_LAGS, tolerance=1e-9),
+}
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +37,7 @@ def scans():
 def batch(scans):
     """Three windows with different masks; one frame and one parcel hidden altogether."""
     rng = np.random.default_rng(2)
-    x = np.stack([scan[20:32] for scan in scans[:3]])
+    x = np.stack([scan[20 : 20 + N_FRAMES] for scan in scans[:3]])
     hidden = rng.random(x.shape) < 0.55
     hidden[0, 4:6] = True
     hidden[0, :, 1] = True
@@ -39,9 +47,9 @@ def batch(scans):
     return x, hidden
 
 
-@pytest.fixture(params=[Zero, Interpolation, SpatialGaussian, VAR])
+@pytest.fixture(params=[Zero(), Interpolation(), *GAUSSIANS.values()])
 def fitted(request, scans):
-    return request.param().fit(scans)
+    return request.param.fit(scans)
 
 
 def condition(x, hidden, mean, covariance):
@@ -52,74 +60,134 @@ def condition(x, hidden, mean, covariance):
     return filled
 
 
-def stationary_joint(model, n_frames):
-    """Covariance over (time x parcel) of the autoregression, from its transition and its noise."""
-    stationary = solve_discrete_lyapunov(model.transition, model.noise)
-    joint = np.zeros((n_frames, N_PARCELS, n_frames, N_PARCELS))
-    for s in range(n_frames):
-        for t in range(s, n_frames):
-            lagged = np.linalg.matrix_power(model.transition, t - s) @ stationary
-            joint[t, :, s], joint[s, :, t] = lagged, lagged.T
-    return joint.reshape(n_frames * N_PARCELS, -1)
+def moments(scans, n_lags):
+    """Raw lag covariances by their definition, over the number of all frames."""
+    mean = np.concatenate(scans).mean(0)
+    lags = np.zeros((n_lags + 1, N_PARCELS, N_PARCELS))
+    for scan in scans:
+        for lag in range(n_lags + 1):
+            for t in range(lag, len(scan)):
+                lags[lag] += np.outer(scan[t] - mean, scan[t - lag] - mean)
+    return mean, lags / sum(map(len, scans))
 
 
-def test_spatial_gaussian_is_the_conditional_mean_of_every_frame(scans, batch):
+def noise(covariance):
+    return np.trace(covariance) / N_PARCELS * np.eye(N_PARCELS)
+
+
+def lags_by_definition(name, scans):
+    """The process of each baseline, written out again from its definition: (lag, parcel, parcel)."""
+    mean, raw = moments(scans, N_LAGS)
+    spatial = 0.95 * raw[0] + 0.05 * noise(raw[0])
+    if name == "spatial":
+        return mean, spatial[None]
+    if name == "low_rank":
+        values, vectors = np.linalg.eigh(raw[0])
+        rest = values[:-2].mean()
+        leading = vectors[:, -2:]
+        covariance = rest * np.eye(N_PARCELS)
+        covariance += leading @ np.diag(values[-2:] - rest) @ leading.T
+        return mean, covariance[None]
+    if name == "var":
+        transition = 0.95 * raw[1] @ np.linalg.inv(spatial)
+        powers = [np.linalg.matrix_power(transition, k) for k in range(N_FRAMES)]
+        return mean, np.stack([power @ spatial for power in powers])
+    shrunk = [0.9 * c + 0.1 * noise(c) for c in raw]
+    return mean, np.stack([(1 - k / (N_LAGS + 1)) * c for k, c in enumerate(shrunk)])
+
+
+def joint(lags):
+    """Covariance over (time x parcel) of a stationary process."""
+    full = np.zeros((N_FRAMES, N_PARCELS, N_FRAMES, N_PARCELS))
+    for s in range(N_FRAMES):
+        for t in range(s, min(N_FRAMES, s + len(lags))):
+            full[t, :, s] = lags[t - s]
+            full[s, :, t] = lags[t - s].T
+    return full.reshape(N_FRAMES * N_PARCELS, -1)
+
+
+@pytest.mark.parametrize("name", GAUSSIANS)
+def test_gaussians_are_the_conditional_mean_of_the_whole_window(name, scans, batch):
+    mean, lags = lags_by_definition(name, scans)
+    filled = GAUSSIANS[name].fit(scans).fill(*batch)
+    for x, hidden, found in zip(*batch, filled, strict=True):
+        flat = (x.ravel(), hidden.ravel(), np.tile(mean, N_FRAMES))
+        expected = condition(*flat, joint(lags)).reshape(x.shape)
+        np.testing.assert_allclose(found, expected, atol=2e-5)
+
+
+def test_the_default_tolerance_is_exact_enough(scans, batch):
+    for name, settings in (("spatial", {}), ("var", {}), ("spatiotemporal", {"own": 0.1})):
+        exact = Gaussian(name, tolerance=1e-12, **settings).fit(scans).fill(*batch)
+        filled = Gaussian(name, **settings).fit(scans).fill(*batch)
+        np.testing.assert_allclose(filled, exact, atol=1e-4)
+
+
+def test_conditional_mean_is_the_dense_solution(scans, batch):
+    """The solver that the front end shares with the baselines, mixed and not, without either."""
+    rng = np.random.default_rng(5)
+    mean, lags = lags_by_definition("spatiotemporal", scans)
+    mixing = np.eye(N_PARCELS) + 0.3 * rng.normal(size=(3, N_PARCELS, N_PARCELS))
     x, hidden = batch
-    model = SpatialGaussian(shrinkage=0.05).fit(scans)
-    frames = np.concatenate(scans)
-    covariance = np.cov(frames, rowvar=False, bias=True)
-    covariance = 0.95 * covariance + 0.05 * np.diag(covariance).mean() * np.eye(N_PARCELS)
-    filled = model.fill(x, hidden)
-    for item, frame in np.ndindex(x.shape[:2]):
-        expected = condition(x[item, frame], hidden[item, frame], frames.mean(0), covariance)
-        np.testing.assert_allclose(filled[item, frame], expected, atol=1e-9)
+    given = torch.from_numpy(np.where(hidden, np.nan, x - mean))
+    arguments = (torch.from_numpy(hidden), torch.from_numpy(lags))
+    plain = conditional_mean(given, *arguments, tolerance=1e-9).numpy()
+    mixed = conditional_mean(given, *arguments, torch.from_numpy(mixing), tolerance=1e-9).numpy()
+    for i in range(3):
+        flat = ((x[i] - mean).ravel(), hidden[i].ravel(), np.zeros(N_FRAMES * N_PARCELS))
+        expected = condition(*flat, joint(lags))
+        np.testing.assert_allclose(plain[i].ravel(), expected, atol=1e-6)
+        expected = condition(*flat, joint(mixing[i] @ lags @ mixing[i].T))
+        np.testing.assert_allclose(mixed[i].ravel(), expected, atol=1e-6)
 
 
-@pytest.mark.parametrize("shrinkage", [1e-6, 0.1, 0.9])
-def test_var_is_the_conditional_mean_of_the_whole_window(scans, batch, shrinkage):
+def test_own_covariance_of_visible_pairs_is_mixed_in(scans, batch):
     x, hidden = batch
-    model = VAR(shrinkage=shrinkage).fit(scans)
-    joint = stationary_joint(model, x.shape[1])
-    mean = np.tile(model.mean, x.shape[1])
-    filled = model.fill(x, hidden)
-    for item in range(len(x)):
-        expected = condition(x[item].ravel(), hidden[item].ravel(), mean, joint)
-        np.testing.assert_allclose(filled[item].ravel(), expected, atol=1e-7)
+    mean, lags = lags_by_definition("spatiotemporal", scans)
+    model = Gaussian(n_lags=N_LAGS, own=0.2, tolerance=1e-9).fit(scans)
+    centred = np.where(hidden, 0, x - mean)[1]
+    seen = (~hidden[1]).astype(float)
+    pairs = seen.T @ seen
+    own = np.where(pairs > 0, (centred.T @ centred) / np.maximum(pairs, 1), lags[0])
+    mixed = 0.8 * lags[0] + 0.2 * own
+    values = np.linalg.eigvalsh(mixed)
+    assert values.min() > 1e-3 * values.max()
 
+    def root(matrix):
+        values, vectors = np.linalg.eigh(matrix)
+        return vectors @ np.diag(values**0.5) @ vectors.T
 
-def test_var_of_a_single_frame_is_the_spatial_gaussian(scans, batch):
-    x, hidden = batch[0][:, :1], batch[1][:, :1]
-    expected = SpatialGaussian().fit(scans).fill(x, hidden)
-    np.testing.assert_allclose(VAR().fit(scans).fill(x, hidden), expected, atol=1e-10)
-
-
-def test_var_transition_is_least_squares_when_hardly_shrunk(scans):
-    model = VAR(shrinkage=1e-9).fit(scans)
-    centred = [scan - model.mean for scan in scans]
-    before, after = (np.concatenate([s[cut] for s in centred]) for cut in (np.s_[:-1], np.s_[1:]))
-    expected = np.linalg.lstsq(before, after, rcond=None)[0].T
-    np.testing.assert_allclose(model.transition, expected, atol=0.05)
+    mixing = root(mixed) @ np.linalg.inv(root(lags[0]))
+    flat = (x[1].ravel(), hidden[1].ravel(), np.tile(mean, N_FRAMES))
+    expected = condition(*flat, joint(mixing @ lags @ mixing.T))
+    np.testing.assert_allclose(model.fill(x, hidden)[1].ravel(), expected, atol=1e-5)
 
 
 def test_var_is_stable_and_its_stationary_covariance_is_the_fitted_one():
     # A random walk a few frames long, where plain least squares is readily explosive.
     rng = np.random.default_rng(3)
     walks = [np.cumsum(rng.normal(size=(7, N_PARCELS)), 0) for _ in range(2)]
-    model = VAR(shrinkage=0.01).fit(walks)
-    assert np.abs(np.linalg.eigvals(model.transition)).max() < 1
-    assert np.linalg.eigvalsh(model.noise).min() > 0
-    stationary = solve_discrete_lyapunov(model.transition, model.noise)
-    np.testing.assert_allclose(stationary, model.covariance, rtol=1e-8, atol=1e-8)
+    covariance, lagged = Gaussian("var", shrinkage=0.01).fit(walks).lags
+    transition = lagged @ np.linalg.inv(covariance)
+    assert np.abs(np.linalg.eigvals(transition)).max() < 1
+    innovation = covariance - transition @ covariance @ transition.T
+    assert np.linalg.eigvalsh(innovation).min() > 0
+    stationary = solve_discrete_lyapunov(transition, innovation)
+    np.testing.assert_allclose(stationary, covariance, rtol=1e-8, atol=1e-8)
 
 
-def test_var_beats_the_spatial_gaussian_on_new_data_from_an_autoregression(scans):
-    x = np.stack([scan[60:120] for scan in scans[2:]])
-    hidden = np.random.default_rng(4).random(x.shape) < 0.5
-    errors = [
-        ((model.fit(scans[:2]).fill(x, hidden) - x) ** 2).sum()
-        for model in (VAR(), SpatialGaussian())
-    ]
-    assert errors[0] < 0.9 * errors[1]
+def test_var_transition_is_least_squares_when_hardly_shrunk(scans):
+    model = Gaussian("var", shrinkage=1e-9).fit(scans)
+    centred = [scan - model.mean for scan in scans]
+    before, after = (np.concatenate([s[cut] for s in centred]) for cut in (np.s_[:-1], np.s_[1:]))
+    expected = np.linalg.lstsq(before, after, rcond=None)[0].T
+    transition = model.lags[1] @ np.linalg.inv(model.lags[0])
+    np.testing.assert_allclose(transition, expected, atol=0.05)
+
+
+def test_low_rank_with_every_factor_but_one_is_the_full_covariance(scans):
+    full = Gaussian("spatial", shrinkage=1e-6).fit(scans).lags
+    np.testing.assert_allclose(Gaussian("low_rank", rank=N_PARCELS - 1).fit(scans).lags, full)
 
 
 def test_interpolation_joins_visible_neighbours_and_holds_the_ends():
@@ -160,15 +228,6 @@ def test_all_hidden_gives_the_mean_and_none_hidden_the_scan(fitted, batch):
     np.testing.assert_array_equal(fitted.fill(x, np.zeros_like(hidden)), x)
 
 
-def test_a_batch_too_large_for_memory_is_solved_in_parts(scans, batch, monkeypatch):
-    x, hidden = batch
-    models = [SpatialGaussian().fit(scans), VAR().fit(scans)]
-    expected = [model.fill(x, hidden) for model in models]
-    monkeypatch.setattr("mnemodyn.evaluate.baselines._HELD_ENTRIES", 1)
-    for model, whole in zip(models, expected, strict=True):
-        np.testing.assert_allclose(model.fill(x, hidden), whole, atol=1e-12)
-
-
 def test_fill_refuses_what_it_cannot_use(fitted, batch):
     x, hidden = batch
     with pytest.raises(ValueError, match=r"\(batch, time, parcel\)"):
@@ -177,25 +236,18 @@ def test_fill_refuses_what_it_cannot_use(fitted, batch):
         fitted.fill(x, hidden.astype(float))
     with pytest.raises(ValueError, match=r"got bool \(2, 12, 5\)"):
         fitted.fill(x, hidden[:2])
-    with pytest.raises(ValueError, match="finite where visible"):
+    with pytest.raises(ValueError, match="finite where it is visible"):
         fitted.fill(np.where(hidden, x, np.nan), hidden)
 
 
-@pytest.mark.parametrize("baseline", [SpatialGaussian, VAR])
-def test_gaussian_baselines_refuse_bad_training_data(baseline, scans, batch):
+def test_gaussians_refuse_bad_settings_and_training_data(scans, batch):
     with pytest.raises(RuntimeError, match="not fitted"):
-        baseline().fill(*batch)
+        Gaussian().fill(*batch)
+    with pytest.raises(ValueError, match="covariance must be one of spatial, .* got 'temporal'"):
+        Gaussian("temporal")
+    with pytest.raises(ValueError, match="rank must be between 1 and 4, got 5"):
+        Gaussian("low_rank", rank=5).fit(scans)
     with pytest.raises(ValueError, match="got 0 scans"):
-        baseline().fit([])
-    with pytest.raises(ValueError, match=r"shrinkage in \(0, 1\], got 1 scans and 0"):
-        baseline(shrinkage=0).fit(scans[:1])
-    with pytest.raises(
-        ValueError, match=r"scans\[1\] must be .* parcel = 5\), got shape \(120, 4\)"
-    ):
-        baseline().fit([scans[0], scans[1][:, :4]])
-    with pytest.raises(ValueError, match=r"scans\[0\] must be finite"):
-        baseline().fit([np.full((9, 3), np.nan)])
-    with pytest.raises(ValueError, match="vary over time"):
-        baseline().fit([np.zeros((9, 3))])
-    with pytest.raises(ValueError, match="5 fitted parcels, got 4"):
-        baseline().fit(scans).fill(*(a[..., :4] for a in batch))
+        Gaussian().fit([])
+    with pytest.raises(ValueError, match=r"scans\[1\] must be .* parcel = 5\), got shape"):
+        Gaussian("var").fit([scans[0], scans[1][:, :4]])

@@ -138,9 +138,8 @@ def test_fine_tuning_learns_and_makes_nothing_of_noise(checkpoint):
     y = (table["diagnosis"] == "patients").to_numpy(float)
     train, test = np.arange(80), np.arange(80, 120)
     people = table["participant_id"].to_numpy()
-    split = Split(
-        train, test, y[train], "classification", inner_splits(y[train], people[train], 3, 0)
-    )
+    inner = inner_splits(y[train], people[train], 3, 0)
+    split = Split(train, test, y[train], "classification", inner, seed=1)
     # Every other frame of a patient is louder.
     louder = []
     for scan, label in zip(scans, y, strict=True):

@@ -8,10 +8,10 @@ import pywt
 import torch
 import torchcde
 
-from mnemodyn.model.config import ModelConfig
-from mnemodyn.model.control import control
+from mnemodyn.model.control import path_derivative
 from mnemodyn.model.network import MnemoDyn
 from mnemodyn.model.operator import BandedOperator, OperatorBlock
+from mnemodyn.settings import ModelConfig
 
 
 def config(**settings) -> ModelConfig:
@@ -40,6 +40,7 @@ ACT = {
     "tanh": np.tanh,
     "silu": lambda a: a / (1 + np.exp(-a)),
     "gelu": lambda a: 0.5 * a * (1 + np.vectorize(math.erf)(a / math.sqrt(2))),
+    "relu": lambda a: np.maximum(a, 0),
 }
 
 
@@ -119,6 +120,7 @@ CASES = [
     {"banded": "depthwise", "kernel_size": 5},
     {"control": "both", "lift": False},
     {"control": "value"},
+    {"activation": "relu", "n_segments": 2},
 ]
 
 
@@ -171,17 +173,19 @@ def test_control_equals_torchcde(n):
     linear = torchcde.linear_interpolation_coeffs(x, t)
     for path in (torchcde.CubicSpline(hermite, t), torchcde.LinearInterpolation(linear, t)):
         oracle = torch.stack([path.derivative(s) for s in t], dim=1)
-        torch.testing.assert_close(control(x, 0.72), oracle)
-    torch.testing.assert_close(control(x, torch.tensor([0.72, 1.44]))[1], control(x, 1.44)[1])
+        torch.testing.assert_close(path_derivative(x, 0.72), oracle)
+    torch.testing.assert_close(
+        path_derivative(x, torch.tensor([0.72, 1.44]))[1], path_derivative(x, 1.44)[1]
+    )
 
 
 def test_control_refuses():
     with pytest.raises(ValueError, match=r"t_r must be > 0 seconds, got -2\.0"):
-        control(torch.zeros(1, 4, 2), -2.0)
+        path_derivative(torch.zeros(1, 4, 2), -2.0)
     with pytest.raises(ValueError, match="one a scan"):
-        control(torch.zeros(1, 4, 2), torch.ones(3))
+        path_derivative(torch.zeros(1, 4, 2), torch.ones(3))
     with pytest.raises(ValueError, match="time >= 2"):
-        control(torch.zeros(1, 1, 2), 1.0)
+        path_derivative(torch.zeros(1, 1, 2), 1.0)
 
 
 @pytest.mark.parametrize(
@@ -193,7 +197,7 @@ def test_parameters_of_a_banded_operator(banded, expected):
 
 
 @pytest.mark.parametrize("banded", ["full", "depthwise"])
-@pytest.mark.parametrize("activation", ["tanh", "gelu", "silu"])
+@pytest.mark.parametrize("activation", ["tanh", "gelu", "silu", "relu"])
 def test_fresh_network_keeps_unit_scale_and_is_close_to_the_identity(activation, banded):
     torch.manual_seed(0)
     c = config(

@@ -1,138 +1,216 @@
-"""The study of reconstruction: its split, its windows and its intervals."""
-
-from dataclasses import replace
+"""Reconstruction: what is hidden and scored, how scans are filled, and the intervals."""
 
 import numpy as np
 import pytest
 import torch
 
-from benchmarks.reconstruct import (
-    SETTINGS,
-    Hidden,
-    Series,
-    _filled,
-    config_of,
-    fit,
-    fresh,
-    interval,
-    read,
-    split,
-    transformer_like,
-    validate,
+from benchmarks.transformer import PatchTransformer
+from mnemodyn.checkpoint import Checkpoint, CheckpointError
+from mnemodyn.data.scaling import Scaling
+from mnemodyn.data.scans import DataError, Scan
+from mnemodyn.evaluate.baselines import Zero
+from mnemodyn.evaluate.reconstruction import (
+    FrontEnd,
+    HiddenScan,
+    Network,
+    compare,
+    fill,
+    held_out,
+    hide,
+    r2,
+    squares,
+    sums,
 )
-from mnemodyn.data.simulate import simulate_cohort
 from mnemodyn.model.network import MnemoDyn
+from mnemodyn.settings import ModelConfig
 
-SETTING = replace(SETTINGS["abide"], n_timepoints=16)
+PARCELS = tuple("abcdef")
+MASKS = {"hidden_share": 0.5, "mask_window": 4, "seed": 3}
+CONFIG = ModelConfig(
+    n_parcels=6, n_timepoints=16, n_channels=6, input_width=4, field_rank=2, n_levels=2
+)
 
 
-def scan(person: str, stratum: str = "", n_frames: int = 40, constant: int | None = None) -> Series:
+def scan(person, n_frames=40, constant=None, censored=None):
     rng = np.random.default_rng(sum(map(ord, person)))
-    values = rng.standard_normal((n_frames, 6)).astype(np.float32)
-    flat = np.zeros(6, bool)
+    values = rng.standard_normal((n_frames, 6)).cumsum(0).astype(np.float32)
     if constant is not None:
-        values[:, constant], flat[constant] = 0, True
-    return Series(person, values, 2.0, flat, stratum)
+        values[:, constant] = 1
+    if censored is not None:
+        censored = np.isin(np.arange(n_frames), censored)
+    return Scan(person, values, 2.0, PARCELS, source=person, censored=censored)
 
 
-def test_split_takes_a_tenth_of_every_stratum_and_keeps_people_whole():
-    series = [scan(f"{s}{i:03}", s) for s in "abc" for i in range(40)] + [scan("a000", "a")]
-    sides = split(series)
-    people = {name: {s.participant for s in side} for name, side in sides.items()}
-    assert sum(map(len, sides.values())) == len(series)
-    assert not people["train"] & people["test"]
-    assert not people["validation"] & (people["train"] | people["test"])
-    for stratum in "abc":
-        assert [sum(p[0] == stratum for p in people[n]) for n in ("test", "validation")] == [4, 2]
-    again = split(series[::-1])
-    assert {s.participant for s in again["test"]} == people["test"]
+class Recorded(Zero):
+    """Fills in a number, and remembers what it was given."""
+
+    def __init__(self, number):
+        self.number, self.given = number, []
+
+    def fill(self, x, hidden, t_r=None):
+        self.given.append((x, hidden, t_r))
+        return np.where(hidden, self.number, x)
 
 
-def test_constant_parcels_are_hidden_and_not_scored():
-    held = Hidden.of([scan("a"), scan("b", constant=3)], SETTING, seed=0)
-    given = []
-
-    def fill(x, hidden, t_r):
-        given.append(hidden)
-        assert t_r == 2.0
-        return np.where(hidden, 99, x)
-
-    filled = held.fill(fill)
-    assert [h.shape for h in given] == [(1, 40, 6)] * 2
-    assert given[1][..., 3].all()
-    assert held.people.tolist() == ["a", "a", "b", "b"]
-    residual, total = held.sums(filled)
-    hidden = [mask & ~s.constant for s, mask in zip(held.series, held.masks, strict=True)]
-    for row, (s, h, half) in enumerate(
-        (s, h, half) for s, h in zip(held.series, hidden, strict=True) for half in (0, 1)
-    ):
-        part = h.copy()
-        part[20:] &= half == 1
-        part[:20] &= half == 0
-        np.testing.assert_allclose(total[row], (s.values[part].astype(float) ** 2).sum(), rtol=1e-5)
-        np.testing.assert_allclose(
-            residual[row], ((s.values[part].astype(float) - 99) ** 2).sum(), rtol=1e-5
-        )
-    truth = iter([s.values for s in held.series])
-    assert held.r2(lambda x, hidden, t_r: next(truth)[None]) == 1
+@pytest.fixture
+def model():
+    torch.manual_seed(0)
+    return MnemoDyn(CONFIG).eval()
 
 
-def test_windows_cover_every_frame_and_the_last_ends_with_the_scan():
-    held, given = Hidden.of([scan("a", n_frames=40)], SETTING, seed=0), []
-    filled = held.fill(lambda x, hidden, t_r: given.append(x) or x, whole=False)
-    assert [x.shape for x in given] == [(1, 16, 6)] * 3
-    np.testing.assert_array_equal(given[2][0], scan("a").values[24:])
-    np.testing.assert_array_equal(filled[0], scan("a").values)
+def test_constant_parcels_and_censored_frames_are_hidden_and_not_scored():
+    scans = [scan("a"), scan("b", constant=3), scan("c", censored=[0, 1, 30])]
+    plain, constant, censored = hide(scans, Scaling(), **MASKS)
+    np.testing.assert_array_equal(plain.hidden, plain.scored)
+    assert (plain.hidden.sum(0) == 20).all()
+    assert constant.hidden[:, 3].all()
+    assert not constant.scored[:, 3].any()
+    assert censored.hidden[[0, 1, 30]].all()
+    assert not censored.scored[[0, 1, 30]].any()
+    # The mask of a scan follows from the seed and its number alone.
+    again = hide(scans[1:2], Scaling(), **{**MASKS, "seed": 4}, people=["family"])[0]
+    np.testing.assert_array_equal(again.scored, constant.scored)
+    assert (constant.person, again.person) == ("b", "family")
 
 
-def test_networks_read_what_is_visible_only():
-    """Where all parcels are one signal, training beats zero; what stands at hidden entries, NaN too, is not read."""
-    setting = replace(SETTING, steps=200, batch_size=8)
-    values = np.repeat(np.random.default_rng(0).standard_normal((60, 1)), 6, axis=1).astype(
-        np.float32
+def test_whole_scans_and_windows_are_filled_everywhere():
+    scans = hide([scan("a"), scan("b", 40), scan("c", 10)], Scaling(), **MASKS)
+    method = Recorded(9)
+    whole = fill(method, scans)
+    assert sorted(x.shape for x, _, _ in method.given) == [(1, 10, 6), (2, 40, 6)]
+    assert {t_r for _, _, t_r in method.given} == {2.0}
+    method.given.clear()
+    pieces = fill(method, scans, window=16)
+    # Frames 0 to 15, 16 to 31 and 24 to 39 of either long scan; the short one as it is.
+    assert sorted(x.shape for x, _, _ in method.given) == [(1, 10, 6), (6, 16, 6)]
+    x = next(x for x, _, _ in method.given if len(x) == 6)
+    np.testing.assert_array_equal(x[2], scans[0].values[24:])
+    for one, by_windows, by_scan in zip(scans, pieces, whole, strict=True):
+        expected = np.where(one.hidden, 9, one.values)
+        np.testing.assert_array_equal(by_windows, expected)
+        np.testing.assert_array_equal(by_scan, expected)
+
+
+def test_sums_follow_their_definition_stretch_by_stretch():
+    scans = hide([scan("a"), scan("b", constant=3)], Scaling(), **MASKS)
+    residual, total, people = sums(scans, fill(Recorded(9), scans), 16)
+    assert people.tolist() == ["a", "a", "b", "b"]
+    for row, (one, half) in enumerate((s, half) for s in scans for half in (0, 1)):
+        frames = slice(20 * half, 20 * half + 20)
+        values = one.values[frames][one.scored[frames]].astype(float)
+        assert total[row] == pytest.approx((values**2).sum())
+        assert residual[row] == pytest.approx(((values - 9) ** 2).sum())
+    assert r2(Recorded(9), scans) == pytest.approx(1 - residual.sum() / total.sum())
+    assert r2(Zero(), scans) == 0
+
+
+def test_what_stands_at_entries_that_are_not_scored_counts_for_nothing():
+    (one,) = hide([scan("a")], Scaling(), **MASKS)
+    spoilt = np.where(one.scored, 1.0, np.nan)
+    error, power = squares(one, spoilt)
+    assert np.isfinite(error).all()
+    assert not power[~one.scored].any()
+
+
+def test_windows_and_whole_scans_are_what_the_network_makes_of_them(model):
+    scans = hide([scan("a", 64), scan("b", 64)], Scaling(), **MASKS)
+    whole, pieces = (fill(Network(model), scans, window=window) for window in (0, 16))
+    for one, by_scan, by_windows in zip(scans, whole, pieces, strict=True):
+        x, hidden = torch.from_numpy(one.values), torch.from_numpy(one.hidden)
+        with torch.no_grad():
+            once = model(x[None], 2.0, hidden=hidden[None]).reconstruction[0]
+            cut = model(x.view(4, 16, 6), 2.0, hidden=hidden.view(4, 16, 6)).reconstruction
+        for found, made in ((by_scan, once), (by_windows, cut.view(64, 6))):
+            expected = torch.where(hidden, made, x)
+            torch.testing.assert_close(torch.from_numpy(found), expected, atol=1e-5, rtol=1e-5)
+
+
+def test_networks_read_what_is_visible_only(model):
+    (one,) = hide([scan("a", 16)], Scaling(), **MASKS)
+    spoilt = HiddenScan(
+        one.person, np.where(one.hidden, np.nan, one.values), 2.0, one.hidden, one.scored
     )
-    series = [Series("a", values, 2.0, np.zeros(6, bool))]
-    validation = next(fresh(series, setting, 1, 8))
-    for network in (MnemoDyn(config_of(setting, 6, None)), transformer_like(setting, 6, 20_000)):
-        curve = fit(network, fresh(series, setting, 0), validation, 200, 1e-2, lambda text: None)
-        assert list(curve) == list(range(0, 201, 20))
-        assert max(curve.values()) > 0.1
-        assert validate(network, validation) == pytest.approx(max(curve.values()))
-        x = torch.where(validation["hidden"], torch.nan, validation["x"])
-        assert torch.isfinite(_filled(network(x, 2.0, hidden=validation["hidden"]))).all()
+    rival = PatchTransformer(6, 16, width=16, n_layers=1).eval()
+    with_front = MnemoDyn(ModelConfig(**{**CONFIG.to_dict(), "front": "gaussian"}))
+    front = with_front.fit_front([one.values]).front
+    for method in (Network(model), Network(rival), FrontEnd(front)):
+        filled, again = fill(method, [one])[0], fill(method, [spoilt])[0]
+        assert np.isfinite(again).all()
+        np.testing.assert_allclose(again, filled, atol=1e-6)
+        np.testing.assert_array_equal(filled[~one.hidden], one.values[~one.hidden])
 
 
-def test_interval_resamples_people_windows_and_seeds():
+def row_of(rows, method, against=None):
+    return next(r for r in rows if (r["method"], r.get("against")) == (method, against))
+
+
+def test_intervals_resample_people_stretches_and_seeds():
     rng = np.random.default_rng(0)
-    people = np.repeat(np.arange(30), 2)
+    people = np.repeat([f"{i:02}" for i in range(30)], 2)
     total = np.full(60, 10.0)
     person = np.repeat(rng.normal(0, 1, 30), 2)
-    model, other = 4 + rng.normal(0, 0.1, (3, 60)) + person, np.full((1, 60), 5.0)
-    found = interval(model, other, total, people)
-    assert found["value"] == pytest.approx((5 - model.mean()) / 10, abs=1e-5)
+    model, other = 4 + rng.normal(0, 0.1, (3, 60)) + person, np.full(60, 5.0)
+    rows = compare({"model": model, "other": other}, total, people, data="test")
+    found = row_of(rows, "model", "other")
+    assert found["n"] == 30
+    assert found["value"] == pytest.approx((5 - model.mean()) / 10)
     # Almost all of the spread is between people: the textbook's standard error of their mean.
-    assert found["high"] - found["low"] == pytest.approx(
-        2 * 1.96 * person[::2].std() / 10 / 30**0.5, rel=0.15
-    )
-    assert interval(model, model, total, people) == {"value": 0.0, "low": 0.0, "high": 0.0}
+    width = 2 * 1.96 * person[::2].std() / 10 / 30**0.5
+    assert found["high"] - found["low"] == pytest.approx(width, rel=0.15)
+    assert row_of(rows, "model")["value"] == pytest.approx(1 - model.mean() / 10)
+    # Nothing but the seeds differs.
     seeds = np.repeat(np.array([[3.0], [4.0], [5.0]]), 60, axis=1)
-    spread = interval(seeds, other, total, people)
-    assert spread["value"] == 0.1
+    rows = compare({"model": seeds, "other": other}, total, people, data="test")
+    spread = row_of(rows, "model", "other")
+    assert spread["value"] == pytest.approx(0.1)
     assert spread["low"] < 0.05
     assert spread["high"] > 0.15
 
 
-def test_a_missing_folder_is_named():
-    with pytest.raises(FileNotFoundError, match="ABIDE=FOLDER or MNEMODYN_DATA"):
-        read("abide", SETTING, None)
+def test_stretches_of_one_person_are_resampled():
+    residual = np.array([1.0, 9.0, 5.0, 5.0, 2.0, 8.0])
+    people = np.array(["a"] * 6)
+    total = np.full(6, 10.0)
+    (row,) = compare({"model": residual}, total, people, data="test", n_boot=5000)
+    rng = np.random.default_rng(1)
+    looped = [1 - residual[rng.integers(0, 6, 6)].sum() / 60 for _ in range(5000)]
+    low, high = np.quantile(looped, [0.025, 0.975])
+    assert (row["low"], row["high"]) == pytest.approx((low, high), abs=0.02)
 
 
-def test_abide_is_read_with_its_faults(tmp_path):
-    simulate_cohort("abide", tmp_path, n_participants=8, seed=0, n_parcels=30)
-    series, left_out = read("abide", SETTING, tmp_path)
-    assert len(series) + sum(left_out.values()) >= 8
-    for s in series:
-        assert s.values.std(0)[~s.constant] == pytest.approx(1, abs=1e-4)
-        assert not s.values[:, s.constant].any()
-        assert 1 < s.t_r <= 3
-        assert len(s.stratum.split()) == 2
+def test_differences_are_paired():
+    rng = np.random.default_rng(7)
+    total = rng.uniform(50, 150, 20)
+    other = total * rng.uniform(0.1, 0.9, 20)
+    people = np.array([str(i) for i in range(20)])
+    rows = compare({"model": other - 0.05 * total, "other": other}, total, people, data="test")
+    found = row_of(rows, "model", "other")
+    for end in ("value", "low", "high"):
+        assert found[end] == pytest.approx(0.05)
+
+
+def test_intervals_cover_the_truth_about_as_often_as_they_say():
+    rng = np.random.default_rng(3)
+    people = np.array([str(i) for i in range(40)])
+    covered = 0
+    for seed in range(200):
+        total = rng.uniform(80, 120, 40)
+        residual = total * rng.uniform(0.2, 0.8, 40)
+        settings = {"data": "test", "n_boot": 300, "seed": seed}
+        (row,) = compare({"model": residual}, total, people, **settings)
+        covered += row["low"] < 0.5 < row["high"]
+    assert 0.88 <= covered / 200 <= 0.99
+
+
+def test_scans_of_people_that_a_checkpoint_knows_are_told_from_others(model):
+    training = {"train_participants": ["a", "b"], "validation_participants": ["c"]}
+    checkpoint = Checkpoint(model, PARCELS, 2.0, Scaling(), None, training)
+    scans = [scan(person) for person in "dacb"]
+    known, test = held_out(checkpoint, scans)
+    assert [s.participant_id for s in known] == ["a", "c", "b"]
+    assert [s.participant_id for s in test] == ["d"]
+    with pytest.raises(DataError, match="3 participants and of others, got 3 and 0"):
+        held_out(checkpoint, scans[1:])
+    other = Scan("e", scans[0].values[:, ::-1].copy(), 2.0, PARCELS[::-1])
+    with pytest.raises(CheckpointError):
+        held_out(checkpoint, [other])

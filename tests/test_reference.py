@@ -1,6 +1,7 @@
 """Networks of the published draft give the draft's own numbers, and its files are read without running them."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -9,10 +10,10 @@ import torchcde
 from safetensors.torch import load_file
 
 from mnemodyn import MnemoDyn, ModelConfig
-from mnemodyn.model.reference import ReferenceBlock
+from mnemodyn.model.operator import Field
+from mnemodyn.model.reference import ReferenceBlock, read_settings
 
 GOLDEN = Path(__file__).parent / "golden"
-LIGHTNING = GOLDEN / "lightning-epoch=01-val_mae=0.5000.ckpt"
 NAMES = ["linear_first", "odd_scales", "residual_spline"]
 
 
@@ -136,6 +137,25 @@ def test_head_reads_the_last_frame():
         MnemoDyn.from_reference({**settings, "use_residual": True}, weights)
 
 
+def test_relu_is_a_choice_of_the_draft():
+    """It loads, has the equation of the field, gradients, and initial weights of its own."""
+    torch.manual_seed(0)
+    record, _, _ = golden("residual_spline")
+    settings = {**record["config"], "nonlinearity": "relu", "n_levels": 1, "interpol": "linear"}
+    network = MnemoDyn(read_settings(settings)).double()
+    block, x = network.blocks[0], torch.randn(2, 64, 6, dtype=torch.float64)
+    field = block.field
+    z = field.input(x).relu()
+    h = field.expansion(field.bottleneck(z).relu()).relu().unflatten(-1, (6, -1))
+    drive = torch.einsum("btp,btpk->btk", block.derivative(x), h)
+    torch.testing.assert_close(field(x, block.derivative(x)), drive)
+    network(x).reconstruction.square().sum().backward()
+    assert all(torch.isfinite(p.grad).all() for p in network.parameters())
+    # The draft draws linear layers with a gain of 2 (Kaiming), so that ReLU keeps the second moment.
+    wide = Field(replace(network.config, n_parcels=400, input_width=300))
+    assert wide.input.weight.square().mean().item() == pytest.approx(2 / 400, rel=0.05)
+
+
 def test_one_block_of_odd_length_returns_one_frame_more():
     torch.manual_seed(0)
     config = ModelConfig(
@@ -178,8 +198,8 @@ def test_network_refuses_what_the_draft_does_not_know():
         ({"heads": 2}, r"unknown draft settings \['heads'\]"),
         ({"D_out": [6, 5]}, "D_out must repeat D = 6"),
         ({"num_layers": 3}, "num_layers is 3, but D_out has 2 entries"),
-        ({"nonlinearity": "relu"}, "nonlinearity must be one of tanh, gelu, swish, got 'relu'"),
-        ({"interpol": "none"}, "interpol must be spline or linear"),
+        ({"nonlinearity": "elu"}, "nonlinearity must be one of tanh, gelu, swish, relu, got 'elu'"),
+        ({"interpol": "none"}, "interpolation must be spline or linear"),
         ({"duration": 2}, "duration must be 1, got 2"),
         ({"predict": True}, r"lack \['num_classes'\]"),
         ({"original_length": 63}, "n_timepoints must be even"),
@@ -246,8 +266,8 @@ def test_weights_that_do_not_fit_are_named_with_both_shapes():
     for line in (
         "layers.0.conv_layers.1.0.weight: expected (2, 8, 8, 3), got (2, 8, 8, 5)",
         "layers.1.dense_layers.1.bias: expected (4, 8), got (4, 9)",
-        "layers.2.bottleneck.bias: unknown, got (3,)",
-        "layers.0.output_projection.bias: missing, expected (6,)",
+        "layers.2.bottleneck.bias: expected none, got (3,)",
+        "layers.0.output_projection.bias: expected (6,), got none",
     ):
         assert line in str(raised.value)
 

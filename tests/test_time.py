@@ -10,9 +10,9 @@ import torch
 import torchcde
 from torch.utils.flop_counter import FlopCounterMode
 
-from mnemodyn.model.config import ModelConfig
-from mnemodyn.model.control import bridge, control
+from mnemodyn.model.control import path_derivative, path_through_gaps
 from mnemodyn.model.network import MnemoDyn
+from mnemodyn.settings import ModelConfig
 
 HERTZ = 0.03
 
@@ -54,14 +54,16 @@ def test_control_is_the_derivative_per_second(t_r):
     slope = omega * torch.cos(omega * t[:, None] + torch.arange(4.0))
     # A backward difference is off by at most half a step times the largest second derivative; the first frame repeats
     # the second, so that it is off by a whole step more.
-    away = (control(sine(t_r), t_r)[0] - slope).abs().amax(1)
+    away = (path_derivative(sine(t_r), t_r)[0] - slope).abs().amax(1)
     assert away[1:].max() <= t_r / 2 * omega**2
     assert away[0] <= t_r * 1.5 * omega**2
 
 
 def test_one_signal_at_two_repetition_times_gives_one_drive():
     field = network().blocks[0].field
-    drives = {t_r: field(sine(t_r), control(sine(t_r), t_r)) for t_r in (0.25, 0.5, 1.0, 2.0)}
+    drives = {
+        t_r: field(sine(t_r), path_derivative(sine(t_r), t_r)) for t_r in (0.25, 0.5, 1.0, 2.0)
+    }
     shared = {t_r: v[0, :: round(2 / t_r)][1:] for t_r, v in drives.items()}
     size = shared[0.25].abs().max()
     away = {
@@ -72,7 +74,7 @@ def test_one_signal_at_two_repetition_times_gives_one_drive():
     assert away[1.0] / away[0.5] == pytest.approx(3, rel=0.2)
     assert away[2.0] / away[0.5] == pytest.approx(7, rel=0.2)
     # Frames taken for seconds would change the drive by their ratio.
-    wrong = field(sine(0.5), control(sine(0.5), 1.0))
+    wrong = field(sine(0.5), path_derivative(sine(0.5), 1.0))
     torch.testing.assert_close(2 * wrong, drives[0.5])
 
 
@@ -91,7 +93,7 @@ def censor(frames: list[int], n: int = 32) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("gaps", GAPS)
-def test_bridge_is_torchcdes_path_through_the_frames_left(gaps):
+def test_the_path_through_gaps_is_torchcdes_through_the_frames_left(gaps):
     x, t_r = random(1, 32, 4), 0.72
     t, censored = t_r * torch.arange(32, dtype=torch.float64), censor(gaps)
     left = ~censored
@@ -99,7 +101,9 @@ def test_bridge_is_torchcdes_path_through_the_frames_left(gaps):
         x[:, left], t[left]
     )
     path = torchcde.CubicSpline(coefficients, t[left])
-    values, derivative = bridge(x.masked_fill(censored[:, None], torch.nan), t_r, censored[None])
+    values, derivative = path_through_gaps(
+        x.masked_fill(censored[:, None], torch.nan), t_r, censored[None]
+    )
     inside = ((t >= t[left][0]) & (t <= t[left][-1])).nonzero()[:, 0].tolist()
     for i in inside:
         torch.testing.assert_close(values[:, i], path.evaluate(t[i]))
@@ -112,15 +116,15 @@ def test_bridge_is_torchcdes_path_through_the_frames_left(gaps):
         assert not derivative[:, i].any()
 
 
-def test_bridge_without_gaps_is_the_closed_form():
+def test_a_path_without_gaps_is_the_closed_form():
     x, t_r = random(2, 32, 4), torch.tensor([0.72, 2.0])
-    values, derivative = bridge(x, t_r, torch.zeros(2, 32, dtype=torch.bool))
+    values, derivative = path_through_gaps(x, t_r, torch.zeros(2, 32, dtype=torch.bool))
     assert torch.equal(values, x)
-    assert torch.equal(derivative, control(x, t_r))
+    assert torch.equal(derivative, path_derivative(x, t_r))
     # One scan with gaps leaves the other as it was.
-    values, derivative = bridge(x, t_r, torch.stack([censor([]), censor([4, 5])]))
-    assert torch.equal(derivative[0], control(x, t_r)[0])
-    alone = bridge(x[1:], 2.0, censor([4, 5])[None])
+    values, derivative = path_through_gaps(x, t_r, torch.stack([censor([]), censor([4, 5])]))
+    assert torch.equal(derivative[0], path_derivative(x, t_r)[0])
+    alone = path_through_gaps(x[1:], 2.0, censor([4, 5])[None])
     torch.testing.assert_close((values[1:], derivative[1:]), alone)
 
 
@@ -129,8 +133,8 @@ def test_long_scans_keep_their_times_in_float32():
         random(1, 5000, 1).cumsum(1),
         torch.rand(1, 5000, generator=torch.Generator().manual_seed(0)) < 0.2,
     )
-    exact = bridge(x, 0.72, censored)
-    for got, expected in zip(bridge(x.float(), 0.72, censored), exact, strict=True):
+    exact = path_through_gaps(x, 0.72, censored)
+    for got, expected in zip(path_through_gaps(x.float(), 0.72, censored), exact, strict=True):
         assert (got - expected).abs().max() < 1e-5 * expected.abs().max()
 
 
@@ -151,10 +155,10 @@ def test_censored_frames_have_no_influence():
     assert torch.equal(got, net(x, 0.72, hidden=hidden, censored=censored).reconstruction)
 
 
-def test_the_first_block_reads_the_bridged_path():
+def test_the_first_block_reads_the_path_through_gaps():
     """The equations once more: the stream starts as the path, seen where frames are left."""
     net, x, censored = network(n_blocks=1), random(1, 32, 4), censor([7, 8, 20])[None]
-    path, derivative = bridge(x, 0.72, censored)
+    path, derivative = path_through_gaps(x, 0.72, censored)
     visible = (~censored[..., None]).expand_as(x).to(x.dtype)
     y, _, _ = net.blocks[0](path, 0.72, visible, derivative)
     torch.testing.assert_close(net(x, 0.72, censored=censored).reconstruction, path + y)

@@ -1,66 +1,267 @@
-"""How well hidden entries of held-out people are filled: every method on the same windows and masks."""
+"""How well hidden entries of held-out people are filled.
 
-from collections.abc import Sequence
+There is one way to fill scans (`fill`) and one way to score them (`sums` and `compare`), so that
+every method is scored on the same entries. A method is an object with ``fill(x, hidden, t_r)``: a
+network (`Network`), its front end alone (`FrontEnd`), or a baseline of
+:mod:`mnemodyn.evaluate.baselines`.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
 
 import numpy as np
-import pandas as pd
 import torch
+from torch import Tensor, nn
 
 from mnemodyn.checkpoint import Checkpoint
-from mnemodyn.data.scaling import Scaling
 from mnemodyn.data.scans import DataError, Scan
-from mnemodyn.evaluate.baselines import VAR, Interpolation, SpatialGaussian, Zero
-from mnemodyn.evaluate.metrics import bootstrap_r2, hidden_sums
+from mnemodyn.evaluate.scores import interval, resamples
+from mnemodyn.model.front import Front
 from mnemodyn.pretrain.objectives import Masked
-from mnemodyn.pretrain.windows import cut_windows
+
+__all__ = [
+    "FrontEnd",
+    "HiddenScan",
+    "Method",
+    "Network",
+    "compare",
+    "fill",
+    "held_out",
+    "hide",
+    "r2",
+    "squares",
+    "sums",
+]
 
 MODEL = "model"
-# Where an array lies in memory decides how its sums are grouped: two equal runs differ in the sixteenth digit.
-DIGITS = 10
+BATCH = 8  # scans or windows filled together
 
 
-def scaling_of(checkpoint: Checkpoint) -> Scaling:
-    """How a checkpoint's scans are scaled; ValueError where it does not say, as one of the published draft."""
-    if checkpoint.scaling is None:
-        raise ValueError(
-            "the checkpoint does not say how scans are scaled: dataclasses.replace(checkpoint, scaling=...)"
-        )
-    return checkpoint.scaling
+class Method(Protocol):
+    """Something that fills hidden entries."""
+
+    def fill(self, x: np.ndarray, hidden: np.ndarray, t_r: float) -> np.ndarray:
+        """Fill `hidden` of scaled scans, all (batch, time, parcel); `t_r` is in seconds."""
+        ...
 
 
 class Network:
-    """A checkpoint as a method that fills hidden entries of scans with one frame every `t_r` seconds."""
+    """A network as a method: a MnemoDyn, or a module that is called alike and returns a tensor."""
 
-    def __init__(self, checkpoint: Checkpoint, t_r: float):
-        self.checkpoint, self.t_r = checkpoint, t_r
+    def __init__(self, network: nn.Module):
+        self.network = network
 
     @torch.no_grad()
-    def fill(self, x: np.ndarray, hidden: np.ndarray) -> np.ndarray:
-        """(batch, time, parcel) with hidden entries as the network has them, visible ones as given."""
-        device = next(self.checkpoint.model.parameters()).device
-        out = []
-        for values, mask in zip(x, hidden, strict=True):
-            given = torch.as_tensor(values[None], dtype=torch.float32, device=device)
-            where = torch.as_tensor(mask[None], device=device)
-            filled = self.checkpoint.model(given, self.t_r, hidden=where).reconstruction
-            out.append(torch.where(where, filled, given)[0].cpu().numpy())
-        return np.stack(out)
+    def fill(self, x: np.ndarray, hidden: np.ndarray, t_r: float) -> np.ndarray:
+        """Return `x` in float32 with hidden entries as the network reconstructs them."""
+        device = next(self.network.parameters()).device
+        given = torch.as_tensor(x, dtype=torch.float32, device=device)
+        mask = torch.as_tensor(hidden, device=device)
+        output = self.network(given, float(t_r), hidden=mask)
+        if not isinstance(output, Tensor):
+            output = output.reconstruction
+        return torch.where(mask, output, given).cpu().numpy()
 
 
-def methods(checkpoint: Checkpoint, train: Sequence[Scan]) -> dict:
-    """The network and the baselines, these fitted to all of `train` (training and validation scans)."""
-    scaled = [scaling_of(checkpoint)(scan) for scan in train]
-    return {
-        MODEL: Network(checkpoint, train[0].t_r),
-        "zero": Zero(),
-        "interpolation": Interpolation(),
-        "spatial_gaussian": SpatialGaussian().fit(scaled),
-        "var": VAR().fit(scaled),
-    }
+class FrontEnd:
+    """The front end of a network as a method of its own, without operator blocks."""
+
+    def __init__(self, front: Front):
+        self.front = front
+
+    def fill(self, x: np.ndarray, hidden: np.ndarray, t_r: float | None = None) -> np.ndarray:
+        """Return `x` in float32 with hidden entries at their conditional mean."""
+        given = torch.as_tensor(x, dtype=torch.float32)
+        return self.front(given, torch.as_tensor(hidden)).numpy()
+
+
+@dataclass(frozen=True)
+class HiddenScan:
+    """A scaled scan with entries hidden.
+
+    Attributes
+    ----------
+    person : str
+        Whom a bootstrap resamples: the participant, or the family.
+    values : ndarray, shape (time, parcel)
+        In SD of the parcel.
+    t_r : float
+        Repetition time in seconds.
+    hidden : ndarray of bool, shape (time, parcel)
+        What no method reads: the drawn mask, constant parcels and censored frames.
+    scored : ndarray of bool, shape (time, parcel)
+        The drawn mask without constant parcels and censored frames.
+    """
+
+    person: str
+    values: np.ndarray
+    t_r: float
+    hidden: np.ndarray
+    scored: np.ndarray
+
+
+def hide(
+    scans: Sequence[Scan],
+    scale: Callable[[Scan], np.ndarray],
+    *,
+    hidden_share: float,
+    mask_window: int,
+    seed: int,
+    people: Sequence[str] | None = None,
+) -> list[HiddenScan]:
+    """Scale scans and hide entries of them.
+
+    In every parcel a share `hidden_share` of the frames is hidden, in stretches of `mask_window`
+    frames; scan i gets the mask of ``seed + i``. `scale` is a fitted scaling. `people` are whom a
+    bootstrap resamples, one a scan; the participants where it is not given.
+    """
+    masks = Masked(hidden_share=hidden_share, mask_window=mask_window)
+    found = []
+    for i, scan in enumerate(scans):
+        drawn = masks.hide((1, *scan.values.shape), seed + i).numpy()[0]
+        unknown = np.broadcast_to(scan.constant, drawn.shape)
+        if scan.censored is not None:
+            unknown = unknown | scan.censored[:, None]
+        person = scan.participant_id
+        if people is not None:
+            person = people[i]
+        found.append(HiddenScan(person, scale(scan), scan.t_r, drawn | unknown, drawn & ~unknown))
+    return found
+
+
+def fill(method: Method, scans: Sequence[HiddenScan], *, window: int = 0) -> list[np.ndarray]:
+    """Fill every scan, (time, parcel) each.
+
+    Scans are filled whole, or with `window` frames at a time where that is not 0. The last window
+    ends with the scan, so that every frame is in one, and overlaps the window before it.
+    """
+    filled = [scan.values.copy() for scan in scans]
+    # Pieces of one length and repetition time are filled together, which is faster.
+    pieces: dict[tuple[int, float], list[tuple[int, slice]]] = {}
+    for i, scan in enumerate(scans):
+        for part in _windows(len(scan.values), window):
+            key = (part.stop - part.start, scan.t_r)
+            pieces.setdefault(key, []).append((i, part))
+    for (_, t_r), places in pieces.items():
+        for start in range(0, len(places), BATCH):
+            batch = places[start : start + BATCH]
+            x = np.stack([scans[i].values[part] for i, part in batch])
+            hidden = np.stack([scans[i].hidden[part] for i, part in batch])
+            for (i, part), values in zip(batch, method.fill(x, hidden, t_r), strict=True):
+                filled[i][part] = values
+    return filled
+
+
+def _windows(n_frames: int, window: int) -> Iterator[slice]:
+    """The windows of a scan, the last one ending with it."""
+    if not window or n_frames <= window:
+        yield slice(0, n_frames)
+        return
+    for start in range(0, n_frames - window, window):
+        yield slice(start, start + window)
+    yield slice(n_frames - window, n_frames)
+
+
+def squares(scan: HiddenScan, filled: np.ndarray) -> np.ndarray:
+    """Squared errors and squares of the scored entries, zero elsewhere: (2, time, parcel)."""
+    truth = np.where(scan.scored, scan.values, 0).astype(np.float64)
+    error = truth - np.where(scan.scored, filled, 0)
+    return np.stack([error**2, truth**2])
+
+
+def sums(
+    scans: Sequence[HiddenScan], filled: Sequence[np.ndarray], stretch: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Residual and total sums of squares over scored entries, and the person, of every stretch.
+
+    A scan is cut into as many equal stretches as `stretch` frames fit into it, at least one. R2 of
+    any stretches is ``1 - residual.sum() / total.sum()``. Its reference is zero, the parcel's mean
+    over its own scan, because no method could know the mean of the hidden entries.
+    """
+    rows = []
+    people = []
+    for scan, values in zip(scans, filled, strict=True):
+        n_stretches = max(1, len(scan.values) // stretch)
+        for part in np.array_split(squares(scan, values), n_stretches, axis=1):
+            rows.append(part.sum((1, 2)))
+            people.append(scan.person)
+    residual, total = np.transpose(rows)
+    return residual, total, np.array(people)
+
+
+def r2(method: Method, scans: Sequence[HiddenScan], *, window: int = 0) -> float:
+    """R2 of a method over all scored entries of the scans."""
+    longest = max(len(scan.values) for scan in scans)
+    residual, total, _ = sums(scans, fill(method, scans, window=window), longest)
+    return float(1 - residual.sum() / total.sum())
+
+
+def _weights(people: np.ndarray, n_boot: int, seed: int) -> np.ndarray:
+    """How often each stretch counts, (1 + n_boot, stretch): people are drawn, then their stretches."""
+    weights = resamples(people, n_boot, seed)
+    rng = np.random.default_rng(seed)
+    for person in np.unique(people):
+        rows = np.flatnonzero(people == person)
+        times = weights[1:, rows[0]].astype(int)
+        share = np.full(len(rows), 1 / len(rows))
+        weights[1:, rows] = rng.multinomial(times * len(rows), share)
+    return weights
+
+
+def compare(
+    residuals: Mapping[str, np.ndarray],
+    total: np.ndarray,
+    people: np.ndarray,
+    *,
+    data: str,
+    task: str = "hidden entries",
+    ours: str = MODEL,
+    kind: str = "real",
+    n_boot: int = 2000,
+    seed: int = 0,
+) -> list[dict[str, Any]]:
+    """R2 of every method, and R2 of `ours` minus that of every other one, with 95 % intervals.
+
+    A resample draws people, stretches of each of them, and training seeds, all with replacement.
+    Every method gets the same draws, so that the intervals of differences are paired.
+
+    Parameters
+    ----------
+    residuals : mapping of str to ndarray, shape (stretch,) or (seed, stretch)
+        Residual sums of squares by method, from `sums`; several training seeds are averaged.
+    total : ndarray, shape (stretch,)
+        Total sums of squares.
+    people : ndarray of str, shape (stretch,)
+        Whose stretch it is, from `sums`.
+    data, task, kind : str
+        Columns of :mod:`mnemodyn.results`.
+
+    Returns
+    -------
+    list of dict
+        Rows for :func:`mnemodyn.results.write_results`.
+    """
+    weights = _weights(people, n_boot, seed)
+    totals = weights @ total
+    scores = {}
+    for name, residual in residuals.items():
+        by_seed = np.atleast_2d(residual)
+        seeds = resamples(range(len(by_seed)), n_boot, seed) / len(by_seed)
+        scores[name] = 1 - ((weights @ by_seed.T) * seeds).sum(1) / totals
+    about = {"data": data, "task": task, "score": "r2", "n": len(np.unique(people)), "kind": kind}
+    rows = []
+    for name, values in scores.items():
+        rows.append({**about, "method": name, **interval(values)})
+    for name, values in scores.items():
+        if name != ours and ours in scores:
+            difference = interval(scores[ours] - values)
+            rows.append({**about, "method": ours, "against": name, **difference})
+    return rows
 
 
 def held_out(checkpoint: Checkpoint, scans: Sequence[Scan]) -> tuple[list[Scan], list[Scan]]:
-    """Scans of the participants that a checkpoint was trained and validated on, and those of all others.
+    """Scans of the participants that a checkpoint was trained and validated on, and of all others.
 
     Raises
     ------
@@ -69,106 +270,17 @@ def held_out(checkpoint: Checkpoint, scans: Sequence[Scan]) -> tuple[list[Scan],
     CheckpointError
         If a scan's parcels are not the checkpoint's.
     """
+    training = checkpoint.training
+    people = {*training["train_participants"], *training["validation_participants"]}
+    known: list[Scan] = []
+    test: list[Scan] = []
     for scan in scans:
         checkpoint.check(scan)
-    people = {
-        *checkpoint.training["train_participants"],
-        *checkpoint.training["validation_participants"],
-    }
-    known = [s for s in scans if s.participant_id in people]
-    test = [s for s in scans if s.participant_id not in people]
+        side = known if scan.participant_id in people else test
+        side.append(scan)
     if not known or not test:
         raise DataError(
             f"expected scans of the checkpoint's {len(people)} participants and of others, "
             f"got {len(known)} and {len(test)}"
         )
     return known, test
-
-
-def scaled_windows(
-    checkpoint: Checkpoint, scans: Sequence[Scan], n_timepoints: int
-) -> tuple[np.ndarray, np.ndarray]:
-    """Consecutive windows of scaled scans, (window, time, parcel), and the participant of each, (window,)."""
-    cut = [cut_windows(scaling_of(checkpoint)(scan), n_timepoints) for scan in scans]
-    people = [
-        scan.participant_id for scan, windows in zip(scans, cut, strict=True) for _ in windows
-    ]
-    return np.concatenate(cut), np.array(people)
-
-
-def windows_and_whole(
-    checkpoint: Checkpoint,
-    scans: Sequence[Scan],
-    objective: Masked,
-    n_timepoints: int,
-    *,
-    seed: int,
-) -> dict:
-    """Fill the same hidden entries window by window, and in one pass over each scan.
-
-    Returns
-    -------
-    dict
-        ``windows`` and ``whole`` (R2), and ``difference`` (whole minus windows) with its ``low`` and ``high``, the
-        95 % paired bootstrap over windows.
-    """
-    network, sums = Network(checkpoint, scans[0].t_r), []
-    for i, scan in enumerate(scans):
-        x = cut_windows(scaling_of(checkpoint)(scan), n_timepoints)
-        hidden = objective.hide(x.shape, seed + i).numpy()
-        one = (1, -1, x.shape[-1])
-        whole = network.fill(x.reshape(one), hidden.reshape(one)).reshape(x.shape)
-        pieces, total = hidden_sums(x, network.fill(x, hidden), hidden)
-        sums.append((hidden_sums(x, whole, hidden)[0], pieces, total))
-    whole, pieces, total = (np.concatenate(part) for part in zip(*sums, strict=True))
-    low, high = bootstrap_r2(whole, total, pieces, seed=seed)
-    found = {
-        "windows": 1 - pieces.sum() / total.sum(),
-        "whole": 1 - whole.sum() / total.sum(),
-        "difference": (pieces.sum() - whole.sum()) / total.sum(),
-        "low": low,
-        "high": high,
-    }
-    return {name: round(float(value), DIGITS) for name, value in found.items()}
-
-
-def compare(
-    methods: dict, windows: np.ndarray, participants: np.ndarray, objective: Masked, *, seed: int
-) -> pd.DataFrame:
-    """Score methods, objects with ``fill(x, hidden)``, on scaled windows (window, time, parcel) under the same masks.
-
-    Returns
-    -------
-    DataFrame
-        A row a method: ``method, r2, low, high`` (95 % bootstrap over windows), ``difference`` (``"model"`` minus this
-        method) with ``difference_low`` and ``difference_high`` (paired over the same windows), ``by_participant``
-        (dict of R2), ``n_windows``, ``n_hidden``.
-    """
-    hidden = objective.hide(windows.shape, seed).numpy()
-    sums = {
-        name: hidden_sums(windows, method.fill(windows, hidden), hidden)
-        for name, method in methods.items()
-    }
-    rows = []
-    for name, (residual, total) in sums.items():
-        low, high = bootstrap_r2(residual, total, seed=seed)
-        row = {
-            "method": name,
-            "r2": float(1 - residual.sum() / total.sum()),
-            "low": low,
-            "high": high,
-        }
-        if name != MODEL and MODEL in sums:
-            row["difference"] = float((residual.sum() - sums[MODEL][0].sum()) / total.sum())
-            row["difference_low"], row["difference_high"] = bootstrap_r2(
-                sums[MODEL][0], total, residual, seed=seed
-            )
-        row["by_participant"] = {
-            str(p): round(
-                float(1 - residual[participants == p].sum() / total[participants == p].sum()),
-                DIGITS,
-            )
-            for p in np.unique(participants)
-        }
-        rows.append({**row, "n_windows": len(windows), "n_hidden": int(hidden.sum())})
-    return pd.DataFrame(rows).round(DIGITS)

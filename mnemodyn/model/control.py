@@ -1,7 +1,7 @@
 r"""The control: the derivative of the scan's own path.
 
-At the frames of a regularly sampled scan without gaps, the derivative of the linear interpolant and that of the
-Hermite cubic spline with backward differences are the same numbers, so no spline has to be fitted:
+At the frames of a regularly sampled scan without gaps, the linear interpolant and the Hermite cubic spline with
+backward differences have the same derivative, so that no spline has to be fitted:
 
 .. math:: \dot X(t_i) = (x_i - x_{i-1}) / \Delta t, \qquad \dot X(t_0) = \dot X(t_1).
 
@@ -11,13 +11,13 @@ Only a scan with censored frames needs the spline itself: its path goes through 
 import torch
 from torch import Tensor
 
-__all__ = ["bridge", "control"]
+__all__ = ["path_derivative", "path_through_gaps"]
 
 
-def control(x: Tensor, t_r: float | Tensor) -> Tensor:
-    """Derivative of the path at every frame, (batch, time, parcel) in units of `x` per second.
+def path_derivative(x: Tensor, t_r: float | Tensor) -> Tensor:
+    """Derivative of the path at every frame, (batch, time, parcel), in units of `x` per second.
 
-    `x` is (batch, time >= 2, parcel), `t_r` in seconds, > 0, one number or one a scan; else ValueError.
+    `x` is (batch, time >= 2, parcel); `t_r` is in seconds, > 0, one number or one a scan. ValueError otherwise.
     """
     if x.ndim != 3 or x.shape[1] < 2:
         raise ValueError(f"x must have shape (batch, time >= 2, parcel), got {tuple(x.shape)}")
@@ -32,13 +32,13 @@ def control(x: Tensor, t_r: float | Tensor) -> Tensor:
     return torch.cat([difference[:, :1], difference], dim=1)
 
 
-def bridge(x: Tensor, t_r: float | Tensor, censored: Tensor) -> tuple[Tensor, Tensor]:
-    """Path and derivative of scans with censored frames, which have no influence on either.
+def path_through_gaps(x: Tensor, t_r: float | Tensor, censored: Tensor) -> tuple[Tensor, Tensor]:
+    """Path and derivative of scans with censored frames, whose values are not read.
 
-    The path of such a scan is the Hermite cubic spline with backward differences through the frames that are left,
-    at their true times. Before the first of them and after the last it stands still: a cubic must not be
-    extrapolated. At frames that are left the derivative is the difference to the one left before, over the time
-    between the two. Scans without censored frames go through the closed form of :func:`control`.
+    The path is the Hermite cubic spline with backward differences through the frames that are left, at their true
+    times. A cubic must not be extrapolated, so the path is constant before the first of them and after the last. At a
+    frame that is left, the derivative is the difference from the previous one left, over the time between the two. A
+    scan without censored frames has the derivative of :func:`path_derivative`.
 
     Parameters
     ----------
@@ -51,19 +51,20 @@ def bridge(x: Tensor, t_r: float | Tensor, censored: Tensor) -> tuple[Tensor, Te
     Returns
     -------
     x, derivative : Tensor, shape (batch, time, parcel)
-        Censored frames replaced by the path; and its derivative, in units of `x` per second.
+        The path, and its derivative in units of `x` per second.
 
     Raises
     ------
     ValueError
-        If a scan is left with fewer than two frames, or as :func:`control` raises.
+        If a scan is left with fewer than two frames, or as :func:`path_derivative` raises.
     """
-    # Here, not above: few scans have gaps, and the network must load without it.
+    # Imported here, because few scans have gaps and the import takes a second.
     from torchcde import CubicSpline, hermite_cubic_coefficients_with_backward_differences
 
-    values, derivatives = list(x), list(control(x, t_r))
+    values = list(x)
+    derivatives = list(path_derivative(x, t_r))
     step = torch.as_tensor(t_r, dtype=x.dtype, device=x.device).expand(len(x))
-    # In frames, not seconds: whole numbers stay exact in float32 however long the scan.
+    # Times are counted in frames: whole numbers are exact in float32, seconds of a long scan are not.
     time = torch.arange(x.shape[1], dtype=x.dtype, device=x.device)
     for i in censored.any(1).nonzero()[:, 0].tolist():
         left = ~censored[i]
@@ -72,10 +73,10 @@ def bridge(x: Tensor, t_r: float | Tensor, censored: Tensor) -> tuple[Tensor, Te
             raise ValueError(
                 f"scan {i} must keep at least two frames, got {len(knots)} of {len(time)}"
             )
-        path = CubicSpline(
-            hermite_cubic_coefficients_with_backward_differences(x[i, left], knots), knots
-        )
+        coefficients = hermite_cubic_coefficients_with_backward_differences(x[i, left], knots)
+        path = CubicSpline(coefficients, knots)
         inside = time.clamp(knots[0], knots[-1])
+        outside = (time != inside)[:, None]
         values[i] = torch.where(left[:, None], x[i], path.evaluate(inside))
-        derivatives[i] = path.derivative(inside).masked_fill((time != inside)[:, None], 0) / step[i]
+        derivatives[i] = path.derivative(inside).masked_fill(outside, 0) / step[i]
     return torch.stack(values), torch.stack(derivatives)

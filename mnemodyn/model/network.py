@@ -8,12 +8,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from mnemodyn.model.config import ModelConfig
-from mnemodyn.model.control import bridge
+from mnemodyn.model.control import path_through_gaps
 from mnemodyn.model.front import Front
 from mnemodyn.model.operator import OperatorBlock
-from mnemodyn.model.pretrained import Pretrained
 from mnemodyn.model.reference import ReferenceBlock, prediction_head, read_settings, read_weights
+from mnemodyn.settings import ModelConfig
 
 __all__ = ["MnemoDyn", "Output"]
 
@@ -24,13 +23,13 @@ class Output(NamedTuple):
     Attributes
     ----------
     reconstruction : Tensor, shape (batch, time, parcel)
-        The scan as the network has it, hidden entries filled, in the units of its input.
+        The reconstructed scan, hidden entries filled, in the units of the input.
     latents : Tensor, shape (batch, time, channel)
         The last block's path after its operators, before the read-out to parcels.
     multiresolution_loss : Tensor or None
         Sum over levels and blocks, where the configuration asks for it.
     prediction : Tensor, shape (batch, class), or None
-        What the head of a network of the published draft says, where it has one.
+        Output of the head of a network of the published draft, where it has one.
     """
 
     reconstruction: Tensor
@@ -39,27 +38,27 @@ class Output(NamedTuple):
     prediction: Tensor | None = None
 
 
-class MnemoDyn(nn.Module, Pretrained):
+class MnemoDyn(nn.Module):
     r"""Wavelet operator driven by the scan's own path.
 
     The stream starts as the visible scan, zero where it is hidden. Each block reads the stream, its derivative per
     second and what was visible, and (``residual``) adds its output to the stream; the stream after the last block
     is the reconstruction. Source: Pal et al., ICLR 2026.
 
-    With ``front="gaussian"`` the stream starts as the visible scan with hidden entries (and censored frames) at their
-    conditional mean, which :meth:`fit_front` learns in closed form; visible entries are put back between blocks, and
-    a fresh network is its front end alone. Where nothing is hidden, the front end does nothing.
+    With ``front="gaussian"``, hidden entries and censored frames start at their conditional mean, which
+    :meth:`fit_front` learns in closed form. Visible entries are put back between blocks. A fresh network equals its
+    front end. Where nothing is hidden, the front end does nothing.
 
     Notes
     -----
-    **Other lengths.** A network takes any number of frames >= 2. Of its weights only the coarse operator's and the
-    segments' belong to ``n_timepoints``: see :class:`~mnemodyn.model.operator.CoarseOperator` and
-    :class:`~mnemodyn.model.operator.BandedOperator`. So the work grows linearly with T, and a long scan is treated as
-    its windows are, but for what the transform carries across their edges.
+    **Other lengths.** A network takes any number of frames >= 2. Of its weights only those of the coarse operator and
+    of the segments belong to ``n_timepoints``: see :class:`~mnemodyn.model.operator.CoarseOperator` and
+    :class:`~mnemodyn.model.operator.BandedOperator`. The work grows linearly with T. A long scan is treated as its
+    windows are, except for what the transform carries across their edges.
 
-    **Time.** The control is per second, so at shared instants the drive of one signal sampled at two repetition times
-    differs only as their backward differences do, by at most half the difference of the steps times the signal's
-    second derivative. Levels and kernels of the pyramid count frames: what they do is tied to the repetition time.
+    **Time.** The control is per second. At shared instants, the drives of one signal sampled at two repetition times
+    differ only as their backward differences do: by at most half the difference of the steps times the signal's
+    second derivative. Levels and kernels of the pyramid count frames, so they are tied to the repetition time.
 
     **Reference.** With ``compat="reference"`` the network computes as the published draft does: ``n_timepoints``
     frames only, no repetition time (`t_r` may be left out and is not used), no censored frames.
@@ -69,17 +68,22 @@ class MnemoDyn(nn.Module, Pretrained):
         super().__init__()
         self.config = config
         self.reference = config.compat == "reference"
-        self.blocks = nn.ModuleList(
-            ReferenceBlock(config, first=i == 0) if self.reference else OperatorBlock(config)
-            for i in range(config.n_blocks)
-        )
-        front: dict = {
-            "n_lags": config.front_lags,
-            "shrinkage": config.front_shrinkage,
-            "weight": config.front_weight,
-        }
-        front |= {"steps": config.front_steps, "n_modes": config.front_modes}
-        self.front = None if config.front == "none" else Front(config.n_parcels, **front)
+        self.blocks = nn.ModuleList()
+        for i in range(config.n_blocks):
+            if self.reference:
+                self.blocks.append(ReferenceBlock(config, first=i == 0))
+            else:
+                self.blocks.append(OperatorBlock(config))
+        self.front = None
+        if config.front == "gaussian":
+            self.front = Front(
+                config.n_parcels,
+                lags=config.front_lags,
+                shrinkage=config.front_shrinkage,
+                weight=config.front_weight,
+                steps=config.front_steps,
+                modes=config.front_modes,
+            )
         self.head = prediction_head(config) if config.n_classes else None
 
     def fit_front(self, scans: Sequence[np.ndarray]) -> "MnemoDyn":
@@ -92,7 +96,7 @@ class MnemoDyn(nn.Module, Pretrained):
     def from_reference(cls, settings: Mapping, state_dict: Mapping[str, Tensor]) -> "MnemoDyn":
         """A network of the published draft, from its settings and weights under its own names; in evaluation mode.
 
-        `settings` are ``D``, ``dim_k`` and so on; those that the draft stores without using are recognised. Weights are
+        `settings` are ``D``, ``dim_k`` and so on, those included that the draft stores without using. Weights are
         ``layers.0.input_projection.weight`` and so on, with or without the prefix ``model.``. ValueError if a setting
         is unknown, missing or contradictory, or weights do not fit: each with both shapes.
         """
@@ -119,119 +123,125 @@ class MnemoDyn(nn.Module, Pretrained):
         t_r : float or Tensor of shape (batch,)
             Repetition time in seconds.
         hidden : Tensor of bool, shape (batch, time, parcel), optional
-            True where the value must not be read; whatever stands there (NaN too) has no influence.
+            True where the value must not be read. Whatever stands there, NaN included, has no influence.
         censored : Tensor of bool, shape (batch, time), optional
             True where a frame is missing (motion scrubbing, dropped volumes); it has no influence. The path goes
-            through the other frames at their true times: see :func:`~mnemodyn.model.control.bridge`. A frame whose
-            visible entries are all NaN is censored too.
+            through the other frames at their true times: see
+            :func:`~mnemodyn.model.control.path_through_gaps`. A frame whose visible entries are all NaN is censored
+            too.
         lengths : sequence of int or Tensor, shape (batch,), optional
             Frames of each scan, where scans were padded to one length. What follows them has no influence, and is
             zero in the result. Scans of one length are computed together, one pass for each distinct length. The
             multi-resolution loss is then the mean over scans.
         filled : Tensor, shape (batch, time, parcel), optional
-            What the front end makes of `x`, where that is known already: training keeps it, for it does not change.
+            Output of the front end for `x`, where it is known already.
 
         Raises
         ------
         ValueError
             If shapes do not fit the configuration or each other, `t_r` is missing or not positive, a visible value
             is infinite, or is NaN in a frame that has others, fewer than two frames are left of a scan, or a network
-            of the published draft is given another length than its own or censored frames.
+            of the published draft is given another length than its own, `lengths` or censored frames.
         """
-        if x.ndim != 3 or x.shape[-1] != self.config.n_parcels:
-            raise ValueError(
-                f"x must have shape (batch, time, {self.config.n_parcels} parcels), got {tuple(x.shape)}"
-            )
-        for name, mask, shape in (("hidden", hidden, x.shape), ("censored", censored, x.shape[:2])):
-            if mask is not None and (mask.shape != shape or mask.dtype != torch.bool):
-                found = f"{mask.dtype} {tuple(mask.shape)}"
-                raise ValueError(
-                    f"{name} must be bool with shape {tuple(shape)} as x has, got {found}"
-                )
-        if filled is not None and (
-            self.front is None or filled.shape != x.shape or lengths is not None
-        ):
-            raise ValueError(
-                "filled is for a network with a front end, of the shape of x and without lengths"
-            )
+        self._check(x, hidden, censored, filled)
         if lengths is not None:
-            return self._by_length(x, t_r, hidden, censored, lengths)
+            if filled is not None or self.reference:
+                raise ValueError("lengths cannot be given with filled or compat='reference'")
+            return self._by_length(x, t_r, hidden, censored, torch.as_tensor(lengths))
         if t_r is None:
             if not self.reference:
                 raise ValueError("t_r must be given, in seconds")
             t_r = 1.0
-        if self.reference and x.shape[1] != self.config.n_timepoints:
-            raise ValueError(
-                f"x must have {self.config.n_timepoints} frames with compat='reference', got {x.shape[1]}: the draft's "
-                "weights belong to one length"
-            )
         x, unseen, censored = _seen(x, hidden, censored)
         visible = torch.ones_like(x) if unseen is None else (~unseen).to(x.dtype)
-        given, derivative, put_back = x, None, unseen if self.front is not None else None
+        given = x
+        derivative = None
         if self.front is not None:
-            if unseen is not None:
-                x = self.front(x, unseen) if filled is None else filled
+            if filled is not None:
+                x = filled
+            elif unseen is not None:
+                x = self.front(x, unseen)
         elif censored is not None and bool(censored.any()):
             if self.reference:
                 raise ValueError(
                     "censored frames are not known to the draft: compat='reference' takes none"
                 )
-            x, derivative = bridge(x, t_r, censored)
+            x, derivative = path_through_gaps(x, t_r, censored)
         total = x.new_zeros(()) if self.config.multiresolution else None
         latents = x
         for i, block in enumerate(self.blocks):
-            if i and put_back is not None:
-                x = torch.where(put_back, x, given)
+            if i > 0 and self.front is not None and unseen is not None:
+                x = torch.where(unseen, x, given)
             y, latents, loss = block(x, t_r, visible, derivative)
-            derivative = None  # The path is whole from here on: each block's control comes from its own input.
+            derivative = None  # later blocks take it from their own input, which has no gaps
             x = x + y if self.config.residual else y
             if total is not None:
                 total = total + loss
-        return Output(x, latents, total, None if self.head is None else self.head(x[:, -1]))
+        prediction = self.head(x[:, -1]) if self.head is not None else None
+        return Output(x, latents, total, prediction)
 
-    def _by_length(self, x, t_r, hidden, censored, lengths) -> Output:
-        lengths = torch.as_tensor(lengths, device=x.device)
+    def _check(
+        self, x: Tensor, hidden: Tensor | None, censored: Tensor | None, filled: Tensor | None
+    ) -> None:
+        """Raise a ValueError if shapes do not fit the configuration or each other."""
+        if x.ndim != 3 or x.shape[-1] != self.config.n_parcels:
+            raise ValueError(
+                f"x must have shape (batch, time, {self.config.n_parcels} parcels), got {tuple(x.shape)}"
+            )
+        if self.reference and x.shape[1] != self.config.n_timepoints:
+            raise ValueError(
+                f"x must have {self.config.n_timepoints} frames with compat='reference', got {x.shape[1]}: the draft's "
+                "weights belong to one length"
+            )
+        for name, mask, shape in (("hidden", hidden, x.shape), ("censored", censored, x.shape[:2])):
+            if mask is not None and (mask.shape != shape or mask.dtype != torch.bool):
+                raise ValueError(
+                    f"{name} must be bool with shape {tuple(shape)} as x has, got {mask.dtype} {tuple(mask.shape)}"
+                )
+        if filled is not None and (self.front is None or filled.shape != x.shape):
+            raise ValueError("filled is for a network with a front end, and has the shape of x")
+
+    def _by_length(
+        self,
+        x: Tensor,
+        t_r: float | Tensor | None,
+        hidden: Tensor | None,
+        censored: Tensor | None,
+        lengths: Tensor,
+    ) -> Output:
+        """Scans padded to one length, one pass for each distinct length."""
         batch, time = x.shape[:2]
-        whole = not (
-            lengths.is_floating_point() or lengths.is_complex() or lengths.dtype == torch.bool
-        )
-        if (
-            lengths.shape != (batch,)
-            or not whole
-            or not bool(((lengths >= 2) & (lengths <= time)).all())
-        ):
+        whole = lengths.dtype in (torch.int32, torch.int64)
+        if lengths.shape != (batch,) or not whole or lengths.min() < 2 or lengths.max() > time:
             raise ValueError(
                 f"lengths must be {batch} whole numbers from 2 to {time} frames, got {lengths.tolist()}"
             )
-        step = (
-            None
-            if t_r is None
-            else torch.as_tensor(t_r, dtype=x.dtype, device=x.device).expand(batch)
-        )
-        groups = [(int(n), (lengths == n).nonzero()[:, 0]) for n in lengths.unique()]
-        outputs = []
-        for n, rows in groups:
-            masks = {
-                k: None if m is None else m[rows, :n]
-                for k, m in (("hidden", hidden), ("censored", censored))
-            }
-            outputs.append(self(x[rows, :n], None if step is None else step[rows], **masks))
-        order = torch.cat([rows for _, rows in groups]).argsort()
-
-        def padded(parts: Sequence[Tensor]) -> Tensor:
-            longest = max(time, *(part.shape[1] for part in parts))
-            return torch.cat([functional.pad(p, (0, 0, 0, longest - p.shape[1])) for p in parts])[
-                order
-            ]
-
-        reconstructions, latents, losses, predictions = zip(*outputs, strict=True)
-        loss = None
-        if self.config.multiresolution:
-            loss = (
-                sum(one * len(rows) for one, (_, rows) in zip(losses, groups, strict=True)) / batch
+        if t_r is not None:
+            t_r = torch.as_tensor(t_r, dtype=x.dtype, device=x.device).expand(batch)
+        places: list[Tensor] = []
+        outputs: list[Output] = []
+        total = x.new_zeros(())
+        for n in lengths.unique().tolist():
+            rows = (lengths == n).nonzero()[:, 0].to(x.device)
+            output = self(
+                x[rows, :n],
+                t_r[rows] if isinstance(t_r, Tensor) else None,
+                hidden=None if hidden is None else hidden[rows, :n],
+                censored=None if censored is None else censored[rows, :n],
             )
-        prediction = None if self.head is None else torch.cat(predictions)[order]
-        return Output(padded(reconstructions), padded(latents), loss, prediction)
+            places.append(rows)
+            outputs.append(output)
+            if output.multiresolution_loss is not None:
+                total = total + output.multiresolution_loss * len(rows)
+        order = torch.cat(places).argsort()
+
+        def joined(parts: list[Tensor]) -> Tensor:
+            padded = [functional.pad(part, (0, 0, 0, time - part.shape[1])) for part in parts]
+            return torch.cat(padded)[order]
+
+        loss = total / batch if self.config.multiresolution else None
+        reconstruction = joined([output.reconstruction for output in outputs])
+        return Output(reconstruction, joined([output.latents for output in outputs]), loss)
 
 
 def _seen(
@@ -240,26 +250,25 @@ def _seen(
     """x with zeros where it is not seen, where that is, and the censored frames with those that are all NaN."""
     unseen = hidden
     if censored is not None:
-        unseen = (
-            censored[..., None].expand_as(x) if hidden is None else hidden | censored[..., None]
-        )
+        frames = censored[..., None].expand_as(x)
+        unseen = frames if unseen is None else unseen | frames
     if unseen is not None:
         x = x.masked_fill(unseen, 0)
-    if (
-        torch.compiler.is_exporting()
-    ):  # a program cannot branch on values: its input has to be finite
-        return x, unseen, censored
     finite = x.isfinite()
     if bool(finite.all()):
         return x, unseen, censored
+    # A frame is missing where all entries that should be visible are NaN.
     nan = x.isnan()
-    missing = nan.any(-1) & (nan if unseen is None else nan | unseen).all(-1)
-    wrong = ~finite & ~missing[..., None]
+    ignored = nan if unseen is None else nan | unseen
+    missing = nan.any(-1) & ignored.all(-1)
+    frames = missing[..., None].expand_as(x)
+    wrong = ~finite & ~frames
     if bool(wrong.any()):
         scan, frame, parcel = wrong.nonzero()[0].tolist()
         raise ValueError(
             f"x must be finite where it is not hidden or censored, got {x[scan, frame, parcel].item()} in scan {scan}, "
             f"frame {frame}, parcel {parcel}; a frame counts as censored only where all its visible entries are NaN"
         )
-    unseen = missing[..., None].expand_as(x) if unseen is None else unseen | missing[..., None]
-    return x.masked_fill(unseen, 0), unseen, missing if censored is None else censored | missing
+    unseen = frames if unseen is None else unseen | frames
+    censored = missing if censored is None else censored | missing
+    return x.masked_fill(unseen, 0), unseen, censored

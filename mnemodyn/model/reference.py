@@ -1,13 +1,13 @@
-r"""Weights trained by the published draft: its names, its files, and what it computes differently.
+r"""Weights trained by the published draft: its names, and what it computes differently.
 
-A network with ``compat="reference"`` keeps these habits, because its weights were fitted to them; no other does.
+A network with ``compat="reference"`` computes as follows, because its weights were fitted so; no other network does.
 
 - The scan lies on [0, 1) whatever its duration, one frame every 1 / T; the repetition time is not used.
-- The first block's path, where it is a spline, is fitted at unit spacing and read on that finer grid: frame i sees
-  the piece that ends in it a fraction 1 / T after its start, hence about the difference one frame earlier.
+- The first block's path, where it is a spline, is fitted at unit spacing but read on that finer grid: frame i reads
+  the piece that ends in it, a fraction 1 / T after the start of the piece, so about the difference one frame earlier.
 - The drive has no factor :math:`P^{-1/2}`.
 - A path one sample longer than the next level loses its first sample; after the finest level nothing is cut.
-- A level of odd length repeats its last sample, as everywhere, but no gradient flows through the repetition.
+- A level of odd length repeats its last sample, as elsewhere, but no gradient flows through the repetition.
 
 With T frames, :math:`\delta_i = x_i - x_{i-1}` and :math:`\delta_0 = \delta_1`, the control is
 
@@ -16,66 +16,49 @@ With T frames, :math:`\delta_i = x_i - x_{i-1}` and :math:`\delta_0 = \delta_1`,
 """
 
 from collections.abc import Iterator, Mapping
-from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import numpy as np
 import pywt
 import torch
 from torch import Tensor, nn
 
-from mnemodyn.model.config import ModelConfig
 from mnemodyn.model.operator import OperatorBlock
 from mnemodyn.model.wavelet import dwt, idwt
-from mnemodyn.parameters import read_yaml
+from mnemodyn.settings import ModelConfig
 
-__all__ = [
-    "ReferenceBlock",
-    "misfits",
-    "prediction_head",
-    "read_lightning",
-    "read_settings",
-    "read_weights",
-]
+__all__ = ["ReferenceBlock", "prediction_head", "read_settings", "read_weights"]
 
+# The draft's names of settings, and ours.
 REQUIRED = {
     "D": "n_parcels",
     "original_length": "n_timepoints",
     "dim_k": "n_channels",
     "dim_d": "input_width",
-}
-REQUIRED |= {
     "h_rank": "field_rank",
     "n_levels": "n_levels",
     "nb": "kernel_size",
     "num_sparse_LC": "n_segments",
-}
-REQUIRED |= {
     "K_dense": "n_dense_layers",
     "wave": "wavelet",
     "nonlinearity": "activation",
     "interpol": "interpolation",
 }
-SWITCHES = {"use_residual": "residual", "scale": "parcel_scale", "use_mRLoss": "multiresolution"}
-SWITCHES |= {"linear_bias": "linear_bias"}
-OTHERS = {"D_out", "num_layers", "predict", "num_classes", "duration"}
-# Stored by the draft, and without influence on what a network computes from a scaled scan.
-WITHOUT_EFFECT = {
-    *("K_LC", "dense_rank", "LC_rank", "conv_bias", "masked_modelling", "use_mixed_precision"),
-    *(
-        "dataset_type",
-        "storage",
-        "seed",
-        "exp",
-        "subset",
-        "one_channel",
-        "normalize",
-        "loss_type",
-        "huber_delta",
-    ),
-    *("train_bs", "valid_bs", "test_bs", "epoch", "lr", "model_pred_save_freq", "profile"),
+# Off where they are not given, but for the biases.
+SWITCHES = {
+    "use_residual": "residual",
+    "scale": "parcel_scale",
+    "use_mRLoss": "multiresolution",
+    "linear_bias": "linear_bias",
 }
-ACTIVATIONS = {"tanh": "tanh", "gelu": "gelu", "swish": "silu"}
+OTHERS = ("D_out", "num_layers", "predict", "num_classes", "duration")
+# Stored by the draft, and without influence on what a network computes from a scaled scan.
+WITHOUT_EFFECT: tuple[str, ...] = ("K_LC", "dense_rank", "LC_rank", "conv_bias", "masked_modelling")
+WITHOUT_EFFECT += ("use_mixed_precision", "dataset_type", "storage", "seed", "exp", "subset")
+WITHOUT_EFFECT += ("one_channel", "normalize", "loss_type", "huber_delta", "train_bs", "valid_bs")
+WITHOUT_EFFECT += ("test_bs", "epoch", "lr", "model_pred_save_freq", "profile")
+ACTIVATIONS = {"tanh": "tanh", "gelu": "gelu", "swish": "silu", "relu": "relu"}
+LAYERS = {"tanh": nn.Tanh, "gelu": nn.GELU, "silu": nn.SiLU, "relu": nn.ReLU}
 
 
 def read_settings(draft: Mapping) -> ModelConfig:
@@ -86,87 +69,67 @@ def read_settings(draft: Mapping) -> ModelConfig:
     contradicts another, or asks for what is not supported here.
     """
     known = {*REQUIRED, *SWITCHES, *OTHERS, *WITHOUT_EFFECT}
-    if unknown := sorted(set(draft) - known, key=str):
+    unknown = sorted(set(draft) - known, key=str)
+    if unknown:
         raise ValueError(f"unknown draft settings {unknown}; known are {sorted(known)}")
-    outputs, n_blocks, predict = (
-        draft.get("D_out"),
-        draft.get("num_layers"),
-        draft.get("predict", False),
-    )
+    needed = set(REQUIRED)
+    if draft.get("predict"):
+        needed.add("num_classes")
+    outputs = draft.get("D_out")
+    n_blocks: Any = draft.get("num_layers")
+    widths = [outputs]
     if isinstance(outputs, (list, tuple)):
-        if n_blocks not in (None, len(outputs)):
-            raise ValueError(f"num_layers is {n_blocks}, but D_out has {len(outputs)} entries")
         n_blocks = len(outputs)
-    missing = sorted(set(REQUIRED) - set(draft)) + ["num_layers"] * (n_blocks is None)
-    if missing := missing + ["num_classes"] * bool(predict and "num_classes" not in draft):
+        widths = list(outputs)
+    if n_blocks is None:
+        needed.add("num_layers")
+    missing = sorted(needed - set(draft))
+    if missing:
         raise ValueError(f"draft settings lack {missing}")
-    if not {None, draft["D"]}.issuperset(
-        outputs if isinstance(outputs, (list, tuple)) else [outputs]
-    ):
+    if draft.get("num_layers", n_blocks) not in (None, n_blocks):
+        raise ValueError(f"num_layers is {draft['num_layers']}, but D_out has {n_blocks} entries")
+    if not set(widths) <= {None, draft["D"]}:
         raise ValueError(
             f"D_out must repeat D = {draft['D']}, got {outputs}; other outputs are not supported"
         )
-    allowed: dict[str, tuple] = {
-        "duration": (1,),
-        "nonlinearity": tuple(ACTIVATIONS),
-        "interpol": ("spline", "linear"),
-    }
-    for name, options in allowed.items():
-        if (given := draft.get(name, 1)) not in options:
-            listed = (
-                " or ".join(map(str, options))
-                if len(options) < 3
-                else f"one of {', '.join(options)}"
-            )
-            raise ValueError(f"{name} must be {listed}, got {given!r}")
+    if draft.get("duration", 1) != 1:
+        raise ValueError(f"duration must be 1, got {draft['duration']}")
+    if draft["nonlinearity"] not in ACTIVATIONS:
+        raise ValueError(
+            f"nonlinearity must be one of {', '.join(ACTIVATIONS)}, got {draft['nonlinearity']!r}"
+        )
     settings = {ours: draft[theirs] for theirs, ours in REQUIRED.items()}
-    settings |= {
-        ours: draft.get(theirs, theirs == "linear_bias") for theirs, ours in SWITCHES.items()
-    }
-    settings |= {"activation": ACTIVATIONS[draft["nonlinearity"]], "n_blocks": n_blocks}
-    return ModelConfig(
-        compat="reference", lift=False, n_classes=draft["num_classes"] if predict else 0, **settings
-    )
+    for theirs, ours in SWITCHES.items():
+        settings[ours] = draft.get(theirs, theirs == "linear_bias")
+    settings["activation"] = ACTIVATIONS[draft["nonlinearity"]]
+    settings["n_classes"] = draft["num_classes"] if draft.get("predict") else 0
+    return ModelConfig(compat="reference", lift=False, n_blocks=n_blocks, **settings)
 
 
 def _names(config: ModelConfig) -> Iterator[tuple[str, str, int | None]]:
     """Name in the draft, name here, and the entry of the tensor here where the draft keeps several."""
-    linear = {"input_projection": "field.input", "bottleneck": "field.bottleneck"}
-    linear |= {"feature_expansion": "field.expansion", "output_projection": "output"}
-    both = ("weight", "bias")
-    for b in range(config.n_blocks):
-        there, here = f"layers.{b}", f"blocks.{b}"
-        for theirs, ours in linear.items():
-            for part in both[: 1 + config.linear_bias]:
-                yield f"{there}.{theirs}.{part}", f"{here}.{ours}.{part}", None
-        for part in both:
+    linear = {
+        "input_projection": "field.input",
+        "bottleneck": "field.bottleneck",
+        "feature_expansion": "field.expansion",
+        "output_projection": "output",
+    }
+    for block in range(config.n_blocks):
+        there = f"layers.{block}"
+        here = f"blocks.{block}"
+        for part in ("weight", "bias"):
+            if part == "weight" or config.linear_bias:
+                for theirs, ours in linear.items():
+                    yield f"{there}.{theirs}.{part}", f"{here}.{ours}.{part}", None
             for i in range(config.n_dense_layers):
                 yield f"{there}.dense_layers.{i}.{part}", f"{here}.coarse.{part}", i
             for level in range(config.n_levels):
                 yield f"{there}.conv_layers.{level}.0.{part}", f"{here}.banded.{level}.{part}", None
-            for i in (0, 3) if config.n_classes else ():
-                yield f"{there}.prediction_head.{i}.{part}", f"head.{i}.{part}", None
+            if config.n_classes:
+                for i in (0, 3):
+                    yield f"{there}.prediction_head.{i}.{part}", f"head.{i}.{part}", None
         if config.parcel_scale:
             yield f"{there}.channel_scales", f"{here}.parcel_scale", None
-
-
-def misfits(expected: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> str:
-    """What keeps tensors from being loaded, by name: missing, unknown, both shapes where they differ; else empty."""
-    lines = []
-    for name in sorted(expected.keys() | found.keys()):
-        ours, theirs = (
-            tuple(part[name].shape) if name in part else None for part in (expected, found)
-        )
-        if ours is None or theirs is None:
-            lines.append(
-                f"{name}: unknown, got {theirs}"
-                if ours is None
-                else f"{name}: missing, expected {ours}"
-            )
-        elif ours != theirs:
-            lines.append(f"{name}: expected {ours}, got {theirs}")
-    more = f"; and {len(lines) - 20} more" if len(lines) > 20 else ""
-    return "; ".join(lines[:20]) + more
 
 
 def read_weights(model: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -177,73 +140,42 @@ def read_weights(model: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Ten
     """
     state = {name.removeprefix("model."): value for name, value in state.items()}
     filters = {name: state.pop(name) for name in list(state) if ".wavelet_processor." in name}
-    weights = {name: value.detach().clone() for name, value in model.state_dict().items()}
     config = cast(ModelConfig, model.config)
-    places = {
-        theirs: (weights[ours] if i is None else weights[ours][i])
-        for theirs, ours, i in _names(config)
-    }
-    if wrong := misfits(places, state):
-        raise ValueError(f"draft weights do not fit their settings: {wrong}")
+    weights = {name: value.detach().clone() for name, value in model.state_dict().items()}
+    places = {}
+    for theirs, ours, i in _names(config):
+        places[theirs] = weights[ours] if i is None else weights[ours][i]
+    wrong = []
+    for name in sorted(places.keys() | state.keys()):
+        expected, found = (
+            tuple(part[name].shape) if name in part else "none" for part in (places, state)
+        )
+        if expected != found:
+            wrong.append(f"{name}: expected {expected}, got {found}")
+    if wrong:
+        raise ValueError(f"draft weights do not fit their settings: {'; '.join(wrong)}")
     low = np.array(pywt.Wavelet(config.wavelet).dec_lo)
     for name, value in filters.items():
-        stored = value.detach().flatten().double().cpu().numpy()
-        if name.endswith("h0") and not any(
-            stored.shape == low.shape and np.allclose(stored, way, atol=1e-5)
-            for way in (low, low[::-1])
-        ):
-            raise ValueError(f"{name}: the stored filter is not that of wave {config.wavelet!r}")
+        if name.endswith("h0"):
+            # Analysis and synthesis have the same low-pass filter, one of them reversed.
+            stored = value.detach().flatten().double().cpu().numpy()
+            if (
+                len(stored) != len(low)
+                or min(abs(stored - low).max(), abs(stored[::-1] - low).max()) > 1e-5
+            ):
+                raise ValueError(
+                    f"{name}: the stored filter is not that of wave {config.wavelet!r}"
+                )
     for name, place in places.items():
         place.copy_(state[name])
     return weights
 
 
-def read_lightning(path: Path) -> tuple[dict, dict[str, Tensor], dict]:
-    """Settings, weights, and the epoch and step of a Lightning checkpoint of the draft; nothing in it is executed.
-
-    Where the file holds no settings they come from ``hparams.yaml`` beside it or, as Lightning's logger lays out its
-    folders, one folder up. ValueError if the file cannot be read as tensors and plain values, is no Lightning
-    checkpoint, or has no settings.
-    """
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # a damaged or hostile file fails in any way it likes
-        reason = str(error).partition("\n")[0].partition(". ")[0]
-        raise ValueError(
-            f"{path}: not a file of tensors and plain values, so it was not read and nothing in it was executed "
-            f"({type(error).__name__}: {reason})"
-        ) from None
-    state = content.get("state_dict") if isinstance(content, dict) else None
-    if (
-        not isinstance(state, dict)
-        or not state
-        or not all(isinstance(v, Tensor) for v in state.values())
-    ):
-        raise ValueError(f"{path}: not a Lightning checkpoint: expected a state_dict of tensors")
-    settings = content.get("hyper_parameters")
-    if not settings:
-        beside = [folder / "hparams.yaml" for folder in (path.parent, path.parent.parent)]
-        file = next((f for f in beside if f.is_file()), None)
-        if file is None:
-            raise ValueError(
-                f"{path}: holds no hyper_parameters, and there is no hparams.yaml beside it"
-            )
-        settings = read_yaml(file.read_text(encoding="utf-8"))
-    if not isinstance(settings, dict):
-        raise ValueError(f"{path}: its settings must be a mapping, got {type(settings).__name__}")
-    return (
-        dict(settings),
-        state,
-        {name: content[name] for name in ("epoch", "global_step") if name in content},
-    )
-
-
 def prediction_head(config: ModelConfig) -> nn.Sequential:
     """The draft's head (batch, parcel) to (batch, class), read at the last frame."""
-    activation = {"tanh": nn.Tanh, "gelu": nn.GELU, "silu": nn.SiLU}[config.activation]()
     return nn.Sequential(
         nn.Linear(config.n_parcels, 64),
-        activation,
+        LAYERS[config.activation](),
         nn.Dropout(0.1),
         nn.Linear(64, config.n_classes),
     )
@@ -258,7 +190,8 @@ class ReferenceBlock(OperatorBlock):
 
     def derivative(self, x: Tensor, t_r: object = None) -> Tensor:
         """Control (batch, time, parcel) of the path on [0, 1); `t_r` is not used."""
-        n, difference = x.shape[1], x.diff(dim=1)
+        n = x.shape[1]
+        difference = x.diff(dim=1)
         if self.interpolation == "linear":
             return n * torch.cat([difference[:, :1], difference], dim=1)
         earlier = torch.cat([difference[:, :1], difference[:, :-1]], dim=1)
@@ -266,10 +199,14 @@ class ReferenceBlock(OperatorBlock):
         return torch.cat([difference[:, :1], later], dim=1)
 
     def analysis(self, a: Tensor) -> tuple[Tensor, Tensor]:
+        """One level down; no gradient flows through the repetition of the last sample."""
         if a.shape[-1] % 2:
             a = torch.cat([a, a[..., -1:].detach()], dim=-1)
         return dwt(a, self.config.wavelet)
 
     def synthesis(self, approximation: Tensor, detail: Tensor, length: int) -> Tensor:
+        """One level up; a sample too many is cut on the left, and not at all after the finest level."""
         c = idwt(approximation, detail, self.config.wavelet)
-        return c if length == self.config.n_timepoints else c[..., c.shape[-1] - length :]
+        if length == self.config.n_timepoints:
+            return c
+        return c[..., c.shape[-1] - length :]

@@ -11,8 +11,7 @@ from scipy.stats import rankdata
 from torch import Tensor
 
 from lib.quality import homotopic_pairs
-from mnemodyn.evaluate.baselines import VAR
-from mnemodyn.model.front import conditional_mean
+from mnemodyn.model.front import conditional_mean, moments
 from mnemodyn.model.network import MnemoDyn
 from mnemodyn.model.operator import OperatorBlock
 from mnemodyn.model.wavelet import wavedec
@@ -290,16 +289,35 @@ def generate(
     return torch.cat(parts, 1)[:, :n_frames].numpy()
 
 
-def simulate_var(var: VAR, start: np.ndarray, n_frames: int, *, seed: int) -> np.ndarray:
-    """Draw from a fitted autoregression after `start` (batch, parcel): (batch, n_frames, parcel)."""
-    rng, transition = np.random.default_rng(seed), var.transition
-    values, vectors = np.linalg.eigh(var.noise)
+def simulate_var(
+    scans: Sequence[np.ndarray],
+    start: np.ndarray,
+    n_frames: int,
+    *,
+    seed: int,
+    shrinkage: float = 0.1,
+) -> np.ndarray:
+    """Draw from the first-order autoregression of scaled scans (time, parcel), with its own noise.
+
+    The transition is ridge least squares in its Yule-Walker form (Lütkepohl 2005, section 3.3): with
+    `shrinkage` a, ``transition = (1 - a) C1 C^-1``, where ``C = (1 - a) C0 + a s I`` is then the
+    stationary covariance. `start` is (batch, parcel); returns (batch, n_frames, parcel).
+    """
+    mean, lags = moments(scans, 1, shrinkage)
+    white = np.eye(len(mean)) * np.trace(lags[0]) / len(mean)
+    covariance = (1 - shrinkage) * lags[0] + shrinkage * white
+    lagged = (1 - shrinkage) * lags[1]
+    transition = np.linalg.solve(covariance, lagged.T).T
+    noise = covariance - transition @ lagged.T
+    values, vectors = np.linalg.eigh((noise + noise.T) / 2)
     root = vectors * np.sqrt(values.clip(0))
-    x, out = start - var.mean, []
+    rng = np.random.default_rng(seed)
+    x = start - mean
+    frames = []
     for _ in range(n_frames):
         x = x @ transition.T + rng.standard_normal(x.shape) @ root.T
-        out.append(x + var.mean)
-    return np.stack(out, 1)
+        frames.append(x + mean)
+    return np.stack(frames, 1)
 
 
 def metastability(x: np.ndarray, t_r: float, band: tuple[float, float] = (0.01, 0.1)) -> float:

@@ -4,8 +4,9 @@ import nibabel
 import numpy as np
 import pytest
 
-from mnemodyn import figures
-from mnemodyn.data.atlas import DataError, greyordinates
+from lib import surfaces
+from mnemodyn.data.atlas import greyordinates
+from mnemodyn.data.formats import DataError
 
 
 @pytest.fixture
@@ -22,18 +23,18 @@ def volume(tmp_path):
 
 def test_vertices_take_the_nearest_parcel_and_parcels_their_colour(volume):
     try:
-        surfaces = figures._surfaces()
+        drawn = surfaces._surfaces()
     except DataError as error:
         pytest.skip(str(error))
-    vertices = figures.vertex_parcels(volume)
+    vertices = surfaces.vertex_parcels(volume)
     for side, own in (("LEFT", 2), ("RIGHT", 1)):
-        points, _ = surfaces[side]
+        points, _ = drawn[side]
         cortical = nibabel.load(greyordinates()[side == "RIGHT"]).darrays[0].data > 0
         lateral = (np.abs(points[:, 0]) > 25) & (points[:, 1] > -35)
         assert set(vertices[side][lateral & cortical]) == {own}
         assert set(vertices[side][~cortical]) == {0}
         assert set(vertices[side][points[:, 1] < -50]) == {0}
-    figure = figures.cortex({"a": np.array([-1.0, 2.0]), "b": np.array([1.0, np.nan])}, vertices)
+    figure = surfaces.cortex({"a": np.array([-1.0, 2.0]), "b": np.array([1.0, np.nan])}, vertices)
     faces = [ax.collections[0].get_facecolors() for part in figure.subfigs for ax in part.axes[:4]]
     for colours, own, other in (
         (faces[0], 0, 2),
