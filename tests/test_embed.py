@@ -105,7 +105,9 @@ def test_tables_of_all_kinds_hold_the_same(scans, checkpoint, tmp_path, capsys, 
     others = [pd.read_csv(tmp_path / "a.tsv", sep="\t"), pd.read_parquet(tmp_path / "a.parquet")]
     for b in others:
         assert list(a.columns) == list(b.columns)
-        np.testing.assert_array_equal(a.iloc[:, 7:].astype(np.float32), b.iloc[:, 7:])
+        wanted = a.iloc[:, 7:].astype(np.float32)
+        np.testing.assert_array_equal(wanted, b.iloc[:, 7:].astype(np.float32))
+    assert set(others[1].dtypes.iloc[7:].astype(str)) == {"float32"}
 
 
 @pytest.fixture
