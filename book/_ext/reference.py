@@ -81,13 +81,10 @@ def skip_borrowed(app, what, name, obj, skip, options):
     return None
 
 
-def plain_references(app, what, name, obj, options, lines):
-    """Reword what would be read wrongly: numbered references of several docstrings on one page."""
-    for index, line in enumerate(lines):
-        line = re.sub(r"(\[\d\])_", r"\1", line)
-        lines[index] = re.sub(r"^(\s*)\.\. (?=\[\d\] )", r"\1* ", line)
+def plain_attributes(app, what, name, obj, options, lines):
+    """In the first line of an attribute a colon would end its type."""
     if what in ("attribute", "property") and lines:
-        lines[0] = lines[0].replace(": ", " \N{EN DASH} ")  # a colon would end a type
+        lines[0] = lines[0].replace(": ", " \N{EN DASH} ")
 
 
 def leave_types(app, env, node, contnode):
@@ -99,7 +96,7 @@ def setup(app):
     """Register the steps with Sphinx."""
     app.connect("source-read", list_modules)
     app.connect("autodoc-skip-member", skip_borrowed)
-    app.connect("autodoc-process-docstring", plain_references, priority=400)  # before napoleon
+    app.connect("autodoc-process-docstring", plain_attributes, priority=400)  # before napoleon
     app.connect("missing-reference", leave_types)
     app.add_directive("settings", Settings)
     return {"parallel_read_safe": True, "parallel_write_safe": True}
