@@ -26,10 +26,10 @@ from mnemodyn.cli import main
 from mnemodyn.data.scaling import Scaling
 from mnemodyn.data.scans import DataError, Scan
 from mnemodyn.evaluate import ablations
-from mnemodyn.model.config import ModelConfig
 from mnemodyn.model.network import MnemoDyn
-from mnemodyn.run import ParameterError
 from mnemodyn.pretrain.objectives import Masked
+from mnemodyn.run import ParameterError
+from mnemodyn.settings import ModelConfig
 from mnemodyn.splits import repeated_folds
 
 GRID = Path(__file__).parents[1] / "notebooks" / "ablations.yaml"

@@ -154,7 +154,7 @@ def test_unusable_atlases_are_named(tmp_path):
     with pytest.raises(DataError, match="no such file"):
         read_atlas(tmp_path / "no.dlabel.nii")
     (tmp_path / "text.dlabel.nii").write_text("x")
-    with pytest.raises(DataError, match=r"text.dlabel.nii: not a readable CIFTI-2"):
+    with pytest.raises(DataError, match=r"text.dlabel.nii: expected CIFTI-2"):
         read_atlas(tmp_path / "text.dlabel.nii")
     series = nibabel.cifti2.SeriesAxis(0, 1, 2)
     nibabel.Cifti2Image(np.zeros((2, 10), np.float32), (series, axis())).to_filename(

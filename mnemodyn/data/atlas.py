@@ -79,26 +79,6 @@ class Atlas:
     parcels: tuple[str, ...] = field(repr=False)
     axis: BrainModelAxis = field(repr=False)
 
-    @property
-    def networks(self) -> tuple[str, ...]:
-        """Until figures use notebooks/lib/atlas.py."""
-        on_surface = set(self.labels[self.axis.surface_mask].tolist())
-        found = []
-        for label, name in enumerate(self.parcels, start=1):
-            named = re.search(rf"(?:^|_)({'|'.join(NETWORKS)})(?:_|$)", name)
-            found.append(named[1] if named else "" if label in on_surface else "Subcortex")
-        return tuple(found)
-
-
-# Until figures use notebooks/lib/atlas.py.
-NETWORKS = ("Vis", "SomMot", "DorsAttn", "SalVentAttn", "Limbic", "Cont", "Default")
-
-
-def cortex_surfaces() -> list[Path]:
-    """Until figures use notebooks/lib/atlas.py."""
-    left, right = "surfaces/conte69_32k_lh.gii", "surfaces/conte69_32k_rh.gii"
-    return installed_files("brainspace==0.3.0", left, right)
-
 
 def greyordinates() -> list[Path]:
     """Left and right medial-wall masks (``.shape.gii``) and the structures' 2 mm volume of the 91,282 grayordinates."""

@@ -438,7 +438,7 @@ class Index(Sequence[Scan]):
             if target.kind == "classification":
                 targets[target.name] = _counts(values)
             else:
-                targets[target.name] = values.describe().round(2).to_dict()
+                targets[target.name] = values.describe().dropna().round(2).to_dict()
         return {
             "cohort": self.cohort.name,
             "simulated": self.simulated,
@@ -466,7 +466,7 @@ class Index(Sequence[Scan]):
                 value = ", ".join(f"{key} ({number:g})" for key, number in value.items())
             lines.append(f"{name}: {value}")
         examples = self.excluded.drop_duplicates("problem")
-        return "\n".join([*lines, "for example", *examples.message])
+        return "\n".join([*lines, *examples.message])
 
 
 def _counts(values: pd.Series) -> dict[str, int]:
@@ -502,7 +502,7 @@ def index(
     Raises
     ------
     DataError
-        If the folder, a column of the phenotype table is missing, if no file matches, or if a
+        If the folder or a column of the phenotype table is missing, if no file matches, or if a
         column holds values that its description does not know; the message shows them with their
         counts.
     """
@@ -521,6 +521,7 @@ def index(
     _drop_contradictory_sexes(cohort, found, unlabelled)
     found["family"] = _families(cohort, found)
 
+    # Every scan is read once, in `workers` processes.
     jobs = []
     for path, who, site in zip(found.path, found.participant_id, found.site, strict=True):
         t_r = cohort.reader.t_r_by_site.get(site, cohort.reader.t_r)
@@ -539,6 +540,7 @@ def index(
     found["mean_fd"] = found.get("mean_fd", measured).fillna(measured)
     found["phenotype"] = ~found.index.isin(list(unlabelled))
 
+    # A target called sex or age is the column of that name.
     columns = dict.fromkeys([*TABLE, *(target.name for target in cohort.targets)])
     table = found.drop(index=list(problems)).reindex(columns=list(columns))
     counts = dict.fromkeys(("n_frames", "n_parcels", "n_constant"), int)
@@ -607,6 +609,7 @@ def _read_table(cohort: Cohort, file: Path) -> pd.DataFrame:
     if absent:
         has = f"it has {list(content)[:30]} (separator {separator!r})"
         refuse(f"{file.name}: no column {absent[0]!r}; {has}", "no-phenotype")
+    # Everything is text up to here, so that 007 is an identifier and 1.0 is the code 1.
     content = content.map(_label)
     missing = content.isin(cohort.missing) | content.map(str.lower).isin(MISSING_WORDS)
     return content.mask(missing, "")
@@ -631,6 +634,7 @@ def _raw_values(
         return raw, dict.fromkeys(raw.index, reason)
 
     content = _read_table(cohort, folder / table.file)
+    # A row and a scan belong together if they have the same key.
     keys = content[list(table.match)].map(_key)
     content = content.reindex(columns=needed, fill_value="")
     content["key"] = keys.agg(" ".join, axis=1)
@@ -660,6 +664,7 @@ def _values(name: str, column: Column, text: pd.Series, cohort: str) -> pd.Serie
         values = numbers.where(np.isfinite(numbers)) / PER_YEAR.get(column.unit, 1.0)
         allowed = "numbers"
         if name == "age":
+            # Months that are taken for years would otherwise go unnoticed.
             values = values.where((values >= 0) & (values <= 120))
             allowed = f"numbers of {column.unit}, 0 to 120 years of age"
     else:
@@ -712,6 +717,7 @@ def _families(cohort: Cohort, found: pd.DataFrame) -> list[str]:
     return [min(group_of[who]) for who in found.participant_id]
 
 
+# What is read of each scan: either its problem or the rest.
 READ = (
     "problem",
     "n_frames",
@@ -759,13 +765,10 @@ def _mark_other_parcels(found: pd.DataFrame, problems: Reasons) -> None:
 def _mark_duplicates(found: pd.DataFrame, problems: Reasons) -> None:
     """Give a problem to series that are there more than once."""
     for _, copies in found.drop(index=list(problems)).groupby("series"):
+        # One participant's first copy can stay. If two people have it, nobody knows whose it is.
         wrong = copies.index
         if copies.participant_id.nunique() == 1:
-            wrong = wrong[
-                1:
-            ]  # the first copy stays; if two people have it, nobody knows whose it is
+            wrong = wrong[1:]
         for i in wrong:
-            problems[i] = (
-                "duplicate-series",
-                f": the same series as {copies.path.drop(i).iloc[0]}",
-            )
+            other = copies.path.drop(i).iloc[0]
+            problems[i] = ("duplicate-series", f": the same series as {other}")

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from mnemodyn.data.cohorts import SIMULATED, index, load_cohort
+from mnemodyn.data.cohorts import SIMULATED, index
 from mnemodyn.data.formats import naming, refuse
 from mnemodyn.data.scans import (
     Collection,
@@ -93,8 +93,7 @@ def _open_cohort(folder: Path, cohort: str | Path, t_r: float | None, workers: i
     """The usable scans of a cohort's folder, in memory where they are few."""
     if str(cohort).endswith((".yaml", ".yml")):
         cohort = _place(cohort)
-    described = load_cohort(cohort)
-    found = index(described, folder, t_r=t_r, workers=workers)
+    found = index(cohort, folder, t_r=t_r, workers=workers)
     table = found.table
     if not len(table):
         hint = f"mnemodyn index {cohort} {folder} says why"

@@ -90,8 +90,7 @@ def parcellate(values: np.ndarray, labels: np.ndarray) -> np.ndarray:
 
     Returns
     -------
-    ndarray, shape (time, n_parcels), float32
-        Summed in float64.
+    ndarray, shape (time, n_parcels), float64
 
     Raises
     ------
@@ -104,7 +103,7 @@ def parcellate(values: np.ndarray, labels: np.ndarray) -> np.ndarray:
     sizes = np.bincount(labels, minlength=2)[1:]
     if not sizes.all():
         refuse(f"parcel {int(sizes.argmin()) + 1} has no grayordinate", "atlas")
-    means = np.empty((len(values), len(sizes)), np.float32)
+    means = np.empty((len(values), len(sizes)))
     for i in range(len(sizes)):
         means[:, i] = values[:, labels == i + 1].mean(axis=1, dtype=float)
     return means
@@ -218,7 +217,7 @@ def _clean(source: Path, values: np.ndarray, t_r: float, settings: Preprocessing
         # How confounds are scaled does not matter: what is regressed out is the space they span.
         warnings.filterwarnings("ignore", ".*confounds will be standardized", DeprecationWarning)
         return clean(
-            np.asarray(values, float),
+            values,
             confounds=confounds,
             t_r=t_r,
             filter="butterworth" if any(band.values()) else False,

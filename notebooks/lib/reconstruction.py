@@ -26,6 +26,7 @@ from mnemodyn.files import Kept, digest
 from mnemodyn.model.front import Front
 from mnemodyn.model.network import MnemoDyn
 from mnemodyn.pretrain.training import pretrain_several
+from mnemodyn.results import COLUMNS
 from mnemodyn.settings import ModelConfig, Settings
 from mnemodyn.splits import hold_out
 
@@ -295,6 +296,9 @@ def network_residuals(
             methods: dict[str, Any] = {name: Network(network)}
             front = getattr(network, "front", None)
             if front is not None and seed == 0:
+                # The network and its front end alone fill the same scans.
+                if not isinstance(front, Remembering):
+                    network.front = front = Remembering(front)
                 methods["front_end"] = FrontEnd(front)
             scored = kept(
                 f"{name}-{seed}",
@@ -304,6 +308,11 @@ def network_residuals(
             for method, values in scored.items():
                 found.setdefault(method, []).append(values)
     return {name: np.array(values) for name, values in found.items()}
+
+
+def as_table(rows: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
+    """Rows of results as a table with every column."""
+    return pd.DataFrame(rows).reindex(columns=list(COLUMNS)).fillna({"against": ""})
 
 
 def each_held_out(
