@@ -446,9 +446,8 @@ class Index(Collection):
         targets = {}
         for target in self.description.targets:
             values = table[target.name].dropna()
-            if target.kind == "classification":
-                targets[target.name] = _counts(values)
-            else:
+            targets[target.name] = _counts(values)
+            if target.kind == "regression":
                 targets[target.name] = values.describe().dropna().round(2).to_dict()
         return {
             "cohort": self.cohort,
@@ -476,14 +475,13 @@ class Index(Collection):
             if isinstance(value, dict):
                 value = ", ".join(f"{key} ({number:g})" for key, number in value.items())
             lines.append(f"{name}: {value}")
-        examples = self.excluded.drop_duplicates("problem")
-        return "\n".join([*lines, *examples.message])
+        examples = self.excluded.drop_duplicates("problem").message
+        return "\n".join([*lines, *examples])
 
 
 def _counts(values: pd.Series) -> dict[str, int]:
     """How often each value occurs, in the order of the values."""
-    counts = values.value_counts().sort_index()
-    return {str(value): int(n) for value, n in counts.items()}
+    return values.value_counts().sort_index().rename(index=str).to_dict()
 
 
 def index(
@@ -617,10 +615,10 @@ def _read_table(cohort: Cohort, file: Path) -> pd.DataFrame:
             file, sep=separator, dtype=str, keep_default_na=False, encoding="utf-8-sig"
         )
     columns = [column.column for column in cohort.variables.values() if not column.optional]
-    absent = [name for name in [*cohort.phenotype.match, *columns] if name not in content]
-    if absent:
-        has = f"it has {list(content)[:30]} (separator {separator!r})"
-        refuse(f"{file.name}: no column {absent[0]!r}; {has}", "no-phenotype")
+    for name in [*cohort.phenotype.match, *columns]:
+        if name not in content:
+            has = f"it has {list(content)[:30]} (separator {separator!r})"
+            refuse(f"{file.name}: no column {name!r}; {has}", "no-phenotype")
     # Everything is text up to here, so that 007 is an identifier and 1.0 is the code 1.
     content = content.map(_label)
     missing = content.isin(cohort.missing) | content.map(str.lower).isin(MISSING_WORDS)
@@ -770,7 +768,7 @@ def _mark_other_parcels(found: pd.DataFrame, problems: Reasons) -> None:
     # The most frequent parcels are right: a cohort has one atlas.
     usual = usable[usable.parcels == usable.parcels.mode()[0]].iloc[0]
     for i, row in usable[usable.parcels != usual.parcels].iterrows():
-        problem = "parcel-count" if row.n_parcels != usual.n_parcels else "parcel-order"
+        problem = "parcel-order" if row.n_parcels == usual.n_parcels else "parcel-count"
         message = f": {row.n_parcels:g} parcels, not the {usual.n_parcels:g} of most scans in order"
         remedy = "of several atlases, name one in the cohort's scans, as in *_seg-NAME_*"
         problems[i] = (problem, f"{message}; {remedy}")
@@ -780,9 +778,7 @@ def _mark_duplicates(found: pd.DataFrame, problems: Reasons) -> None:
     """Give a problem to series that are there more than once."""
     for _, copies in found.drop(index=list(problems)).groupby("series"):
         # One participant's first copy can stay. If two people have it, nobody knows whose it is.
-        wrong = copies.index
-        if copies.participant_id.nunique() == 1:
-            wrong = wrong[1:]
-        for i in wrong:
+        kept = 1 if copies.participant_id.nunique() == 1 else 0
+        for i in copies.index[kept:]:
             other = copies.path.drop(i).iloc[0]
             problems[i] = ("duplicate-series", f": the same series as {other}")

@@ -88,7 +88,7 @@ class Scan:
         if len(shape) != 2 or shape[1] != n_parcels:
             expected = f"values must have shape (time, {n_parcels} parcels)"
             refuse(f"{expected}, got {shape}", "parcel-count")
-        if not np.isfinite(self.t_r) or self.t_r <= 0:
+        if not 0 < self.t_r < np.inf:
             refuse(f"t_r must be > 0 seconds, got {self.t_r}", "no-t-r")
         if self.t_r > LONGEST_T_R:
             seen = f"{self.t_r:g} looks like milliseconds ({self.t_r / 1000:g} s)"
@@ -229,7 +229,7 @@ def agree_on_t_r(
             known[source] = t_r
     if not known:
         remedy = "give t_r in seconds (--t-r; reader: {t_r: 2.0} in a cohort's YAML)"
-        refuse(f"no repetition time in the file or its sidecar; {remedy}", "no-t-r")
+        refuse(f"no repetition time above 0 in the file or its sidecar; {remedy}", "no-t-r")
     # A millisecond is what rounding in headers amounts to.
     if max(known.values()) - min(known.values()) > 1e-3:
         remedy = "to use your value, give override_t_r=True with t_r"
@@ -311,9 +311,11 @@ def load_scan(
             sidecar = formats.sidecar_t_r(Path(path), inherited=raw.t_r is None)
             censored, mean_fd = formats.motion(Path(path))
         else:
-            if parcels is None and isinstance(path, pd.DataFrame):
+            if isinstance(path, pd.DataFrame) and parcels is None:
                 parcels = tuple(map(str, path.columns))
-            raw = _from_array(np.asarray(path), t_r, parcels)
+            if parcels is None:
+                refuse("an array does not name its columns; give parcels in order", "parcel-names")
+            raw = formats.Raw(formats.real(np.asarray(path)))
             frames_first = frames_first is not False
         who = participant_id or _participant(name)
         values, found = _oriented(raw, frames_first, parcels)
@@ -331,10 +333,10 @@ def load_scan(
                 f"a scan needs at least {least} frames that are not censored, got {n_usable}",
                 "too-short",
             )
+        # Other NaN, and too many parcels without values, are refused by Scan.
         empty = np.isnan(values[usable]).all(axis=0)
         if empty.sum() <= max_constant_parcels:
             values[:, empty] = 0
-        # NaN in other places is refused by Scan.
         if interpolate and not np.isnan(values[usable]).any():
             _interpolate(values, usable)
         named = formats.entities(name)
@@ -352,11 +354,7 @@ def load_scan(
             censored=censored,
             mean_fd=mean_fd,
         )
-        constant = [found[i] for i in np.flatnonzero(scan.constant)]
-        if len(constant) > max_constant_parcels:
-            found_there = f"{len(constant)} parcels are constant, among them {constant[:3]}"
-            allowed = f"at most {max_constant_parcels} may be (max_constant_parcels)"
-            refuse(f"{found_there}; {allowed}", "constant-parcels")
+        _check_constant(scan, max_constant_parcels)
         return scan
 
 
@@ -366,16 +364,6 @@ def _participant(name: str) -> str:
     if not found:
         refuse("no participant (sub-...) in the file's name; give participant_id", "participant")
     return found[0]
-
-
-def _from_array(values: np.ndarray, t_r: Any, parcels: Any) -> formats.Raw:
-    """An array as if it had been read from a file; it says neither time nor names."""
-    if t_r is None:
-        refuse("an array states no repetition time; give t_r in seconds", "no-t-r")
-    if parcels is None:
-        remedy = "give parcels, their names in order"
-        refuse(f"an array does not name its columns; {remedy}", "parcel-names")
-    return formats.Raw(formats.real(values))
 
 
 def _oriented(
@@ -413,6 +401,14 @@ def _whole_recording(values: np.ndarray, censored: np.ndarray) -> np.ndarray:
     whole = np.full((len(censored), values.shape[1]), np.nan, np.float32)
     whole[~censored] = values
     return whole
+
+
+def _check_constant(scan: Scan, most: int) -> None:
+    """Raise a DataError if more than `most` parcels are constant."""
+    names = [scan.parcels[i] for i in np.flatnonzero(scan.constant)]
+    if len(names) > most:
+        found = f"{len(names)} parcels are constant, among them {names[:3]}"
+        refuse(f"{found}; at most {most} may be (max_constant_parcels)", "constant-parcels")
 
 
 def _interpolate(values: np.ndarray, usable: np.ndarray) -> None:

@@ -91,7 +91,7 @@ def convert(
     if not isinstance(scans, Collection):
         scans = Collection(scans)
     folder = Path(folder)
-    about = {"dtype": dtype, "cohort": scans.cohort, "simulated": scans.simulated}
+    about: Row = {"dtype": dtype, "cohort": scans.cohort, "simulated": scans.simulated}
     _check_folder(folder, about)
     rows = _plain_rows(scans.table)
     names = _file_names(rows, scans.folder)
@@ -211,15 +211,15 @@ def _open_file(path: Path, dtype: str, shape: tuple[int, int]) -> tuple[np.ndarr
 class _StoredScan(Scan):
     """A scan whose values are read when they are asked for; it was checked when it was converted."""
 
-    # What `_open_file` needs; a copy with something replaced is a scan in memory, and has None.
-    _file: tuple[Path, str, tuple[int, int]] | None = None
+    # What `_open_file` needs; a copy with something replaced is a scan in memory, and has ().
+    _file: tuple = ()
 
-    def __init__(self, file: tuple[Path, str, tuple[int, int]] | None = None, **facts: Any):
-        if file is None:
-            super().__init__(**facts)
-        else:
+    def __init__(self, file: tuple = (), **facts: Any):
+        if file:
             # A frozen dataclass is set through its dictionary.
             vars(self).update(facts, _file=file)
+        else:
+            super().__init__(**facts)
 
     @cached_property
     def values(self) -> np.ndarray:  # type: ignore[override]  # a field of Scan
@@ -288,7 +288,7 @@ class Store(Collection):
     def _row(self, i: int) -> Row:
         return self._scan_rows[self._rows[i]]
 
-    def _file(self, i: int) -> tuple[Path, str, tuple[int, int]]:
+    def _file(self, i: int) -> tuple:
         """What `_open_file` needs."""
         row = self._row(i)
         path = self.folder / "scans" / f"{row['file']}.bin"
