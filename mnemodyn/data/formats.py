@@ -226,20 +226,24 @@ def _text(path: Path, key: str | None) -> Raw:
         refuse("the file is empty or begins with an empty line", "truncated")
     name = path.name.lower()
     if name.endswith(".1d"):
-        return _one_d(text, first)
-    separator = "," if name.endswith(".csv") else "\t"
-    header = next(csv.reader([first], delimiter=separator))
-    if all(_is_number(word) for word in header):
-        if not all(word.strip().isdecimal() for word in header):
+        # AFNI's header is ``#1 #2 ...``, as the Preprocessed Connectomes Project writes it.
+        separator = "\t" if "\t" in first else r"\s+"
+        if not first.startswith("#"):
+            return Raw(_table(text, separator, None))
+        header = [word.removeprefix("#") for word in re.split(separator, first)]
+    else:
+        separator = "," if name.endswith(".csv") else "\t"
+        header = next(csv.reader([first], delimiter=separator))
+        numbers = all(_is_number(word) for word in header)
+        if numbers and not all(word.strip().isdecimal() for word in header):
             return Raw(_table(text, separator, None))
         # BIDS gives every TSV a header. A CSV may or may not have one.
-        if separator == ",":
+        if numbers and separator == ",":
             asked = f"the first line holds whole numbers, {header[:3]}: a header or a frame?"
             refuse(f"{asked} Name the columns in the first line", "header")
     values = _table(text, separator, header)
     # pandas writes an index as a first column without a name.
-    is_index = header[0] == "" and np.array_equal(values[:, 0], np.arange(len(values)))
-    if is_index and len(header) > 1:
+    if header[0] == "" and np.array_equal(values[:, 0], np.arange(len(values))):
         header = header[1:]
         values = values[:, 1:]
         if header == [str(i) for i in range(len(header))]:
@@ -247,17 +251,6 @@ def _text(path: Path, key: str | None) -> Raw:
     if not all(word.strip() for word in header):
         refuse(f"the first line must name every column, got {header[:3]}, ...", "header")
     return Raw(values, tuple(header))
-
-
-def _one_d(text: str, first: str) -> Raw:
-    """AFNI's 1D, where a header is ``#1 #2 ...``, as the Preprocessed Connectomes Project writes it."""
-    if not first.startswith("#"):
-        return Raw(_table(text, r"\s+", None))
-    separator = "\t" if "\t" in first else r"\s+"
-    header = re.split(separator, first)
-    if not all(len(word) > 1 and word[0] == "#" for word in header):
-        refuse(f"the first line must name every column as #NAME, got {first[:60]!r}", "header")
-    return Raw(_table(text, separator, header), tuple(word[1:] for word in header))
 
 
 def _is_number(word: str) -> bool:
@@ -274,23 +267,17 @@ def _table(text: str, separator: str, header: list[str] | None) -> np.ndarray:
     stream = io.StringIO(text)
     table = pd.read_csv(stream, sep=separator, header=None, skiprows=skipped, na_values=["n/a"])
     n_columns = table.shape[1]
-    if header is not None:
-        if n_columns != len(header):
-            refuse(
-                f"the header names {len(header)} columns, the rows have {n_columns}", "truncated"
-            )
-        table.columns = header
-    words = table.select_dtypes(exclude="number")
-    if words.shape[1]:
-        example = str(words.iloc[:, 0].dropna().iloc[0])[:40]
-        found = f"got text in {list(words)[:3]}, for example {example!r}"
-        refuse(f"columns must be parcels with numbers, {found}", "text")
+    if header is not None and n_columns != len(header):
+        refuse(f"the header names {len(header)} columns, the rows have {n_columns}", "truncated")
     # pandas fills a line that ends early with NaN. The last one tells that the file was cut short.
     last = text.rstrip("\r\n").rpartition("\n")[2]
     width = last.count(separator) + 1
     if separator != r"\s+" and width < n_columns:
         refuse(f"the last line ends early, in column {width} of {n_columns}", "truncated")
-    return table.to_numpy(np.float64)
+    try:
+        return table.to_numpy(np.float64)
+    except ValueError as error:
+        refuse(f"columns must be parcels with numbers ({error})", "text")
 
 
 # Arrays

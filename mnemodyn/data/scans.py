@@ -277,7 +277,7 @@ def load_scan(
     override_t_r : bool
         Whether `t_r` replaces what the file states.
     parcels : sequence of str or int
-        The names expected, in order, or their number; the names of a file that has none.
+        The names expected, in order, or their number; they name the parcels of a file that does not.
     frames_first : bool
         Whether rows are frames, for files that do not say. It is never guessed from the shape.
     key : str
@@ -285,13 +285,12 @@ def load_scan(
     participant_id : str
         By default the ``sub-`` part of the file's name.
     max_constant_parcels : int
-        How many parcels may be constant or without any value. XCP-D writes parcels that it could not cover without
-        values; they become 0.
+        How many parcels may be constant or without any value, as those that XCP-D could not cover; they become 0.
     min_frames : int
         How many frames must remain uncensored.
     interpolate : bool
-        Replace NaN in censored frames, and frames that XCP-D cut out, by a straight line in time, so that frames
-        stay `t_r` apart; ``censored`` still marks them. They stay NaN where False.
+        Replace NaN in censored frames, and frames that XCP-D cut out, by a straight line in time; ``censored`` still
+        marks them. They stay NaN where False.
 
     Raises
     ------
@@ -329,24 +328,15 @@ def load_scan(
         n_usable = int(usable.sum())
         least = max(min_frames, 2)
         if n_usable < least:
-            refuse(
-                f"a scan needs at least {least} frames that are not censored, got {n_usable}",
-                "too-short",
-            )
-        # Other NaN, and too many parcels without values, are refused by Scan.
-        empty = np.isnan(values[usable]).all(axis=0)
-        if empty.sum() <= max_constant_parcels:
-            values[:, empty] = 0
-        if interpolate and not np.isnan(values[usable]).any():
-            _interpolate(values, usable)
+            refuse(f"a scan needs at least {least} uncensored frames, got {n_usable}", "too-short")
+        _fill(values, usable, max_constant_parcels, interpolate)
         named = formats.entities(name)
-        atlas = re.search(r"_(?:seg|atlas)-([A-Za-z0-9]+)", name)
         scan = Scan(
             who,
             values,
             float(t_r),
             found,
-            atlas=atlas[1] if atlas else "",
+            atlas=named.get("seg") or named.get("atlas", ""),
             source=name,
             session=named.get("ses", ""),
             run=named.get("run", ""),
@@ -411,8 +401,14 @@ def _check_constant(scan: Scan, most: int) -> None:
         refuse(f"{found}; at most {most} may be (max_constant_parcels)", "constant-parcels")
 
 
-def _interpolate(values: np.ndarray, usable: np.ndarray) -> None:
-    """Replace NaN in censored frames by a straight line between the frames beside, in place."""
+def _fill(values: np.ndarray, usable: np.ndarray, most: int, interpolate: bool) -> None:
+    """Give values to up to `most` empty parcels and to censored frames, in place; Scan refuses other NaN."""
+    empty = np.isnan(values[usable]).all(axis=0)
+    if empty.sum() <= most:
+        values[:, empty] = 0
+    if not interpolate or np.isnan(values[usable]).any():
+        return
+    # A straight line between the frames beside.
     time = np.arange(len(values))
     for column in values.T:
         gap = ~usable & np.isnan(column)
