@@ -581,7 +581,7 @@ class Collection(Sequence[Scan]):
         ----------
         rows : sequence of int, or of bool with one a scan
         """
-        rows = np.asarray(rows)
+        rows = np.asarray(rows) if len(rows) else np.arange(0)
         chosen = copy.copy(self)
         chosen.table = self.table.iloc[rows].reset_index(drop=True)
         chosen._rows = self._rows[rows]

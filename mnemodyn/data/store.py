@@ -17,7 +17,7 @@ the source's own, and come back exactly.
 
 import json
 from collections.abc import Callable, Sequence
-from functools import cached_property, partial
+from functools import cached_property, lru_cache, partial
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -194,6 +194,7 @@ def _restored(stored: np.ndarray, m: np.ndarray) -> np.ndarray:
 # Reading
 
 
+@lru_cache(maxsize=4096)  # a process may have 65,530 maps on Linux
 def _open_file(path: Path, dtype: str, shape: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
     """Moments (4, parcel) and stored values (frame, parcel) of a scan's file; frames not used are not read."""
     start = 4 * 8 * shape[1]
