@@ -89,17 +89,8 @@ def reading(path: Path, what: str) -> Iterator[None]:
 def installed_files(package: str, *endings: str) -> list[Path]:
     """Find files of an installed package without importing it.
 
-    Parameters
-    ----------
-    package : str
-        ``name==version``; the version is only used in the error's remedy.
-    *endings : str
-        Ends of the paths; at least one file must be there for each.
-
-    Raises
-    ------
-    DataError
-        ``no-package`` if the package or a file is missing; the message says how to install it.
+    At least one file must be there for each of the `endings` of paths. A DataError, ``no-package``, says how to
+    install what is missing. `package` is ``name==version``; the version is only used in this remedy.
     """
     name = package.split("==")[0]
     remedy = f"install it with: pip install --no-deps {package}"
@@ -187,10 +178,7 @@ def read_cifti(path: str | Path) -> tuple[np.ndarray, tuple, float | None]:
 
 
 def volume_t_r(header) -> float | None:
-    """Repetition time of a NIfTI volume's header, in seconds.
-
-    None where the header states no fourth axis, a zero, or no unit of time.
-    """
+    """Repetition time of a NIfTI header in seconds; None without a fourth axis or unit of time, or where it is 0."""
     zooms = header.get_zooms()
     scale = {"sec": 1.0, "msec": 1e-3, "usec": 1e-6}.get(header.get_xyzt_units()[1])
     if len(zooms) < 4 or not zooms[3] > 0 or scale is None:
@@ -338,13 +326,7 @@ READERS = {
 
 
 def read(path: Path, key: str | None = None) -> Raw:
-    """Read one file by the end of its name, values as float32.
-
-    Raises
-    ------
-    DataError
-        ``format`` for another ending, ``no-file``, or what is wrong with the content.
-    """
+    """Read one file by the end of its name, values as float32; a DataError says what is wrong with it."""
     endings = [ending for ending in READERS if path.name.lower().endswith(ending)]
     if not endings:
         refuse(f"{path.name}: the name must end in one of {', '.join(READERS)}", "format")
@@ -387,17 +369,10 @@ def recording(name: str) -> str:
 def sidecar_t_r(path: Path, *, inherited: bool = True) -> float | None:
     """``RepetitionTime`` in seconds from the JSON sidecars of a file; None where there is none.
 
-    The sidecar of the file's own name comes first. Next are those that BIDS's inheritance gives to it, from the file's
-    folder up to the data set's root: the one with the most of the name's entities and no other, of the same suffix or
-    ``bold``. Last are the files that the sidecar names as ``Sources`` in its folder: XCP-D states the time for the
-    dense series only.
-
-    Parameters
-    ----------
-    path : Path
-        The scan.
-    inherited : bool
-        Whether to look beyond the sidecar of the file's own name.
+    The sidecar of the file's own name comes first. Next, where `inherited`, are those that BIDS's inheritance gives to
+    it, from the file's folder up to the data set's root: the one with the most of the name's entities and no other, of
+    the same suffix or ``bold``. Last are the files that the sidecar names as ``Sources`` in its folder: XCP-D states
+    the time for the dense series only.
 
     Raises
     ------
@@ -481,15 +456,7 @@ CONFOUNDS = ("desc-confounds_timeseries", "desc-confounds_regressors")
 
 
 def beside(path: Path, *endings: str) -> tuple[str, pd.DataFrame]:
-    """Read the first table ``RECORDING_ENDING.tsv`` that stands beside a scan, numbers only.
-
-    Returns
-    -------
-    name : str
-        Name of the table; where there is none, of the first that was looked for.
-    table : DataFrame
-        Empty where there is none.
-    """
+    """Name and numbers of the first table ``RECORDING_ENDING.tsv`` beside a scan; an empty one where there is none."""
     places = [path.with_name(f"{recording(path.name)}_{ending}.tsv") for ending in endings]
     for place in places:
         # fMRIPrep's table of confounds has the ending of a scan.
@@ -501,21 +468,11 @@ def beside(path: Path, *endings: str) -> tuple[str, pd.DataFrame]:
 
 
 def motion(path: Path) -> tuple[np.ndarray | None, float | None]:
-    """Find censored frames and mean framewise displacement in the tables of XCP-D or fMRIPrep beside a scan.
+    """Censored frames, (time of the recording,), and mean FD in mm, from tables beside a scan; None where unknown.
 
     XCP-D: ``*_outliers.tsv`` (column framewise_displacement, 1 for a censored frame) and ``*_motion.tsv``.
     fMRIPrep: ``*_desc-confounds_timeseries.tsv``, its columns ``motion_outlier*`` and ``non_steady_state_outlier*``.
-
-    Returns
-    -------
-    censored : ndarray of bool, shape (time of the recording,), or None
-    mean_fd : float or None
-        In mm.
-
-    Raises
-    ------
-    DataError
-        ``truncated`` if such a table cannot be read.
+    A DataError, ``truncated``, if such a table cannot be read.
     """
     # Without a BIDS name, nothing tells which table is the scan's.
     if not recording(path.name):

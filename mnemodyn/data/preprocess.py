@@ -80,17 +80,9 @@ class Averaged(NamedTuple):
 
 
 def parcellate(values: np.ndarray, labels: np.ndarray) -> np.ndarray:
-    """Average a dense series within parcels.
+    """Average a dense series (time, grayordinate) within parcels: (time, parcel), float64.
 
-    Parameters
-    ----------
-    values : ndarray, shape (time, grayordinate)
-    labels : ndarray of int, shape (grayordinate,)
-        0 for none, otherwise 1 to n_parcels.
-
-    Returns
-    -------
-    ndarray, shape (time, n_parcels), float64
+    `labels`, (grayordinate,), are 0 for none, otherwise 1 to the number of parcels.
     """
     means = [values[:, labels == i].mean(axis=1, dtype=float) for i in range(1, labels.max() + 1)]
     return np.stack(means, axis=1)
@@ -99,17 +91,9 @@ def parcellate(values: np.ndarray, labels: np.ndarray) -> np.ndarray:
 def align(atlas: Atlas, axis: BrainModelAxis) -> np.ndarray:
     """An atlas's labels for the grayordinates of a series, matched by vertex and by voxel.
 
-    The two may hold different grayordinates: an atlas may label the medial wall, for example.
-
-    Returns
-    -------
-    ndarray of int, shape (grayordinate of `axis`,)
-
-    Raises
-    ------
-    DataError
-        If surfaces differ in their number of vertices or volumes in space, or if a parcel of the
-        atlas has no grayordinate in the series.
+    The two may hold different grayordinates: an atlas may label the medial wall, for example. A
+    DataError if surfaces differ in their number of vertices or volumes in space, or if a parcel of
+    the atlas has no grayordinate in the series.
     """
     if atlas.axis == axis:
         return atlas.labels

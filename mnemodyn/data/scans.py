@@ -138,20 +138,8 @@ class Scan:
 def moments(values: np.ndarray, censored: np.ndarray | None = None) -> np.ndarray:
     """Mean, SD, smallest and largest value of each parcel over the frames that are not censored.
 
-    Parameters
-    ----------
-    values : ndarray, shape (time, parcel)
-    censored : ndarray of bool, shape (time,), optional
-
-    Returns
-    -------
-    ndarray, shape (4, parcel), float64
-        In the units of `values`. A constant parcel has SD 0 exactly.
-
-    Raises
-    ------
-    DataError
-        ``too-short`` if all frames are censored.
+    Shape (4, parcel), float64, in the units of `values`, (time, parcel). A constant parcel has SD 0 exactly. A
+    DataError if all frames are censored, which is bool of shape (time,).
     """
     kept = values if censored is None else values[~censored]
     if not len(kept):
@@ -455,20 +443,10 @@ _SCAN = re.compile(
 
 
 def scan_files(folder: str | Path, pattern: str = "*") -> list[Path]:
-    """List the files of a folder that are scans by their names, sorted.
+    """List the files of a folder that are scans by their names and match `pattern`, sorted.
 
-    Where a scan is there as ``.ptseries.nii`` and as ``.tsv``, as XCP-D leaves them, only the former is listed.
-
-    Parameters
-    ----------
-    folder : str or Path
-    pattern : str
-        Which names, for example ``"*seg-4S456Parcels*"`` where a folder holds several atlases.
-
-    Raises
-    ------
-    DataError
-        ``no-file`` if there is no such folder or it holds no scan.
+    Where a scan is there as ``.ptseries.nii`` and as ``.tsv``, as XCP-D leaves them, only the former is listed. A
+    DataError, ``no-file``, if there is no such folder or it holds no scan.
     """
     folder = Path(folder)
     if not folder.is_dir():
@@ -575,12 +553,7 @@ class Collection(Sequence[Scan]):
         return self._scans[self._rows[i]]
 
     def select(self, rows: Any) -> "Collection":
-        """Return the collection of some scans: those of the training participants, say.
-
-        Parameters
-        ----------
-        rows : sequence of int, or of bool with one a scan
-        """
+        """Return the collection of some scans: `rows` are their numbers, or a bool a scan."""
         rows = np.asarray(rows) if len(rows) else np.arange(0)
         chosen = copy.copy(self)
         chosen.table = self.table.iloc[rows].reset_index(drop=True)
