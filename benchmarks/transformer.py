@@ -44,15 +44,15 @@ class PatchTransformer(nn.Module):
     def forward(self, x: Tensor, t_r: float, *, hidden: Tensor | None = None) -> Tensor:
         """Scans (batch, time, parcel), and where not to read them, to the same shape; `t_r` is not used."""
         batch, time, parcel = x.shape
-        (n, m), (a, b) = self.grid, self.patch
-        visible = torch.ones_like(x) if hidden is None else (~hidden).to(x.dtype)
-        x = x if hidden is None else x.masked_fill(hidden, 0)
+        n, m = self.grid
+        a, b = self.patch
+        visible = torch.ones_like(x)
+        if hidden is not None:
+            visible = (~hidden).to(x.dtype)
+            x = x.masked_fill(hidden, 0)
         seen = functional.pad(torch.stack([x, visible]), (0, m * b - parcel, 0, n * a - time))
-        tokens = (
-            seen.view(2, batch, n, a, m, b)
-            .permute(1, 2, 4, 0, 3, 5)
-            .reshape(batch, n * m, 2 * a * b)
-        )
-        tokens = self.output(self.encoder(self.embedding(tokens) + self.position))
-        x = tokens.view(batch, n, m, a, b).transpose(2, 3).reshape(batch, n * a, m * b)
+        patches = seen.view(2, batch, n, a, m, b).permute(1, 2, 4, 0, 3, 5)
+        tokens = self.embedding(patches.reshape(batch, n * m, 2 * a * b)) + self.position
+        values = self.output(self.encoder(tokens))
+        x = values.view(batch, n, m, a, b).transpose(2, 3).reshape(batch, n * a, m * b)
         return x[:, :time, :parcel]

@@ -100,7 +100,7 @@ LOOK = """width => {
     if (!math.querySelector('mjx-container')) found.push('not set: ' + math.textContent);
   if (document.querySelector('mjx-merror, [data-mjx-error]')) found.push('error in mathematics');
   const text = document.querySelector('article')?.textContent || '';
-  if (/\\{(result|interval|verdict|compare|doc|term|cite|numref)\\}`/.test(text)) found.push('a role was left as text');
+  if (/\\{(result|verdict|doc|term|cite|numref)\\}`/.test(text)) found.push('a role was left as text');
   for (const box of folded) box.open = false;
   return found;
 }"""

@@ -172,6 +172,16 @@ def read_mapping(path: str | None) -> dict:
     return content
 
 
+def find_cohort(name: str) -> Any:
+    """The description of a cohort; an unknown name is wrong usage."""
+    from mnemodyn.data.cohorts import load_cohort
+
+    try:
+        return load_cohort(name)
+    except (OSError, ValueError) as error:
+        raise UsageError(str(error)) from error
+
+
 INDEX = """\
 Find the scans of a cohort in FOLDER, match them with their phenotypes, read each once, and print what
 there is: scans, participants, sites, frames, repetition times, the distribution of every target, and
@@ -191,7 +201,8 @@ def add_index(commands):
 def run_index(cohort, folder, t_r, workers, table, as_json):
     from mnemodyn.data.cohorts import index
 
-    found = index(cohort, folder, t_r=t_r, workers=workers, progress=show_progress)
+    described = find_cohort(cohort)
+    found = index(described, folder, t_r=t_r, workers=workers, progress=show_progress)
     if table is not None:
         separator = "\t" if table.endswith(".tsv") else ","
         write_text(table, found.table.to_csv(index=False, sep=separator))
@@ -228,7 +239,8 @@ def run_convert(cohort, folder, t_r, workers, store, dtype, as_json):
     from mnemodyn.data.cohorts import index
     from mnemodyn.data.store import convert
 
-    found = index(cohort, folder, t_r=t_r, workers=workers, progress=show_progress)
+    described = find_cohort(cohort)
+    found = index(described, folder, t_r=t_r, workers=workers, progress=show_progress)
     made = convert(found, store, dtype=dtype, progress=show_progress)
     content = {"store": store, "n_scans": len(made), "n_excluded": len(made.excluded)}
     show(as_json, content, f"{store}: {made.summary()}")
@@ -280,14 +292,18 @@ def add_preprocess(commands):
 def run_preprocess(sources, output, confounds, jobs, as_json, **settings):
     from mnemodyn.data.preprocess import Preprocessing, preprocess
 
-    asked = Preprocessing(confounds=tuple(confounds), **settings)
-    rows = preprocess(sources, output, asked, jobs=jobs)
-    counts = rows["status"].value_counts().to_dict()
+    try:
+        asked = Preprocessing(confounds=tuple(confounds), **settings)
+        rows = preprocess(sources, output, asked, jobs=jobs)
+    except ValueError as error:
+        # What is wrong with a scan is in its row.
+        raise UsageError(str(error)) from error
     failed = rows.loc[rows["status"] == "failed", ["problem", "message"]]
-    for message in failed["message"]:
-        print(message, file=sys.stderr)
-    text = ", ".join(f"{n} {status}" for status, n in counts.items())
-    show(as_json, {"counts": counts, "failed": failed.to_dict("records")}, text)
+    for row in failed.itertuples():
+        print(f"{row.problem}: {row.message}", file=sys.stderr)
+    counts = {name: int((rows["status"] == name).sum()) for name in ("done", "skipped", "failed")}
+    text = ", ".join(f"{n} {name}" for name, n in counts.items())
+    show(as_json, {**counts, "problems": failed.to_dict("records")}, text)
     return int(len(failed) > 0)
 
 
@@ -325,9 +341,9 @@ def run_simulate(cohort, folder, effect, as_json, **settings):
 
     try:
         effects = {name: float(value) for name, value in effect}
+        truth = simulate_cohort(cohort, folder, effects=effects, **settings)
     except ValueError as error:
-        raise UsageError(f"--effect: {error}") from None
-    truth = simulate_cohort(cohort, folder, effects=effects, **settings)
+        raise UsageError(str(error)) from error
     planted = ", ".join(f"{name} {found['d']:g}" for name, found in truth["effects"].items())
     show(as_json, truth, f"SIMULATED {truth['cohort']} -> {folder}; effects in SD: {planted}")
     return 0
@@ -390,8 +406,10 @@ def run_pretrain(data, output, cohort, t_r, settings, changes, restart, as_json)
     training = checkpoint.training
     scores = {name: value for name, value in training.items() if name.startswith("val_")}
     listed = ", ".join(f"{name} {value:.4f}" for name, value in scores.items())
-    content = {"checkpoint": f"{output}/best", "epochs": len(history), **scores}
-    show(as_json, content, f"{output}/best: {listed}, {len(history)} epochs")
+    # Epoch 0 is the network before its first step.
+    n_epochs = len(history) - 1
+    content = {"checkpoint": f"{output}/best", "epochs": n_epochs, **scores}
+    show(as_json, content, f"{output}/best: {listed}, {n_epochs} epochs")
     return 0
 
 
@@ -502,9 +520,7 @@ def run_evaluate(
 
 def find_target(cohort: str, target: str) -> dict:
     """The target, and whether it is of a classification or a regression."""
-    from mnemodyn.data.cohorts import load_cohort
-
-    kinds = {known.name: known.kind for known in load_cohort(cohort).targets}
+    kinds = {known.name: known.kind for known in find_cohort(cohort).targets}
     if target not in kinds:
         raise UsageError(
             f"--target must be one of {', '.join(kinds)} for {cohort}, got {target!r}; "

@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 import torch
 from sklearn.base import BaseEstimator, TransformerMixin
-from sklearn.utils.validation import check_is_fitted
 
 from mnemodyn.checkpoint import Checkpoint, from_pretrained
 from mnemodyn.data.scans import DataError, Scan, load_scan
@@ -206,7 +205,7 @@ class MnemoDynEncoder(TransformerMixin, BaseEstimator):
     Parameters
     ----------
     checkpoint : str, Path or Checkpoint
-        What :func:`mnemodyn.from_pretrained` takes, or what it returns.
+        What :func:`~mnemodyn.checkpoint.from_pretrained` takes, or what it returns.
     readouts : sequence of str
         Concatenated in this order; see :func:`readouts`.
     untrained : int, optional
@@ -241,7 +240,7 @@ class MnemoDynEncoder(TransformerMixin, BaseEstimator):
         tags = super().__sklearn_tags__()
         tags.input_tags.two_d_array = False
         tags.input_tags.three_d_array = True
-        # `transform` needs no more than the checkpoint.
+        # `transform` needs no more than the checkpoint, which does not depend on the scans.
         tags.requires_fit = False
         return tags
 
@@ -255,12 +254,10 @@ class MnemoDynEncoder(TransformerMixin, BaseEstimator):
         for scan in self._scans(X):
             checkpoint.check(scan)
             break
-        self.n_parcels_ = checkpoint.model.config.n_parcels
         return self
 
     def transform(self, X: Sequence[Scan | np.ndarray]) -> np.ndarray:
         """Compute the read-outs of every scan, (scan, feature), float64."""
-        check_is_fitted(self, "n_parcels_")
         blocks = self.blocks(X)
         return np.concatenate([blocks[name] for name in self.readouts], axis=1)
 

@@ -1,6 +1,6 @@
 """The one format of results: a tidy table a run, which pages, model cards and the README read.
 
-A row is one number with its interval. What the columns hold stands in :data:`COLUMNS`.
+A row is one number with its interval. What the columns hold stands in `COLUMNS`.
 """
 
 from collections.abc import Iterable, Mapping
@@ -14,6 +14,7 @@ from mnemodyn.files import write_text
 
 __all__ = ["COLUMNS", "KINDS", "METHODS", "label", "read_results", "verdict", "write_results"]
 
+#: Columns of a table of results, and what they hold.
 COLUMNS = {
     "data": "whose scans: HCP-7, ABIDE, ...",
     "task": "what was asked, such as `diagnosis` or `hidden entries`; words after a comma say under what condition",
@@ -107,7 +108,7 @@ def write_results(path: str | PathLike, rows: Iterable[Mapping[str, Any]]) -> pd
         if name not in table or table[name].isna().any():
             raise ValueError(f"{path}: every row needs {name}")
     table = table.reindex(columns=list(COLUMNS))
-    table["against"] = table["against"].fillna("")
+    table["against"] = table["against"].astype(object).fillna("")
     wrong_kind = sorted(set(table["kind"]) - set(KINDS))
     if wrong_kind:
         raise ValueError(f"{path}: kind must be one of {', '.join(KINDS)}, got {wrong_kind}")

@@ -8,14 +8,6 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from scipy.stats import mannwhitneyu
-from scipy.stats import t as student
-from sklearn.linear_model import LogisticRegression
-
-from mnemodyn.cli import main
-from mnemodyn.data.scaling import Scaling
-from mnemodyn.data.scans import DataError, Scan
-from mnemodyn.evaluate import ablations
 from mnemodyn.evaluate.ablations import (
     Cell,
     Condition,
@@ -26,10 +18,18 @@ from mnemodyn.evaluate.ablations import (
     run_grid,
     score,
 )
-from mnemodyn.model.config import ModelConfig
+from scipy.stats import mannwhitneyu
+from scipy.stats import t as student
+from sklearn.linear_model import LogisticRegression
+
+from mnemodyn.cli import main
+from mnemodyn.data.scaling import Scaling
+from mnemodyn.data.scans import DataError, Scan
+from mnemodyn.evaluate import ablations
 from mnemodyn.model.network import MnemoDyn
-from mnemodyn.parameters import ParameterError
 from mnemodyn.pretrain.objectives import Masked
+from mnemodyn.run import ParameterError
+from mnemodyn.settings import ModelConfig
 from mnemodyn.splits import repeated_folds
 
 GRID = Path(__file__).parents[1] / "notebooks" / "ablations.yaml"

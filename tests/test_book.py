@@ -1,7 +1,10 @@
-"""What the book makes of result files, docstrings and manifests."""
+"""What the book makes of tables of results, manifests and docstrings, and what a build schedules."""
 
+import html
 import json
+import re
 import shutil
+import subprocess
 import sys
 from dataclasses import fields
 from pathlib import Path
@@ -15,116 +18,240 @@ from matplotlib import font_manager
 pytest.importorskip("sphinx")
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "book" / "_ext"))
-import collect  # noqa: E402
 import reference  # noqa: E402
+import registry  # noqa: E402
 import results  # noqa: E402
 import runs  # noqa: E402
 
-from mnemodyn import figures  # noqa: E402
-from mnemodyn.model.config import ModelConfig  # noqa: E402
-from mnemodyn.parameters import check_parameters, read_parameters  # noqa: E402
-from mnemodyn.pretrain.config import DataConfig, Machine, TrainingConfig  # noqa: E402
-from mnemodyn.pretrain.objective import OBJECTIVES  # noqa: E402
+from mnemodyn import figures, settings  # noqa: E402
+from mnemodyn.files import read_yaml  # noqa: E402
+from mnemodyn.results import write_results  # noqa: E402
+from mnemodyn.run import check_parameters, read_parameters  # noqa: E402
+
+STUDIES = """\
+a: {notebook: n, title: The page A, data: D, kind: real}
+b: {notebook: n, title: The page B, data: D, kind: real, profile: long, needs: scans}
+"""
+ROW = {"data": "D", "task": "diagnosis", "score": "balanced_accuracy", "kind": "real", "n": 1234}
+ROWS = [
+    {**ROW, "method": "model", "value": 0.65, "low": 0.6, "high": 0.7},
+    {**ROW, "method": "fc", "value": 0.66, "low": 0.61, "high": 0.71},
+    {**ROW, "method": "model", "against": "fc", "value": -0.01, "low": -0.02, "high": -0.005}
+    | {"p": 0.0123},
+    {**ROW, "method": "fc", "data": "E", "value": 0.7},
+]
 
 
-def read(how, content, **entry):
-    entry = {"data": "D", "kind": "real", "rows": how} | entry
-    return [{k: r.get(k) for k in ("task", "method", "value", "low", "high", "n", "kind")} for r in
-            collect.read_rows(entry, content)]  # fmt: skip
-
-
-def test_rows_of_a_mapping_take_their_intervals_from_another():
-    content = {"a": {"x": 1.0, "y": 2.0}, "b": {"x": [0.5, 1.5]}, "n_people": 3}
-    found = read({"values": "a", "intervals": "b", "n": "n_people", "task": "T"}, content)
-    assert found == [
-        {"task": "T", "method": "x", "value": 1.0, "low": 0.5, "high": 1.5, "n": 3, "kind": "real"},
-        {
-            "task": "T",
-            "method": "y",
-            "value": 2.0,
-            "low": None,
-            "high": None,
-            "n": 3,
-            "kind": "real",
-        },
-    ]
-
-
-def test_rows_of_a_mapping_or_list_take_intervals_that_stand_in_them():
-    content = {"a": {"x": {"value": 1.0, "low": 0.0, "high": 2.0}, "none": {"value": None}}}
-    assert [(r["method"], r["low"], r["high"]) for r in read({"values": "a"}, content)] == [
-        ("x", 0.0, 2.0)
-    ]
-    content = {
-        "cells": [{"label": "haar", "group": "wavelets", "r2": 0.3, "from": 0.2, "to": 0.4, "n": 5}]
-    }
-    how = {
-        "list": "cells",
-        "method": ["group", "label"],
-        "value": "r2",
-        "low": "from",
-        "high": "to",
-    }
-    (row,) = read(how, content)
-    assert (row["method"], row["value"], row["low"], row["high"], row["n"]) == (
-        "wavelets, haar",
-        0.3,
-        0.2,
-        0.4,
-        5,
+def write_notebook(path, *cells):
+    tagged = nbformat.v4.new_code_cell("rate = 0.1\nname = 'x'", metadata={"tags": ["parameters"]})
+    notebook = nbformat.v4.new_notebook(
+        cells=[nbformat.v4.new_markdown_cell("# Shared title\n\nWhy."), tagged, *cells],
+        metadata={"language_info": {"name": "python", "pygments_lexer": "ipython3"}},
     )
+    path.parent.mkdir(parents=True, exist_ok=True)
+    nbformat.write(notebook, path)
 
 
-def test_a_file_that_says_it_is_simulated_wins_over_the_entry():
-    score = {"value": 0.6, "low": 0.5, "high": 0.7}
-    report = {
-        "kind": "classification",
-        "rows": [{"method": "fc", "n": 9, "auc": score}, {"method": "late", "n": 9}],
-    }
-    content = {"simulated": True, "targets": {"sex": {"kfold": report, "other": report}}}
-    how = {
-        "targets": "targets",
-        "plans": {"kfold": "held out"},
-        "scores": {"classification": "auc"},
-    }
-    assert read(how, content) == [
-        {"task": "sex, held out", "method": "fc", **score, "n": 9, "kind": "SIMULATED"},
+def code(source, output="", tags=(), **metadata):
+    outputs = [nbformat.v4.new_output("stream", text=output)] if output else []
+    metadata |= {"tags": list(tags)} if tags else {}
+    return nbformat.v4.new_code_cell(source, outputs=outputs, metadata=metadata)
+
+
+@pytest.fixture
+def book(tmp_path):
+    """A book of one executed page, and of one that this copy lacks."""
+    (tmp_path / "studies.yaml").write_text(STUDIES)
+    write_notebook(tmp_path / "n.ipynb")
+    cells = [
+        code("silent = 1"),
+        code("long", "a long table", fold="A <table>"),
+        code("said", "it is better", tags=["finding"]),
+        code("end", "versions and seeds"),
     ]
-    assert read(how, content | {"simulated": False}, kind="SIMULATED")[0]["kind"] == "real"
+    write_notebook(tmp_path / "book/runs/a.ipynb", *cells)
+    write_results(tmp_path / "book/runs/a.csv", ROWS)
+    run = {"notebook": "n.ipynb", "output": "book/runs/a.ipynb", "status": "done", "commit": None}
+    run |= {"parameters": {"rate": 0.25, "name": "it's"}, "started": "2026-01-01T00:00:00+00:00"}
+    run |= {"seconds": 12.3, "peak_memory_mb": 45, "cpus": 2, "dirty": None, "python": "3.11"}
+    manifest = tmp_path / "book/runs/a.manifest.json"
+    manifest.write_text(json.dumps({**run, "versions": {"numpy": "2.0", "onnx": None}}))
+    return tmp_path
 
 
-def test_published_rows_name_their_source():
-    line = {
-        "study": "s",
-        "method": "BNT",
-        "cohort": "ADNI",
-        "target": "sex",
-        "metric": "accuracy",
-        "value": "78.9",
-    }
-    (row,) = collect.read_rows(
-        {"kind": "published", "rows": "csv"}, [line | {"sd": "4.1", "source": "Table 2"}]
+@pytest.fixture
+def env(book):
+    return SimpleNamespace(srcdir=str(book), docname="book/x", note_dependency=lambda path: None)
+
+
+def say(env, text):
+    page, key, field, data, form = results.parse(text)
+    return results.said(results.find(env, page, key, data), field, form)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("a:diagnosis:model:balanced_accuracy", "0.650"),
+        ("a:diagnosis:model:balanced_accuracy:.1%", "65.0~%"),
+        ("a:diagnosis:model:balanced_accuracy:n", "1,234"),
+        ("a:diagnosis:model:balanced_accuracy:interval", "0.600 to 0.700"),
+        ("a:diagnosis:model:balanced_accuracy:low:.1f", "0.6"),
+        ("a:diagnosis:model:balanced_accuracy:against=fc", "m0.010"),
+        ("a:diagnosis:model:balanced_accuracy:against=fc:interval", "m0.020 to m0.005"),
+        ("a:diagnosis:model:balanced_accuracy:against=fc:p", "0.012"),
+        ("a:diagnosis:fc:balanced_accuracy:data=E", "0.700"),
+        ("a:diagnosis:fc:balanced_accuracy:data=E:interval", "no interval"),
+    ],
+)
+def test_a_role_says_a_field_of_a_row(env, text, expected):
+    found = say(env, text).replace("\N{MINUS SIGN}", "m").replace("\N{NO-BREAK SPACE}", "~")
+    assert found == expected
+
+
+def test_a_row_that_is_missing_or_not_unique_is_an_error(env):
+    with pytest.raises(LookupError, match=r"no row diagnosis:modle.*nearest.*diagnosis:model"):
+        say(env, "a:diagnosis:modle:balanced_accuracy")
+    with pytest.raises(LookupError, match=r"several rows .*; say data= of \['D', 'E'\]"):
+        say(env, "a:diagnosis:fc:balanced_accuracy")
+    with pytest.raises(LookupError, match="no page absent"):
+        results.find(env, "absent", "x", None)
+    assert results.find(env, "b", "x", None) is None, "the page is registered, and not in this copy"
+
+
+def test_no_zero_is_negative():
+    assert registry.write(-0.0001, "+.3f") == "+0.000".replace("+", "")
+    assert registry.write(0.0, ".1f") == "0.0"
+    assert registry.write(-0.1, ".1f") == "\N{MINUS SIGN}0.1"
+
+
+def build(book, **pages):
+    """Build a book with the project's extensions; the warnings, and the text of its pages."""
+    extensions = ["myst_nb", "registry", "results", "runs"]
+    path = str(ROOT / "book" / "_ext")
+    lines = [f"import sys; sys.path.insert(0, {path!r})", f"extensions = {extensions}"]
+    lines += ["nb_execution_mode = 'off'", "exclude_patterns = ['n.ipynb', 'out']"]
+    (book / "conf.py").write_text("\n".join(lines))
+    (book / "book/data").mkdir()
+    shutil.copy(ROOT / "book/data/published.csv", book / "book/data")
+    toctree = "```{toctree}\nbook/runs/a\nbook/committed/b\n" + "\n".join(pages) + "\n```\n"
+    (book / "index.md").write_text(f"# Index\n\n{toctree}")
+    for name, text in pages.items():
+        (book / f"{name}.md").write_text(f"# Title\n\n{text}\n")
+    command = [sys.executable, "-m", "sphinx", "-q", "-n", "-b", "html", ".", "out"]
+    done = subprocess.run(command, cwd=book, capture_output=True, text=True, check=False)
+    pages = {}
+    for page in (book / "out").rglob("*.html"):
+        text = re.sub(r"<[^>]+>", "", page.read_text().partition("<body")[2])
+        pages[page.stem] = " ".join(html.unescape(text).split())
+    return done.stderr, pages
+
+
+def test_a_book_is_built_of_pages_that_are_here_and_says_which_are_not(book):
+    good = "{result}`a:diagnosis:model:balanced_accuracy:.2f` is **{verdict}`a:diagnosis:model:"
+    good += "balanced_accuracy:against=fc`**, {result}`b:x:y:z`"
+    given = "```{given} a\nshown\n```\n\n```{given} a b\nhidden\n```"
+    tables = "```{all-results}\n```\n\n```{status}\n```\n\n```{provenance}\n```"
+    scores = "```{scores} a b\nmodel The network\nfc FC\n```"
+    warnings, pages = build(
+        book, status="```{status}\n```", good=f"{good}\n\n{given}", tables=tables, scores=scores,
+        bad="{result}`a:diagnosis:modle:balanced_accuracy`",
+    )  # fmt: skip
+    assert "bad.md" in warnings
+    assert "a has no row diagnosis:modle:balanced_accuracy; nearest" in warnings
+    others = [line for line in warnings.split("\n") if "WARNING" in line and "bad.md" not in line]
+    assert not others
+
+    assert "0.65 is worse, (not in this copy)" in pages["good"]
+    assert "shown" in pages["good"]
+    assert "hidden" not in pages["good"]
+    assert "Not in this copy: a, b" not in pages["good"]
+    assert "Not in this copy: b" in pages["good"]
+
+    assert "not part of this copy" in pages["b"]
+    assert "make book PROFILE=long DATA=FOLDER" in pages["status"]
+    page = pages["a"]
+    assert "The page A" in page
+    assert page.index("it is better") < page.index("Why.") < page.index("A <table>")
+    assert "mnemodyn run n.ipynb book/runs/a.ipynb -p rate 0.25" in page
+    assert "silent" not in page
+
+    assert "MnemoDyn \N{MINUS SIGN} functional connectivity (FC)" in pages["tables"]
+    assert "published" in pages["tables"]
+    assert "versions and seeds" in pages["tables"]
+    assert "0.600 to 0.700" in pages["scores"]
+
+
+def test_a_stub_goes_when_its_page_has_been_made(book):
+    stub = book / "book/runs/a.md"
+    stub.write_text("# old")
+    registry.write_stubs(SimpleNamespace(srcdir=book), None)
+    assert not stub.exists()
+    assert "make book PROFILE=long" in (book / "book/committed/b.md").read_text()
+
+
+def test_the_command_of_a_run_gives_back_its_parameters(book):
+    run = runs.manifest(book, "book/runs/a")
+    words = runs.shlex.split(runs.rerun(book, run).astext())
+    assert words[:4] == ["mnemodyn", "run", "n.ipynb", "book/runs/a.ipynb"]
+    typed = {words[i + 1]: words[i + 2] for i, word in enumerate(words) if word == "-p"}
+    defaults = read_parameters(book / "n.ipynb")
+    assert check_parameters(defaults, typed) == run["parameters"]
+
+
+CLASSES = [settings.ModelSettings, settings.TrainingConfig, settings.Machine, settings.DataConfig]
+
+
+@pytest.mark.parametrize("cls", [*CLASSES, *settings.OBJECTIVE_SETTINGS.values()])
+def test_every_setting_is_documented(cls):
+    said = reference.meanings(cls)
+    assert all(said[field.name] for field in fields(cls))
+
+
+def test_the_registry_is_sound():
+    known = {"notebook", "title", "data", "kind", "needs", "checkpoint", "when", "profile"}
+    studies = registry.read_studies(ROOT)
+    listed = (ROOT / "_toc.yml").read_text()
+    for page, study in studies.items():
+        assert set(study) <= known | {"parameters"}, page
+        assert {"notebook", "title", "data", "kind"} <= set(study), page
+        assert (ROOT / "notebooks" / f"{study['notebook']}.ipynb").is_file(), page
+        assert f"file: {registry.docname(page, study)}\n" in listed, page
+        assert study.get("checkpoint", page) in studies
+        assert (ROOT / "profiles" / f"{study.get('profile', 'quick')}.yaml").is_file()
+    assert listed.count("book/runs/") + listed.count("book/committed/") == len(studies) + 1
+
+
+@pytest.mark.parametrize(
+    ("words", "here", "absent"),
+    [
+        (["profile=quick"], ["data", "cohorts"], ["downstream_mine", "reconstruction_abide"]),
+        (["profile=ci", "data=F", "cohort=hbn"], ["data", "downstream_mine"], ["cohorts"]),
+        (["profile=paper", "data=F"], ["pretrain"], ["cohorts", "downstream_mine"]),
+        (["profile=abide", "data=F"], ["reconstruction_abide", "downstream_abide"], ["data"]),
+        (["profile=hcp7"], ["reconstruction_hcp7"], ["reconstruction_abide", "data"]),
+    ],
+)
+def test_a_build_schedules_its_pages_with_parameters_that_their_notebooks_have(
+    words, here, absent, tmp_path
+):
+    pytest.importorskip("snakemake")
+    command = [sys.executable, "-m", "snakemake", "--cores", "1", "-n", "--nolock", "--forceall"]
+    done = subprocess.run(
+        [*command, "--config", *words], cwd=ROOT, capture_output=True, text=True, check=False
     )
-    assert row["method"] == "BNT (Table 2)"
-    assert row["score"] == "accuracy (SD 4.1)"
-    assert row["value"] == 78.9
+    assert done.returncode == 0, done.stdout + done.stderr
+    scheduled = [line.split("page ")[1].split(" ")[0] for line in done.stdout.split("\n")
+                 if ", the page " in line]  # fmt: skip
+    assert set(here) <= set(scheduled)
+    assert not set(absent) & set(scheduled)
 
 
-def test_the_entries_of_the_book_are_sound():
-    methods, entries = collect.read_entries(ROOT)
-    assert set(methods) >= {"model", "fc"}
-    for entry in entries:
-        path = ROOT / "book" / entry.get("file", "")
-        if path.suffix == ".json" and path.parent.name == "data" and path.is_file():
-            assert list(collect.read_rows(entry, json.loads(path.read_text()))), entry
-
-
-def test_an_entry_with_a_misspelt_key_is_refused(tmp_path):
-    (tmp_path / "book").mkdir()
-    text = "methods: {}\nresults:\n- {result: R, kind: real, command: c, flie: x}\n"
-    (tmp_path / collect.ENTRIES).write_text(text)
-    with pytest.raises(ValueError, match="flie"):
-        collect.read_entries(tmp_path)
+def test_profiles_of_long_studies_name_their_own_pages_only():
+    studies = registry.read_studies(ROOT)
+    for name in {study["profile"] for study in studies.values() if "profile" in study}:
+        pages = read_yaml((ROOT / "profiles" / f"{name}.yaml").read_text()).get("pages", {})
+        assert {studies[page].get("profile") for page in pages} <= {name}
 
 
 def test_figures_have_one_font_on_every_machine(monkeypatch, tmp_path):
@@ -136,193 +263,3 @@ def test_figures_have_one_font_on_every_machine(monkeypatch, tmp_path):
     with matplotlib.rc_context():
         figures.use_style()
         assert own.samefile(str(font_manager.findfont("DejaVu Sans")))
-
-
-@pytest.mark.parametrize(
-    ("ends", "text"), [((-0.25, 0.5), "\N{MINUS SIGN}0.25 to +0.50"), ((None, None), "no interval")]
-)
-def test_an_interval_may_be_absent(ends, text, monkeypatch):
-    monkeypatch.setattr(
-        results, "lookup", lambda place, name, key: dict(zip(("low", "high"), ends, strict=True))
-    )
-    role = results.Interval()
-    role.text = "data/a:x:+.2f"
-    assert role.run()[0][0].astext() == text
-
-
-def test_a_key_finds_an_element_by_what_it_says():
-    rows = [{"method": "fc", "v": 1}, {"method": "model", "v": 2}]
-    assert results.step(rows, "method=model")["v"] == 2
-    assert results.step(rows, "0")["v"] == 1
-    with pytest.raises(LookupError, match="method=none"):
-        results.step(rows, "method=none")
-
-
-@pytest.mark.parametrize(
-    "cls", [ModelConfig, TrainingConfig, Machine, DataConfig, *OBJECTIVES.values()]
-)
-def test_every_setting_is_documented(cls):
-    rows = {name: said for name, _, _, said in reference.settings(cls)}
-    assert list(rows) == [f.name for f in fields(cls) if f.init]
-    assert all(rows.values()), [name for name, said in rows.items() if not said]
-
-
-def test_settings_say_their_default_and_what_is_allowed():
-    rows = {row[0]: row[1:] for row in reference.settings(TrainingConfig)}
-    assert rows["schedule"][:2] == ("cosine", "cosine or restarts")
-    assert rows["restart_factor"] == ("2", "int", "As published 10 and 2.")
-    assert {row[0]: row[1] for row in reference.settings(ModelConfig)}["n_parcels"] == "required"
-
-
-def test_the_command_of_a_run_gives_back_its_parameters(tmp_path):
-    notebook = nbformat.v4.new_notebook()
-    cell = nbformat.v4.new_code_cell(
-        "epochs = 3\nrate = 0.1\nname = 'a'\nlengths = [1, 2]\nsettings = {}\nt_r = None"
-    )
-    cell.metadata["tags"] = ["parameters"]
-    notebook.cells = [cell]
-    nbformat.write(notebook, tmp_path / "n.ipynb")
-    given = {
-        "epochs": 3,
-        "rate": 0.25,
-        "name": "it's",
-        "lengths": [4],
-        "settings": {"a": {"b": True}},
-        "t_r": None,
-    }
-    run = {"notebook": "n.ipynb", "output": "out.ipynb", "parameters": given}
-    words = runs.shlex.split(runs.rerun(tmp_path, run))
-    assert words[:4] == ["mnemodyn", "run", "n.ipynb", "out.ipynb"]
-    assert [words[i + 1] for i, word in enumerate(words) if word == "-p"] == [
-        "rate",
-        "name",
-        "lengths",
-        "settings",
-    ]
-    defaults = read_parameters(notebook)
-    typed = {words[i + 1]: words[i + 2] for i, word in enumerate(words) if word == "-p"}
-    assert defaults | check_parameters(defaults, typed) == given
-
-
-@pytest.mark.parametrize(
-    ("ends", "text"),
-    [
-        ((0.01, 0.5), "better"),
-        ((-0.5, -0.01), "worse"),
-        ((-0.1, 0.1), "no difference shown"),
-        ((0, 0), "no difference shown"),
-    ],
-)
-def test_a_verdict_follows_from_the_interval(ends, text, monkeypatch):
-    monkeypatch.setattr(
-        results, "lookup", lambda place, name, key: dict(zip(("low", "high"), ends, strict=True))
-    )
-    role = results.Verdict()
-    role.text = "data/a:x"
-    assert role.run()[0][0].astext() == text
-
-
-def test_numbers_are_set_but_not_dates_words_or_code():
-    given = "from -0.25 to +0.5 (-1), 55%, on 2026-11-23, sub-01, 5 %, x-3"
-    assert runs.fair(given).replace("\N{NO-BREAK SPACE}", "~").replace("\N{MINUS SIGN}", "m") == (
-        "from m0.25 to +0.5 (m1), 55~%, on 2026-11-23, sub-01, 5~%, x-3"
-    )
-
-
-def test_pages_of_one_notebook_have_titles_of_their_own(tmp_path):
-    folder = tmp_path / runs.RUNS
-    folder.mkdir(parents=True)
-    made = {
-        "downstream_hbn": (
-            "downstream",
-            "HBN",
-            {"targets": {"sex": 1, "nc_vs_mci": 1, "age": 1}, "simulated": True},
-        ),
-        "downstream_abide": ("downstream", "ABIDE", {"targets": {"sex": 1}, "simulated": False}),
-        "pretrain_denoise": ("pretrain", "Denoising", {}),
-        "data": ("data", "Data", {}),
-    }
-    titles = {}
-    for name, (notebook, short, found) in made.items():
-        (folder / f"{name}.manifest.json").write_text(
-            json.dumps({"notebook": f"notebooks/{notebook}.ipynb"})
-        )
-        (folder / f"{name}.json").write_text(json.dumps(found))
-        section = runs.nodes.section("", runs.nodes.title("", "A question: what do scans tell?"))
-        env, docname = SimpleNamespace(docname=f"{runs.RUNS}/{name}"), f"{runs.RUNS}/{name}"
-        places = SimpleNamespace(external_site_map={docname: SimpleNamespace(title=short)})
-        runs.name_title(SimpleNamespace(env=env, srcdir=tmp_path, config=places), section)
-        titles[name] = section[0].astext()
-    assert titles == {
-        "downstream_hbn": "HBN: sex, nc vs mci and age of SIMULATED people",
-        "downstream_abide": "ABIDE: sex of real people",
-        "pretrain_denoise": "Denoising: what do scans tell?",
-        "data": "A question: what do scans tell?",
-    }
-
-
-def cell(text, output="", tags=(), **metadata):
-    """A notebook's cell as the book's builder makes it."""
-    parts = [runs.nodes.container("", runs.nodes.literal_block("", text), classes=["cell_input"])]
-    if output:
-        parts.append(
-            runs.nodes.container("", runs.nodes.paragraph("", output), classes=["cell_output"])
-        )
-    classes = ["cell", *(f"tag_{tag}" for tag in tags)]
-    return runs.nodes.container(
-        "", *parts, nb_element="cell_code", cell_metadata=metadata, classes=classes
-    )
-
-
-def test_a_page_begins_with_what_was_found_and_folds_the_rest(tmp_path, monkeypatch):
-    folder = tmp_path / runs.RUNS
-    folder.mkdir(parents=True)
-    run = {"notebook": "notebooks/a.ipynb", "output": "a.ipynb", "parameters": {}}
-    (folder / "a.manifest.json").write_text(json.dumps(run))
-    nodes = runs.nodes
-    cells = [
-        cell("x = 1", tags=["parameters"]),
-        cell("silent"),
-        cell("long", "table", fold="A <table>"),
-    ]
-    cells += [cell("said", "it is better", tags=["finding"]), cell("end", "versions")]
-    page = nodes.section("", nodes.title("", "A"), nodes.paragraph("", "why"), *cells)
-    env = SimpleNamespace(docname=f"{runs.RUNS}/a", note_dependency=lambda path: None)
-    runs.dress(SimpleNamespace(env=env, srcdir=tmp_path), page)
-    assert page[1]["classes"] == ["finding"]
-    assert page[1].astext() == "it is better"
-    assert [child.astext() for child in page[2:3]] == ["why"]
-    folds = [raw.astext() for raw in page.findall(nodes.raw)]
-    assert [text.split("<summary>")[1].removesuffix("</summary>") for text in folds[::2]] == [
-        "Parameters, and the command for this page", "A &lt;table&gt;", "What this run used",
-    ]  # fmt: skip
-    assert page.astext().count("it is better") == 1
-    assert "silent" not in page.astext()
-    assert "x = 1" in page.astext()
-
-
-def test_the_table_of_people_has_a_row_a_task_and_a_column_a_method(monkeypatch):
-    score = {"value": 0.6, "low": 0.5, "high": 0.7}
-    row = {"method": "fc", "balanced_accuracy": score}
-    report = {
-        "kind": "classification",
-        "n": 9,
-        "rows": [row, row | {"method": "late", "balanced_accuracy": {"value": None}}],
-    }
-    table = SimpleNamespace(
-        config=SimpleNamespace(external_site_map={f"{results.RUNS}/d": SimpleNamespace(title="D")})
-    )
-    texts = results.PeopleTable.row(
-        table, "d", "nc_vs_mci", "kfold", report, ["late", "fc", "none"]
-    )
-    assert texts == [
-        "D, nc vs mci|people held out, n\N{NO-BREAK SPACE}9",
-        "",
-        "0.600|0.500\N{EN DASH}0.700",
-        "",
-    ]
-    row["balanced_accuracy"] = score | {"low": -0.1}
-    assert (
-        results.PeopleTable.row(table, "d", "x", "a site", report, ["fc"])[-1]
-        == "0.600|\N{MINUS SIGN}0.100 to 0.700"
-    )

@@ -1,4 +1,4 @@
-"""Scores against scikit-learn, heads against the models they stand for, controls at chance, planted effects found."""
+"""Scores against scikit-learn, heads against the models they stand for, evaluations of planted effects."""
 
 from dataclasses import replace
 
@@ -7,7 +7,6 @@ import pandas as pd
 import pytest
 import torch
 from scipy import stats
-from sklearn.base import clone
 from sklearn.decomposition import PCA
 from sklearn.linear_model import LinearRegression, LogisticRegression, Ridge
 from sklearn.metrics import (
@@ -19,27 +18,30 @@ from sklearn.metrics import (
     roc_auc_score,
 )
 
-from mnemodyn.checkpoint import Checkpoint, CheckpointError, save_checkpoint
+from mnemodyn.checkpoint import Checkpoint
+from mnemodyn.data.collection import Collection
 from mnemodyn.data.scaling import Scaling
 from mnemodyn.data.scans import DataError, Scan
-from mnemodyn.evaluate import downstream, heads, scores
-from mnemodyn.evaluate.downstream import (
+from mnemodyn.evaluate import methods, scores
+from mnemodyn.evaluate.methods import (
     METHODS,
+    Features,
+    KernelMethod,
     Method,
-    Task,
-    evaluate,
-    few_shot,
-    noise_scans,
-    permuted,
-    report,
-    transfer,
+    Split,
+    TangentSpace,
+    compute_features,
+    confounds,
+    connectivity,
+    covariances,
+    frames,
+    residual_kernel,
 )
-from mnemodyn.evaluate.features import confounds, connectivity
-from mnemodyn.evaluate.finetune import Series, finetune
-from mnemodyn.model.config import ModelConfig
+from mnemodyn.evaluate.study import Task, evaluate, fold_scores, report, study
 from mnemodyn.model.network import MnemoDyn
-from mnemodyn.readout import READOUTS, MnemoDynEncoder, readouts
-from mnemodyn.splits import inner_splits, leave_one_site_out, repeated_folds
+from mnemodyn.results import write_results
+from mnemodyn.settings import ModelConfig
+from mnemodyn.splits import inner_splits, repeated_folds
 
 PARCELS = tuple(f"p{i}" for i in range(8))
 
@@ -170,30 +172,66 @@ def test_the_corrected_test_is_the_published_formula():
     assert scores.corrected_t(np.ones(5), 0.25) is None
 
 
-# Heads
+# Features and heads
 
 
 @pytest.mark.parametrize("kind", ["classification", "regression"])
-def test_rotated_features_give_the_predictions_of_all_features(kind):
+def test_a_head_on_the_kernel_predicts_what_the_same_model_on_all_features_does(kind):
     rng = np.random.default_rng(0)
-    x = (rng.standard_normal((40, 300)) + 3).astype(np.float32)
-    y = rng.integers(0, 2, 40) if kind == "classification" else rng.standard_normal(40)
-    train, test = np.arange(30), np.arange(30, 40)
-    a, b = heads.rotate(heads.Features(x).products(train), train, test)
-    assert a.shape == (30, 29)
+    x = (rng.standard_normal((60, 300)) + 3).astype(np.float32)
+    y = rng.integers(0, 2, 60).astype(float) if kind == "classification" else x[:, :5].sum(1)
+    train, test = np.arange(45), np.arange(45, 60)
+    inner = inner_splits(y[train], np.arange(45), 3, 0)
+    method = KernelMethod(Method("unmoved", ("x",)), {"x": Features(x)})
+    found, chosen = method.fit_predict(Split(train, test, y[train], kind, inner))
+    penalty = float(chosen.split("=")[1])
     centred = x.astype(float) - x[train].mean(0, dtype=float)
-    unit = np.sqrt((centred[train] ** 2).sum(1).mean())
-    make = (
-        (lambda: LogisticRegression(C=3.0, tol=1e-8, max_iter=9999))
-        if kind == "classification"
-        else Ridge
-    )
-    method = "decision_function" if kind == "classification" else "predict"
-    whole = getattr(make().fit(centred[train] / unit, y[train]), method)(centred[test] / unit)
-    np.testing.assert_allclose(getattr(make().fit(a, y[train]), method)(b), whole, atol=1e-4)
-    # Its columns are principal components.
-    expected = PCA(5).fit(centred[train] / unit).transform(centred[test] / unit)
-    np.testing.assert_allclose(np.abs(b[:, :5]), np.abs(expected), atol=1e-4)
+    centred /= np.sqrt((centred[train] ** 2).sum(1).mean())
+    if kind == "classification":
+        model = LogisticRegression(C=penalty, class_weight="balanced", tol=1e-8, max_iter=9999)
+        expected = model.fit(centred[train], y[train]).decision_function(centred[test])
+    else:
+        expected = Ridge(alpha=penalty).fit(centred[train], y[train]).predict(centred[test])
+    np.testing.assert_allclose(found, expected, atol=2e-3 * np.abs(expected).max())
+
+
+def test_components_of_the_kernel_are_principal_components():
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal((40, 300)) + 3
+    train, test = np.arange(30), np.arange(30, 40)
+    kernel = residual_kernel(x @ x.T, train)
+    values, vectors = np.linalg.eigh(kernel[np.ix_(train, train)])
+    found = kernel[np.ix_(test, train)] @ (vectors / np.sqrt(values.clip(1e-9)))[:, ::-1][:, :5]
+    centred = x - x[train].mean(0)
+    centred /= np.sqrt((centred[train] ** 2).sum(1).mean())
+    expected = PCA(5).fit(centred[train]).transform(centred[test])
+    np.testing.assert_allclose(np.abs(found), np.abs(expected), atol=1e-4)
+
+
+def test_the_penalty_that_does_best_in_the_inner_folds_is_chosen():
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal((50, 20)).astype(np.float32)
+    y = x @ rng.standard_normal(20) + rng.standard_normal(50)
+    train, test = np.arange(40), np.arange(40, 50)
+    inner = inner_splits(y[train], np.arange(40), 3, 0)
+    split = Split(train, test, y[train], "regression", inner)
+    method = KernelMethod(Method("linear", ("x",)), {"x": Features(x)})
+    _, chosen = method.fit_predict(split)
+    unit = (x - x[train].mean(0)) / np.sqrt(((x - x[train].mean(0))[train] ** 2).sum(1).mean())
+    errors = []
+    for alpha in methods.RIDGE_PENALTIES:
+        predicted = np.zeros(40)
+        for fit, rest in inner:
+            predicted[rest] = Ridge(alpha=alpha).fit(unit[fit], y[fit]).predict(unit[rest])
+        errors.append(((predicted - y[train]) ** 2).mean())
+    assert chosen.endswith(f"alpha={methods.RIDGE_PENALTIES[int(np.argmin(errors))]:.3g}")
+    # Picking finds the features that hold the target, and joining gives them the larger share.
+    noise = Features(rng.standard_normal((50, 30)).astype(np.float32))
+    both = {"noise": noise, "x": Features(x)}
+    pick = KernelMethod(Method("pick", ("noise", "x")), both)
+    assert pick.fit_predict(split)[1].startswith("x ")
+    join = KernelMethod(Method("join", ("noise", "x")), both)
+    assert join.fit_predict(split)[1].startswith("0.5 x")
 
 
 def test_confounds_are_regressed_out_with_coefficients_of_the_training_scans():
@@ -201,11 +239,11 @@ def test_confounds_are_regressed_out_with_coefficients_of_the_training_scans():
     c = rng.standard_normal((50, 2))
     x = rng.standard_normal((50, 20)) + c @ rng.standard_normal((2, 20)) * 3
     train, test = np.arange(40), np.arange(40, 50)
-    model = LinearRegression().fit(c[train], x[train])
-    residual = x - model.predict(c)
-    a, b = heads.rotate(heads.Features(x).products(train), train, test, c)
+    residual = x - LinearRegression().fit(c[train], x[train]).predict(c)
     unit = np.sqrt((residual[train] ** 2).sum(1).mean())
-    np.testing.assert_allclose(b @ a.T, residual[test] @ residual[train].T / unit**2, atol=1e-8)
+    found = residual_kernel(x @ x.T, train, c)[np.ix_(test, train)]
+    expected = residual[test] @ residual[train].T / unit**2
+    np.testing.assert_allclose(found, expected, atol=1e-8)
 
 
 def test_standardised_features_use_the_training_scans_alone():
@@ -215,271 +253,214 @@ def test_standardised_features_use_the_training_scans_alone():
     train = np.arange(20)
     other = x.copy()
     other[20:] *= 7
-    one, two = (heads.Standardised(v).products(train) for v in (x, other))
+    one, two = (Features(v, methods._standardised()).kernel(train) for v in (x, other))
     np.testing.assert_allclose(one[:20, :20], two[:20, :20])
-    z = (x[:20] - np.nanmean(x[:20], 0)) / np.where(
-        np.nanstd(x[:20], 0) > 0, np.nanstd(x[:20], 0), np.inf
-    )
-    np.testing.assert_allclose(one[:20, :20], np.nan_to_num(z) @ np.nan_to_num(z).T, atol=1e-8)
+    sd = np.nanstd(x[:20], 0)
+    z = np.nan_to_num((x[:20] - np.nanmean(x[:20], 0)) / np.where(sd > 0, sd, np.inf))
+    z -= z.mean(0)
+    np.testing.assert_allclose(one[:20, :20], z @ z.T / (z**2).sum(1).mean(), atol=1e-8)
+
+
+def test_the_tangent_space_is_nilearns_for_the_same_reference():
+    from nilearn.connectome import ConnectivityMeasure
+    from sklearn.covariance import LedoitWolf
+
+    scans, _ = cohort(20, effect=1.0)
+    series = [frames(scan).astype(float) for scan in scans]
+    train = np.arange(15)
+    ours = TangentSpace().fit(covariances(scans)[train])
+    estimator = LedoitWolf(store_precision=False)
+    theirs = ConnectivityMeasure(estimator, kind="tangent", vectorize=True, standardize=False)
+    theirs.fit([series[i] for i in train])
+
+    def products(steps):
+        steps = steps.reshape(len(steps), -1).astype(float)
+        return steps @ steps.T
+
+    # nilearn's reference is the geometric mean, ours the arithmetic one: close, and not the same.
+    geometric = products(theirs.transform(series))
+    found = products(ours.transform(covariances(scans)))
+    assert np.corrcoef(geometric.ravel(), found.ravel())[0, 1] > 0.999
+    assert not np.allclose(geometric, found, rtol=1e-3)
+    theirs.whitening_ = ours.whitening_
+    # nilearn's vectors are shorter by the square root of two.
+    same = 2 * products(theirs.transform(series))
+    np.testing.assert_allclose(found, same, rtol=1e-4, atol=1e-6)
 
 
 def test_combat_takes_out_what_sites_add_with_the_training_scans_alone():
     pytest.importorskip("combatlearn", reason="ComBat comes with the extra `harmonise`")
     rng = np.random.default_rng(0)
-    sites = np.array(["a", "b"] * 40)
-    clean = rng.standard_normal((80, 30)).astype(np.float32)
-    shifted = clean + 5 * (sites == "b")[:, None]
+    sites = np.arange(80) % 2
+    shifted = rng.standard_normal((80, 30)) + 5 * sites[:, None]
     train, test = np.arange(60), np.arange(60, 80)
 
-    def apart(k):  # squared distance between the means of the test scans of the sites
-        w = np.where(sites[test] == "a", 0.1, -0.1)
-        return w @ k[np.ix_(test, test)] @ w
+    def apart(features):
+        """Squared distance between the means of the sites' test scans."""
+        return (
+            (features[sites[test] == 0].mean(0) - features[sites[test] == 1].mean(0)) ** 2
+        ).sum()
 
-    k = heads.Combat(shifted, sites=sites).products(train)
-    assert apart(heads.Features(shifted).products(train)) > 30 * 20
-    assert apart(k) < 30
-    other = shifted.copy()
-    other[test[1:]] *= 9
-    same = heads.Combat(other, sites=sites).products(train)
-    np.testing.assert_allclose(same[:61, :61], k[:61, :61], atol=1e-4)
-    elsewhere = np.where(np.arange(80) == 79, "c", sites)
-    with pytest.raises(ValueError, match="c"):
-        heads.Combat(shifted, sites=elsewhere).products(train)
+    values = np.column_stack([shifted, sites])
+    harmonised = methods.Harmonised().fit(values[train])
+    assert apart(shifted[test]) > 30 * 20
+    assert apart(harmonised.transform(values)[test]) < 30
+    other = values.copy()
+    other[test[1:], :30] *= 9
+    np.testing.assert_allclose(
+        harmonised.transform(other)[:61], harmonised.transform(values)[:61], atol=1e-4
+    )
+    values[79, -1] = 2
+    with pytest.raises(ValueError, match="2"):
+        harmonised.transform(values)
 
 
 @pytest.mark.parametrize("target", ["diagnosis", "age"])
 @pytest.mark.parametrize(
-    "name", ["fc", "fc_pca", "fc_mlp", "tangent", "model", "model+fc", "draft_head", "finetune_all"]
+    "name", ["fc", "fc_harmonised", "fc_pca", "fc_mlp", "tangent", "model", "model+fc"]
 )
-def test_no_method_reads_the_labels_of_test_people(name, target, checkpoint, monkeypatch):
-    """Another answer for the people tested changes nothing that is said of them."""
-    monkeypatch.setattr("mnemodyn.evaluate.finetune.EPOCHS", {"draft": 1, "all": 1})
+def test_no_method_reads_the_test_people_before_it_predicts_them(name, target, checkpoint):
+    """Labels are not handed over; other scans of one test person change nothing for the others."""
     scans, table = cohort(30, effect=1.0)
     task = Task.of(table, target, "classification" if target == "diagnosis" else "regression")
     folds = repeated_folds(task.table, target, n_folds=2, n_repeats=1)
-    _, _, train, test = next(folds.split(task.table["participant_id"]))
-    method = METHODS[name]
-    method = replace(method, blocks=method.blocks[:3])  # as good as all, and quicker
-    blocks = (
-        {"scans": Series.of(checkpoint, scans)}
-        if method.head == "finetune"
-        else downstream.blocks_of(scans, task, method.blocks, checkpoint)
-    )
+    _, _, train, test = next(folds.split(task.people))
+    inner = inner_splits(task.y[train], task.families[train], 3, 0)
+    split = Split(train, test, task.y[train], task.kind, inner)
+    method = replace(METHODS[name], features=METHODS[name].features[:3])
+    remove = confounds(task.table, target, method.remove) if method.remove else None
+    loud = replace(scans[test[0]], values=scans[test[0]].values[:, ::-1] ** 3)
     answers = []
-    for flipped in (False, True):
-        y = task.y.copy()
-        if flipped:
-            y[test] = (1 - y[test]) if task.classes else -y[test]
-        fold = heads.Fold(blocks, y, train, test, task.kind, [])
-        answers.append(downstream._one_fold({name: method}, fold, replace(task, y=y), {})[name])
-    assert answers[0][0] is not None, answers[0][1]
-    np.testing.assert_array_equal(answers[0][0], answers[1][0])
+    for first in (scans[test[0]], loud):
+        changed = list(scans)
+        changed[test[0]] = first
+        features = compute_features(
+            method.features, changed, task.table, target, checkpoint=checkpoint
+        )
+        answers.append(KernelMethod(method, features, remove).fit_predict(split)[0])
+    np.testing.assert_allclose(answers[0][1:], answers[1][1:], rtol=1e-3, atol=1e-4)
 
 
 # Evaluations
 
 
-def test_a_planted_effect_is_found_and_noise_is_not(checkpoint):
+def select(rows, method, score, task=None, against=""):
+    """The one row of a report for a method and a score."""
+    found = [
+        row
+        for row in rows
+        if (row["method"], row["score"], row.get("against", "")) == (method, score, against)
+        and (task is None or row["task"] == task)
+    ]
+    assert len(found) == 1, found
+    return found[0]
+
+
+@pytest.mark.parametrize(
+    ("target", "kind", "metric", "guess"),
+    [("diagnosis", "classification", "balanced_accuracy", 0.5), ("age", "regression", "r", 0.0)],
+)
+def test_a_planted_effect_is_found(target, kind, metric, guess, checkpoint, tmp_path):
     scans, table = cohort(80, effect=0.9)
-    for target, kind in (("diagnosis", "classification"), ("age", "regression")):
-        task = Task.of(table, target, kind)
-        folds = repeated_folds(task.table, target, n_repeats=2)
-        methods = {
-            "confounds": METHODS["confounds"],
-            "fc": METHODS["fc"],
-            "model+fc": Method("join", ("fc", "model:latent_correlation"), 1),
-        }
-        found = report(evaluate(scans, task, folds, methods, checkpoint=checkpoint))
-        rows = {row["method"]: row for row in found["rows"]}
-        metric, guess = ("balanced_accuracy", 0.5) if kind == "classification" else ("r", 0.0)
-        assert rows["fc"][metric]["low"] > guess + 0.1
-        assert rows["model+fc"][metric]["low"] > guess + 0.1
-        assert rows["confounds"][metric]["low"] < guess + 0.05
-        assert rows["fc"]["p"] < 0.01
-        assert rows["fc"]["n"] == 80
-        better = [
-            c for c in found["comparisons"] if c["method"] == "confounds" and c["metric"] == metric
-        ]
-        assert better[0]["difference"]["high"] < 0
-        once = replace(folds, test_fold=folds.test_fold[:1])
-        for control in (
-            evaluate(noise_scans(scans, 0), task, once, methods, checkpoint=checkpoint),
-            evaluate(scans, permuted(task, 3), once, methods, checkpoint=checkpoint),
-        ):
-            # Nothing is made up: no interval lies above chance, and none lies so far below that labels leak in reverse.
-            for row in report(control)["rows"]:
-                assert row[metric]["low"] <= guess, row
-                assert row[metric]["value"] > guess - 0.35, row
-
-
-def test_equal_noise_does_not_tell_who_was_scanned_longer_or_with_what(checkpoint):
-    scans, table = cohort(60)
-    old = table["age"] > 40
-    scans = [
-        replace(
-            s,
-            values=s.values[: 30 + 30 * a],
-            t_r=1.0 + 2 * a,
-            censored=np.arange(30 + 30 * a) < 5 * a,
-        )
-        for s, a in zip(scans, old, strict=True)
-    ]
-    plain, equal = noise_scans(scans, 0), noise_scans(scans, 0, equal=True)
-    assert [(len(s.values), s.t_r, s.n_usable) for s in plain] == [
-        (60, 3.0, 55) if a else (30, 1.0, 30) for a in old
-    ]
-    most = 1.0 + 2 * (old.mean() > 0.5)
-    assert {(len(s.values), s.t_r, s.n_usable, s.values.std() > 0.8) for s in equal} == {
-        (30, most, 30, True)
+    task = Task.of(table, target, kind)
+    folds = repeated_folds(task.table, target, n_repeats=2)
+    chosen = {
+        "confounds": METHODS["confounds"],
+        "fc": METHODS["fc"],
+        "model+fc": Method("join", ("fc", "model:latent_correlation")),
     }
-    np.testing.assert_array_equal(equal[3].values, plain[3].values[:30])
-    # Frames are few, so that the lengths and the repetition times that the network is told are all that there is.
-    task = Task.of(table, "age", "regression")
-    folds = repeated_folds(table, "age", n_repeats=1)
-    found = [evaluate(s, task, folds, ["latent_sd"], checkpoint=checkpoint) for s in (plain, equal)]
-    r = [report(each)["rows"][0]["r"] for each in found]
-    assert r[0]["low"] > 0.1
-    assert r[1]["low"] < 0
+    found = evaluate(scans, task, folds, chosen, checkpoint=checkpoint)
+    rows = report(found, data="mine", n_boot=300)
+    fc = select(rows, "fc", metric, target)
+    assert fc["low"] > guess + 0.1
+    assert fc["p"] < 0.01
+    assert fc["n"] == 80
+    assert select(rows, "model+fc", metric, target)["low"] > guess + 0.1
+    assert select(rows, "confounds", metric, target)["low"] < guess + 0.05
+    assert select(rows, "confounds", metric, target, against="fc")["high"] < 0
+    mean = select(rows, "fc", f"{metric}_fold_mean", target)["value"]
+    assert mean == pytest.approx(np.nanmean(fold_scores(found, "fc")))
+    write_results(tmp_path / "results.csv", rows)  # every row is a row of the tidy table
 
 
-def test_luck_has_a_p_that_is_uniform():
-    rng = np.random.default_rng(0)
-    draws = rng.normal(0.5, 0.03, (2000, 9))
-    p = [
-        scores.draw_p(d[0], 0.5, {"n": 8, "mean": d[1:].mean(), "sd": d[1:].std(ddof=1)})
-        for d in draws
-    ]
-    assert stats.kstest(p, "uniform").pvalue > 0.01
-    assert scores.draw_p(0.6, 0.5, {"n": 8, "sd": 0.03}) < 0.02
+def test_a_method_of_one_s_own_is_evaluated_on_the_same_folds():
+    class LastFrame:
+        depends_on = "nothing"
 
+        def fit_predict(self, split):
+            assert len(split.y) == len(split.train)
+            return np.full(len(split.test), split.y.mean() - 0.5), "nothing"
 
-def test_shuffled_labels_are_at_chance_on_average():
-    scans, table = cohort(60, effect=1.5)
-    for target, kind, guess in (("diagnosis", "classification", 0.5), ("age", "regression", 0.0)):
-        task = Task.of(table, target, kind)
-        folds = repeated_folds(task.table, target, n_repeats=1)
-        found = downstream.draws(lambda i, task=task: (scans, permuted(task, i)), folds, {"fc": 8})[
-            "fc"
-        ]
-        assert found["n"] == 8
-        assert abs(found["mean"] - guess) < 4 * found["sd"] / np.sqrt(8)
-        assert found["sd"] < 0.2
-        assert found["low"] < guess < found["high"] or found["p"] < 0.05
-
-
-def test_parts_of_a_study_are_measured_alone():
-    scans, table = cohort(60, effect=1.5)
-    plan = {
-        "control": ["fc"],
-        "shuffles": {"fc": 2},
-        "noises": {"fc": 3},
-        "shots": ["fc"],
-        "n_boot": 50,
-    }
-    found = downstream.study(
-        scans, table, {"diagnosis": "classification"}, ["fc"], only=["noises", "noise"], **plan
-    )
-    assert set(found["diagnosis"]) == {"noise", "noises"}
-    noises = found["diagnosis"]["noises"]["fc"]
-    assert noises["n"] == 3
-    assert 0 < noises["sd"] < 0.2
-    task, folds = (
-        Task.of(table, "diagnosis", "classification"),
-        repeated_folds(table, "diagnosis", n_repeats=1),
-    )
-    each = [evaluate(noise_scans(scans, i, equal=True), task, folds, ["fc"]) for i in range(3)]
-    assert noises["mean"] == pytest.approx(
-        np.mean([report(one)["rows"][0]["fold_mean"] for one in each])
-    )
-
-
-def test_fine_tuning_learns_and_makes_nothing_of_noise(checkpoint):
-    scans, table = cohort(120, frames=64)
-    y = (table["diagnosis"] == "patients").to_numpy(float)
-    train, test = np.arange(80), np.arange(80, 120)
-    split = inner_splits(y[train], table["participant_id"].to_numpy()[train], 3, 0)[0]
-    louder = [
-        Scan(
-            s.participant_id,
-            s.values * np.where(np.arange(64) % 2, 1 + 3 * v, 1)[:, None].astype(np.float32),
-            2.0,
-            PARCELS,
-        )
-        for s, v in zip(scans, y, strict=True)
-    ]
-    for data, low, high in ((louder, 0.75, 1.0), (scans, 0.3, 0.7)):
-        p, chosen = finetune(
-            Series.of(checkpoint, data),
-            y,
-            train,
-            test,
-            what="all",
-            kind="classification",
-            split=split,
-            seed=0,
-        )
-        assert low <= roc_auc_score(y[test], p) <= high
-        assert chosen.startswith("epoch ")
-
-
-def test_a_fold_that_fails_is_reported(checkpoint, monkeypatch):
     scans, table = cohort(40)
     task = Task.of(table, "diagnosis", "classification")
     folds = repeated_folds(task.table, "diagnosis", n_repeats=1)
-    real, calls = heads.Fold.predict, []
+    found = evaluate(scans, task, folds, {"mine": LastFrame(), "fc": METHODS["fc"]})
+    assert found.chosen["mine"] == ["nothing"] * 5
+    assert np.isfinite(found.predictions["mine"]).all()
 
-    def sometimes(*arguments, **settings):
+
+def test_a_fold_that_fails_is_reported(monkeypatch):
+    scans, table = cohort(40)
+    task = Task.of(table, "diagnosis", "classification")
+    folds = repeated_folds(task.table, "diagnosis", n_repeats=1)
+    real, calls, lines = KernelMethod.fit_predict, [], []
+
+    def sometimes(*arguments):
         calls.append(1)
         if len(calls) == 2:
             raise RuntimeError("no memory left")
-        return real(*arguments, **settings)
+        return real(*arguments)
 
-    monkeypatch.setattr(heads.Fold, "predict", sometimes)
-    row = report(evaluate(scans, task, folds, ["fc"]))["rows"][0]
-    assert row["failed"] == [{"repeat": 0, "fold": "1", "error": "RuntimeError: no memory left"}]
-    assert row["n_folds"] == 4
-    assert row["balanced_accuracy"]["value"] is None
+    monkeypatch.setattr(KernelMethod, "fit_predict", sometimes)
+    found = evaluate(scans, task, folds, ["fc"], say=lines.append)
+    error = "RuntimeError: no memory left"
+    assert found.failed == [{"method": "fc", "repeat": 0, "fold": "1", "error": error}]
+    assert len(found.chosen["fc"]) == 4
+    assert lines[0] == "fold 1 of 5"
+    assert lines[-1] == "fold 5 of 5, 1 FAILED so far"
+    assert report(found, data="mine") == []
 
 
 def test_an_interrupted_evaluation_goes_on(tmp_path, monkeypatch):
     scans, table = cohort(40)
     task = Task.of(table, "diagnosis", "classification")
     folds = repeated_folds(task.table, "diagnosis", n_repeats=1)
-    first = evaluate(scans, task, folds, ["fc"], cache=tmp_path)
-    monkeypatch.setattr(heads.Fold, "predict", lambda *_, **__: pytest.fail("computed again"))
-    again = evaluate(scans, task, folds, ["fc"], cache=tmp_path)
-    np.testing.assert_array_equal(first.predictions["fc"], again.predictions["fc"])
+    chosen = {"fc": METHODS["fc"], "clean": METHODS["fc_harmonised"]}
+    first = evaluate(scans, task, folds, chosen, cache=tmp_path)
+    monkeypatch.setattr(KernelMethod, "fit_predict", lambda *_: pytest.fail("computed again"))
+    again = evaluate(scans, task, folds, chosen, cache=tmp_path)
+    for name in chosen:
+        np.testing.assert_array_equal(first.predictions[name], again.predictions[name])
     monkeypatch.undo()
-    other = evaluate(
-        scans, permuted(task, 0), folds, ["fc"], cache=tmp_path
-    )  # not from the cache of other labels
-    assert not np.array_equal(first.predictions["fc"], other.predictions["fc"])
+    # Whatever a result depends on is part of what it is found by.
+    moved = replace(task, table=task.table.assign(mean_fd=task.table["mean_fd"][::-1].to_numpy()))
+    louder = [replace(scan, values=scan.values**3) for scan in scans]
+    for changed in (
+        evaluate(scans, replace(task, y=task.y[::-1].copy()), folds, chosen, cache=tmp_path),
+        evaluate(louder, task, folds, chosen, cache=tmp_path),
+        evaluate(scans, moved, folds, chosen, cache=tmp_path),
+    ):
+        assert not np.array_equal(first.predictions["clean"], changed.predictions["clean"])
 
 
 def test_sites_and_motion_are_reported():
     scans, table = cohort(80, effect=1.0)
-    task = Task.of(table, "age", "regression")
-    found = report(evaluate(scans, task, leave_one_site_out(task.table), ["fc", "fc_harmonised"]))
-    row = found["rows"][0]
-    assert found["folds"]["n_folds"] == 2
-    assert {"r_within_site", "fd_r", "site_share", "low_motion"} <= set(row)
-    assert row["low_motion"]["n"] == (table["mean_fd"] < 0.2).sum()
-
-
-def test_more_labels_and_other_cohorts():
-    scans, table = cohort(120, effect=1.5)
-    others, other_table = cohort(80, effect=1.5, seed=1)
-    source, target = (Task.of(t, "diagnosis", "classification") for t in (table, other_table))
-    folds = repeated_folds(source.table, "diagnosis", n_repeats=1)
-    fc, other_fc = connectivity(scans), connectivity(others)
-    rows = few_shot({"fc": heads.Features(fc)}, source, folds, (1, 20, 500))
-    assert [row["shots"] for row in rows] == [1, 20]
-    assert rows[1]["value"] > rows[0]["value"]
-    found = transfer((fc, other_fc), source, target)
-    assert found["balanced_accuracy"]["low"] > 0.6
-    assert (found["n_source"], found["n"]) == (120, 80)
-    with pytest.raises(DataError, match="one task"):
-        transfer((fc, other_fc), source, Task.of(other_table, "site", "classification"))
+    collection = Collection(scans, table, name="MINE", simulated=True)
+    targets = {"age": "regression"}
+    rows, failed = study(
+        collection, targets, ["fc"], n_repeats=1, by_site=["fc", "fc_harmonised"], n_boot=50
+    )
+    assert failed == []
+    assert {(row["data"], row["kind"]) for row in rows} == {("MINE", "SIMULATED")}
+    held_out = "age, one site left out"
+    assert select(rows, "fc", "r_within_site", held_out)["low"] is not None
+    assert 0 <= select(rows, "fc", "site_share", held_out)["value"] <= 1
+    assert abs(select(rows, "fc", "fd_r", "age")["value"]) < 0.5
+    still = select(rows, "fc", "r", "age, mean FD < 0.2 mm")
+    assert still["n"] == (table["mean_fd"] < 0.2).sum()
+    # What is reported of folds does not depend on what else is asked for.
+    alone, _ = study(collection, targets, ["fc"], n_repeats=1, n_boot=50)
+    assert alone == [row for row in rows if "one site" not in row["task"]]
 
 
 def test_connectivity_is_pearson_and_a_constant_parcel_has_none():
@@ -513,14 +494,14 @@ def test_confounds_leave_the_target_out():
             {"diagnosis": "controls"},
             "diagnosis",
             "classification",
-            "two classes .* got only 'controls'",
+            r"two classes .* got \['controls'\]",
         ),
-        ({"diagnosis": None}, "diagnosis", "classification", "no value at all"),
+        ({"diagnosis": None}, "diagnosis", "classification", "no scan has a value"),
         (
             {"diagnosis": list("abc" * 27)[:80]},
             "diagnosis",
             "classification",
-            "two classes are expected",
+            r"two classes .* got \['a', 'b', 'c'\]",
         ),
     ],
 )
@@ -530,84 +511,13 @@ def test_a_target_that_is_none_is_refused(change, target, kind, message):
         Task.of(table.assign(**change), target, kind)
 
 
-def test_scans_without_the_target_are_counted():
+def test_scans_without_the_target_are_left_out():
     _, table = cohort()
     task = Task.of(
         table.assign(diagnosis=table["diagnosis"].where(table.index > 4)),
         "diagnosis",
         "classification",
     )
-    assert (task.n_missing, len(task.y)) == (5, 75)
-
-
-# The encoder
-
-
-def test_the_encoder_is_a_transformer_of_scikit_learn(checkpoint, tmp_path):
-    import pickle
-
-    scans, _ = cohort(6)
-    encoder = MnemoDynEncoder(checkpoint, ("latent_sd", "response"), cache=tmp_path)
-    found = encoder.fit_transform(scans)
-    expected = [
-        np.concatenate(
-            list(readouts(checkpoint.model, Scaling()(s), 2.0, ("latent_sd", "response")).values())
-        )
-        for s in scans
-    ]
-    np.testing.assert_allclose(found, expected, atol=1e-6)
-    assert clone(encoder).get_params()["readouts"] == ("latent_sd", "response")
-    again = pickle.loads(pickle.dumps(encoder))
-    np.testing.assert_array_equal(again.transform(scans[::-1]), found[::-1])  # now from the cache
-    assert len(list(tmp_path.rglob("*.npz"))) == 6
-    save_checkpoint(
-        tmp_path / "run" / "best", checkpoint
-    )  # what from_pretrained takes, the encoder takes
-    of_a_run = MnemoDynEncoder(str(tmp_path / "run"), ("latent_sd", "response"))
-    np.testing.assert_array_equal(of_a_run.fit_transform(scans), found)
-    fresh = (
-        MnemoDynEncoder(checkpoint, ("latent_sd",), untrained=5, cache=tmp_path)
-        .fit(scans)
-        .transform(scans)
-    )
-    assert not np.allclose(fresh, found[:, :6])
-
-
-def test_scikit_learns_checks_that_apply_to_scans_pass(checkpoint):
-    from sklearn.utils import estimator_checks
-
-    encoder = MnemoDynEncoder(checkpoint)
-    for check in (
-        "check_estimator_cloneable",
-        "check_estimator_repr",
-        "check_estimator_tags_renamed",
-        "check_valid_tag_types",
-        "check_no_attributes_set_in_init",
-        "check_parameters_default_constructible",
-        "check_get_params_invariance",
-        "check_set_params",
-        "check_do_not_raise_errors_in_init_or_set_params",
-    ):
-        getattr(estimator_checks, check)("MnemoDynEncoder", encoder)
-
-
-def test_other_parcels_are_refused(checkpoint):
-    scans, _ = cohort(2)
-    other = [Scan(s.participant_id, s.values, 2.0, PARCELS[::-1]) for s in scans]
-    with pytest.raises(CheckpointError, match="another order"):
-        MnemoDynEncoder(checkpoint).fit(other)
-
-
-def test_readouts_are_all_there(checkpoint):
-    scans, _ = cohort(1)
-    found = readouts(checkpoint.model, Scaling()(scans[0]), 2.0)
-    assert {k: v.shape for k, v in found.items()} == {
-        "latent_mean": (6,),
-        "latent_sd": (6,),
-        "latent_max": (6,),
-        "scale_energy": (18,),
-        "latent_correlation": (15,),
-        "response": (28,),
-        "last_frame": (8,),
-    }
-    assert set(found) == set(READOUTS)
+    assert len(task.y) == 75
+    assert task.rows[0] == 5
+    assert task.select(list(range(80)))[0] == 5

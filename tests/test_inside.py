@@ -23,8 +23,8 @@ from lib.inside import (
     streams,
     summarise,
 )
-from mnemodyn.model.config import ModelConfig
 from mnemodyn.model.network import MnemoDyn
+from mnemodyn.settings import ModelConfig
 
 SMALL = {
     "n_parcels": 4,

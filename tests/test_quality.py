@@ -4,6 +4,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from lib import plots
 from lib.quality import (
     connectivity,
     homotopic_pairs,
@@ -173,9 +174,9 @@ def test_figures_draw_few_and_many_scans():
     for made in (scans(3), [*scans(25), *scans(5, seed=1, t_r=1.1)]):
         measured = survey(made)
         for figure in (
-            figures.spectra(measured.spectra, measured.table["t_r"]),
-            figures.outlying(measured.table, outlying(measured.table)),
-            figures.carpet(changed(made[0], censored=np.arange(300) == 4)),
+            plots.spectra(measured.spectra, measured.table["t_r"]),
+            plots.outlying(measured.table, outlying(measured.table)),
+            plots.carpet(changed(made[0], censored=np.arange(300) == 4)),
         ):
             picture = figures.show(figure, caption="c", alt="a")
             assert picture.source

@@ -21,8 +21,8 @@ from mnemodyn.evaluate.reconstruction import (
     squares,
     sums,
 )
-from mnemodyn.settings import ModelConfig
 from mnemodyn.model.network import MnemoDyn
+from mnemodyn.settings import ModelConfig
 
 PARCELS = tuple("abcdef")
 MASKS = {"hidden_share": 0.5, "mask_window": 4, "seed": 3}

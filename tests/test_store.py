@@ -324,7 +324,6 @@ def test_the_command(tmp_path, capsys):
     assert {"site", "age", "sex"} <= set(store.table)
     assert store.verify() == len(store) > 5
     assert main(["convert", "abide", folder, to, "--dtype", "float32"]) == 1
-    assert main(["convert", "atlantis", folder, to]) == 2
 
 
 def test_a_store_is_opened_and_pickled(tmp_path):

@@ -5,7 +5,8 @@ import numpy as np
 import pytest
 
 from lib import surfaces
-from mnemodyn.data.atlas import DataError, greyordinates
+from mnemodyn.data.atlas import greyordinates
+from mnemodyn.data.formats import DataError
 
 
 @pytest.fixture

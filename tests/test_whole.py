@@ -7,9 +7,9 @@ import torch
 
 from mnemodyn.data.scaling import Scaling
 from mnemodyn.data.scans import Scan
-from mnemodyn.settings import ModelConfig
 from mnemodyn.model.network import MnemoDyn
 from mnemodyn.readout import READOUTS, readouts
+from mnemodyn.settings import ModelConfig
 
 T_R = 2.0
 

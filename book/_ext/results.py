@@ -1,207 +1,197 @@
-"""Roles and directives that bring what the runs wrote in ``book/runs`` into the pages.
+"""Numbers of the runs in the pages: roles for one number, directives for tables of many.
 
-``{result}`reconstruction:r2_hidden.model:.2f` `` inserts one value, ``{compare}`NAME:KEY:KEY` ``
-says how two of them stand, ``{interval}`NAME:KEY:FORMAT` `` gives the ends of an interval, ``{verdict}`NAME:KEY` ``
-what those of a difference say; ``people-table`` lists what was predicted about people.
-A missing file or key is a warning that names both, which ends the build of the book.
+``{result}`PAGE:TASK:METHOD:SCORE` `` inserts a value of the page's table of results. Further parts,
+in any order: ``low``, ``high``, ``n``, ``p`` or ``interval`` in place of the value,
+``against=METHOD`` for the difference from another method, ``data=NAME`` where a page has several
+data sets, and a format such as ``.2f``. ``{verdict}`...` `` says what a difference's interval means.
+A row that a table lacks ends the build of the book; a table that this copy lacks is said.
 """
 
-import json
+import difflib
 from pathlib import Path
 
+import pandas as pd
 from docutils import nodes
-from sphinx import addnodes
+from docutils.statemachine import StringList
+from registry import between, command, pages, show, table_of, write
 from sphinx.util import logging
 from sphinx.util.docutils import SphinxDirective, SphinxRole
 
+from mnemodyn.results import label, verdict
+
 logger = logging.getLogger(__name__)
-RUNS = "book/runs"
-MAY_BE_NULL = ("commit", "dirty")  # outside a git clone
+PUBLISHED = "book/data/published.csv"
+BELOW = '{}<br><span class="interval">{}</span>'
+SCRIPT = (Path(__file__).parent / "sort.js").read_text(encoding="utf-8")
+FIELDS = ("value", "low", "high", "n", "p", "interval")
 
 
-def source(name):
-    """Path of a result file: of a run by its name, of a committed one as ``data/NAME``."""
-    return f"book/{name}.json" if name.startswith("data/") else f"{RUNS}/{name}.json"
+def key_of(row):
+    """What a role writes to get a row."""
+    key = f"{row.task}:{row.method}:{row.score}"
+    return f"{key}:against={row.against}" if row.against else key
 
 
-def lookup(place, name, key):
-    """Value at the dotted ``key`` of ``book/runs/NAME.json``, or ``book/data/...``; None after a warning if absent."""
-    path = source(name)
-    place.env.note_dependency(path)
-    try:
-        value = json.loads(Path(place.env.srcdir, path).read_text(encoding="utf-8"))
-        for part in key.split("."):
-            value = step(value, part)
-        if value != value or (value is None and key not in MAY_BE_NULL):
-            raise ValueError(f"it is {value}")
-    except (OSError, LookupError, TypeError, ValueError) as error:
-        text = f"cannot take '{key}' from {path}: {error!r}"
-        logger.warning(text, location=place.get_location())
+def parse(text):
+    """Page, key, field, data set and format of a role's text."""
+    page, task, method, score, *rest = text.split(":")
+    key, field, data, form = f"{task}:{method}:{score}", "value", None, ""
+    for part in rest:
+        if part in FIELDS:
+            field = part
+        elif part.startswith("against="):
+            key += f":{part}"
+        elif part.startswith("data="):
+            data = part.removeprefix("data=")
+        else:
+            form = part
+    return page, key, field, data, form
+
+
+def find(env, page, key, data):
+    """The row of a key; None where this copy lacks the table. A LookupError names the nearest keys."""
+    found = table_of(env, page)
+    if found is None:
         return None
-    return value
+    rows = [row for row in found.itertuples() if data in (None, row.data)]
+    matching = [row for row in rows if key_of(row) == key]
+    if len(matching) > 1:
+        raise LookupError(f"several rows {key}; say data= of {[row.data for row in matching]}")
+    if not matching:
+        near = difflib.get_close_matches(key, map(key_of, rows), n=3, cutoff=0.3)
+        raise LookupError(f"{page} has no row {key}; nearest: {near}")
+    return matching[0]
 
 
-def step(value, part):
-    """What stands at one part of a key; in a list a number, or ``NAME=TEXT`` for the first element that has it."""
-    if not isinstance(value, list):
-        return value[part]
-    if "=" not in part:
-        return value[int(part)]
-    name, text = part.split("=", 1)
-    for item in value:
-        if str(item.get(name)) == text:
-            return item
-    raise KeyError(part)
-
-
-def write(value, form=""):
-    """Text of a value, with a true minus sign, a space before % and no negative zero."""
-    if value is None or isinstance(value, str):
-        return value or "?"
-    text = format(value, form or ("," if isinstance(value, int) else ".3g"))
-    text = text.lstrip("-") if not text.strip("-0.%") else text
-    return text.replace("-", "\N{MINUS SIGN}").replace("%", "\N{NO-BREAK SPACE}%")
-
-
-def judge(low, high):
-    """What a difference with this interval is called."""
-    return "better" if low > 0 else "worse" if high < 0 else "no difference shown"
-
-
-def table(head, rows, numeric=(), classes=()):
-    """Docutils table of texts; the columns whose index is in ``numeric`` are set to the right."""
-    group = nodes.tgroup("", *(nodes.colspec(colwidth=1) for _ in head), cols=len(head))
-    for part, lines in ((nodes.thead(), [head]), (nodes.tbody(), rows)):
-        for line in lines:
-            cells = [nodes.entry("", nodes.paragraph("", text)) for text in line]
-            for index in numeric:
-                cells[index]["classes"] = ["number"]
-            part += nodes.row("", *cells)
-        group += part
-    return nodes.table("", group, classes=["results", *classes])
-
-
-def link(env, docname, text):
-    """A link to a page; only its text where this copy lacks the page."""
-    if docname not in env.found_docs:
-        return nodes.Text(text)
-    known = {
-        "refdomain": "std",
-        "reftype": "doc",
-        "refdoc": env.docname,
-        "refexplicit": True,
-        "refwarn": True,
-    }
-    return addnodes.pending_xref("", nodes.inline("", text), reftarget=f"/{docname}", **known)
+def said(row, field, form):
+    """The text of a row's field."""
+    form = form or ("+.3f" if row.against else ".3f")
+    if field == "interval":
+        return between(row, form) or "no interval"
+    if field == "n":
+        return f"{row.n:,}"
+    return write(getattr(row, field), ".2g" if field == "p" else form)
 
 
 class Result(SphinxRole):
-    """``NAME:KEY`` or ``NAME:KEY:FORMAT``; the source stands in the value's tooltip."""
+    """One number; its source stands in the tooltip."""
 
     def run(self):
-        name, key, form = [*self.text.split(":", 2), "", ""][:3]
-        text, said = write(lookup(self, name, key), form), f"{source(name)}: {key}"
-        return [nodes.abbreviation("", text, explanation=said, classes=["result"])], []
+        try:
+            page, key, field, data, form = parse(self.text)
+            row = find(self.env, page, key, data)
+            text = "(not in this copy)" if row is None else self.say(row, field, form)
+        except (LookupError, ValueError, TypeError) as error:
+            logger.warning(f"{self.text}: {error}", location=self.get_location())
+            return [], []
+        source = f"{page}.csv: {key}"
+        return [nodes.abbreviation("", text, explanation=source, classes=["result"])], []
+
+    def say(self, row, field, form):
+        return said(row, field, form)
 
 
-class Interval(SphinxRole):
-    """``NAME:KEY:FORMAT`` of a mapping with low and high: "LOW to HIGH", or that there is none, as from one fold."""
+class Verdict(Result):
+    """What the interval of a difference says of the first method."""
 
-    def run(self):
-        name, key, form = [*self.text.split(":", 2), "", ""][:3]
-        found = lookup(self, name, key) or {}
-        ends = [found.get(end) for end in ("low", "high")]
-        text = "no interval" if None in ends else " to ".join(write(end, form) for end in ends)
-        return [
-            nodes.abbreviation("", text, explanation=f"{source(name)}: {key}", classes=["result"])
-        ], []
+    def say(self, row, field, form):
+        return verdict(row.low, row.high)
 
 
-class Compare(SphinxRole):
-    """``NAME:KEY:KEY``: the first is above, below or, to three decimals, level with the second."""
-
-    def run(self):
-        name, *keys = self.text.split(":")
-        first, second = (round(lookup(self, name, key) or 0, 3) for key in keys)
-        word = ("level with", "above", "below")[(first > second) - (first < second)]
-        return [nodes.Text(word)], []
-
-
-class Verdict(SphinxRole):
-    """``NAME:KEY`` of a difference with low and high: what its interval says of the first against the second."""
+class AllResults(SphinxDirective):
+    """A row a number of every page; searching and sorting need a script, on this page only."""
 
     def run(self):
-        name, key = self.text.split(":")
-        found = lookup(self, name, key) or {}
-        low, high = found.get("low"), found.get("high")
-        text = "no interval" if None in (low, high) else judge(low, high)
-        return [
-            nodes.abbreviation("", text, explanation=f"{source(name)}: {key}", classes=["result"])
-        ], []
+        rows = []
+        for _, _, document, found in pages(self.env):
+            for row in [] if found is None else found.itertuples():
+                method = label(row.method)
+                if row.against:
+                    method += f" \N{MINUS SIGN} {label(row.against)}"
+                n = "" if pd.isna(row.n) else row.n
+                first = [f"[{row.data}](/{document})", row.task, method, row.score]
+                rows.append([*first, write(row.value, ".3f"), between(row), n, row.kind])
+        for row in pd.read_csv(Path(self.env.srcdir, PUBLISHED)).itertuples():
+            method = f"{row.method} ({row.source})"
+            rows.append(
+                [row.cohort, row.target, method, row.metric, row.value, "", "", "published"]
+            )
+        head = ["Data", "Task", "Method", "Score", "Value", "95 % interval", "n", "Kind"]
+        script = nodes.raw("", f"<script>{SCRIPT}</script>", format="html")
+        return [show(self, head, rows, "all-results", numeric=(4, 5, 6)), script]
 
 
-class PeopleTable(SphinxDirective):
-    """``real`` or ``SIMULATED``; a line ``METHOD LABEL`` a column: the first scores in every downstream result."""
+class Status(SphinxDirective):
+    """A row a page: what its numbers are, whether this copy has it, what it needs, what makes it."""
 
-    required_arguments, has_content = 1, True
+    def run(self):
+        rows = []
+        for _, study, document, found in pages(self.env):
+            cells = [study["data"], study["kind"], "no"]
+            if found is not None:
+                # What the rows say of themselves wins: the data may be somebody's own.
+                cells = [
+                    ", ".join(found["data"].unique()),
+                    ", ".join(found["kind"].unique()),
+                    "yes",
+                ]
+            title = f"[{study['title']}](/{document})"
+            rows.append([title, *cells, study.get("needs", ""), f"`{command(study)}`"])
+        return [show(self, ["Page", "Data", "Kind", "Here", "Needs", "Command"], rows, "status")]
+
+
+class Scores(SphinxDirective):
+    """``PAGE ...``, a line ``METHOD HEADING`` a column: the scores of people, a row a task."""
+
+    required_arguments = 1
+    optional_arguments = 9
+    has_content = True
 
     def run(self):
         methods = dict(line.split(maxsplit=1) for line in self.content)
-        rows, pages = [], []
-        for name in [
-            doc.removeprefix(f"{RUNS}/")
-            for doc in self.config.external_site_map
-            if "/downstream_" in doc
-        ]:
-            if lookup(self, name, "simulated") != (self.arguments[0] == "SIMULATED"):
+        rows = []
+        for page, _, document, found in pages(self.env):
+            if page not in self.arguments or found is None:
                 continue
-            for target, plans in lookup(self, name, "targets").items():
-                for plan, report in plans.items():
-                    rows.append(self.row(name, target, plan, report, methods))
-                    pages.append(name)
-        heads = ["Cohort and target", *methods.values()]
-        result = table(heads, rows, range(1, len(heads)), ["people"])
-        for line, name in zip(result.findall(nodes.tbody).__next__().children, pages, strict=True):
-            cells = [cell.astext().partition("|") for cell in line]
-            for cell, (value, _, below) in zip(line, cells, strict=True):
-                cell.clear()
-                cell += [
-                    nodes.paragraph("", value),
-                    nodes.paragraph("", below, classes=["interval"]),
-                ]
-            line[0][0].clear()
-            line[0][0] += link(self.env, f"{RUNS}/{name}", cells[0][0])
-        return [nodes.container("", result, classes=["scroll"])]
+            condition = found["task"].str.partition(", ")[2]
+            shown = found["method"].isin(methods) & found["score"].isin(["balanced_accuracy", "r"])
+            shown &= (found["against"] == "") & condition.isin(["", "one site left out"])
+            found = found[shown]
+            for (data, task), group in found.groupby(["data", "task"], sort=False):
+                cells = dict.fromkeys(methods, "")
+                for row in group.itertuples():
+                    value = ("r " if row.score == "r" else "") + write(row.value, ".3f")
+                    cells[row.method] = BELOW.format(value, between(row))
+                first = BELOW.format(f"[{data}, {task}](/{document})", f"n {row.n}")
+                rows.append([first, *cells.values()])
+        head = ["Cohort and target", *methods.values()]
+        return [show(self, head, rows, "people", numeric=range(1, len(head)))]
 
-    def row(self, name, target, plan, report, methods):
-        metric = "balanced_accuracy" if report["kind"] == "classification" else "r"
-        found = {row["method"]: row for row in report["rows"]}
-        cohort, held = (
-            self.config.external_site_map[f"{RUNS}/{name}"].title,
-            "people" if plan == "kfold" else "a site",
-        )
-        texts = [
-            f"{cohort}, {target.replace('_', ' ')}|{held} held out, n\N{NO-BREAK SPACE}{write(report['n'])}"
-        ]
-        for method in methods:
-            score = found.get(method, {}).get(metric) or {"value": None}
-            if score["value"] is None:
-                texts.append("")
-                continue
-            ends = [] if score["low"] is None else [score["low"], score["high"]]
-            between = "\N{EN DASH}" if min(ends, default=0) >= 0 else " to "
-            ends = between.join(write(end, ".3f") for end in ends)
-            texts.append(
-                ("r " if metric == "r" else "") + write(score["value"], ".3f") + f"|{ends}"
-            )
-        return texts
+
+class Given(SphinxDirective):
+    """``PAGE ...``: the content where this copy has the tables of all of them, else a line that says so."""
+
+    required_arguments = 1
+    optional_arguments = 9
+    has_content = True
+
+    def run(self):
+        lines = self.content
+        absent = [page for page in self.arguments if table_of(self.env, page) is None]
+        if absent:
+            text = f"Not in this copy: {', '.join(absent)}; {{doc}}`status` has the commands."
+            lines = StringList([text], source=self.env.docname)
+        box = nodes.Element()
+        self.state.nested_parse(lines, self.content_offset, box)
+        return box.children
 
 
 def setup(app):
     """Register the roles and directives with Sphinx."""
     app.add_role("result", Result())
-    app.add_role("interval", Interval())
-    app.add_role("compare", Compare())
     app.add_role("verdict", Verdict())
-    app.add_directive("people-table", PeopleTable)
+    app.add_directive("all-results", AllResults)
+    app.add_directive("status", Status)
+    app.add_directive("scores", Scores)
+    app.add_directive("given", Given)
     return {"parallel_read_safe": True, "parallel_write_safe": True}

@@ -28,7 +28,17 @@ from mnemodyn.data.formats import entities, reading, refuse
 from mnemodyn.data.scans import DataError, Scan, load_scan
 from mnemodyn.files import digest, read_yaml
 
-__all__ = ["Cohort", "Column", "Index", "Phenotype", "Reader", "index", "load_cohort", "shipped"]
+__all__ = [
+    "Cohort",
+    "Column",
+    "Index",
+    "Layout",
+    "Phenotype",
+    "Reader",
+    "index",
+    "load_cohort",
+    "shipped",
+]
 
 PER_YEAR = {"years": 1.0, "months": 12.0}
 MISSING_WORDS = ("", "na", "n/a", "nan", "null")
@@ -111,6 +121,7 @@ class _Description(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _refuse_unknown_keys(cls, given: Any) -> Any:
+        # pydantic would refuse them too, but not say which keys there are.
         if isinstance(given, dict):
             for key in given:
                 if key not in cls.model_fields:
@@ -169,8 +180,8 @@ class Phenotype(_Description):
         leading zeros, ``sub-`` and punctuation are ignored.
     """
 
-    file: str
-    match: Annotated[dict[str, str], Field(min_length=1)]
+    file: str = "participants.tsv"
+    match: Annotated[dict[str, str], Field(min_length=1)] = {"participant_id": "{participant}"}
 
 
 class Column(_Description):
@@ -225,6 +236,33 @@ class Target(Column):
     kind: Kind
 
 
+class Layout(_Description):
+    """What a SIMULATED cohort of this kind looks like. Times and ages are plausible, not data.
+
+    Attributes
+    ----------
+    path : str
+        Path of a scan; ``{participant}``, ``{session}``, ``{run}``, ``{site}`` and
+        ``{n_parcels}`` are replaced. Its ending decides the format.
+    participant : str
+        Format of a number, such as ``"A{:08d}"``.
+    t_r, n_frames : float, int
+        Repetition time in seconds, and frames of a scan.
+    years : list of float
+        Youngest and oldest age.
+    sites, sessions, runs : list of str
+    """
+
+    path: str
+    participant: str
+    t_r: Seconds
+    n_frames: int
+    years: list[float]
+    sites: list[str] = [""]
+    sessions: list[str] = [""]
+    runs: list[str] = [""]
+
+
 class Cohort(_Description):
     """A study: where its scans are, its phenotype table, and what can be predicted.
 
@@ -238,7 +276,8 @@ class Cohort(_Description):
         of a file or folder, ``**/`` for any folders. The ``key-value`` pairs of a BIDS name are
         entities too (``sub`` is called participant, ``ses`` session).
     reader : Reader
-    phenotype : Phenotype, optional
+    phenotype : Phenotype
+        By default that of BIDS.
     run : str
         Template of entities that names the run.
     missing : list
@@ -252,13 +291,15 @@ class Cohort(_Description):
         What can be predicted; ``sex`` and ``age`` are short for those columns.
     families : list of list of str
         Participants (``sub-...``) that belong together although no column says so.
+    layout : Layout, optional
+        For :func:`mnemodyn.data.simulate.simulate_cohort`.
     """
 
     name: str
     description: str = ""
     scans: Annotated[list[Annotated[str, AfterValidator(_check_pattern)]], Field(min_length=1)]
     reader: Reader = Reader()
-    phenotype: Phenotype | None = None
+    phenotype: Phenotype = Phenotype()
     run: str = "{run}"
     missing: list[RawValue] = []
     site: Annotated[Column | None, BeforeValidator(_column_name)] = None
@@ -268,10 +309,12 @@ class Cohort(_Description):
     mean_fd: Annotated[MeanFD | None, BeforeValidator(_column_name)] = None
     targets: list[Target] = []
     families: list[list[str]] = []
+    layout: Layout | None = None
 
     @field_validator("targets", mode="before")
     @classmethod
     def _short_targets(cls, given: Any, info: ValidationInfo) -> Any:
+        # Columns are checked before targets, in the order of the fields.
         if not isinstance(given, list):
             return given
         targets = []
@@ -340,6 +383,7 @@ def load_cohort(source: str | Path) -> Cohort:
         return Cohort.model_validate(content)
     except ValidationError as error:
         first = error.errors()[0]
+    # One thing at a time: later ones often follow from the first.
     message = first["msg"].removeprefix("Value error, ")
     if first["type"] not in ("missing", "value_error"):
         message = f"{message}, got {first['input']!r}"
@@ -393,11 +437,11 @@ class Index(Sequence[Scan]):
         table = self.table
         targets = {}
         for target in self.cohort.targets:
-            values = table[target.name]
+            values = table[target.name].dropna()
             if target.kind == "classification":
                 targets[target.name] = _counts(values)
             else:
-                targets[target.name] = values.dropna().describe().round(2).to_dict()
+                targets[target.name] = values.describe().dropna().round(2).to_dict()
         return {
             "cohort": self.cohort.name,
             "simulated": self.simulated,
@@ -416,18 +460,16 @@ class Index(Sequence[Scan]):
 
     def __str__(self) -> str:
         found = self.summary()
-        lines = [
-            self.cohort.name + (" SIMULATED" if self.simulated else ""),
-            f"{found['n_scans']} scans of {found['n_participants']} participants found, "
-            f"{found['n_sites']} sites; {found['n_usable']} of them usable, "
-            f"{found['n_with_phenotype']} with phenotype",
-        ]
-        listed = {name: found[name] for name in ("n_frames", "n_parcels", "t_r", "problems")}
-        for name, values in {**found["targets"], **listed}.items():
-            shown = [f"{value} ({n:g})" for value, n in values.items()]
-            lines.append(f"{name}: {', '.join(shown[:10])}")
+        found.pop("excluded")
+        lines = ["SIMULATED"] if found.pop("simulated") else []
+        found.update(found.pop("targets"))
+        found["left out"] = found.pop("problems")
+        for name, value in found.items():
+            if isinstance(value, dict):
+                value = ", ".join(f"{key} ({number:g})" for key, number in value.items())
+            lines.append(f"{name}: {value}")
         examples = self.excluded.drop_duplicates("problem")
-        return "\n".join([*lines, *examples.problem.str.cat(examples.message, sep=": ")])
+        return "\n".join([*lines, *examples.message])
 
 
 def _counts(values: pd.Series) -> dict[str, int]:
@@ -463,13 +505,14 @@ def index(
     Raises
     ------
     DataError
-        If the folder, the phenotype table or a column is missing, if no file matches, or if a
+        If the folder or a column of the phenotype table is missing, if no file matches, or if a
         column holds values that its description does not know; the message shows them with their
         counts.
     """
     if not isinstance(cohort, Cohort):
         cohort = load_cohort(cohort)
     if t_r is not None:
+        # What is given to a call wins over the description.
         reader = cohort.reader.model_copy(update={"t_r": t_r, "t_r_by_site": {}})
         cohort = cohort.model_copy(update={"reader": reader})
     folder = Path(folder)
@@ -482,6 +525,7 @@ def index(
     _drop_contradictory_sexes(cohort, found, unlabelled)
     found["family"] = _families(cohort, found)
 
+    # Every scan is read once, in `workers` processes.
     jobs = []
     for path, who, site in zip(found.path, found.participant_id, found.site, strict=True):
         t_r = cohort.reader.t_r_by_site.get(site, cohort.reader.t_r)
@@ -496,17 +540,16 @@ def index(
     found = found.join(read)
     _mark_other_parcels(found, problems)
     _mark_duplicates(found, problems)
+    # The table's motion wins over the one that was measured beside the scan.
     measured = found.measured_fd.astype(float)
     found["mean_fd"] = found.get("mean_fd", measured).fillna(measured)
     found["phenotype"] = ~found.index.isin(list(unlabelled))
 
-    numbers = ["t_r", "age", "mean_fd"]
-    numbers += [target.name for target in cohort.targets if target.kind == "regression"]
-    kinds = dict.fromkeys(numbers, float)
-    kinds.update(dict.fromkeys(("n_frames", "n_parcels", "n_constant"), int))
+    # A target called sex or age is the column of that name.
     columns = dict.fromkeys([*TABLE, *(target.name for target in cohort.targets)])
     table = found.drop(index=list(problems)).reindex(columns=list(columns))
-    table = table.reset_index(drop=True).astype(kinds)
+    counts = dict.fromkeys(("n_frames", "n_parcels", "n_constant"), int)
+    table = table.reset_index(drop=True).astype(counts)
     excluded = _excluded(found, problems, unlabelled)
     return Index(cohort, folder, found, table, excluded, (folder / SIMULATED).is_file())
 
@@ -531,11 +574,13 @@ def _find(cohort: Cohort, folder: Path) -> tuple[pd.DataFrame, list[Entities]]:
     for root, _, names in os.walk(folder, followlinks=True):
         inside = Path(root).relative_to(folder)
         paths += [(inside / name).as_posix() for name in names if not name.startswith(".")]
+    matches: list[re.Match[str]] = []
+    # Patterns are alternatives: the same scan may be there in several formats.
     for pattern in cohort.scans:
-        matches = [match for path in sorted(paths) if (match := _pattern(pattern).fullmatch(path))]
-        if matches:
-            break
-    else:
+        if not matches:
+            found = [_pattern(pattern).fullmatch(path) for path in sorted(paths)]
+            matches = [match for match in found if match]
+    if not matches:
         files = f"none of its {len(paths)} files {sorted(paths)[:1]} matches {cohort.scans}"
         refuse(f"{folder}: {files}; correct the scans of {cohort.name}", "no-scans")
     named = [_entities(match) for match in matches]
@@ -551,6 +596,7 @@ def _find(cohort: Cohort, folder: Path) -> tuple[pd.DataFrame, list[Entities]]:
 def _entities(match: re.Match[str]) -> Entities:
     """Entities of a path: those of its BIDS name and those of the pattern; "" for any other."""
     found = defaultdict(str, entities(match[0].rsplit("/", 1)[-1]))
+    # The pattern's own entities win, under the names that descriptions use.
     for short, name in (("sub", "participant"), ("ses", "session")):
         if short in found:
             found[name] = found.pop(short)
@@ -570,6 +616,7 @@ def _read_table(cohort: Cohort, file: Path) -> pd.DataFrame:
     if absent:
         has = f"it has {list(content)[:30]} (separator {separator!r})"
         refuse(f"{file.name}: no column {absent[0]!r}; {has}", "no-phenotype")
+    # Everything is text up to here, so that 007 is an identifier and 1.0 is the code 1.
     content = content.map(_label)
     missing = content.isin(cohort.missing) | content.map(str.lower).isin(MISSING_WORDS)
     return content.mask(missing, "")
@@ -587,32 +634,31 @@ def _raw_values(
     """The phenotype table's cells of each scan, "" where it has none, and why."""
     needed = list(dict.fromkeys(column.column for column in cohort.variables.values()))
     table = cohort.phenotype
-    if table is None or not (folder / table.file).is_file():
-        file = table.file if table else "phenotype table"
+    if not (folder / table.file).is_file():
         remedy = "put it there, or give its place in a cohort's YAML: phenotype: {file: ...}"
-        reason = ("no-phenotype", f": there is no {file} in the folder; {remedy}")
+        reason = ("no-phenotype", f": there is no {table.file} in the folder; {remedy}")
         raw = pd.DataFrame("", index=range(len(named)), columns=needed)
         return raw, dict.fromkeys(raw.index, reason)
 
     content = _read_table(cohort, folder / table.file)
+    # A row and a scan belong together if they have the same key.
     keys = content[list(table.match)].map(_key)
     content = content.reindex(columns=needed, fill_value="")
     content["key"] = keys.agg(" ".join, axis=1)
     content = content[keys.ne("").all(axis=1)].drop_duplicates()  # repeated rows do no harm
     raw = content.drop_duplicates("key", keep=False).set_index("key")
-    contradictory = set(content.key) - set(raw.index)
     wanted = []
     for entity in named:
         wanted.append(" ".join(_key(form.format_map(entity)) for form in table.match.values()))
     unlabelled = {}
-    for i, key in enumerate(wanted):
-        if key in contradictory:
-            n_values = content[content.key == key].nunique()
-            differ = ", ".join(n_values.index[n_values > 1])
+    for i in np.flatnonzero(~pd.Index(wanted).isin(raw.index)).tolist():
+        rows = content[content.key == wanted[i]]
+        if len(rows):
+            differ = ", ".join(rows.columns[rows.nunique() > 1])
             message = f": its rows of {table.file} differ in {differ}"
             unlabelled[i] = ("contradictory-phenotype", message)
-        elif key not in raw.index:
-            unlabelled[i] = ("no-phenotype", f": no row of {table.file} for {key}")
+        else:
+            unlabelled[i] = ("no-phenotype", f": no row of {table.file} for {wanted[i]}")
     return raw.reindex(wanted, fill_value="").reset_index(drop=True), unlabelled
 
 
@@ -625,8 +671,9 @@ def _values(name: str, column: Column, text: pd.Series, cohort: str) -> pd.Serie
         values = numbers.where(np.isfinite(numbers)) / PER_YEAR.get(column.unit, 1.0)
         allowed = "numbers"
         if name == "age":
+            # Months that are taken for years would otherwise go unnoticed.
             values = values.where((values >= 0) & (values <= 120))
-            allowed = f"ages of 0 to 120 years in {column.unit}"
+            allowed = f"numbers of {column.unit}, 0 to 120 years of age"
     else:
         values = text.map(column.mapping) if column.mapping else text
         values = values.astype(object).where(given, None)
@@ -666,8 +713,9 @@ def _families(cohort: Cohort, found: pd.DataFrame) -> list[str]:
     """A label per scan, equal for participants who are joined directly or through others."""
     links = [list(group) for group in cohort.families]
     if cohort.family:
-        known = found[found.family.notna()]
-        links += [list(pair) for pair in zip(known.participant_id, "family-" + known.family)]
+        for name, members in found.groupby("family"):
+            links.append([f"family-{name}", *members.participant_id])
+    # A link joins the groups of all its members, which then share one set.
     group_of = {who: {who} for who in found.participant_id}
     for link in links:
         joined = set().union(*(group_of.get(member, {member}) for member in link))
@@ -677,6 +725,7 @@ def _families(cohort: Cohort, found: pd.DataFrame) -> list[str]:
     return [min(group_of[who]) for who in found.participant_id]
 
 
+# What is read of each scan: either its problem or the rest.
 READ = (
     "problem",
     "n_frames",
@@ -713,14 +762,11 @@ def _mark_other_parcels(found: pd.DataFrame, problems: Reasons) -> None:
     usable = found.drop(index=list(problems))
     if usable.empty:
         return
+    # The most frequent parcels are right: a cohort has one atlas.
     usual = usable[usable.parcels == usable.parcels.mode()[0]].iloc[0]
     for i, row in usable[usable.parcels != usual.parcels].iterrows():
-        if row.n_parcels == usual.n_parcels:
-            problem = "parcel-order"
-            message = ": other parcels, or the same in another order, than most scans"
-        else:
-            problem = "parcel-count"
-            message = f": {row.n_parcels:g} parcels, and most scans have {usual.n_parcels:g}"
+        problem = "parcel-count" if row.n_parcels != usual.n_parcels else "parcel-order"
+        message = f": {row.n_parcels:g} parcels, not the {usual.n_parcels:g} of most scans in order"
         remedy = "of several atlases, name one in the cohort's scans, as in *_seg-NAME_*"
         problems[i] = (problem, f"{message}; {remedy}")
 
@@ -728,13 +774,10 @@ def _mark_other_parcels(found: pd.DataFrame, problems: Reasons) -> None:
 def _mark_duplicates(found: pd.DataFrame, problems: Reasons) -> None:
     """Give a problem to series that are there more than once."""
     for _, copies in found.drop(index=list(problems)).groupby("series"):
+        # One participant's first copy can stay. If two people have it, nobody knows whose it is.
         wrong = copies.index
         if copies.participant_id.nunique() == 1:
-            wrong = wrong[
-                1:
-            ]  # the first copy stays; if two people have it, nobody knows whose it is
+            wrong = wrong[1:]
         for i in wrong:
-            problems[i] = (
-                "duplicate-series",
-                f": the same series as {copies.path.drop(i).iloc[0]}",
-            )
+            other = copies.path.drop(i).iloc[0]
+            problems[i] = ("duplicate-series", f": the same series as {other}")

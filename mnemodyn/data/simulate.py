@@ -1,6 +1,6 @@
 """SIMULATED cohorts: the files and tables of a real one, with planted effects of known size."""
 
-from dataclasses import dataclass
+from collections.abc import Iterator
 from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -11,12 +11,12 @@ from nibabel.cifti2 import Cifti2Image, ScalarAxis, SeriesAxis
 from scipy.linalg import expm, logm, solve_continuous_lyapunov, solve_discrete_lyapunov
 
 from mnemodyn.data import formats
-from mnemodyn.data.cohorts import PER_YEAR, SIMULATED, Cohort, Column, load_cohort
+from mnemodyn.data.cohorts import PER_YEAR, SIMULATED, Cohort, Column, Layout, load_cohort
 from mnemodyn.data.formats import refuse
 from mnemodyn.data.scans import load_hcp7
 from mnemodyn.files import write_bytes, write_json, write_text
 
-__all__ = ["LAYOUTS", "linear_process", "simulate_cohort"]
+__all__ = ["linear_process", "simulate_cohort"]
 
 EDGE_SD = 0.06  # standard deviation of a planted edge between persons, in units of correlation
 REACH = 4.0  # scores are cut off at +-REACH, so that every covariance is positive definite
@@ -32,96 +32,22 @@ FAULTS = (
 )
 
 
-@dataclass(frozen=True)
-class Layout:
-    """Where a cohort's files lie, and what its scans and people are like.
-
-    `t_r` (seconds) and the range of ages in `years` are plausible values, not data.
-    """
-
-    path: str
-    participant: str
-    t_r: float
-    n_frames: int
-    years: tuple[float, float]
-    sites: tuple[str, ...] = ("",)
-    sessions: tuple[str, ...] = ("",)
-    runs: tuple[str, ...] = ("",)
-
-
-_BIDS = "sub-{participant}/{ses}func/sub-{participant}_{ses_}task-rest_space-fsLR_seg-SIMULATED_stat-mean_"
-_COLUMNS = "{n_parcels}_parcellated.dtseries.nii"
-_HCP = (
-    "{participant}_V1_MR/MNINonLinear/Results/rfMRI_{run}/rfMRI_{run}_Atlas_hp0_clean_" + _COLUMNS
-)
-LAYOUTS = {
-    "abide": Layout(
-        "{site}_{participant}_rois_cc200.1D",
-        "00{:05d}",
-        t_r=2.0,
-        n_frames=176,
-        years=(7, 40),
-        sites=("NYU", "UM_1", "USM", "KKI", "SDSU"),
-    ),
-    "adhd200": Layout(
-        _BIDS + "timeseries.tsv",
-        "{:07d}",
-        t_r=2.0,
-        n_frames=176,
-        years=(7, 21),
-        sites=("NYU", "Peking", "KKI", "OHSU"),
-        runs=("1",),
-    ),
-    "adni": Layout(
-        _BIDS + "timeseries.ptseries.nii",
-        "002S{:04d}",
-        t_r=3.0,
-        n_frames=140,
-        years=(55, 90),
-        sessions=("M00", "M12"),
-    ),
-    "hbn": Layout(
-        _BIDS + "timeseries.tsv",
-        "NDARAA{:03d}ZZ",
-        t_r=0.8,
-        n_frames=375,
-        years=(5, 21),
-        sites=("RU", "CBIC", "CUNY"),
-    ),
-    "hcp_aging": Layout(
-        _HCP,
-        "HCA{:07d}",
-        t_r=0.8,
-        n_frames=478,
-        years=(36, 90),
-        sites=("WU", "MGH", "UMN", "UCLA"),
-        runs=("REST1_AP", "REST1_PA"),
-    ),
-    "nkir": Layout(
-        _BIDS + _COLUMNS,
-        "A{:08d}",
-        t_r=1.4,
-        n_frames=404,
-        years=(6, 85),
-        sessions=("BAS1",),
-    ),
-    "ukb": Layout(
-        "{participant}/{participant}_20227_2_0_" + _COLUMNS,
-        "{:07d}",
-        t_r=0.735,
-        n_frames=490,
-        years=(45, 82),
-        sites=("Cheadle", "Reading", "Newcastle"),
-    ),
-}
-
-
 class Variable(NamedTuple):
     """A variable of all people: values, z-scores, and in words what one unit of z is."""
 
     values: Any
     z: np.ndarray
     per: str
+
+
+class Simulated(NamedTuple):
+    """One scan: number of the participant, entities, series (time, parcel), t_r (s), parcels."""
+
+    who: int
+    scan: dict
+    values: np.ndarray
+    t_r: float
+    parcels: tuple[str, ...]
 
 
 def linear_process(
@@ -185,6 +111,7 @@ def _fitted_to_hcp7() -> tuple[np.ndarray, np.ndarray, tuple[str, ...]]:
     past = np.concatenate([x[:-1] for x in z]).astype(float)
     now = np.concatenate([x[1:] for x in z]).astype(float)
     n = past.shape[1]
+    # Parcels are correlated, and the regression ill-conditioned without a ridge.
     a = np.linalg.solve(past.T @ past + 0.01 * len(past) * np.eye(n), past.T @ now).T
     s = solve_discrete_lyapunov(a, np.cov((now - past @ a.T).T))
     return -np.real(logm(a)) / scans[0].t_r, s, scans[0].parcels
@@ -203,6 +130,7 @@ def _sample(
     """Series of shape (scan, time, parcel), sampled every `t_r` seconds exactly."""
     n_scans, n_frames = shape
     step = expm(-k * t_r).T
+    # What keeps the covariance at `s`: the discretisation is exact, not Euler's.
     noise = rng.standard_normal((n_frames, n_scans, len(s))) @ _root(s - step.T @ s @ step)
     x = np.empty((n_frames, n_scans, len(s)))
     x[0] = rng.standard_normal((n_scans, len(s))) @ _root(s)
@@ -250,18 +178,34 @@ def _draw(column: Column, name: str, layout: Layout, n: int, rng: np.random.Gene
     return Variable(np.round(values, 2), (values - mean) / sd, f"{sd:.3g} {unit}".strip())
 
 
+def _draw_all(
+    columns: dict[str, Column], layout: Layout, sites: np.ndarray, rng: np.random.Generator
+) -> dict[str, Variable]:
+    """All variables of people whose places in ``layout.sites`` are `sites`."""
+    variables = {}
+    for name, column in columns.items():
+        variables[name] = _draw(column, name, layout, len(sites), rng)
+    if len(layout.sites) > 1:
+        # A site has an offset of its own, which everybody who was scanned there shares.
+        offsets = rng.normal(size=len(layout.sites))
+        z = ((offsets - offsets.mean()) / offsets.std())[sites]
+        variables["site"] = Variable(None, z, "1 SD of the sites' offsets")
+    return variables
+
+
 def _raw(column: Column, value: Any, rng: np.random.Generator) -> str:
     """A value as the cohort's own table spells it."""
     if column.unit == "months":
         return f"{value * PER_YEAR['months']:.0f}"
     if column.kind == "regression":
         return f"{value:g}"
+    # Several codes can have one label, such as the three kinds of ADHD.
     codes = [code for code, label in column.mapping.items() if label == value]
     return str(rng.choice(codes)) if codes else str(value)
 
 
 def simulate_cohort(
-    name: str,
+    cohort: str | Path,
     folder: str | Path,
     *,
     n_participants: int = 40,
@@ -283,8 +227,8 @@ def simulate_cohort(
 
     Parameters
     ----------
-    name : str
-        One of `LAYOUTS`.
+    cohort : str or Path
+        Name or YAML of a cohort whose description has a ``layout``.
     folder : str or Path
         Must be empty or absent.
     n_participants, seed : int
@@ -312,96 +256,100 @@ def simulate_cohort(
         For an unknown cohort or effect, a folder that is not empty, or settings out of range.
     """
     folder = Path(folder)
-    if name not in LAYOUTS:
-        refuse(f"cohort must be one of {', '.join(LAYOUTS)}, got {name!r}", "setting")
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        refuse(f"{folder} is not empty; simulated scans are never mixed with others", "setting")
-    cohort = load_cohort(name)
-    layout = LAYOUTS[name]
+    described = load_cohort(cohort)
+    layout = described.layout
+    if layout is None:
+        refuse(f"the cohort {described.name} cannot be simulated: it has no layout", "setting")
     n_frames = n_frames or layout.n_frames
-    if n_participants < 2 or n_frames < cohort.reader.min_frames:
-        least = f"n_participants must be >= 2 and n_frames >= {cohort.reader.min_frames}"
-        refuse(f"{least}, got {n_participants} and {n_frames}", "setting")
+    _check(described, folder, n_participants, n_frames)
     process = linear_process(generator, n_parcels, seed)
     rng = np.random.default_rng([seed, 1])
-    columns = {n: c for n, c in cohort.variables.items() if n not in ("site", "family")}
+    # Sites and families are assigned, everything else is drawn.
+    columns = {k: v for k, v in described.variables.items() if k not in ("site", "family")}
     known = list(columns)
     if len(layout.sites) > 1:
         known.append("site")
     sizes = {**dict.fromkeys(known, 1.0), **(effects or {})}
-    unknown = sorted(set(sizes) - set(known))
-    if unknown:
-        refuse(f"effects of {name} can be of {known}, got {unknown}", "setting")
+    if len(sizes) > len(known):
+        refuse(f"effects can be of {known}, got {list(sizes)[len(known) :]}", "setting")
+    # A block of parcels for each effect, and one that varies with nothing.
     blocks = np.array_split(rng.permutation(len(process[1])), len(known) + 1)
     if len(blocks[-1]) < 3:
-        least = f"n_parcels must be >= {3 * len(blocks)}"
-        refuse(f"{least} for the {len(known)} effects of {name}", "setting")
+        refuse(f"n_parcels must be >= {3 * len(blocks)} for {len(known)} effects", "setting")
 
     faults = [""] * n_participants
     if broken:
         faults += FAULTS
     n = len(faults)
     sites = rng.integers(len(layout.sites), size=n)
-    variables = {}
-    for variable, column in columns.items():
-        variables[variable] = _draw(column, variable, layout, n, rng)
-    if "site" in known:
-        offsets = rng.normal(size=len(layout.sites))
-        z = ((offsets - offsets.mean()) / offsets.std())[sites]
-        variables["site"] = Variable(None, z, "1 SD of the sites' offsets")
+    variables = _draw_all(columns, layout, sites, rng)
     strength = rng.standard_normal((n, len(blocks)))
-    for i, variable in enumerate(known):
-        strength[:, i] += sizes[variable] * variables[variable].z
+    for i, name in enumerate(known):
+        strength[:, i] += sizes[name] * variables[name].z
     strength = np.clip(strength, -REACH, REACH)
 
     people = [
-        {"participant": layout.participant.format(i + 1), "site": layout.sites[sites[i]]}
-        for i in range(n)
+        {"participant": layout.participant.format(i + 1), "site": layout.sites[site]}
+        for i, site in enumerate(sites)
     ]
-    scans, broken_files = _write_scans(
-        folder, cohort, layout, people, faults, process, blocks, strength, n_frames, rng
-    )
-    _write_phenotype(folder, cohort, scans, columns, variables, rng)
-    planted = {}
-    for variable, block in zip(known, blocks, strict=False):
-        planted[variable] = {
-            "d": sizes[variable],
-            "slope": sizes[variable] * EDGE_SD,
-            "per": variables[variable].per,
-            "block": sorted(block.tolist()),
-        }
+    series = _simulate_scans(described, layout, people, process, blocks, strength, n_frames, rng)
+    scans, broken_files = _write_scans(folder, described, layout, series, faults)
+    _write_phenotype(folder, described, scans, columns, variables, rng)
     truth = {
         "simulated": True,
-        "cohort": name,
+        "cohort": described.name,
         "generator": generator,
         "seed": seed,
         "n_participants": n_participants,
         "edge_sd": EDGE_SD,
-        "effects": planted,
+        "effects": _described(sizes, variables, blocks),
         "broken": broken_files,
     }
     write_json(folder / SIMULATED, truth)
     return truth
 
 
-def _write_scans(
-    folder: Path,
+def _described(
+    sizes: dict[str, float], variables: dict[str, Variable], blocks: list[np.ndarray]
+) -> dict[str, dict]:
+    """What was planted: sizes, slopes and parcels of the effects."""
+    planted = {}
+    for (name, size), block in zip(sizes.items(), blocks, strict=False):
+        planted[name] = {
+            "d": size,
+            "slope": size * EDGE_SD,
+            "per": variables[name].per,
+            "block": sorted(block.tolist()),
+        }
+    return planted
+
+
+def _check(cohort: Cohort, folder: Path, n_participants: int, n_frames: int) -> None:
+    """Raise a DataError for a folder that is not empty, or too few people or frames."""
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        refuse(f"{folder} is not empty; simulated scans are never mixed with others", "setting")
+    least = cohort.reader.min_frames
+    if n_participants < 2 or n_frames < least:
+        expected = f"n_participants must be >= 2 and n_frames >= {least}"
+        refuse(f"{expected}, got {n_participants} and {n_frames}", "setting")
+
+
+def _simulate_scans(
     cohort: Cohort,
     layout: Layout,
-    people: list[dict[str, str]],
-    faults: list[str],
+    people: list[dict],
     process: tuple,
-    blocks: list[np.ndarray],
+    blocks: list,
     strength: np.ndarray,
     n_frames: int,
     rng: np.random.Generator,
-) -> tuple[list[tuple[int, dict[str, str]]], dict[str, str]]:
-    """Write all series; who was scanned in which session and run, and the broken files."""
+) -> Iterator[Simulated]:
+    """The series of everybody's sessions and runs, sampled for CHUNK people at a time."""
     k, s, parcels = process
+    # The process's own correlations are replaced by those of each person.
     whiten = _root(s, -0.5)
     by_site = cohort.reader.t_r_by_site
     times = np.array([by_site.get(person["site"], layout.t_r) for person in people])
-    scans, broken_files, copied = [], {}, None
     for t_r in np.unique(times):
         group = np.flatnonzero(times == t_r)
         for start in range(0, len(group), CHUNK):
@@ -410,68 +358,60 @@ def _write_scans(
             for session, run in product(layout.sessions, layout.runs):
                 series = _sample(k, s, t_r, (len(members), n_frames), rng) @ mix
                 for who, values in zip(members, series, strict=True):
-                    fault = faults[who]
-                    if fault and (session, run) != (layout.sessions[0], layout.runs[0]):
-                        continue
-                    if fault == "duplicate-series":
-                        # Two people have this fault: the second gets the series of the first.
-                        copied = values if copied is None else copied
-                        values = copied
                     scan = {**people[who], "session": session, "run": run}
-                    path = _write(folder, cohort, layout, scan, values, parcels, t_r, fault)
-                    if fault:
-                        broken_files[path] = fault
-                    if fault != "no-phenotype":
-                        scans.append((who, scan))
+                    yield Simulated(who, scan, values.astype(np.float32), t_r, parcels)
+
+
+def _write_scans(
+    folder: Path, cohort: Cohort, layout: Layout, series: Iterator[Simulated], faults: list[str]
+) -> tuple[list[tuple[int, dict]], dict[str, str]]:
+    """Write all series, some of them broken; the usable scans by participant, and the others."""
+    scans = []
+    broken_files: dict[str, str] = {}
+    copied = None
+    for who, scan, values, t_r, parcels in series:
+        fault = faults[who]
+        first = scan["session"] == layout.sessions[0] and scan["run"] == layout.runs[0]
+        # Somebody with a broken file has no other scans, so that nobody is usable in part.
+        if fault and not first:
+            continue
+        if fault == "nan":
+            values[len(values) // 2, 1] = np.nan
+        elif fault == "constant-parcels":
+            values[:, : cohort.reader.max_constant_parcels + 1] = 0
+        elif fault == "duplicate-series":
+            # Two people have this fault: the second gets the series of the first.
+            copied = values if copied is None else copied
+            values = copied
+        name = layout.path.format(**scan, n_parcels=len(parcels))
+        _write(folder / name, values, parcels, t_r)
+        if fault == "truncated":
+            content = (folder / name).read_bytes()
+            write_bytes(folder / name, content[: len(content) * 2 // 3])
+        if fault:
+            broken_files[name] = fault
+        if fault != "no-phenotype":
+            scans.append((who, scan))
     return scans, broken_files
 
 
-def _write(
-    folder: Path,
-    cohort: Cohort,
-    layout: Layout,
-    scan: dict[str, str],
-    values: np.ndarray,
-    parcels: tuple[str, ...],
-    t_r: float,
-    fault: str,
-) -> str:
-    """Write one series in its cohort's format; its path relative to the folder."""
-    values = values.astype(np.float32)
-    if fault == "nan":
-        values[len(values) // 2, 1] = np.nan
-    elif fault == "constant-parcels":
-        values[:, : cohort.reader.max_constant_parcels + 1] = 0
-    session = scan["session"]
-    if cohort.name == "hbn":
-        session = f"HBNsite{scan['site']}"
-    label = f"ses-{session}" if session else ""
-    name = layout.path.format(
-        **scan,
-        ses=label and f"{label}/",
-        ses_=label and f"{label}_",
-        n_parcels=len(parcels),
-    )
-    path = folder / name
-    if name.endswith(".1D"):
+def _write(path: Path, values: np.ndarray, parcels: tuple[str, ...], t_r: float) -> None:
+    """Write a series, (time, parcel), in the format of the path's ending."""
+    if path.name.endswith(".1D"):
         table = pd.DataFrame(values, columns=[f"#{i + 1}" for i in range(len(parcels))])
         write_text(path, table.to_csv(sep="\t", index=False, na_rep="nan", float_format="%.6f"))
-    elif name.endswith(".dtseries.nii"):
+    elif path.name.endswith(".dtseries.nii"):
         # One column per parcel, under an axis of scalars.
         axes = SeriesAxis(0, float(t_r), len(values), unit="SECOND"), ScalarAxis(list(parcels))
         write_bytes(path, Cifti2Image(values, axes).to_bytes())
     else:
         formats.write(path, values, parcels, t_r)
-    if fault == "truncated":
-        content = path.read_bytes()
-        write_bytes(path, content[: len(content) * 2 // 3])
-    return name
 
 
 def _write_phenotype(
     folder: Path,
     cohort: Cohort,
-    scans: list[tuple[int, dict[str, str]]],
+    scans: list[tuple[int, dict]],
     columns: dict[str, Column],
     variables: dict[str, Variable],
     rng: np.random.Generator,
@@ -479,18 +419,16 @@ def _write_phenotype(
     """Write the phenotype table, with missing labels, siblings and one repeated row."""
     table = cohort.phenotype
     missing = cohort.missing[0] if cohort.missing else ""
-    raw: dict[int, dict[str, str]] = {}
-    for who in dict.fromkeys(who for who, _ in scans):
+    raw: dict[int, dict] = {}
+    for who, _ in scans:
+        if who in raw:
+            continue
         raw[who] = {}
         for name, column in columns.items():
-            if column.column in raw[who]:
-                continue
             value = _raw(column, variables[name].values[who], rng)
             if column.exclude and rng.uniform() < MISSING:
                 value = str(rng.choice(column.exclude))
-            if rng.uniform() < MISSING:
-                value = missing
-            raw[who][column.column] = value
+            raw[who][column.column] = missing if rng.uniform() < MISSING else value
     related = list(raw)[: len(raw) // 5 * 2]  # two in five have a sibling among them
     families = {who: f"F{i // 2:04d}" for i, who in enumerate(related)}
     lines = []
@@ -503,6 +441,6 @@ def _write_phenotype(
             line[cohort.family.column] = families.get(who, "")
         lines.append(line)
     content = pd.DataFrame(lines).drop_duplicates(list(table.match))
-    content = pd.concat([content, content.iloc[:1]])
+    content = pd.concat([content, content.iloc[:1]])  # real tables repeat rows
     separator = "," if table.file.endswith(".csv") else "\t"
     write_text(folder / table.file, content.to_csv(index=False, sep=separator))

@@ -145,6 +145,7 @@ def _rows_of(scans: Any) -> list[Row]:
     """Rows of the table to be, with the size of each scan's file in bytes, None where there is no file."""
     rows = _plain_rows(scans.table)
     seen = set()
+    # The size is the cheapest sign that a file has changed since it was converted.
     for row in rows:
         row["source_bytes"] = None
         if scans.folder is not None:
@@ -181,6 +182,7 @@ def _locked(folder: Path) -> Iterator[None]:
     except ImportError:
         yield
         return
+    # The folder itself is locked, so that no file is left behind.
     at = os.open(folder, os.O_RDONLY)
     try:
         fcntl.flock(at, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -200,6 +202,7 @@ def _existing_head(folder: Path, wanted: Row) -> Row | None:
         return None
     if "rows.jsonl" not in names:
         refuse(f"{folder}: not a store, it holds {names[:3]}; name a new folder", "not-a-store")
+    # Until now no scan was usable.
     if "head.json" not in names:
         return None
     head = _read_head(folder)
@@ -253,6 +256,7 @@ def _missing(rows: list[Row], there: list[Row]) -> list[int]:
 
 def _append_scan(folder: Path, scan: Scan, dtype: str) -> Row:
     """Append a scan to the binary files; return what its row has to say of it."""
+    # Moments are kept from the values themselves, not from what comes back of them.
     m = scan.moments
     stored = _stored(scan.values, m, dtype)
     censored = np.zeros(scan.n_frames, dtype=bool)
@@ -307,7 +311,7 @@ def _stored(values: np.ndarray, m: np.ndarray, dtype: str) -> np.ndarray:
 def _restored(stored: np.ndarray, m: np.ndarray) -> np.ndarray:
     """Values in the units of their source, float32."""
     if stored.dtype == np.float32:
-        return stored
+        return stored.copy()
     return (stored * m[SD] + m[MEAN]).astype(np.float32)
 
 
@@ -406,16 +410,16 @@ class Store(Collection):
         if listed["sha256"] != _listing_sha256(folder, lines):
             refuse(f"{folder}/rows.jsonl: altered since the conversion (checksum)", "checksum")
         rows = [json.loads(line) for line in lines.splitlines()]
-        scan_rows = [row for row in rows if _is_scan(row)]
+        scans = [row for row in rows if _is_scan(row)]
         # A scan that was left out may have been added later.
         left_out = {_key(row): row for row in rows if not _is_scan(row)}
-        for row in scan_rows:
+        for row in scans:
             left_out.pop(_key(row), None)
         self.folder = folder
-        self.table = with_known_columns(pd.DataFrame(scan_rows))
-        self._scan_lines = scan_rows
-        self._rows = np.arange(len(scan_rows))
+        self.table = with_known_columns(pd.DataFrame(scans))
         self.excluded = pd.DataFrame([*listed["excluded"], *left_out.values()])
+        self._scan_rows = scans
+        self._rows = np.arange(len(scans))
         self.dtype = head["dtype"]
         self.atlas = head["atlas"]
         self.parcels = tuple(head["parcels"])
@@ -429,11 +433,11 @@ class Store(Collection):
         return {**vars(self), "_maps": {}}
 
     def _row(self, i: int) -> Row:
-        return self._scan_lines[self._rows[i]]
+        return self._scan_rows[self._rows[i]]
 
     def _scan(self, i: int) -> Scan:
         row = self._row(i)
-        facts = {name: row[name] for name in ("participant_id", "t_r", "source", "mean_fd")}
+        facts = {name: row.get(name) for name in ("participant_id", "t_r", "source", "mean_fd")}
         for name in ("session", "run", "t_r_source"):
             facts[name] = row.get(name) or ""
         facts["censored"] = self.censored(i)
@@ -450,14 +454,14 @@ class Store(Collection):
         return row["start"] + start, stop - start
 
     def _read(self, name: str, dtype: str, width: int, start: int, n: int) -> np.ndarray:
-        """Rows of a binary file as an array (n, width); the file's other rows are not read."""
+        """Rows of a binary file as a read-only array (n, width); the file's other rows are not read."""
         path = self.folder / name
         if name not in self._maps:
             if not path.is_file() or path.stat().st_size == 0:
                 refuse(f"{path}: the store lacks this file, or it is empty", "missing")
             n_rows = path.stat().st_size // (width * np.dtype(dtype).itemsize)
-            # Copy on write, because torch takes no read-only array. What is written reaches no file.
-            mapped = np.memmap(path, dtype, mode="c", shape=(n_rows, width))
+            # Read-only: Linux refuses a writable map that is larger than its memory.
+            mapped = np.memmap(path, dtype, mode="r", shape=(n_rows, width))
             self._maps[name] = np.asarray(mapped)  # a plain array is sliced more quickly
         found = self._maps[name][start : start + n]
         if len(found) < n:
@@ -486,7 +490,7 @@ class Store(Collection):
         row = self._row(i)
         if row["n_usable"] == row["n_frames"]:
             return None
-        return self._read("censored.bin", "?", 1, *self._span(i, start, stop))[:, 0]
+        return self._read("censored.bin", "?", 1, *self._span(i, start, stop))[:, 0].copy()
 
     def read(
         self, i: int, start: int = 0, stop: int | None = None, scaling: Scaling | None = None
@@ -510,11 +514,12 @@ class Store(Collection):
 
         stored = self._stored(i, start, stop)
         scaling = scaling or Scaling()
+        # What is stored in float16 is a z-score already, so that any other scaling is one step from it.
         if self.dtype == "float32":
             offset, scale = scaling.affine(self.moments(i))
             x = ((stored - offset) / scale).astype(np.float32)
         else:
-            x = torch.from_numpy(stored).float().numpy()
+            x = torch.from_dlpack(stored).float().numpy()  # from_numpy warns of read-only arrays
             if scaling.method != "zscore_per_parcel":
                 m = self.moments(i)
                 offset, scale = scaling.affine(m)

@@ -14,7 +14,9 @@ from sklearn.metrics import roc_auc_score
 from sklearn.preprocessing import StandardScaler
 
 from lib import inside
-from mnemodyn.data.atlas import NETWORKS, schaefer400_tian3
+from lib.atlas import NETWORKS
+from lib.atlas import networks as networks_of
+from mnemodyn.data.atlas import schaefer400_tian3
 from mnemodyn.data.scans import Scan
 from mnemodyn.splits import repeated_folds
 
@@ -117,12 +119,13 @@ def networks(vertices: dict[str, np.ndarray], n_parcels: int) -> np.ndarray:
     `vertices` has the parcel of every vertex of either hemisphere, 0 for none.
     """
     atlas = schaefer400_tian3()
-    names = np.array(list(NETWORKS))
+    names = np.array(NETWORKS)
+    network_of = networks_of(atlas)
     counts = np.zeros((n_parcels + 1, len(names)), int)
     for side, parcels in vertices.items():
         mine = (atlas.axis.name == f"CIFTI_STRUCTURE_CORTEX_{side}") & (atlas.labels > 0)
         for vertex, number in zip(atlas.axis.vertex[mine], atlas.labels[mine], strict=True):
-            network = list(NETWORKS).index(atlas.networks[number - 1])
+            network = NETWORKS.index(network_of[number - 1])
             counts[parcels[vertex], network] += 1
     counts = counts[1:]
     return np.where(counts.max(1) >= 10, names[counts.argmax(1)], "")

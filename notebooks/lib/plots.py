@@ -107,7 +107,7 @@ def spectra(measured: Sequence[tuple[np.ndarray, np.ndarray]], t_r: Sequence[flo
 def outlying(measured: pd.DataFrame, found: pd.DataFrame) -> Figure:
     """Every scan by the measures that are known, a point each; those that stand out in one are crosses in it.
 
-    `measured` is the table of `mnemodyn.data.quality.survey`, `found` is of `mnemodyn.data.quality.outlying`.
+    `measured` is the table of `lib.quality.survey`, `found` is of `lib.quality.outlying`.
     """
     known = {name: label for name, label in MEASURES.items() if measured[name].notna().any()}
     figure, axes = panels(len(known), 2.4)

@@ -13,7 +13,8 @@ from matplotlib.figure import Figure
 from nibabel.affines import apply_affine
 from scipy.spatial import cKDTree
 
-from mnemodyn.data.atlas import NETWORKS, Atlas, cortex_surfaces, greyordinates
+from lib.atlas import NETWORKS, cortex_surfaces, networks
+from mnemodyn.data.atlas import Atlas, greyordinates
 from mnemodyn.figures import COLOURS
 
 VIEWS = [("LEFT", "lateral"), ("LEFT", "medial"), ("RIGHT", "medial"), ("RIGHT", "lateral")]
@@ -102,10 +103,11 @@ def atlas(drawn: Atlas) -> Figure:
     colours = dict(
         zip([*NETWORKS, "Subcortex", ""], [*COLOURS[:6], "#F0E442", "0.6", "0.85"], strict=True)
     )
+    found = networks(drawn)
     figure = plt.figure(figsize=(7, 4))
     grid = figure.add_gridspec(2, 3, width_ratios=[1, 1, 0.9])
     light = np.array(
-        [matplotlib.colors.to_rgb(colours.get(n, "0.85")) for n in drawn.networks] + [(0.85,) * 3]
+        [matplotlib.colors.to_rgb(colours.get(n, "0.85")) for n in found] + [(0.85,) * 3]
     )
     surfaces = _surfaces()
     for side, view in VIEWS:
@@ -115,11 +117,7 @@ def atlas(drawn: Atlas) -> Figure:
         ax = figure.add_subplot(grid[int(view == "medial"), int(side == "RIGHT")])
         _hemisphere(ax, surfaces[side], light[labels - 1], side, view)
     ax = figure.add_subplot(grid[:, 2])
-    counts = (
-        pd.Series(drawn.networks)
-        .value_counts()
-        .reindex([n for n in colours if n in drawn.networks])[::-1]
-    )
+    counts = pd.Series(found).value_counts().reindex([n for n in colours if n in found])[::-1]
     bars = ax.barh(
         [n or "other" for n in counts.index], counts, color=[colours[n] for n in counts.index]
     )

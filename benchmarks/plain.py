@@ -1,8 +1,8 @@
 """The network computed the plain way, with the weights of a `MnemoDyn`: what the package is measured against.
 
 Spline coefficients come from torchcde on the host, the field's matrix H exists for every frame, segments are a
-`vmap` over convolutions, the wavelets are strided convolutions, and autograd keeps all it wants. The numbers are those
-of the package (tests/test_benchmarks.py), for scans of the length that the network was made for.
+`vmap` over convolutions, the wavelets are strided convolutions, and autograd keeps everything it needs. The numbers
+are those of the package (tests/test_benchmarks.py), for scans of the length that the network was made for.
 """
 
 import pywt
@@ -11,6 +11,7 @@ import torchcde
 from torch import Tensor, nn
 from torch.nn import functional
 
+from mnemodyn.model.control import path_derivative
 from mnemodyn.model.network import MnemoDyn
 from mnemodyn.model.operator import BandedOperator, OperatorBlock
 
@@ -18,18 +19,10 @@ from mnemodyn.model.operator import BandedOperator, OperatorBlock
 def spline_derivative(x: Tensor, t_r: float) -> Tensor:
     """Derivative of the Hermite spline through x (batch, time, parcel) at its frames, fitted on the host."""
     times = t_r * torch.arange(x.shape[1], dtype=x.dtype)
-    coefficients = torchcde.hermite_cubic_coefficients_with_backward_differences(
-        x.detach().cpu(), times
-    )
-    return torchcde.CubicSpline(coefficients.to(x.device), times.to(x.device)).derivative(
-        times.to(x.device)
-    )
-
-
-def linear_derivative(x: Tensor, t_r: float) -> Tensor:
-    """Derivative of the linear interpolant of x (batch, time, parcel) at its frames."""
-    steps = (x[:, 1:] - x[:, :-1]) / t_r
-    return torch.cat([steps[:, :1], steps], dim=1)
+    fit = torchcde.hermite_cubic_coefficients_with_backward_differences
+    coefficients = fit(x.detach().cpu(), times).to(x.device)
+    times = times.to(x.device)
+    return torchcde.CubicSpline(coefficients, times).derivative(times)
 
 
 class Wavelet:
@@ -42,6 +35,7 @@ class Wavelet:
         self.reach = self.kernel.shape[-1] // 2 - 1
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Approximation and detail of x (batch, channel, time)."""
         batch, channel, n = x.shape
         if n % 2:
             x = torch.cat([x, x[..., -1:]], dim=-1)
@@ -50,31 +44,30 @@ class Wavelet:
         return pair[:, :, 0], pair[:, :, 1]
 
     def inverse(self, approximation: Tensor, detail: Tensor, length: int) -> Tensor:
+        """Signal of `length` samples."""
         around = (self.kernel.shape[-1] + 3) // 4
-        pair = [
-            functional.pad(c, (around, around), mode="circular") for c in (approximation, detail)
-        ]
-        pair = torch.stack(pair, dim=2)
-        x = functional.conv_transpose1d(pair.flatten(0, 1), self.kernel, stride=2).view(
-            *pair.shape[:2], -1
-        )
+        pair = torch.stack([approximation, detail], dim=2).flatten(0, 1)
+        pair = functional.pad(pair, (around, around), mode="circular")
+        x = functional.conv_transpose1d(pair, self.kernel, stride=2)
+        x = x.view(*approximation.shape[:2], -1)
         return x[..., 2 * around + self.reach :][..., :length]
 
 
 def banded(operator: BandedOperator, u: Tensor) -> Tensor:
     """Each segment of u (batch, 2K, time) through its own convolution."""
-    n, s = u.shape[-1], operator.n_segments
-    u = functional.pad(u, (0, s * operator.segment - n))
+    n = u.shape[-1]
+    u = functional.pad(u, (0, operator.n_segments * operator.segment - n))
     segments = torch.stack(u.split(operator.segment, dim=-1))
     half = operator.weight.shape[-1] // 2
-    convolve = torch.func.vmap(
-        lambda x, weight, bias: functional.conv1d(x, weight, bias, padding=half)
-    )
-    u = torch.cat(list(convolve(segments, operator.weight, operator.bias)), dim=-1)
-    return operator.activation(u[..., :n])
+
+    def convolve(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        return functional.conv1d(x, weight, bias, padding=half)
+
+    parts = torch.func.vmap(convolve)(segments, operator.weight, operator.bias)
+    return operator.activation(torch.cat(list(parts), dim=-1)[..., :n])
 
 
-class Draft(nn.Module):
+class PlainForm(nn.Module):
     """`network` the plain way; its weights are shared and not copied, its banded operators must be full ones."""
 
     def __init__(self, network: MnemoDyn):
@@ -84,41 +77,39 @@ class Draft(nn.Module):
         self.network = network
 
     def forward(self, x: Tensor, t_r: float) -> Tensor:
-        """Reconstruction (batch, time, parcel) of fully visible scans x, one every `t_r` seconds."""
-        if x.shape[1] != self.network.config.n_timepoints:
-            raise ValueError(
-                f"x must have {self.network.config.n_timepoints} frames, got {x.shape[1]}"
-            )
+        """Reconstruction (batch, time, parcel) of fully visible scans x, one frame every `t_r` seconds."""
+        config = self.network.config
+        if x.shape[1] != config.n_timepoints:
+            raise ValueError(f"x must have {config.n_timepoints} frames, got {x.shape[1]}")
         for i, block in enumerate(self.network.blocks):
-            y = self.block(
-                block, x, spline_derivative(x, t_r) if i == 0 else linear_derivative(x, t_r)
-            )
-            x = x + y if self.network.config.residual else y
+            derivative = path_derivative(x, t_r) if i > 0 else spline_derivative(x, t_r)
+            y = self.block(block, x, derivative)
+            x = x + y if config.residual else y
         return x
 
     def block(self, block: OperatorBlock, x: Tensor, derivative: Tensor) -> Tensor:
         """One block."""
-        config, field = block.config, block.field
-        act = field.activation
-        z = act(field.bottleneck(act(field.input(x))))
-        h = act(field.expansion(z)).view(*x.shape, config.n_channels)
+        config = block.config
+        field = block.field
+        activation = field.activation
+        z = activation(field.bottleneck(activation(field.input(x))))
+        h = activation(field.expansion(z)).view(*x.shape, config.n_channels)
         v = torch.einsum("btpk,btp->btk", h, derivative) / config.n_parcels**0.5
         if block.lift is not None:
             v = v + block.lift(torch.cat([x, torch.ones_like(x)], dim=-1))
         wavelet = Wavelet(config.wavelet, x)
-        approximations, details = [v.transpose(1, 2).contiguous()], []
+        approximations = [v.transpose(1, 2).contiguous()]
+        details = []
         for _ in range(config.n_levels):
             approximation, detail = wavelet.forward(approximations[-1])
             approximations.append(approximation)
             details.append(detail)
         c = approximations[-1]
         for weight, bias in zip(block.coarse.weight, block.coarse.bias, strict=True):
-            c = act(torch.einsum("bkm,kmn->bkn", c, weight) + bias)
+            c = activation(torch.einsum("bkm,kmn->bkn", c, weight) + bias)
         for level in reversed(range(config.n_levels)):
-            u = banded(
-                block.banded[level], torch.cat([details[level], approximations[level + 1]], dim=1)
-            )
-            u = u + torch.cat([torch.zeros_like(c), c], dim=1)
+            u = torch.cat([details[level], approximations[level + 1]], dim=1)
+            u = banded(block.banded[level], u) + torch.cat([torch.zeros_like(c), c], dim=1)
             detail, approximation = u.chunk(2, dim=1)
             c = wavelet.inverse(approximation, detail, approximations[level].shape[-1])
         y = block.output(c.transpose(1, 2))
