@@ -7,7 +7,6 @@ training loop and takes any module with a loss.
 
 import copy
 import io
-import itertools
 import json
 import logging
 import math
@@ -262,15 +261,18 @@ def pretrain_several(
 
 def _participants(train: Sequence[Scan], validation: Sequence[Scan]) -> dict[str, list[str]]:
     """Who trains and who validates; a DataError where these overlap or parcels differ."""
+    first = train[0]
     people = {}
     for name, scans in (("train", train), ("validation", validation)):
-        people[f"{name}_participants"] = sorted({scan.participant_id for scan in scans})
+        found = set()
+        for scan in scans:
+            found.add(scan.participant_id)
+            if scan.parcels != first.parcels:
+                raise DataError(f"{scan.source}: parcels differ from those of {first.source}")
+        people[f"{name}_participants"] = sorted(found)
     both = sorted(set(people["train_participants"]) & set(people["validation_participants"]))
     if both:
         raise DataError(f"participants in both training and validation: {both}")
-    for scan in itertools.chain(train, validation):
-        if scan.parcels != train[0].parcels:
-            raise DataError(f"{scan.source}: parcels differ from those of {train[0].source}")
     return people
 
 
@@ -335,7 +337,6 @@ class Fronts:
         self.scaled = _Scaled(scans, scaling)
         self.kept: dict[str, Tensor] = {}
         self.fronts: list[Front] = []
-        self.keep = not training.fresh_windows
         people = [scan.participant_id for scan in scans]
         names = sorted(set(people))
         self.n_folds = min(training.cross_fit, len(names))
@@ -498,15 +499,16 @@ class _Run:
         return json.loads((self.folder / "run.json").read_text(encoding="utf-8"))["history"]
 
 
-def _differences(there: Any, here: Any, name: str = "") -> list[str]:
-    """By name, what differs between two nested mappings."""
-    if isinstance(there, dict) and isinstance(here, dict):
-        found = []
-        for key in sorted(there.keys() | here.keys()):
-            inner = f"{name}.{key}" if name else key
-            found += _differences(there.get(key), here.get(key), inner)
-        return found
-    return [] if there == here else [f"{name} is {str(there)[:16]} there, {str(here)[:16]} here"]
+def _differences(there: dict, here: dict) -> list[str]:
+    """What differs between two nested mappings, by dotted name."""
+    old, new = (pd.json_normalize(one).iloc[0].to_dict() for one in (there, here))
+    found = []
+    for name in sorted(old.keys() | new.keys()):
+        if old.get(name) != new.get(name):
+            found.append(
+                f"{name} is {str(old.get(name))[:16]} there, {str(new.get(name))[:16]} here"
+            )
+    return found
 
 
 def _is_first() -> bool:
