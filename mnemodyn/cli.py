@@ -406,8 +406,10 @@ def run_pretrain(data, output, cohort, t_r, settings, changes, restart, as_json)
     training = checkpoint.training
     scores = {name: value for name, value in training.items() if name.startswith("val_")}
     listed = ", ".join(f"{name} {value:.4f}" for name, value in scores.items())
-    content = {"checkpoint": f"{output}/best", "epochs": len(history), **scores}
-    show(as_json, content, f"{output}/best: {listed}, {len(history)} epochs")
+    # Epoch 0 is the network before its first step.
+    n_epochs = len(history) - 1
+    content = {"checkpoint": f"{output}/best", "epochs": n_epochs, **scores}
+    show(as_json, content, f"{output}/best: {listed}, {n_epochs} epochs")
     return 0
 
 

@@ -92,10 +92,10 @@ def embed(
     jobs = dict(_jobs(sources, pattern, {"parcels": checkpoint.parcels, **reading}))
     if output.resolve() in {Path(file).resolve() for file in jobs}:
         raise DataError(f"{output} is a scan that is read; name another output", "output")
-    kept = Kept(output.with_name(f".{output.name}.part"))
+    unfinished = output.with_name(f".{output.name}.part")
     refused: list = []
     with writing(output) as stream:
-        rows = _rows(jobs, checkpoint, names, kept, refused, progress)
+        rows = _rows(jobs, checkpoint, names, Kept(unfinished), refused, progress)
         n_scans, n_features = _write_table(stream, output.suffix, rows)
         if n_scans == 0:
             raise DataError(
@@ -107,7 +107,7 @@ def embed(
     listing.unlink(missing_ok=True)
     if refused:
         write_text(listing, pd.DataFrame(refused).to_csv(sep="\t", index=False))
-    shutil.rmtree(kept.folder)
+    shutil.rmtree(unfinished)
     return Embedded(n_scans, n_features, refused)
 
 

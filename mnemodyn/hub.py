@@ -35,7 +35,7 @@ def publish(
     Parameters
     ----------
     source : str or Path
-        What :func:`mnemodyn.from_pretrained` takes as a path.
+        What :func:`~mnemodyn.checkpoint.from_pretrained` takes as a path.
     repo_id : str
         ``NAME/MODEL``; the repository is made where it is missing.
     private : bool, optional
@@ -97,7 +97,7 @@ def write_folder(
     Parameters
     ----------
     source : str or Path
-        What :func:`mnemodyn.from_pretrained` takes as a path.
+        What :func:`~mnemodyn.checkpoint.from_pretrained` takes as a path.
     folder : str or Path
         Where the files go.
     compat : str

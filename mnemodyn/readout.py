@@ -205,7 +205,7 @@ class MnemoDynEncoder(TransformerMixin, BaseEstimator):
     Parameters
     ----------
     checkpoint : str, Path or Checkpoint
-        What :func:`mnemodyn.from_pretrained` takes, or what it returns.
+        What :func:`~mnemodyn.checkpoint.from_pretrained` takes, or what it returns.
     readouts : sequence of str
         Concatenated in this order; see :func:`readouts`.
     untrained : int, optional

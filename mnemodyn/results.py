@@ -14,6 +14,7 @@ from mnemodyn.files import write_text
 
 __all__ = ["COLUMNS", "KINDS", "METHODS", "label", "read_results", "verdict", "write_results"]
 
+#: Columns of a table of results, and what they hold.
 COLUMNS = {
     "data": "whose scans: HCP-7, ABIDE, ...",
     "task": "what was asked, such as `diagnosis` or `hidden entries`; words after a comma say under what condition",

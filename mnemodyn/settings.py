@@ -252,11 +252,6 @@ class ModelConfig(ModelSettings):
 
     n_parcels: AtLeastOne = field(kw_only=True)
 
-    @classmethod
-    def from_dict(cls, settings: Mapping[str, Any]) -> Self:
-        """From what `to_dict` returned, as read from a file."""
-        return cls(**settings)
-
 
 @checked
 class TrainingConfig:
@@ -641,14 +636,24 @@ class Settings:
             For an unknown name, or a value that is not allowed.
         """
         nested = self.to_dict()
-        flat = _flat(changes, nested)
-        name = flat.get("objective.name", self.objective.name)
+        changes = _by_dotted_name(changes)
+        name = changes.get("objective.name", self.objective.name)
         if name != self.objective.name:
             nested["objective"] = self.from_mapping({"objective": name}).objective.to_dict()
-        for given, value in flat.items():
-            section, _, leaf = _full_name(given, nested).rpartition(".")
-            place = nested[section] if section else nested
-            place[leaf] = value
+        # No two sections share the name of a setting, so that a name alone is enough.
+        places = {}
+        for section, content in nested.items():
+            if isinstance(content, Mapping):
+                for leaf in content:
+                    places[leaf] = places[f"{section}.{leaf}"] = (section, leaf)
+        for name, value in changes.items():
+            if name == "scaling":
+                nested["scaling"] = value
+            elif name in places:
+                section, leaf = places[name]
+                nested[section][leaf] = value
+            else:
+                raise SettingsError(f"{name} is not a setting{nearest(name, places)}")
         return self.from_mapping(nested)
 
     def to_dict(self) -> dict:
@@ -656,33 +661,14 @@ class Settings:
         return {**asdict(self), "objective": self.objective.to_dict()}
 
 
-def _flat(changes: Mapping[str, Any], nested: Mapping[str, Any]) -> dict[str, Any]:
-    """Changes by dotted name, whole sections taken apart."""
-    flat: dict[str, Any] = {}
+def _by_dotted_name(changes: Mapping[str, Any]) -> dict[str, Any]:
+    """Changes with whole sections taken apart."""
+    found: dict[str, Any] = {}
     for name, value in changes.items():
-        if name == "objective" and isinstance(value, str):
-            flat["objective.name"] = value
-        elif isinstance(nested.get(name), Mapping):
-            flat.update({f"{name}.{leaf}": content for leaf, content in dict(value).items()})
+        if isinstance(value, Mapping):
+            found.update({f"{name}.{leaf}": content for leaf, content in value.items()})
+        elif name == "objective":
+            found["objective.name"] = value
         else:
-            flat[name] = value
-    return flat
-
-
-def _full_name(name: str, nested: Mapping[str, Any]) -> str:
-    """The dotted name of a setting that may be given without its section."""
-    known = []
-    for section, content in nested.items():
-        if isinstance(content, Mapping):
-            known += [f"{section}.{leaf}" for leaf in content]
-        else:
-            known.append(section)
-    if name in known:
-        return name
-    found = [full for full in known if full.endswith(f".{name}")]
-    if len(found) > 1:
-        raise SettingsError(f"{name} is in several sections: write one of {', '.join(found)}")
-    if not found:
-        bare = [full.rpartition(".")[2] for full in known]
-        raise SettingsError(f"{name} is not a setting{nearest(name, known + bare)}")
-    return found[0]
+            found[name] = value
+    return found

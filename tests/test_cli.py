@@ -194,7 +194,9 @@ def test_pretrain_from_a_file_of_settings(tmp_path, monkeypatch, capsys):
     )
     command = ["pretrain", ".", "out", "--settings", "c.yaml", "--t-r", "2"]
     assert main([*command, "-s", "sigma", "0.5", "-s", "training.epochs", "1"]) == 0
-    assert "out/best: val_r2_clean " in capsys.readouterr().out
+    printed = capsys.readouterr().out.splitlines()[-1]
+    assert printed.startswith("out/best: val_r2_clean ")
+    assert printed.endswith(", 1 epochs")
     training = json.loads(Path("out/best/config.json").read_text())["training"]
     assert training["objective"]["sigma"] == 0.5
     assert training["settings"]["training"]["epochs"] == 1

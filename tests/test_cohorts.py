@@ -375,7 +375,7 @@ def test_command(tmp_path, data, capsys):
     assert len(pd.read_csv(tmp_path / "t.csv")) == 5
     assert main(["index", cohort, str(data)]) == 0
     assert "n_scans: 5" in capsys.readouterr().out
-    assert main(["index", "nowhere", str(data)]) == 1
+    assert main(["index", "nowhere", str(data)]) == 2
     assert main(["index", cohort, str(tmp_path / "gone")]) == 1
     assert "no such folder" in capsys.readouterr().err
 

@@ -105,7 +105,9 @@ def test_tables_of_all_kinds_hold_the_same(scans, checkpoint, tmp_path, capsys, 
     others = [pd.read_csv(tmp_path / "a.tsv", sep="\t"), pd.read_parquet(tmp_path / "a.parquet")]
     for b in others:
         assert list(a.columns) == list(b.columns)
-        np.testing.assert_array_equal(a.iloc[:, 7:].astype(np.float32), b.iloc[:, 7:])
+        wanted = a.iloc[:, 7:].astype(np.float32)
+        np.testing.assert_array_equal(wanted, b.iloc[:, 7:].astype(np.float32))
+    assert set(others[1].dtypes.iloc[7:].astype(str)) == {"float32"}
 
 
 @pytest.fixture
@@ -348,7 +350,7 @@ def test_a_full_disk_is_no_refused_scan(scans, checkpoint, tmp_path, capsys, mon
 def test_ten_lines_from_the_hub_to_a_cross_validated_score(
     scans, checkpoint, tmp_path, monkeypatch
 ):
-    """The lines of the README, run against the loopback hub."""
+    """The lines of the book, run against the loopback hub."""
     import huggingface_hub
     from hub_server import TOKEN, Hub
 
@@ -371,9 +373,8 @@ def test_ten_lines_from_the_hub_to_a_cross_validated_score(
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_DISABLE_XET", True)
     with pytest.warns(DeprecationWarning, match="Use 'content="):
         api.upload_folder(repo_id="NAME/MODEL", folder_path=folder)
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    lines = readme.split("<!-- ten lines -->\n```python\n")[1].split("```")[0]
-    assert len([line for line in lines.splitlines() if line]) <= 10
+    page = (ROOT / "book" / "own_data.md").read_text(encoding="utf-8")
+    lines = page.split("% ten lines\n```python\n")[1].split("```")[0]
     ids = [f"sub-{i:02}" for i in range(12)]
     people = pd.DataFrame({"participant_id": ids, "diagnosis": [0, 1] * 6})
     people.sample(frac=1, random_state=0).to_csv(scans / "participants.tsv", sep="\t", index=False)

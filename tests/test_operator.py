@@ -282,6 +282,6 @@ def test_config_refuses(settings, message):
 
 def test_config_refuses_unknown_settings():
     with pytest.raises(ValueError, match=r"K_LC is not a setting"):
-        ModelConfig.from_dict({"n_parcels": 3, "n_timepoints": 8, "K_LC": 2})
+        ModelConfig(n_parcels=3, n_timepoints=8, K_LC=2)
     with pytest.raises(ValueError, match=r"n_parcels must be given"):
-        ModelConfig.from_dict({"n_timepoints": 8})
+        ModelConfig(n_timepoints=8)

@@ -233,15 +233,15 @@ def test_each_scan_fails_alone_and_says_why(tmp_path, atlas_file, capsys):
     shutil.copy(atlas_file, folder / "sub-07.dtseries.nii")
     status = main(["preprocess", str(folder), "-o", str(tmp_path / "out"), "--atlas", atlas_file])
     out, err = capsys.readouterr()
-    assert (status, out.strip()) == (1, "7 failed, 1 done")
+    assert (status, out.strip()) == (1, "1 done, 0 skipped, 7 failed")
     for message in (
-        "sub-02_bold.dtseries.nii: t_r must be > 0 seconds, got {'header': 0.0}",
-        "sub-03_bold.dtseries.nii: no repetition time",
-        "sub-04_bold.dtseries.nii: the header states t_r 2.0 s, the sidecar 0.8 s",
-        "sub-05_bold.dtseries.nii: ",
-        "rest_bold.dtseries.nii: no participant",
+        "no-t-r: sub-02_bold.dtseries.nii: t_r must be > 0 seconds, got {'header': 0.0}",
+        "no-t-r: sub-03_bold.dtseries.nii: no repetition time",
+        "t-r-conflict: sub-04_bold.dtseries.nii: the header states t_r 2.0 s, the sidecar 0.8 s",
+        "truncated: sub-05_bold.dtseries.nii: ",
+        "no-participant: rest_bold.dtseries.nii: no participant",
         "sub-06_bold.dtseries.nii: 1 values are NaN",
-        "sub-07.dtseries.nii: axes must be (series, grayordinates), got (LabelAxis",
+        "not-dense: sub-07.dtseries.nii: axes must be (series, grayordinates), got (LabelAxis",
     ):
         assert message in err
     (folder / "sub-02_bold.json").write_text(
@@ -258,7 +258,7 @@ def test_each_scan_fails_alone_and_says_why(tmp_path, atlas_file, capsys):
 
 def test_wrong_use_is_refused_before_anything_is_written(tmp_path, atlas_file, capsys):
     def refused(*arguments):
-        assert main(["preprocess", "-o", str(tmp_path / "out"), *map(str, arguments)]) == 1
+        assert main(["preprocess", "-o", str(tmp_path / "out"), *map(str, arguments)]) == 2
         assert not (tmp_path / "out").exists()
         return capsys.readouterr().err
 

@@ -270,9 +270,3 @@ def test_weights_that_do_not_fit_are_named_with_both_shapes():
         "layers.0.output_projection.bias: expected (6,), got none",
     ):
         assert line in str(raised.value)
-
-
-def test_filters_of_another_wavelet_are_refused():
-    record, weights, _ = golden("odd_scales")
-    with pytest.raises(ValueError, match="the stored filter is not that of wave 'sym4'"):
-        MnemoDyn.from_reference({**record["config"], "wave": "sym4"}, weights)

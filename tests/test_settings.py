@@ -45,6 +45,13 @@ def test_sections_and_settings_find_their_place():
     assert settings.model == ModelSettings()
 
 
+@pytest.mark.parametrize("name", OBJECTIVE_SETTINGS)
+def test_no_two_sections_share_a_name(name):
+    sections = Settings(objective=OBJECTIVE_SETTINGS[name]()).to_dict()
+    names = [leaf for content in sections.values() if isinstance(content, dict) for leaf in content]
+    assert len(set(names) - set(sections)) == len(names)
+
+
 def test_another_objective_brings_its_own_settings():
     settings = Settings(objective=MaskedSettings(hidden_share=0.3))
     assert settings.updated({"objective": "latent", "teacher_decay": 0.9}).objective == (

@@ -231,5 +231,5 @@ def test_command_and_a_folder_that_is_not_empty(tmp_path, capsys):
     assert main(words) == 0
     assert "SIMULATED hbn" in capsys.readouterr().out
     assert json.loads((tmp_path / "s" / "simulated.json").read_text())["effects"]["sex"]["d"] == 0.5
-    assert main(words) == 1
+    assert main(words) == 2
     assert "not empty" in capsys.readouterr().err

@@ -312,6 +312,15 @@ def test_fills_are_kept_only_where_windows_return(tmp_path, monkeypatch):
     assert sum(n for *_, n in calls) == 3 * 4 + 2 * 8
 
 
+def test_windows_of_unequal_length_are_filled_one_length_at_a_time(tmp_path):
+    slow = simulated(2, n_frames=64)
+    fast = [replace(s, t_r=1.0, participant_id=f"fast-{s.participant_id}") for s in slow]
+    model = replace(MODEL, front="gaussian", front_lags=2)
+    seconds = replace(TRAINING, epochs=1, windows_per_epoch=16, window_seconds=40.0)
+    _, history = run(tmp_path, train=slow + fast, model=model, training=seconds)
+    assert history[1]["val_r2_hidden"] > 0.3
+
+
 # Other networks
 
 

@@ -74,32 +74,40 @@ class Settings(SphinxDirective):
 
 
 def skip_borrowed(app, what, name, obj, skip, options):
-    """Document a name where it is defined, not where another module offers it too."""
-    home = getattr(obj, "__module__", None)
-    if what == "module" and home not in (None, app.env.temp_data.get("autodoc:module")):
-        return True
-    return None
+    """Document a name where it is defined; not where a module or a class has it from elsewhere."""
+    home = getattr(obj, "__module__", None) or "mnemodyn"
+    if what == "module":
+        return home not in ("mnemodyn", app.env.temp_data["autodoc:module"]) or None
+    return not home.startswith("mnemodyn") or None
 
 
-def plain_references(app, what, name, obj, options, lines):
-    """Reword what would be read wrongly: numbered references of several docstrings on one page."""
+def plain_lines(app, what, name, obj, options, lines):
+    """Reword what would be read wrongly: several docstrings' [1]_ on a page, a colon in a first line."""
     for index, line in enumerate(lines):
-        line = re.sub(r"(\[\d\])_", r"\1", line)
-        lines[index] = re.sub(r"^(\s*)\.\. (?=\[\d\] )", r"\1* ", line)
+        lines[index] = re.sub(r"(\[\d\])_", r"\1", line).replace(".. [", "* [")
     if what in ("attribute", "property") and lines:
-        lines[0] = lines[0].replace(": ", " \N{EN DASH} ")  # a colon would end a type
+        lines[0] = lines[0].replace(": ", " \N{EN DASH} ")  # it would end a type
 
 
-def leave_types(app, env, node, contnode):
-    """Types in numpydoc sections are words; only a role must lead somewhere."""
-    return contnode if node.get("refdomain") == "py" and "refwarn" not in node else None
+def find_target(app, env, node, contnode):
+    """Types in numpydoc sections are words; only a role must lead somewhere.
+
+    A committed page of a notebook has its neighbours in ``book/runs``.
+    """
+    if node.get("refdomain") == "py" and "refwarn" not in node:
+        return contnode
+    if node["reftype"] == "doc" and node["refdoc"].startswith("book/committed/"):
+        target = f"/book/runs/{node['reftarget']}"
+        domain = env.get_domain("std")
+        return domain.resolve_xref(env, node["refdoc"], app.builder, "doc", target, node, contnode)
+    return None
 
 
 def setup(app):
     """Register the steps with Sphinx."""
     app.connect("source-read", list_modules)
     app.connect("autodoc-skip-member", skip_borrowed)
-    app.connect("autodoc-process-docstring", plain_references, priority=400)  # before napoleon
-    app.connect("missing-reference", leave_types)
+    app.connect("autodoc-process-docstring", plain_lines, priority=400)  # before napoleon
+    app.connect("missing-reference", find_target)
     app.add_directive("settings", Settings)
     return {"parallel_read_safe": True, "parallel_write_safe": True}

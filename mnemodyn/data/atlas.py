@@ -115,6 +115,7 @@ def schaefer400_tian3() -> Atlas:
     axis = _axis(masks, nibabel.load(volume))
     labels = np.zeros(len(axis), int)
     schaefer = np.loadtxt(cortex, dtype=int)[np.concatenate(masks)]
+    # Tian's 50 come first.
     labels[axis.surface_mask] = np.where(schaefer, schaefer + 50, 0)
     # Tian's volume has another grid: each voxel takes the label at its centre.
     image: Any = nibabel.load(tian)
@@ -159,6 +160,7 @@ def read_atlas(source: str | Path) -> Atlas:
     keys = values[0].astype(int)
     labels = np.zeros(len(keys), int)
     parcels: list[str] = []
+    # Keys are renumbered: in CIFTI they only name a row of the label table.
     for key in np.unique(keys).tolist():
         name = maps.label[0].get(key, ("???",))[0]
         if key == 0 or name == "???":  # what CIFTI calls the unlabelled

@@ -121,6 +121,7 @@ class _Description(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _refuse_unknown_keys(cls, given: Any) -> Any:
+        # pydantic would refuse them too, but not say which keys there are.
         if isinstance(given, dict):
             for key in given:
                 if key not in cls.model_fields:
@@ -313,6 +314,7 @@ class Cohort(_Description):
     @field_validator("targets", mode="before")
     @classmethod
     def _short_targets(cls, given: Any, info: ValidationInfo) -> Any:
+        # Columns are checked before targets, in the order of the fields.
         if not isinstance(given, list):
             return given
         targets = []
@@ -381,6 +383,7 @@ def load_cohort(source: str | Path) -> Cohort:
         return Cohort.model_validate(content)
     except ValidationError as error:
         first = error.errors()[0]
+    # One thing at a time: later ones often follow from the first.
     message = first["msg"].removeprefix("Value error, ")
     if first["type"] not in ("missing", "value_error"):
         message = f"{message}, got {first['input']!r}"
@@ -509,6 +512,7 @@ def index(
     if not isinstance(cohort, Cohort):
         cohort = load_cohort(cohort)
     if t_r is not None:
+        # What is given to a call wins over the description.
         reader = cohort.reader.model_copy(update={"t_r": t_r, "t_r_by_site": {}})
         cohort = cohort.model_copy(update={"reader": reader})
     folder = Path(folder)
@@ -536,6 +540,7 @@ def index(
     found = found.join(read)
     _mark_other_parcels(found, problems)
     _mark_duplicates(found, problems)
+    # The table's motion wins over the one that was measured beside the scan.
     measured = found.measured_fd.astype(float)
     found["mean_fd"] = found.get("mean_fd", measured).fillna(measured)
     found["phenotype"] = ~found.index.isin(list(unlabelled))
@@ -570,6 +575,7 @@ def _find(cohort: Cohort, folder: Path) -> tuple[pd.DataFrame, list[Entities]]:
         inside = Path(root).relative_to(folder)
         paths += [(inside / name).as_posix() for name in names if not name.startswith(".")]
     matches: list[re.Match[str]] = []
+    # Patterns are alternatives: the same scan may be there in several formats.
     for pattern in cohort.scans:
         if not matches:
             found = [_pattern(pattern).fullmatch(path) for path in sorted(paths)]
@@ -590,6 +596,7 @@ def _find(cohort: Cohort, folder: Path) -> tuple[pd.DataFrame, list[Entities]]:
 def _entities(match: re.Match[str]) -> Entities:
     """Entities of a path: those of its BIDS name and those of the pattern; "" for any other."""
     found = defaultdict(str, entities(match[0].rsplit("/", 1)[-1]))
+    # The pattern's own entities win, under the names that descriptions use.
     for short, name in (("sub", "participant"), ("ses", "session")):
         if short in found:
             found[name] = found.pop(short)
@@ -708,6 +715,7 @@ def _families(cohort: Cohort, found: pd.DataFrame) -> list[str]:
     if cohort.family:
         for name, members in found.groupby("family"):
             links.append([f"family-{name}", *members.participant_id])
+    # A link joins the groups of all its members, which then share one set.
     group_of = {who: {who} for who in found.participant_id}
     for link in links:
         joined = set().union(*(group_of.get(member, {member}) for member in link))
@@ -754,6 +762,7 @@ def _mark_other_parcels(found: pd.DataFrame, problems: Reasons) -> None:
     usable = found.drop(index=list(problems))
     if usable.empty:
         return
+    # The most frequent parcels are right: a cohort has one atlas.
     usual = usable[usable.parcels == usable.parcels.mode()[0]].iloc[0]
     for i, row in usable[usable.parcels != usual.parcels].iterrows():
         problem = "parcel-count" if row.n_parcels != usual.n_parcels else "parcel-order"

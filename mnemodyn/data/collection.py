@@ -72,6 +72,7 @@ def open_scans(
     if cohort is not None:
         return _open_cohort(path, cohort, t_r, workers)
     paths = [path] if path.is_file() else scan_files(path, pattern)
+    # Without a cohort, one scan that cannot be used stops everything: nobody has said what may be left out.
     scans = [load_scan(each, **settings) for each in paths]
     scans.sort(key=lambda scan: (scan.participant_id, scan.source))
     _check_agreement(scans)
@@ -99,6 +100,7 @@ def _open_cohort(folder: Path, cohort: str | Path, t_r: float | None, workers: i
         hint = f"mnemodyn index {cohort} {folder} says why"
         refuse(f"{folder}: no scan of cohort {cohort} can be used; {hint}", "no-scans")
     n_values = int((table["n_frames"] * table["n_parcels"]).sum())
+    # The index has read every scan once. A few are read again now and kept, many are read when asked for.
     return Collection(
         list(found) if 4 * n_values <= IN_MEMORY else found,
         table,
@@ -120,6 +122,7 @@ def _check_agreement(scans: list[Scan]) -> None:
             if abs(scan.t_r - first.t_r) > 1e-3:
                 found = f"t_r is {scan.t_r} s, but {first.t_r} s in {first.source}"
                 refuse(found, "t-r-conflict")
+        # A copy under another name would put one person on both sides of a split.
         twin = same.setdefault(series_digest(scan), scan)
         if twin.participant_id != scan.participant_id:
             one = f"{twin.source} of {twin.participant_id}"

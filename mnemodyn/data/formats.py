@@ -200,6 +200,7 @@ def volume_t_r(header) -> float | None:
 def _cifti(path: Path, key: str | None) -> Raw:
     """A CIFTI-2 series with one column a parcel."""
     values, (rows, columns), t_r = read_cifti(path)
+    # Connectivity matrices have parcels in rows as well.
     if isinstance(rows, BrainModelAxis | ParcelsAxis):
         kinds = f"({type(rows).__name__}, {type(columns).__name__})"
         refuse(f"expected a series by parcels, got axes {kinds}", "not-a-series")
@@ -504,6 +505,7 @@ def beside(path: Path, *endings: str) -> tuple[str, pd.DataFrame]:
     """
     places = [path.with_name(f"{recording(path.name)}_{ending}.tsv") for ending in endings]
     for place in places:
+        # fMRIPrep's table of confounds has the ending of a scan.
         if place.is_file() and place != path:
             with reading(place, "table of confounds"):
                 table = pd.read_csv(place, sep="\t", na_values=["n/a"]).apply(pd.to_numeric)
@@ -528,6 +530,7 @@ def motion(path: Path) -> tuple[np.ndarray | None, float | None]:
     DataError
         ``truncated`` if such a table cannot be read.
     """
+    # Without a BIDS name, nothing tells which table is the scan's.
     if not recording(path.name):
         return None, None
     outliers = beside(path, "outliers", "desc-filtered_outliers")[1]

@@ -56,6 +56,7 @@ class Preprocessing:
     table: bool = False
 
     def __post_init__(self) -> None:
+        # In nilearn's words a low-pass filter keeps what is below it.
         low = 0.0 if self.high_pass is None else self.high_pass
         high = np.inf if self.low_pass is None else self.low_pass
         if not 0 <= low < high:
@@ -136,6 +137,7 @@ def align(atlas: Atlas, axis: BrainModelAxis) -> np.ndarray:
         if not same_shape or not np.allclose(axis.affine, atlas.axis.affine, atol=1e-3):
             both = f"the volumes of the series and of the atlas {atlas.name}"
             refuse(f"{both} differ in shape or affine; resample one of them", "grayordinates")
+    # A series may lack some labelled grayordinates, but not all of a parcel's.
     labels = pd.Series(atlas.labels, _places(atlas.axis))
     labels = labels.reindex(_places(axis), fill_value=0).to_numpy()
     missing = np.setdiff1d(np.arange(len(atlas.parcels)) + 1, labels)
@@ -190,6 +192,7 @@ def _average_volume(source: Path, settings: Preprocessing) -> Averaged:
     )
     values = masker.fit_transform(image)
     names = {}
+    # Labels without a row in that table, or without a table, are called by their number.
     table = atlas.with_name(f"{stem(atlas.name)}.tsv")
     if table.is_file():
         names = pd.read_csv(table, sep="\t", dtype={"name": str}).set_index("index")["name"]
@@ -287,6 +290,7 @@ def _preprocess_scan(
     sidecar = output.with_name(f"{stem(output.name)}.json")
     state = source.stat()
     made_from = digest(facts, source.name, state.st_size, state.st_mtime_ns)
+    # A killed run leaves an output without its sidecar, and is repeated.
     written = output.is_file() and sidecar.is_file()
     if written and made_from in sidecar.read_text(encoding="utf-8"):
         return "skipped"
@@ -381,6 +385,7 @@ def preprocess(
         atlas = _atlas(settings.atlas).name
     table = settings.table or settings.label_volume
     outputs = [output_path(source, folder, atlas, table) for source in found]
+    # Two processes would otherwise write one file at a time.
     output, n = Counter(outputs).most_common(1)[0]
     if n > 1:
         message = f"{output.name} would be written {n} times; sources must differ in their names"

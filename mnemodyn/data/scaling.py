@@ -149,6 +149,7 @@ class Scaling:
 
     def _fit_quantiles(self, scans: Sequence[Scan]) -> "Scaling":
         n_parcels = len(scans[0].parcels)
+        # Whole frames are drawn, so that the sample of one parcel is that of all.
         share = LARGEST_SAMPLE / (n_parcels * sum(scan.n_usable for scan in scans))
         draw = np.random.default_rng(0)
         centre = Scaling("subtract_mean")
@@ -186,15 +187,19 @@ class Scaling:
         if self.method == "raw":
             return np.zeros(n_parcels), np.ones(n_parcels)
         if self.method == "zscore_per_parcel":
-            offset, scale = m[MEAN], m[SD]
+            offset = m[MEAN]
+            scale = m[SD]
         elif self.method == "minmax_per_scan":
-            offset, scale = m[MIN].min(), m[MAX].max() - m[MIN].min()
+            offset = m[MIN].min()
+            scale = m[MAX].max() - m[MIN].min()
         elif self.method == "minmax_per_scan_and_parcel":
-            offset, scale = m[MIN], m[MAX] - m[MIN]
+            offset = m[MIN]
+            scale = m[MAX] - m[MIN]
         else:
             offset, scale = self._fitted(n_parcels)
             if self.method in CENTRED:
                 offset = offset + m[MEAN]
+        # Dividing by infinity makes a constant parcel 0 without a warning.
         constant = (m[MIN] == m[MAX]) | (scale == 0)
         return np.broadcast_to(offset, n_parcels), np.where(constant, np.inf, scale)
 

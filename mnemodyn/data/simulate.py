@@ -111,6 +111,7 @@ def _fitted_to_hcp7() -> tuple[np.ndarray, np.ndarray, tuple[str, ...]]:
     past = np.concatenate([x[:-1] for x in z]).astype(float)
     now = np.concatenate([x[1:] for x in z]).astype(float)
     n = past.shape[1]
+    # Parcels are correlated, and the regression ill-conditioned without a ridge.
     a = np.linalg.solve(past.T @ past + 0.01 * len(past) * np.eye(n), past.T @ now).T
     s = solve_discrete_lyapunov(a, np.cov((now - past @ a.T).T))
     return -np.real(logm(a)) / scans[0].t_r, s, scans[0].parcels
@@ -129,6 +130,7 @@ def _sample(
     """Series of shape (scan, time, parcel), sampled every `t_r` seconds exactly."""
     n_scans, n_frames = shape
     step = expm(-k * t_r).T
+    # What keeps the covariance at `s`: the discretisation is exact, not Euler's.
     noise = rng.standard_normal((n_frames, n_scans, len(s))) @ _root(s - step.T @ s @ step)
     x = np.empty((n_frames, n_scans, len(s)))
     x[0] = rng.standard_normal((n_scans, len(s))) @ _root(s)
@@ -176,12 +178,28 @@ def _draw(column: Column, name: str, layout: Layout, n: int, rng: np.random.Gene
     return Variable(np.round(values, 2), (values - mean) / sd, f"{sd:.3g} {unit}".strip())
 
 
+def _draw_all(
+    columns: dict[str, Column], layout: Layout, sites: np.ndarray, rng: np.random.Generator
+) -> dict[str, Variable]:
+    """All variables of people whose places in ``layout.sites`` are `sites`."""
+    variables = {}
+    for name, column in columns.items():
+        variables[name] = _draw(column, name, layout, len(sites), rng)
+    if len(layout.sites) > 1:
+        # A site has an offset of its own, which everybody who was scanned there shares.
+        offsets = rng.normal(size=len(layout.sites))
+        z = ((offsets - offsets.mean()) / offsets.std())[sites]
+        variables["site"] = Variable(None, z, "1 SD of the sites' offsets")
+    return variables
+
+
 def _raw(column: Column, value: Any, rng: np.random.Generator) -> str:
     """A value as the cohort's own table spells it."""
     if column.unit == "months":
         return f"{value * PER_YEAR['months']:.0f}"
     if column.kind == "regression":
         return f"{value:g}"
+    # Several codes can have one label, such as the three kinds of ADHD.
     codes = [code for code, label in column.mapping.items() if label == value]
     return str(rng.choice(codes)) if codes else str(value)
 
@@ -242,15 +260,11 @@ def simulate_cohort(
     layout = described.layout
     if layout is None:
         refuse(f"the cohort {described.name} cannot be simulated: it has no layout", "setting")
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        refuse(f"{folder} is not empty; simulated scans are never mixed with others", "setting")
     n_frames = n_frames or layout.n_frames
-    least = described.reader.min_frames
-    if n_participants < 2 or n_frames < least:
-        expected = f"n_participants must be >= 2 and n_frames >= {least}"
-        refuse(f"{expected}, got {n_participants} and {n_frames}", "setting")
+    _check(described, folder, n_participants, n_frames)
     process = linear_process(generator, n_parcels, seed)
     rng = np.random.default_rng([seed, 1])
+    # Sites and families are assigned, everything else is drawn.
     columns = {k: v for k, v in described.variables.items() if k not in ("site", "family")}
     known = list(columns)
     if len(layout.sites) > 1:
@@ -258,6 +272,7 @@ def simulate_cohort(
     sizes = {**dict.fromkeys(known, 1.0), **(effects or {})}
     if len(sizes) > len(known):
         refuse(f"effects can be of {known}, got {list(sizes)[len(known) :]}", "setting")
+    # A block of parcels for each effect, and one that varies with nothing.
     blocks = np.array_split(rng.permutation(len(process[1])), len(known) + 1)
     if len(blocks[-1]) < 3:
         refuse(f"n_parcels must be >= {3 * len(blocks)} for {len(known)} effects", "setting")
@@ -267,23 +282,10 @@ def simulate_cohort(
         faults += FAULTS
     n = len(faults)
     sites = rng.integers(len(layout.sites), size=n)
-    variables = {}
-    for name, column in columns.items():
-        variables[name] = _draw(column, name, layout, n, rng)
-    if "site" in known:
-        offsets = rng.normal(size=len(layout.sites))
-        z = ((offsets - offsets.mean()) / offsets.std())[sites]
-        variables["site"] = Variable(None, z, "1 SD of the sites' offsets")
+    variables = _draw_all(columns, layout, sites, rng)
     strength = rng.standard_normal((n, len(blocks)))
-    planted = {}
     for i, name in enumerate(known):
         strength[:, i] += sizes[name] * variables[name].z
-        planted[name] = {
-            "d": sizes[name],
-            "slope": sizes[name] * EDGE_SD,
-            "per": variables[name].per,
-            "block": sorted(blocks[i].tolist()),
-        }
     strength = np.clip(strength, -REACH, REACH)
 
     people = [
@@ -300,11 +302,36 @@ def simulate_cohort(
         "seed": seed,
         "n_participants": n_participants,
         "edge_sd": EDGE_SD,
-        "effects": planted,
+        "effects": _described(sizes, variables, blocks),
         "broken": broken_files,
     }
     write_json(folder / SIMULATED, truth)
     return truth
+
+
+def _described(
+    sizes: dict[str, float], variables: dict[str, Variable], blocks: list[np.ndarray]
+) -> dict[str, dict]:
+    """What was planted: sizes, slopes and parcels of the effects."""
+    planted = {}
+    for (name, size), block in zip(sizes.items(), blocks, strict=False):
+        planted[name] = {
+            "d": size,
+            "slope": size * EDGE_SD,
+            "per": variables[name].per,
+            "block": sorted(block.tolist()),
+        }
+    return planted
+
+
+def _check(cohort: Cohort, folder: Path, n_participants: int, n_frames: int) -> None:
+    """Raise a DataError for a folder that is not empty, or too few people or frames."""
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        refuse(f"{folder} is not empty; simulated scans are never mixed with others", "setting")
+    least = cohort.reader.min_frames
+    if n_participants < 2 or n_frames < least:
+        expected = f"n_participants must be >= 2 and n_frames >= {least}"
+        refuse(f"{expected}, got {n_participants} and {n_frames}", "setting")
 
 
 def _simulate_scans(
@@ -319,6 +346,7 @@ def _simulate_scans(
 ) -> Iterator[Simulated]:
     """The series of everybody's sessions and runs, sampled for CHUNK people at a time."""
     k, s, parcels = process
+    # The process's own correlations are replaced by those of each person.
     whiten = _root(s, -0.5)
     by_site = cohort.reader.t_r_by_site
     times = np.array([by_site.get(person["site"], layout.t_r) for person in people])
@@ -344,6 +372,7 @@ def _write_scans(
     for who, scan, values, t_r, parcels in series:
         fault = faults[who]
         first = scan["session"] == layout.sessions[0] and scan["run"] == layout.runs[0]
+        # Somebody with a broken file has no other scans, so that nobody is usable in part.
         if fault and not first:
             continue
         if fault == "nan":
@@ -412,6 +441,6 @@ def _write_phenotype(
             line[cohort.family.column] = families.get(who, "")
         lines.append(line)
     content = pd.DataFrame(lines).drop_duplicates(list(table.match))
-    content = pd.concat([content, content.iloc[:1]])
+    content = pd.concat([content, content.iloc[:1]])  # real tables repeat rows
     separator = "," if table.file.endswith(".csv") else "\t"
     write_text(folder / table.file, content.to_csv(index=False, sep=separator))

@@ -145,6 +145,7 @@ def _rows_of(scans: Any) -> list[Row]:
     """Rows of the table to be, with the size of each scan's file in bytes, None where there is no file."""
     rows = _plain_rows(scans.table)
     seen = set()
+    # The size is the cheapest sign that a file has changed since it was converted.
     for row in rows:
         row["source_bytes"] = None
         if scans.folder is not None:
@@ -181,6 +182,7 @@ def _locked(folder: Path) -> Iterator[None]:
     except ImportError:
         yield
         return
+    # The folder itself is locked, so that no file is left behind.
     at = os.open(folder, os.O_RDONLY)
     try:
         fcntl.flock(at, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -200,6 +202,7 @@ def _existing_head(folder: Path, wanted: Row) -> Row | None:
         return None
     if "rows.jsonl" not in names:
         refuse(f"{folder}: not a store, it holds {names[:3]}; name a new folder", "not-a-store")
+    # Until now no scan was usable.
     if "head.json" not in names:
         return None
     head = _read_head(folder)
@@ -253,6 +256,7 @@ def _missing(rows: list[Row], there: list[Row]) -> list[int]:
 
 def _append_scan(folder: Path, scan: Scan, dtype: str) -> Row:
     """Append a scan to the binary files; return what its row has to say of it."""
+    # Moments are kept from the values themselves, not from what comes back of them.
     m = scan.moments
     stored = _stored(scan.values, m, dtype)
     censored = np.zeros(scan.n_frames, dtype=bool)
@@ -510,6 +514,7 @@ class Store(Collection):
 
         stored = self._stored(i, start, stop)
         scaling = scaling or Scaling()
+        # What is stored in float16 is a z-score already, so that any other scaling is one step from it.
         if self.dtype == "float32":
             offset, scale = scaling.affine(self.moments(i))
             x = ((stored - offset) / scale).astype(np.float32)

@@ -58,7 +58,12 @@ class Network:
         device = next(self.network.parameters()).device
         given = torch.as_tensor(x, dtype=torch.float32, device=device)
         mask = torch.as_tensor(hidden, device=device)
-        output = self.network(given, float(t_r), hidden=mask)
+        known = {"hidden": mask}
+        # A frame of which nothing is visible is missing: the path goes on at its true time.
+        missing = mask.all(-1)
+        if bool(missing.any()):
+            known["censored"] = missing
+        output = self.network(given, float(t_r), **known)
         if not isinstance(output, Tensor):
             output = output.reconstruction
         return torch.where(mask, output, given).cpu().numpy()

@@ -187,7 +187,8 @@ def evaluate(
     scans : sequence of Scan
         Those of `task.table`, in its order (`task.select` gives them); read one at a time.
     methods : iterable of str, or dict
-        Names in `METHODS`; or by name a :class:`Method`, or any other object with ``fit_predict``.
+        Names in `METHODS`; or by name a :class:`~mnemodyn.evaluate.methods.Method`, or any other
+        object with ``fit_predict``.
     checkpoint : Checkpoint, optional
         The network, for methods that read one.
     cache : str or Path, optional

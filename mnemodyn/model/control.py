@@ -28,6 +28,7 @@ def path_derivative(x: Tensor, t_r: float | Tensor) -> Tensor:
         )
     if not bool((step > 0).all()):
         raise ValueError(f"t_r must be > 0 seconds, got {t_r}")
+    # The first frame has none before it and repeats the derivative of the second.
     difference = x.diff(dim=1) / step.view(-1, 1, 1)
     return torch.cat([difference[:, :1], difference], dim=1)
 
@@ -75,6 +76,7 @@ def path_through_gaps(x: Tensor, t_r: float | Tensor, censored: Tensor) -> tuple
             )
         coefficients = hermite_cubic_coefficients_with_backward_differences(x[i, left], knots)
         path = CubicSpline(coefficients, knots)
+        # The path is constant outside the frames left, and its derivative zero.
         inside = time.clamp(knots[0], knots[-1])
         outside = (time != inside)[:, None]
         values[i] = torch.where(left[:, None], x[i], path.evaluate(inside))

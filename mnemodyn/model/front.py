@@ -80,6 +80,7 @@ def moments(
     mean = total / n_frames
     lags = np.zeros((n_lags + 1, n_parcels, n_parcels))
     for scan in scans:
+        # Censored frames become zero, the mean, and add nothing to the products.
         centred = np.nan_to_num(np.asarray(scan, dtype=np.float64) - mean)
         for lag in range(n_lags + 1):
             lags[lag] += centred[lag:].T @ centred[: len(centred) - lag] / n_frames
@@ -162,6 +163,7 @@ def conditional_mean(
         The conditional mean where hidden, `x` elsewhere.
     """
     covariance = _covariance_of_windows(lags, x.shape[1], mixing)
+    # A scan that has converged divides by `tiny` instead of zero.
     tiny = torch.finfo(x.dtype).tiny
     seen = (~hidden).to(x.dtype)
     residual = torch.where(hidden, 0, x)
@@ -240,6 +242,7 @@ def covariance_modes(
     """
     if len(scans) < 2 * n_modes:
         raise ValueError(f"{n_modes} modes need at least {2 * n_modes} scans, got {len(scans)}")
+    # Deviations are measured where the group's covariance is the identity.
     values, vectors = np.linalg.eigh(covariance)
     whiten = (vectors * values**-0.5) @ vectors.T
     chosen = np.linspace(0, len(scans) - 1, min(len(scans), MODE_SCANS)).round().astype(int)
@@ -315,6 +318,7 @@ def adapted_covariance(
             deviation = whiten @ deviation @ whiten
             along = torch.einsum("bpq,kpq->bk", deviation, directions) * more
             adapted = adapted + root @ torch.einsum("bk,kpq->bpq", along, directions) @ root
+            # What is added along the modes can make the matrix indefinite.
             adapted = power((adapted + adapted.mT) / 2, 1.0, least=1e-4)
     return adapted
 
@@ -322,6 +326,7 @@ def adapted_covariance(
 def power(covariance: Tensor, exponent: float, *, least: float = 1e-6) -> Tensor:
     """Symmetric power of (..., parcel, parcel), its eigenvalues raised to at least `least` of the largest."""
     values, vectors = torch.linalg.eigh(covariance)
+    # By rounding, small eigenvalues can be zero or negative.
     values = values.clamp_min(least * values.amax(-1, keepdim=True))
     return (vectors * values[..., None, :] ** exponent) @ vectors.mT
 
@@ -400,6 +405,7 @@ class Front(nn.Module):
         """Fill `hidden` (bool) of scaled scans x, both (batch, time, parcel); visible entries stay as they are."""
         if not bool(hidden.any()):
             return x
+        # Cholesky factors and conjugate gradients need float32, also inside autocast.
         with torch.autocast(x.device.type, enabled=False):
             centred = x.float() - self.mean
             mixing = self.mixing(centred, hidden)

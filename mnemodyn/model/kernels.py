@@ -127,6 +127,7 @@ def _prepare(
     z1 = z.flatten(0, 1).to(dtype)
     w1 = weight.T.to(dtype)
     if bias is not None:
+        # A column of ones, so that the bias is a row of the weights.
         z1 = torch.cat([z1, z1.new_ones(len(z1), 1)], dim=1)
         w1 = torch.cat([w1, bias.to(dtype)[None]])
     dx = derivative.flatten(0, 1).to(dtype)
@@ -221,6 +222,7 @@ def _tiles(
         return
     tile_bytes = CPU_TILE_BYTES if z.device.type == "cpu" else OTHER_TILE_BYTES
     entries = tile_bytes // z.element_size()
+    # As many parcels as fit beside a few rows, then as many rows as fit.
     wide = max(1, min(parcels, entries // (TILE_ROWS * channels)))
     tall = max(1, min(n, entries // (wide * channels)))
     buffers = [z.new_empty(tall * wide * channels) for _ in range(n_buffers)]

@@ -145,13 +145,13 @@ class MnemoDyn(nn.Module):
         """
         self._check(x, hidden, censored, filled)
         if lengths is not None:
-            if filled is not None or self.reference:
-                raise ValueError("lengths cannot be given with filled or compat='reference'")
-            return self._by_length(x, t_r, hidden, censored, torch.as_tensor(lengths))
+            if self.reference:
+                raise ValueError("lengths cannot be given with compat='reference'")
+            return self._by_length(x, t_r, hidden, censored, filled, torch.as_tensor(lengths))
         if t_r is None:
             if not self.reference:
                 raise ValueError("t_r must be given, in seconds")
-            t_r = 1.0
+            t_r = 1.0  # the draft has no repetition time
         x, unseen, censored = _seen(x, hidden, censored)
         visible = torch.ones_like(x) if unseen is None else (~unseen).to(x.dtype)
         given = x
@@ -162,6 +162,7 @@ class MnemoDyn(nn.Module):
             elif unseen is not None:
                 x = self.front(x, unseen)
         elif censored is not None and bool(censored.any()):
+            # The front end would fill missing frames; without it the path goes around them.
             if self.reference:
                 raise ValueError(
                     "censored frames are not known to the draft: compat='reference' takes none"
@@ -171,6 +172,7 @@ class MnemoDyn(nn.Module):
         latents = x
         for i, block in enumerate(self.blocks):
             if i > 0 and self.front is not None and unseen is not None:
+                # Blocks after the first see the visible entries as they are.
                 x = torch.where(unseen, x, given)
             y, latents, loss = block(x, t_r, visible, derivative)
             derivative = None  # later blocks take it from their own input, which has no gaps
@@ -207,6 +209,7 @@ class MnemoDyn(nn.Module):
         t_r: float | Tensor | None,
         hidden: Tensor | None,
         censored: Tensor | None,
+        filled: Tensor | None,
         lengths: Tensor,
     ) -> Output:
         """Scans padded to one length, one pass for each distinct length."""
@@ -218,6 +221,7 @@ class MnemoDyn(nn.Module):
             )
         if t_r is not None:
             t_r = torch.as_tensor(t_r, dtype=x.dtype, device=x.device).expand(batch)
+        # Padding would enter the transform, so each scan is computed at its own length.
         places: list[Tensor] = []
         outputs: list[Output] = []
         total = x.new_zeros(())
@@ -228,6 +232,7 @@ class MnemoDyn(nn.Module):
                 t_r[rows] if isinstance(t_r, Tensor) else None,
                 hidden=None if hidden is None else hidden[rows, :n],
                 censored=None if censored is None else censored[rows, :n],
+                filled=None if filled is None else filled[rows, :n],
             )
             places.append(rows)
             outputs.append(output)
@@ -254,6 +259,7 @@ def _seen(
         unseen = frames if unseen is None else unseen | frames
     if unseen is not None:
         x = x.masked_fill(unseen, 0)
+    # Nearly all scans end here.
     finite = x.isfinite()
     if bool(finite.all()):
         return x, unseen, censored

@@ -27,6 +27,7 @@ class Field(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.activation = ACTIVATIONS[config.activation]
+        # The kernels know activations by name.
         self.activation_name = config.activation
         rows = config.n_parcels
         if config.control == "both":
@@ -87,6 +88,7 @@ class CoarseOperator(nn.Module):
         m = c.shape[-1]
         if m <= self.n:
             return self._stretch(c).transpose(0, 1)
+        # Stretches of n, and the last n samples for what remains.
         whole = m // self.n * self.n
         parts = [self._stretch(part) for part in c[..., :whole].split(self.n, dim=-1)]
         if whole < m:
@@ -159,6 +161,7 @@ class BandedOperator(nn.Module):
         length = self.segment
         if s == 1:  # no zeros where a scan is shorter than the only segment
             length = min(self.segment, n)
+        # Segments of one turn through the operators, and turns, are axes of their own.
         turns = math.ceil(n / (s * length))
         u = functional.pad(u, (0, turns * s * length - n)).view(batch, k2, turns, s, length)
         u = u.permute(3, 1, 0, 2, 4).reshape(s, k2, batch * turns, length)
@@ -260,6 +263,7 @@ class OperatorBlock(nn.Module):
         for level in reversed(range(len(self.banded))):
             a = approximations[level]
             if loss is not None:
+                # At every level the path should be the drive's own approximation.
                 loss = loss + functional.mse_loss(c, a)
             u = self.banded[level](torch.cat([details[level], a], dim=1))
             detail, approximation = u.chunk(2, dim=1)

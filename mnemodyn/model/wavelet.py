@@ -51,7 +51,7 @@ def lattice(angles: Tensor) -> Tensor:
 @lru_cache(maxsize=64)
 def _filters_of(wavelet: str) -> tuple[list[float], list[float]]:
     """Analysis filters h and g of a named wavelet."""
-    if wavelet == "lazy":
+    if wavelet == "lazy":  # even and odd samples, no filter
         return [0.0, 1.0], [1.0, 0.0]
     try:
         bank = pywt.Wavelet(wavelet)
@@ -88,6 +88,7 @@ def _combine(parts: Sequence[Tensor], weights: Filter) -> Tensor:
         return torch.stack(weighted).sum(0)
     total = parts[0] * weights[0]
     for part, weight in zip(parts[1:], weights[1:], strict=True):
+        # In place: autograd keeps nothing here, see _Transform.
         total.add_(part, alpha=weight)
     return total
 
@@ -179,17 +180,8 @@ def idwt(
 ) -> Tensor:
     """Inverse of :func:`dwt`: the signal, (batch, channel, length).
 
-    From coefficients (batch, channel, n) each, `length` is ``2 n`` (default) or ``2 n - 1``. ValueError on other
-    lengths, or if the two shapes differ.
+    From coefficients (batch, channel, n) each, `length` is ``2 n`` (default) or ``2 n - 1``.
     """
-    n = approximation.shape[-1]
-    if length is None:
-        length = 2 * n
-    if detail.shape != approximation.shape or length not in (2 * n, 2 * n - 1):
-        raise ValueError(
-            f"approximation {tuple(approximation.shape)} and detail {tuple(detail.shape)} must have one shape "
-            f"(batch, channel, n), and length must be 2 n or 2 n - 1, got {length}"
-        )
     if isinstance(wavelet, str):
         signal = _Transform.apply(wavelet, approximation, detail)
     else:

@@ -187,35 +187,27 @@ def train_all(
 ) -> tuple[dict[str, list[Any]], pd.DataFrame]:
     """Train the network (a checkpoint for each seed) and its rivals (a module for the first seed).
 
-    `rates` are the learning rates tried by name, ``model`` and the rivals; they are compared on the
-    first seed. Also returned is a row for each run: ``method, rate, seed, epoch`` (the one kept),
+    `rates` are the learning rates tried by name, ``model`` and the rivals. Also returned is a row
+    for each run: ``method, rate, seed, epoch`` (the one kept),
     ``score`` (validation), ``kept`` and ``n_parameters``.
     """
     makers = rival_makers(settings, len(sides["train"][0].parcels))
-    data = (sides["train"], sides["validation"])
     networks = {}
     tables = []
     for name, tried in rates.items():
-        if name == "model":
-            found, table = pretrain_several(
-                *data, folder / name, settings, seeds=seeds[:1], rates=tried
-            )
-            kept = table.loc[table["kept"], "rate"].tolist()
-            # The run of the first seed is found finished.
-            found, more = pretrain_several(*data, folder / name, settings, seeds=seeds, rates=kept)
-            table = pd.concat([table, more.iloc[1:]])
-            size = n_parameters(found[0].model)
-        else:
-            found, table = pretrain_several(
-                *data,
-                folder / name,
-                rival_settings,
-                seeds=seeds[:1],
-                rates=tried,
-                make=makers[name],
-            )
-            size = n_parameters(found[0])
-        networks[name] = found
+        asked, some_seeds = settings, seeds
+        if name != "model":
+            asked, some_seeds = rival_settings, seeds[:1]
+        networks[name], table = pretrain_several(
+            sides["train"],
+            sides["validation"],
+            folder / name,
+            asked,
+            seeds=some_seeds,
+            rates=tried,
+            make=makers.get(name),
+        )
+        size = n_parameters(getattr(networks[name][0], "model", networks[name][0]))
         tables.append(table.assign(method=name, n_parameters=size))
     return networks, pd.concat(tables, ignore_index=True)
 
