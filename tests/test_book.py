@@ -73,7 +73,14 @@ def book(tmp_path):
     write_results(tmp_path / "book/runs/a.csv", ROWS)
     run = {"notebook": "n.ipynb", "output": "book/runs/a.ipynb", "status": "done", "commit": None}
     run |= {"parameters": {"rate": 0.25, "name": "it's"}, "started": "2026-01-01T00:00:00+00:00"}
-    run |= {"seconds": 12.3, "peak_memory_mb": 45, "cpus": 2, "dirty": None, "python": "3.11"}
+    run |= {
+        "seconds": 12.3,
+        "processor_seconds": 9.9,
+        "peak_memory_mb": 45,
+        "cpus": 2,
+        "dirty": None,
+        "python": "3.11",
+    }
     manifest = tmp_path / "book/runs/a.manifest.json"
     manifest.write_text(json.dumps({**run, "versions": {"numpy": "2.0", "onnx": None}}))
     return tmp_path
