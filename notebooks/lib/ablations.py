@@ -160,7 +160,7 @@ def score(
         "seed": seed,
     }
     truth = hide(scans, Scaling(), **masks)
-    given = hide(scans, checkpoint.scale, **masks)
+    given = hide(scans, checkpoint.require_scaling(), **masks)
     method = Network(checkpoint.model)
     window = (cell.window or grid.window) // cell.every
     under_test = [condition(one, cell, seed + i) for i, one in enumerate(given)]
