@@ -155,6 +155,7 @@ def fill(method: Method, scans: Sequence[HiddenScan], *, window: int = 0) -> lis
             batch = places[start : start + BATCH]
             x = np.stack([scans[i].values[part] for i, part in batch])
             hidden = np.stack([scans[i].hidden[part] for i, part in batch])
+            # In order, so that where the last window overlaps the one before, the last one counts.
             for (i, part), values in zip(batch, method.fill(x, hidden, t_r), strict=True):
                 filled[i][part] = values
     return filled
@@ -206,10 +207,11 @@ def r2(method: Method, scans: Sequence[HiddenScan], *, window: int = 0) -> float
 
 def _weights(people: np.ndarray, n_boot: int, seed: int) -> np.ndarray:
     """How often each stretch counts, (1 + n_boot, stretch): people are drawn, then their stretches."""
-    weights = resamples(people, n_boot, seed)
+    weights = resamples(people.tolist(), n_boot, seed)
     rng = np.random.default_rng(seed)
     for person in np.unique(people):
         rows = np.flatnonzero(people == person)
+        # As many stretches as the person has, for each time that the person was drawn.
         times = weights[1:, rows[0]].astype(int)
         share = np.full(len(rows), 1 / len(rows))
         weights[1:, rows] = rng.multinomial(times * len(rows), share)
@@ -253,6 +255,7 @@ def compare(
     totals = weights @ total
     scores = {}
     for name, residual in residuals.items():
+        # One row for a method without training seeds.
         by_seed = np.atleast_2d(residual)
         seeds = resamples(range(len(by_seed)), n_boot, seed) / len(by_seed)
         scores[name] = 1 - ((weights @ by_seed.T) * seeds).sum(1) / totals
