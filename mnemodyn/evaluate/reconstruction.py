@@ -59,8 +59,8 @@ class Network:
         given = torch.as_tensor(x, dtype=torch.float32, device=device)
         mask = torch.as_tensor(hidden, device=device)
         known = {"hidden": mask}
-        # A frame of which nothing is visible is missing: the path goes on at its true time.
-        missing = mask.all(-1)
+        # A frame that is NaN throughout is missing: the path goes on at its true time.
+        missing = given.isnan().all(-1)
         if bool(missing.any()):
             known["censored"] = missing
         output = self.network(given, float(t_r), **known)
@@ -90,7 +90,7 @@ class HiddenScan:
     person : str
         Whom a bootstrap resamples: the participant, or the family.
     values : ndarray, shape (time, parcel)
-        In SD of the parcel.
+        In SD of the parcel; NaN in censored frames.
     t_r : float
         Repetition time in seconds.
     hidden : ndarray of bool, shape (time, parcel)
@@ -124,14 +124,16 @@ def hide(
     masks = Masked(hidden_share=hidden_share, mask_window=mask_window)
     found = []
     for i, scan in enumerate(scans):
-        drawn = masks.hide((1, *scan.values.shape), seed + i).numpy()[0]
+        values = scale(scan)
+        drawn = masks.hide((1, *values.shape), seed + i).numpy()[0]
         unknown = np.broadcast_to(scan.constant, drawn.shape)
         if scan.censored is not None:
+            values = np.where(scan.censored[:, None], np.float32(np.nan), values)
             unknown = unknown | scan.censored[:, None]
         person = scan.participant_id
         if people is not None:
             person = people[i]
-        found.append(HiddenScan(person, scale(scan), scan.t_r, drawn | unknown, drawn & ~unknown))
+        found.append(HiddenScan(person, values, scan.t_r, drawn | unknown, drawn & ~unknown))
     return found
 
 
