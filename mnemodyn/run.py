@@ -295,5 +295,6 @@ def first_results(manifest: Mapping[str, Any], rows: int = 12) -> str:
         return ""
     table = read_results(resolve(path))
     shown = table[["data", "task", "method", "score", "value", "low", "high", "n"]].head(rows)
+    shown = shown.astype({"n": object})  # without a number it is then empty
     text = shown.to_string(index=False, na_rep="", float_format="{:.3f}".format, max_colwidth=40)
     return f"{text}\n{len(table)} rows in {path}"
