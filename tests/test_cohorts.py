@@ -334,7 +334,7 @@ def test_bids_needs_no_table(data):
 def test_scans_alone_are_a_cohort(tmp_path, data):
     (tmp_path / "c.yaml").write_text('scans: ["**/sub-{participant}_*.tsv"]\nreader: {t_r: 2}\n')
     found = index(tmp_path / "c.yaml", data)
-    assert found.cohort.name == "c"
+    assert found.cohort == "c"
     assert len(found.table) == 5
     assert found.summary()["problems"] == {"no-phenotype": 5}
     assert "in the folder; put it there, or give its place" in found.excluded.message[0]

@@ -3,8 +3,8 @@
 import os
 import re
 from collections import defaultdict
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable
+from dataclasses import replace
 from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -25,7 +25,7 @@ from pydantic import (
 )
 
 from mnemodyn.data.formats import entities, reading, refuse
-from mnemodyn.data.scans import DataError, Scan, load_scan
+from mnemodyn.data.scans import Collection, DataError, Scan, data_name, load_scan
 from mnemodyn.files import digest, read_yaml
 
 __all__ = [
@@ -390,14 +390,12 @@ def load_cohort(source: str | Path) -> Cohort:
     refuse(": ".join([path.name, *map(str, first["loc"]), message]))
 
 
-@dataclass(frozen=True)
-class Index(Sequence[Scan]):
-    """What a folder holds; as a sequence, the scans of `table`, read when asked for.
+class Index(Collection):
+    """The usable scans of a cohort's folder, read when asked for, and what else the folder holds.
 
     Attributes
     ----------
-    cohort : Cohort
-    folder : Path
+    description : Cohort
     found : DataFrame
         One row per file that matched, with what is known of it.
     table : DataFrame
@@ -408,24 +406,35 @@ class Index(Sequence[Scan]):
     excluded : DataFrame
         ``file``, ``participant_id``, ``problem``, ``message`` and ``left_out_of``: ``all`` if the
         scan is not in the table, ``targets`` if it is there without labels, for pretraining only.
-    simulated : bool
     """
 
-    cohort: Cohort
     folder: Path
-    found: pd.DataFrame = field(repr=False)
-    table: pd.DataFrame = field(repr=False)
-    excluded: pd.DataFrame = field(repr=False)
-    simulated: bool = False
 
-    def __len__(self) -> int:
-        return len(self.table)
+    def __init__(
+        self,
+        description: Cohort,
+        folder: Path,
+        found: pd.DataFrame,
+        table: pd.DataFrame,
+        excluded: pd.DataFrame,
+    ):
+        super().__init__(
+            [],
+            table,
+            excluded,
+            name=data_name(description.name),
+            cohort=description.name,
+            simulated=(folder / SIMULATED).is_file(),
+            folder=folder,
+        )
+        self.description = description
+        self.found = found
 
-    def __getitem__(self, i: int) -> Scan:  # type: ignore[override]
+    def _scan(self, i: int) -> Scan:
         """Read scan `i`; a DataError if the file has changed and can no longer be used."""
         row = self.table.iloc[i]
         path = self.folder / row["path"]
-        scan = self.cohort.reader.load(path, row["participant_id"], float(row["t_r"]))
+        scan = self.description.reader.load(path, row["participant_id"], float(row["t_r"]))
         return replace(scan, session=row["session"], run=row["run"])
 
     def summary(self) -> dict[str, Any]:
@@ -436,14 +445,14 @@ class Index(Sequence[Scan]):
         """
         table = self.table
         targets = {}
-        for target in self.cohort.targets:
+        for target in self.description.targets:
             values = table[target.name].dropna()
             if target.kind == "classification":
                 targets[target.name] = _counts(values)
             else:
                 targets[target.name] = values.describe().dropna().round(2).to_dict()
         return {
-            "cohort": self.cohort.name,
+            "cohort": self.cohort,
             "simulated": self.simulated,
             "n_scans": len(self.found),
             "n_participants": self.found.participant_id.nunique(),
@@ -551,7 +560,7 @@ def index(
     counts = dict.fromkeys(("n_frames", "n_parcels", "n_constant"), int)
     table = table.reset_index(drop=True).astype(counts)
     excluded = _excluded(found, problems, unlabelled)
-    return Index(cohort, folder, found, table, excluded, (folder / SIMULATED).is_file())
+    return Index(cohort, folder, found, table, excluded)
 
 
 def _excluded(found: pd.DataFrame, problems: Reasons, unlabelled: Reasons) -> pd.DataFrame:

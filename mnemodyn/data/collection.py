@@ -9,7 +9,6 @@ from mnemodyn.data.scans import (
     Collection,
     Scan,
     check_parcels,
-    data_name,
     load_hcp7,
     load_scan,
     scan_files,
@@ -95,21 +94,14 @@ def _open_cohort(folder: Path, cohort: str | Path, t_r: float | None, workers: i
     if str(cohort).endswith((".yaml", ".yml")):
         cohort = _place(cohort)
     found = index(cohort, folder, t_r=t_r, workers=workers)
-    table = found.table
-    if not len(table):
+    if not len(found):
         hint = f"mnemodyn index {cohort} {folder} says why"
         refuse(f"{folder}: no scan of cohort {cohort} can be used; {hint}", "no-scans")
-    n_values = int((table["n_frames"] * table["n_parcels"]).sum())
+    n_values = int((found.table["n_frames"] * found.table["n_parcels"]).sum())
     # The index has read every scan once. A few are read again now and kept, many are read when asked for.
-    return Collection(
-        list(found) if 4 * n_values <= IN_MEMORY else found,
-        table,
-        found.excluded,
-        name=data_name(found.cohort.name),
-        cohort=found.cohort.name,
-        simulated=found.simulated,
-        folder=folder,
-    )
+    if 4 * n_values <= IN_MEMORY:
+        return found.in_memory()
+    return found
 
 
 def _check_agreement(scans: list[Scan]) -> None:

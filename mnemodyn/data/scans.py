@@ -552,19 +552,13 @@ KNOWN = ("participant_id", "session", "run", "site", "family", "mean_fd", "n_fra
 
 
 def with_known_columns(table: pd.DataFrame) -> pd.DataFrame:
-    """A table with the columns of KNOWN first, missing where it has none."""
-    return table.reindex(columns=list(dict.fromkeys([*KNOWN, *table])))
+    """A table that has all columns of KNOWN, missing where nothing is known."""
+    return table.reindex(columns=list(dict.fromkeys([*table, *KNOWN])))
 
 
 def data_name(cohort: str) -> str:
     """What results call a cohort's data: ``hcp_aging`` is HCP-AGING."""
     return cohort.upper().replace("_", "-")
-
-
-def row_numbers(rows: Any) -> np.ndarray:
-    """Numbers of rows that are given as numbers or as a mask."""
-    rows = np.asarray(rows)
-    return np.flatnonzero(rows) if rows.dtype == bool else rows.astype(int)
 
 
 class Collection(Sequence[Scan]):
@@ -605,8 +599,8 @@ class Collection(Sequence[Scan]):
         if excluded is None:
             excluded = pd.DataFrame(columns=["problem", "message"])
         self._scans = scans
-        self._rows = np.arange(len(scans))
         self.table = with_known_columns(table)
+        self._rows = np.arange(len(self.table))
         self.excluded = excluded
         self.name = name
         self.cohort = cohort
@@ -632,15 +626,27 @@ class Collection(Sequence[Scan]):
         ----------
         rows : sequence of int, or of bool with one a scan
         """
-        rows = row_numbers(rows)
+        rows = np.asarray(rows)
         chosen = copy.copy(self)
         chosen.table = self.table.iloc[rows].reset_index(drop=True)
         chosen._rows = self._rows[rows]
         return chosen
 
+    def in_memory(self) -> "Collection":
+        """Return the collection with all scans read, and held in memory."""
+        return Collection(
+            list(self),
+            self.table,
+            self.excluded,
+            name=self.name,
+            cohort=self.cohort,
+            simulated=self.simulated,
+            folder=self.folder,
+        )
+
     def one_per_participant(self) -> "Collection":
         """Return the collection of every participant's first scan."""
-        return self.select(~self.table["participant_id"].duplicated().to_numpy())
+        return self.select(~self.table["participant_id"].duplicated())
 
     @property
     def fingerprint(self) -> str:
