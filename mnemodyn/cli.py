@@ -320,9 +320,6 @@ def add_simulate(commands):
     parser.add_argument("--participants", type=int, default=40, metavar="N", dest="n_participants")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument(
-        "--parcels", type=int, default=40, metavar="N", dest="n_parcels", help="an even number"
-    )
-    parser.add_argument(
         "--frames", type=int, metavar="N", dest="n_frames", help="as in the real cohort by default"
     )
     parser.add_argument(

@@ -111,7 +111,7 @@ def test_a_reader_that_stops_is_no_error(tmp_path):
         "import os, sys; read, write = os.pipe(); os.close(read); os.dup2(write, 1);"
         "from mnemodyn.cli import main; sys.exit(main())"
     )
-    words = ["simulate", "abide", "s", "--participants", "4", "--frames", "60", "--parcels", "20"]
+    words = ["simulate", "abide", "s", "--participants", "4", "--frames", "60"]
     done = subprocess.run(
         [sys.executable, "-c", code, *words],
         cwd=tmp_path,
@@ -127,7 +127,7 @@ def test_what_a_program_reads_is_json(notebook, capsys):
     assert main(["run", notebook, "out.ipynb", "--json"]) == 0
     printed = capsys.readouterr()
     assert json.loads(printed.out) == json.loads(Path("out.manifest.json").read_text())
-    size = ["--participants", "12", "--frames", "60", "--parcels", "20"]
+    size = ["--participants", "12", "--frames", "60"]
     assert main(["simulate", "abide", "s", *size, "--json"]) == 0
     assert json.loads(capsys.readouterr().out) == json.loads(Path("s/simulated.json").read_text())
     assert main(["index", "abide", "s", "--table", "scans.csv", "--json"]) == 0

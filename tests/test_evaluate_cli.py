@@ -12,9 +12,7 @@ from mnemodyn.results import read_results
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("simulated") / "abide"
-    simulate_cohort(
-        "abide", folder, n_participants=50, n_parcels=30, n_frames=80, effects={"diagnosis": 6.0}
-    )
+    simulate_cohort("abide", folder, n_participants=50, n_frames=80, effects={"diagnosis": 6.0})
     return folder
 
 

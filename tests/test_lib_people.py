@@ -98,7 +98,6 @@ def test_planted_effects_are_found(name, tmp_path):
         name,
         tmp_path / name,
         n_participants=50,
-        n_parcels=30,
         n_frames=n_frames,
         effects={"sex": 2.0},
         broken=False,

@@ -242,8 +242,8 @@ class Layout(_Description):
     Attributes
     ----------
     path : str
-        Path of a scan; ``{participant}``, ``{session}``, ``{run}``, ``{site}`` and
-        ``{n_parcels}`` are replaced. Its ending decides the format.
+        Path of a scan; ``{participant}``, ``{session}``, ``{run}`` and ``{site}`` are replaced. Its
+        ending decides the format.
     participant : str
         Format of a number, such as ``"A{:08d}"``.
     t_r, n_frames : float, int

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pandas as pd
 from nibabel.cifti2 import Cifti2Image, ScalarAxis, SeriesAxis
-from scipy.linalg import expm, logm, solve_continuous_lyapunov, solve_discrete_lyapunov
+from scipy.linalg import expm, logm, solve_discrete_lyapunov
 
 from mnemodyn.data import formats
 from mnemodyn.data.cohorts import PER_YEAR, SIMULATED, Cohort, Column, Layout, load_cohort
@@ -22,6 +22,7 @@ EDGE_SD = 0.06  # standard deviation of a planted edge between persons, in units
 REACH = 4.0  # scores are cut off at +-REACH, so that every covariance is positive definite
 MISSING = 0.05  # share of labels that are missing
 CHUNK = 64  # participants simulated at a time
+# What is wrong with the participants that are added: a word each.
 FAULTS = (
     "truncated",
     "nan",
@@ -40,72 +41,20 @@ class Variable(NamedTuple):
     per: str
 
 
-class Simulated(NamedTuple):
-    """One scan: number of the participant, entities, series (time, parcel), t_r (s), parcels."""
-
-    who: int
-    scan: dict
-    values: np.ndarray
-    t_r: float
-    parcels: tuple[str, ...]
-
-
-def linear_process(
-    generator: str, n_parcels: int, seed: int
-) -> tuple[np.ndarray, np.ndarray, tuple[str, ...]]:
-    """A stationary linear process with unit variances: ``dx = -K x dt + noise``.
-
-    Parameters
-    ----------
-    generator : {"ou", "hcp7"}
-        ``"ou"`` is an Ornstein-Uhlenbeck process on a synthetic connectivity: exp(-distance)
-        between random places that are mirrored in two hemispheres, and an edge between mirror
-        images. ``"hcp7"`` is the VAR(1) that ridge regression fits to the seven HCP scans.
-    n_parcels, seed : int
-        For ``"ou"``; ``"hcp7"`` always has 94 parcels.
+def linear_process() -> tuple[np.ndarray, np.ndarray, tuple[str, ...]]:
+    """The VAR(1) that ridge regression fits to the seven HCP scans, as ``dx = -K x dt + noise``.
 
     Returns
     -------
-    K, S : ndarray, shape (parcel, parcel)
+    K, S : ndarray, shape (94, 94)
         K in 1/s, and the stationary covariance, which is a correlation.
     parcels : tuple of str
 
     Raises
     ------
     DataError
-        For another generator, an odd or too small `n_parcels`, or a missing package (hcp7).
+        If the package with the scans is missing.
     """
-    if generator == "ou":
-        k, s, parcels = _ornstein_uhlenbeck(n_parcels, seed)
-    elif generator == "hcp7":
-        k, s, parcels = _fitted_to_hcp7()
-    else:
-        refuse(f"generator must be ou or hcp7, got {generator!r}", "setting")
-    scale = np.sqrt(np.diag(s))
-    return k * (scale[None] / scale[:, None]), s / np.outer(scale, scale), parcels
-
-
-def _ornstein_uhlenbeck(
-    n_parcels: int, seed: int
-) -> tuple[np.ndarray, np.ndarray, tuple[str, ...]]:
-    if n_parcels < 10 or n_parcels % 2:
-        refuse(f"n_parcels must be even and >= 10, got {n_parcels}", "setting")
-    half = n_parcels // 2
-    place = np.random.default_rng([seed, 0]).uniform((0.1, -1, -1), (1, 1, 1), (half, 3))
-    place = np.concatenate([place * (-1, 1, 1), place])
-    distance = np.linalg.norm(place[:, None] - place[None], axis=2)
-    weights = np.exp(-distance / 0.5) - np.eye(n_parcels)
-    mirrored = np.arange(half)
-    weights[mirrored, mirrored + half] = 1.0
-    weights[mirrored + half, mirrored] = 1.0
-    weights *= 0.8 / np.abs(np.linalg.eigvalsh(weights)).max()
-    # A time constant of 2 s puts most of the power below 0.1 Hz, as in BOLD.
-    k = (np.eye(n_parcels) - weights) / 2.0
-    s = solve_continuous_lyapunov(k, np.eye(n_parcels))
-    return k, s, tuple(f"{side}H_{i + 1}" for side in "LR" for i in range(half))
-
-
-def _fitted_to_hcp7() -> tuple[np.ndarray, np.ndarray, tuple[str, ...]]:
     scans = load_hcp7()
     z = [(scan.values - scan.values.mean(0)) / scan.values.std(0) for scan in scans]
     past = np.concatenate([x[:-1] for x in z]).astype(float)
@@ -114,7 +63,9 @@ def _fitted_to_hcp7() -> tuple[np.ndarray, np.ndarray, tuple[str, ...]]:
     # Parcels are correlated, and the regression ill-conditioned without a ridge.
     a = np.linalg.solve(past.T @ past + 0.01 * len(past) * np.eye(n), past.T @ now).T
     s = solve_discrete_lyapunov(a, np.cov((now - past @ a.T).T))
-    return -np.real(logm(a)) / scans[0].t_r, s, scans[0].parcels
+    k = -np.real(logm(a)) / scans[0].t_r
+    scale = np.sqrt(np.diag(s))
+    return k * (scale[None] / scale[:, None]), s / np.outer(scale, scale), scans[0].parcels
 
 
 def _root(matrix: np.ndarray, power: float = 0.5) -> np.ndarray:
@@ -178,21 +129,6 @@ def _draw(column: Column, name: str, layout: Layout, n: int, rng: np.random.Gene
     return Variable(np.round(values, 2), (values - mean) / sd, f"{sd:.3g} {unit}".strip())
 
 
-def _draw_all(
-    columns: dict[str, Column], layout: Layout, sites: np.ndarray, rng: np.random.Generator
-) -> dict[str, Variable]:
-    """All variables of people whose places in ``layout.sites`` are `sites`."""
-    variables = {}
-    for name, column in columns.items():
-        variables[name] = _draw(column, name, layout, len(sites), rng)
-    if len(layout.sites) > 1:
-        # A site has an offset of its own, which everybody who was scanned there shares.
-        offsets = rng.normal(size=len(layout.sites))
-        z = ((offsets - offsets.mean()) / offsets.std())[sites]
-        variables["site"] = Variable(None, z, "1 SD of the sites' offsets")
-    return variables
-
-
 def _raw(column: Column, value: Any, rng: np.random.Generator) -> str:
     """A value as the cohort's own table spells it."""
     if column.unit == "months":
@@ -210,15 +146,14 @@ def simulate_cohort(
     *,
     n_participants: int = 40,
     seed: int = 0,
-    n_parcels: int = 40,
     n_frames: int | None = None,
     effects: dict[str, float] | None = None,
-    generator: str = "ou",
     broken: bool = True,
 ) -> dict:
     """Write a SIMULATED cohort: scans in its real format and folders, and its phenotype table.
 
-    Every variable has a block of parcels of its own. A person's edges within the block are
+    Series come from a linear process that is fitted to the seven HCP scans. Every variable has a
+    block of their 94 parcels of its own. A person's edges within the block are
     ``base + EDGE_SD * (d * z + noise)`` in units of correlation. ``noise`` is one standard normal
     number per person. ``z`` is -1/2 or 1/2 for two classes, which then differ by ``d`` standard
     deviations of the variation between persons, and a z-score for other variables. One more block
@@ -233,13 +168,10 @@ def simulate_cohort(
         Must be empty or absent.
     n_participants, seed : int
         People with usable scans and a row of phenotypes.
-    n_parcels, n_frames : int
-        The former is even, and 94 for the generator ``hcp7``; the latter is by default that of
-        the layout.
+    n_frames : int
+        By default that of the layout.
     effects : dict
         Size ``d`` of the effect of a target, ``site`` or ``mean_fd``; 1 if it is not given.
-    generator : {"ou", "hcp7"}
-        See :func:`linear_process`.
     broken : bool
         Add participants whose file is truncated, has NaN, has too many constant parcels or is a
         copy of another's, and one without a row in the table.
@@ -253,52 +185,59 @@ def simulate_cohort(
     Raises
     ------
     DataError
-        For an unknown cohort or effect, a folder that is not empty, or settings out of range.
+        For an unknown cohort or effect, a folder that is not empty, too few frames, or a missing
+        package (see :func:`linear_process`).
     """
     folder = Path(folder)
     described = load_cohort(cohort)
     layout = described.layout
     if layout is None:
         refuse(f"the cohort {described.name} cannot be simulated: it has no layout", "setting")
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        refuse(f"{folder} is not empty; simulated scans are never mixed with others", "setting")
     n_frames = n_frames or layout.n_frames
-    _check(described, folder, n_participants, n_frames)
-    process = linear_process(generator, n_parcels, seed)
-    rng = np.random.default_rng([seed, 1])
+    if n_frames < described.reader.min_frames:
+        least = described.reader.min_frames
+        refuse(f"n_frames must be >= {least} for {described.name}, got {n_frames}", "setting")
     # Sites and families are assigned, everything else is drawn.
     columns = {k: v for k, v in described.variables.items() if k not in ("site", "family")}
-    known = list(columns)
+    sizes = dict.fromkeys(columns, 1.0)
     if len(layout.sites) > 1:
-        known.append("site")
-    sizes = {**dict.fromkeys(known, 1.0), **(effects or {})}
-    if len(sizes) > len(known):
-        refuse(f"effects can be of {known}, got {list(sizes)[len(known) :]}", "setting")
-    # A block of parcels for each effect, and one that varies with nothing.
-    blocks = np.array_split(rng.permutation(len(process[1])), len(known) + 1)
-    if len(blocks[-1]) < 3:
-        refuse(f"n_parcels must be >= {3 * len(blocks)} for {len(known)} effects", "setting")
+        sizes["site"] = 1.0
+    unknown = [name for name in effects or {} if name not in sizes]
+    if unknown:
+        refuse(f"effects can be of {list(sizes)}, got {unknown}", "setting")
+    sizes.update(effects or {})
 
+    process = linear_process()
+    rng = np.random.default_rng([seed, 1])
+    # A block of parcels for each effect, and one that varies with nothing.
+    blocks = np.array_split(rng.permutation(len(process[1])), len(sizes) + 1)
     faults = [""] * n_participants
     if broken:
         faults += FAULTS
-    n = len(faults)
-    sites = rng.integers(len(layout.sites), size=n)
-    variables = _draw_all(columns, layout, sites, rng)
-    strength = rng.standard_normal((n, len(blocks)))
-    for i, name in enumerate(known):
+    sites = rng.integers(len(layout.sites), size=len(faults))
+    variables = {k: _draw(v, k, layout, len(faults), rng) for k, v in columns.items()}
+    if "site" in sizes:
+        # A site has an offset of its own, which everybody who was scanned there shares.
+        offsets = rng.normal(size=len(layout.sites))
+        z = ((offsets - offsets.mean()) / offsets.std())[sites]
+        variables["site"] = Variable(None, z, "1 SD of the sites' offsets")
+    strength = rng.standard_normal((len(faults), len(blocks)))
+    for i, name in enumerate(sizes):
         strength[:, i] += sizes[name] * variables[name].z
-    strength = np.clip(strength, -REACH, REACH)
+    sigma = _covariances(process[1], blocks, np.clip(strength, -REACH, REACH))
 
-    people = [
-        {"participant": layout.participant.format(i + 1), "site": layout.sites[site]}
-        for i, site in enumerate(sites)
-    ]
-    series = _simulate_scans(described, layout, people, process, blocks, strength, n_frames, rng)
-    scans, broken_files = _write_scans(folder, described, layout, series, faults)
+    people = []
+    for i, site in enumerate(sites):
+        who = layout.participant.format(i + 1)
+        people.append({"participant": who, "site": layout.sites[site]})
+    series = _simulate_scans(described, layout, people, process, sigma, n_frames, rng)
+    scans, broken_files = _write_scans(folder, described, layout, series, process[2], faults)
     _write_phenotype(folder, described, scans, columns, variables, rng)
     truth = {
         "simulated": True,
         "cohort": described.name,
-        "generator": generator,
         "seed": seed,
         "n_participants": n_participants,
         "edge_sd": EDGE_SD,
@@ -324,28 +263,17 @@ def _described(
     return planted
 
 
-def _check(cohort: Cohort, folder: Path, n_participants: int, n_frames: int) -> None:
-    """Raise a DataError for a folder that is not empty, or too few people or frames."""
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        refuse(f"{folder} is not empty; simulated scans are never mixed with others", "setting")
-    least = cohort.reader.min_frames
-    if n_participants < 2 or n_frames < least:
-        expected = f"n_participants must be >= 2 and n_frames >= {least}"
-        refuse(f"{expected}, got {n_participants} and {n_frames}", "setting")
-
-
 def _simulate_scans(
     cohort: Cohort,
     layout: Layout,
     people: list[dict],
     process: tuple,
-    blocks: list,
-    strength: np.ndarray,
+    sigma: np.ndarray,
     n_frames: int,
     rng: np.random.Generator,
-) -> Iterator[Simulated]:
-    """The series of everybody's sessions and runs, sampled for CHUNK people at a time."""
-    k, s, parcels = process
+) -> Iterator[tuple[int, dict, np.ndarray, float]]:
+    """Number of the participant, entities, series and t_r of every scan, sampled for CHUNK people at a time."""
+    k, s, _ = process
     # The process's own correlations are replaced by those of each person.
     whiten = _root(s, -0.5)
     by_site = cohort.reader.t_r_by_site
@@ -354,22 +282,22 @@ def _simulate_scans(
         group = np.flatnonzero(times == t_r)
         for start in range(0, len(group), CHUNK):
             members = group[start : start + CHUNK].tolist()
-            mix = whiten @ _root(_covariances(s, blocks, strength[members]))
+            mix = whiten @ _root(sigma[members])
             for session, run in product(layout.sessions, layout.runs):
                 series = _sample(k, s, t_r, (len(members), n_frames), rng) @ mix
                 for who, values in zip(members, series, strict=True):
                     scan = {**people[who], "session": session, "run": run}
-                    yield Simulated(who, scan, values.astype(np.float32), t_r, parcels)
+                    yield who, scan, values.astype(np.float32), float(t_r)
 
 
 def _write_scans(
-    folder: Path, cohort: Cohort, layout: Layout, series: Iterator[Simulated], faults: list[str]
+    folder: Path, cohort: Cohort, layout: Layout, series: Iterator, parcels: tuple, faults: list
 ) -> tuple[list[tuple[int, dict]], dict[str, str]]:
     """Write all series, some of them broken; the usable scans by participant, and the others."""
     scans = []
     broken_files: dict[str, str] = {}
     copied = None
-    for who, scan, values, t_r, parcels in series:
+    for who, scan, values, t_r in series:
         fault = faults[who]
         first = scan["session"] == layout.sessions[0] and scan["run"] == layout.runs[0]
         # Somebody with a broken file has no other scans, so that nobody is usable in part.
@@ -383,7 +311,7 @@ def _write_scans(
             # Two people have this fault: the second gets the series of the first.
             copied = values if copied is None else copied
             values = copied
-        name = layout.path.format(**scan, n_parcels=len(parcels))
+        name = layout.path.format(**scan)
         _write(folder / name, values, parcels, t_r)
         if fault == "truncated":
             content = (folder / name).read_bytes()
