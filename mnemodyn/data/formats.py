@@ -7,10 +7,10 @@ file holds is ever executed: pickled objects are refused.
 import csv
 import importlib.metadata
 import io
-import itertools
 import json
 import re
 import warnings
+from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -139,7 +139,7 @@ def real(values: np.ndarray) -> np.ndarray:
 
 def numbered(n: int) -> tuple[str, ...]:
     """Names for `n` parcels whose file has none: 1, 2, ..."""
-    return tuple(str(i + 1) for i in range(n))
+    return tuple(map(str, range(1, n + 1)))
 
 
 # CIFTI-2
@@ -422,18 +422,20 @@ def sidecar_t_r(path: Path, *, inherited: bool = True) -> float | None:
 
 def _inherited(path: Path) -> Iterator[list[Path]]:
     """Groups of JSON files that may describe a scan, the nearest first; those of a group are equally near."""
-    parts = [f"{name}-{value}" for name, value in entities(path.name).items()]
-    if len(parts) > 8:  # every subset is looked for: 2 ** 8 names
-        parts = [part for part in parts if part.split("-")[0] in SOURCE]
+    *described, own_suffix = stem(path.name).split("_")
     folders = [path.parent]
     while folders[-1].name.startswith(("sub-", "ses-", "func")):
         folders.append(folders[-1].parent)
-    suffixes = dict.fromkeys([stem(path.name).rsplit("_", 1)[-1], "timeseries", "bold"])
     for folder in folders:
-        for size in range(len(parts), -1, -1):
-            for suffix in suffixes:
-                subsets = itertools.combinations(parts, size)
-                yield [folder / ("_".join([*subset, suffix]) + ".json") for subset in subsets]
+        groups = defaultdict(list)
+        for file in folder.glob("*.json"):
+            *parts, suffix = stem(file.name).split("_")
+            of_a_series = suffix in (own_suffix, "timeseries", "bold")
+            if of_a_series and set(parts) <= set(described):
+                nearness = (len(parts), suffix == own_suffix, suffix == "timeseries")
+                groups[nearness].append(file)
+        for nearness in sorted(groups, reverse=True):
+            yield groups[nearness]
 
 
 def _sources(own: Path) -> list[Path]:
@@ -468,23 +470,18 @@ def _json(file: Path) -> dict[str, Any]:
     if not file.is_file():
         return {}
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
+        return dict(json.loads(file.read_text(encoding="utf-8")))
+    except (ValueError, TypeError, RecursionError) as error:
         refuse(f"{file.name}: not a JSON object ({error})", "sidecar")
-    if not isinstance(content, dict):
-        refuse(f"{file.name}: not a JSON object, got {type(content).__name__}", "sidecar")
-    return content
 
 
 def _stated(file: Path) -> float | None:
     """``RepetitionTime`` of a JSON file, if there is one."""
     stated = _json(file).get("RepetitionTime")
-    if stated is None:
-        return None
-    if isinstance(stated, bool) or not isinstance(stated, int | float):
-        found = f"must be a number of seconds, got {stated!r}"
-        refuse(f"{file.name}: RepetitionTime {found}", "sidecar")
-    return float(stated)
+    if stated is None or type(stated) in (int, float):
+        return stated
+    found = f"must be a number of seconds, got {stated!r}"
+    refuse(f"{file.name}: RepetitionTime {found}", "sidecar")
 
 
 # Tables of motion
@@ -533,20 +530,19 @@ def motion(path: Path) -> tuple[np.ndarray | None, float | None]:
     # Without a BIDS name, nothing tells which table is the scan's.
     if not recording(path.name):
         return None, None
+    fd = "framewise_displacement"
     outliers = beside(path, "outliers", "desc-filtered_outliers")[1]
     moved = beside(path, "motion", "desc-filtered_motion")[1]
     confounds = beside(path, *CONFOUNDS)[1]
     censored = None
-    if "framewise_displacement" in outliers:
-        censored = outliers["framewise_displacement"].to_numpy(float) > 0
+    if fd in outliers:
+        censored = outliers[fd].to_numpy(float) > 0
     elif len(confounds.columns):
         flags = confounds.filter(regex=r"^(motion|non_steady_state)_outlier")
         censored = (flags.to_numpy(float) > 0).any(axis=1)
     for table in (moved, confounds):
-        if "framewise_displacement" in table:
-            mean_fd = float(table["framewise_displacement"].mean())
-            if np.isfinite(mean_fd):
-                return censored, mean_fd
+        if fd in table and table[fd].notna().any():
+            return censored, float(table[fd].mean())
     return censored, None
 
 

@@ -201,14 +201,7 @@ def simulate_cohort(
         refuse(f"n_frames must be >= {least} for {described.name}, got {n_frames}", "setting")
     # Sites and families are assigned, everything else is drawn.
     columns = {k: v for k, v in described.variables.items() if k not in ("site", "family")}
-    sizes = dict.fromkeys(columns, 1.0)
-    if len(layout.sites) > 1:
-        sizes["site"] = 1.0
-    unknown = [name for name in effects or {} if name not in sizes]
-    if unknown:
-        refuse(f"effects can be of {list(sizes)}, got {unknown}", "setting")
-    sizes.update(effects or {})
-
+    sizes = _sizes([*columns, "site"] if len(layout.sites) > 1 else list(columns), effects or {})
     process = linear_process()
     rng = np.random.default_rng([seed, 1])
     # A block of parcels for each effect, and one that varies with nothing.
@@ -246,6 +239,14 @@ def simulate_cohort(
     }
     write_json(folder / SIMULATED, truth)
     return truth
+
+
+def _sizes(names: list[str], effects: dict[str, float]) -> dict[str, float]:
+    """The size of every effect; a DataError for one of something unknown."""
+    unknown = [name for name in effects if name not in names]
+    if unknown:
+        refuse(f"effects can be of {names}, got {unknown}", "setting")
+    return {**dict.fromkeys(names, 1.0), **effects}
 
 
 def _described(
