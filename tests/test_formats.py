@@ -20,7 +20,6 @@ from mnemodyn.data.scans import (
     fingerprint,
     load_scan,
     save_scan,
-    series_digest,
 )
 
 NAMES = ("Vis_1", "b 2", "c")
@@ -305,7 +304,7 @@ def test_units_of_the_header(tmp_path):
 def test_t_r_that_is_stated_twice(tmp_path):
     path = cifti(tmp_path / "sub-1_bold.ptseries.nii", VALUES, t_r=1.0)
     (tmp_path / "sub-1_bold.json").write_text('{"RepetitionTime": 0.8}')
-    with pytest.raises(DataError, match="the header states t_r 1.0 s, the sidecar 0.8 s") as caught:
+    with pytest.raises(DataError, match="'header': 1.0, 'sidecar': 0.8") as caught:
         load_scan(path)
     assert caught.value.problem == "t-r-conflict"
     scan = load_scan(path, t_r=0.8, override_t_r=True)
@@ -454,8 +453,6 @@ def test_one_series_under_two_names(tmp_path):
         open_scans(tmp_path)
     assert caught.value.problem == "duplicate-series"
     assert len(open_scans(tmp_path, pattern="sub-2*")) == 1
-    a, b, c = (Scan(f"sub-{i}", VALUES + (i == 2), 1.0, NAMES) for i in range(3))
-    assert series_digest(a) == series_digest(b) != series_digest(c)
 
 
 def test_a_dot_within_a_name_ends_nothing(tmp_path):

@@ -98,10 +98,12 @@ def test_t_r_is_stated_given_or_refused(tmp_path):
     with pytest.raises(DataError, match=rf"{path.name}: no repetition time"):
         load_scan(path)
     assert load_scan(path, t_r=1.5).t_r == 1.5
-    with pytest.raises(DataError, match=r"states t_r 2\.0 s, but t_r 0\.72 s was given"):
+    with pytest.raises(DataError, match=r"'sidecar': 2\.0, 'setting': 0\.72"):
         load_scan(write_tsv(tmp_path), t_r=0.72)
-    with pytest.raises(DataError, match="t_r must be > 0 seconds"):
+    with pytest.raises(DataError, match="no repetition time"):
         load_scan(write_tsv(tmp_path, t_r=0))
+    with pytest.raises(DataError, match="t_r must be > 0 seconds"):
+        load_scan(write_tsv(tmp_path, t_r=None), t_r=0)
     with pytest.raises(DataError, match="no repetition time"):
         load_scan(write_ptseries(tmp_path, unit="HERTZ"))
 

@@ -1,6 +1,5 @@
 """Cohorts: the YAML description of a study, and the index of a folder of scans that follows it."""
 
-import os
 import re
 from collections import defaultdict
 from collections.abc import Callable
@@ -24,7 +23,7 @@ from pydantic import (
     model_validator,
 )
 
-from mnemodyn.data.formats import entities, reading, refuse
+from mnemodyn.data.formats import entities, files_below, reading, refuse
 from mnemodyn.data.scans import Collection, DataError, Scan, data_name, load_scan
 from mnemodyn.files import digest, read_yaml
 
@@ -156,7 +155,7 @@ class Reader(_Description):
             path,
             participant_id=participant_id,
             t_r=t_r,
-            override_t_r=self.override_t_r and t_r is not None,
+            override_t_r=self.override_t_r,
             frames_first=self.frames_first,
             max_constant_parcels=self.max_constant_parcels,
             min_frames=self.min_frames,
@@ -579,18 +578,15 @@ def _find(cohort: Cohort, folder: Path) -> tuple[pd.DataFrame, list[Entities]]:
     """The files that match the first pattern with a match, and the entities of each."""
     if not folder.is_dir():
         refuse(f"{folder}: no such folder", "no-folder")
-    paths = []
-    for root, _, names in os.walk(folder, followlinks=True):
-        inside = Path(root).relative_to(folder)
-        paths += [(inside / name).as_posix() for name in names if not name.startswith(".")]
+    paths = sorted(path.relative_to(folder).as_posix() for path in files_below(folder))
     matches: list[re.Match[str]] = []
     # Patterns are alternatives: the same scan may be there in several formats.
     for pattern in cohort.scans:
         if not matches:
-            found = [_pattern(pattern).fullmatch(path) for path in sorted(paths)]
+            found = map(_pattern(pattern).fullmatch, paths)
             matches = [match for match in found if match]
     if not matches:
-        files = f"none of its {len(paths)} files {sorted(paths)[:1]} matches {cohort.scans}"
+        files = f"none of its {len(paths)} files {paths[:1]} matches {cohort.scans}"
         refuse(f"{folder}: {files}; correct the scans of {cohort.name}", "no-scans")
     named = [_entities(match) for match in matches]
     rows = []

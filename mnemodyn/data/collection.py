@@ -12,10 +12,9 @@ from mnemodyn.data.scans import (
     load_hcp7,
     load_scan,
     scan_files,
-    series_digest,
 )
 from mnemodyn.data.store import Store, is_store
-from mnemodyn.files import resolve
+from mnemodyn.files import digest, resolve
 
 __all__ = ["Collection", "open_scans"]
 
@@ -115,7 +114,7 @@ def _check_agreement(scans: list[Scan]) -> None:
                 found = f"t_r is {scan.t_r} s, but {first.t_r} s in {first.source}"
                 refuse(found, "t-r-conflict")
         # A copy under another name would put one person on both sides of a split.
-        twin = same.setdefault(series_digest(scan), scan)
+        twin = same.setdefault(digest(scan.values), scan)
         if twin.participant_id != scan.participant_id:
             one = f"{twin.source} of {twin.participant_id}"
             other = f"{scan.source} of {scan.participant_id}"

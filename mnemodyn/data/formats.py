@@ -8,6 +8,7 @@ import csv
 import importlib.metadata
 import io
 import json
+import os
 import re
 import warnings
 from collections import defaultdict
@@ -370,6 +371,14 @@ def read(path: Path, key: str | None = None) -> Raw:
 # Names
 
 
+def files_below(folder: Path) -> list[Path]:
+    """All files of a folder and its subfolders, links followed, sorted; none whose name begins with a dot."""
+    found = []
+    for root, _, names in os.walk(folder, followlinks=True):
+        found += [Path(root, name) for name in names if not name.startswith(".")]
+    return sorted(found)
+
+
 def stem(name: str) -> str:
     """A file's name without its ending: ``.nii`` with what CIFTI and gzip add, or what follows the last dot."""
     return re.sub(r"(?i)(\.[dp](tseries|label|scalar|conn))?\.nii(\.gz)?$|\.[a-z0-9]+$", "", name)
@@ -439,18 +448,12 @@ def _inherited(path: Path) -> Iterator[list[Path]]:
 
 
 def _sources(own: Path) -> list[Path]:
-    """The sidecar, those of the files it was made of, and so on."""
-    chain = [own]
-    for file in chain:  # the list grows while it is walked
-        sources = _json(file).get("Sources", [])
-        if not isinstance(sources, list):
-            sources = [sources]
-        for source in sources:
-            name = stem(str(source).rsplit("/", 1)[-1])
-            found = own.with_name(f"{name}.json")
-            if found not in chain:
-                chain.append(found)
-    return chain
+    """The sidecars of the files that a scan was made of."""
+    sources = _json(own).get("Sources", [])
+    if not isinstance(sources, list):
+        sources = [sources]
+    names = [stem(str(source).rsplit("/", 1)[-1]) for source in sources]
+    return [own.with_name(f"{name}.json") for name in names]
 
 
 def _agreed(path: Path, sidecars: list[Path], what: str) -> float | None:

