@@ -9,6 +9,7 @@ import pytest
 import torch
 from hub_server import TOKEN, Hub
 from huggingface_hub import constants
+from huggingface_hub.utils import _http
 from safetensors.torch import load_file
 
 from mnemodyn import Checkpoint, MnemoDyn, ModelConfig, Scaling, from_pretrained, publish
@@ -62,7 +63,7 @@ def hub(tmp_path, monkeypatch):
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
     monkeypatch.setattr(constants, "HF_HUB_DISABLE_TELEMETRY", True)
-    monkeypatch.setattr(huggingface_hub.utils._http.time, "sleep", lambda _: None)
+    monkeypatch.setattr(_http.time, "sleep", lambda _: None)
     monkeypatch.setenv("HF_TOKEN", TOKEN)
     yield server
     server.shutdown()
