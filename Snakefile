@@ -60,8 +60,10 @@ def parameters(wildcards):
     page = wildcards.page
     study = STUDIES[page]
     # A folder a profile, so that a quick look never costs a long run its network.
-    given = {**PROFILE, "output": f"runs/{NAME}/{page}", "threads": resource("threads", 1)(wildcards)}
-    given["checkpoint"] = f"runs/{NAME}/{study.get('checkpoint', page)}/best"
+    given = {**PROFILE, "output": f"runs/{NAME}/{page}", "cache": f"runs/{NAME}/{page}/cache"}
+    given["threads"] = resource("threads", 1)(wildcards)
+    if "checkpoint" in study:
+        given["checkpoint"] = f"runs/{NAME}/{study['checkpoint']}/best"
     defaults = read_parameters(inputs(wildcards)[0])
     given = {name: value for name, value in given.items() if name in defaults}
     given |= study.get("parameters", {}) | PROFILE.get("pages", {}).get(page, {})

@@ -75,7 +75,9 @@ def label(method: str) -> str:
 
 
 def verdict(low: float, high: float) -> str:
-    """``better``, ``worse`` or ``no difference shown``: where the interval of a difference lies."""
+    """``better``, ``worse``, ``identical`` or ``no difference shown``, by a difference's interval."""
+    if low == high == 0:
+        return "identical"
     if low > 0:
         return "better"
     if high < 0:

@@ -139,7 +139,7 @@ def run_notebook(
         The manifest, which is also written as ``STEM.manifest.json`` beside ``output``:
         ``notebook``, ``output``, ``parameters`` (all of them), ``status`` (running, done, failed),
         ``error`` (None or a sentence), ``started`` and ``ended`` (UTC), ``seconds``,
-        ``peak_memory_mb``, and what `mnemodyn.provenance.surroundings` finds.
+        ``processor_seconds``, ``peak_memory_mb``, and what `mnemodyn.provenance.surroundings` finds.
 
     Raises
     ------
@@ -185,8 +185,10 @@ def run_notebook(
     manifest["error"] = error
     manifest["ended"] = _now()
     manifest["seconds"] = round(time.monotonic() - clock, 3)
-    # The largest child is the kernel; in KiB on Linux.
-    manifest["peak_memory_mb"] = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss // 1024
+    # The kernel is the largest child, whose memory is in KiB on Linux.
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    manifest["processor_seconds"] = round(used.ru_utime + used.ru_stime, 1)
+    manifest["peak_memory_mb"] = used.ru_maxrss // 1024
     write_json(record, manifest)
     if error:
         raise NotebookFailed(f"{message}\n{error}\nThe notebook up to there: {manifest['output']}")
@@ -293,5 +295,6 @@ def first_results(manifest: Mapping[str, Any], rows: int = 12) -> str:
         return ""
     table = read_results(resolve(path))
     shown = table[["data", "task", "method", "score", "value", "low", "high", "n"]].head(rows)
+    shown = shown.astype({"n": object})  # without a number it is then empty
     text = shown.to_string(index=False, na_rep="", float_format="{:.3f}".format, max_colwidth=40)
     return f"{text}\n{len(table)} rows in {path}"

@@ -8,6 +8,8 @@ import huggingface_hub
 import pytest
 import torch
 from hub_server import TOKEN, Hub
+from huggingface_hub import constants
+from huggingface_hub.utils import _http
 from safetensors.torch import load_file
 
 from mnemodyn import Checkpoint, MnemoDyn, ModelConfig, Scaling, from_pretrained, publish
@@ -54,14 +56,14 @@ def run(tmp_path_factory):
 @pytest.fixture
 def hub(tmp_path, monkeypatch):
     server = Hub()
-    constants = huggingface_hub.constants
+
     monkeypatch.setattr(constants, "ENDPOINT", server.url)
     template = server.url + "/{repo_id}/resolve/{revision}/{filename}"
     monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
     monkeypatch.setattr(constants, "HF_HUB_DISABLE_TELEMETRY", True)
-    monkeypatch.setattr(huggingface_hub.utils._http.time, "sleep", lambda _: None)
+    monkeypatch.setattr(_http.time, "sleep", lambda _: None)
     monkeypatch.setenv("HF_TOKEN", TOKEN)
     yield server
     server.shutdown()
@@ -128,7 +130,7 @@ def test_private_branch_and_subfolder(run, hub, monkeypatch):
     with pytest.raises(CheckpointError, match="is no checkpoint"):
         from_pretrained("lab/p", revision="v1")
     monkeypatch.delenv("HF_TOKEN")
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", "elsewhere")
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", "elsewhere")
     with pytest.raises(HubError, match="no such repository for this token.*hf auth login"):
         from_pretrained("lab/p", revision="v1", subfolder="small")
 
@@ -196,7 +198,7 @@ def test_refusals_say_what_to_do(run, hub, monkeypatch):
         publish(run, "lab/tiny", token="hf_wrong")
     with pytest.raises(HubError, match="a/b/c: .*Repo id must be"):
         publish(run, "a/b/c")
-    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:9")
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
     with pytest.raises(HubError, match="lab/other: the hub was not reached"):
         from_pretrained("lab/other")
     with pytest.raises(HubError, match="Connection refused"):

@@ -128,7 +128,7 @@ def test_windows_and_whole_scans_are_what_the_network_makes_of_them(model):
 def test_networks_read_what_is_visible_only(model):
     (one,) = hide([scan("a", 16)], Scaling(), **MASKS)
     spoilt = HiddenScan(
-        one.person, np.where(one.hidden, np.nan, one.values), 2.0, one.hidden, one.scored
+        one.person, np.where(one.hidden, np.float32(1e6), one.values), 2.0, one.hidden, one.scored
     )
     rival = PatchTransformer(6, 16, width=16, n_layers=1).eval()
     with_front = MnemoDyn(ModelConfig(**{**CONFIG.to_dict(), "front": "gaussian"}))
@@ -138,6 +138,18 @@ def test_networks_read_what_is_visible_only(model):
         assert np.isfinite(again).all()
         np.testing.assert_allclose(again, filled, atol=1e-6)
         np.testing.assert_array_equal(filled[~one.hidden], one.values[~one.hidden])
+
+
+def test_a_network_is_told_which_frames_are_missing(model):
+    (one,) = hide([scan("a", 32, censored=[4, 5, 20])], Scaling(), **MASKS)
+    assert np.isnan(one.values[[4, 5, 20]]).all()
+    x, hidden = torch.from_numpy(one.values)[None], torch.from_numpy(one.scored)[None]
+    with torch.no_grad():
+        expected = model(x, 2.0, hidden=hidden).reconstruction[0].numpy()
+    filled = fill(Network(model), [one])[0]
+    np.testing.assert_allclose(filled[one.hidden], expected[one.hidden], atol=1e-6)
+    assert np.isfinite(filled).all()
+    assert np.isfinite(fill(Zero(), [one])[0]).all()
 
 
 def row_of(rows, method, against=None):

@@ -89,9 +89,18 @@ def plain_lines(app, what, name, obj, options, lines):
         lines[0] = lines[0].replace(": ", " \N{EN DASH} ")  # it would end a type
 
 
-def leave_types(app, env, node, contnode):
-    """Types in numpydoc sections are words; only a role must lead somewhere."""
-    return contnode if node.get("refdomain") == "py" and "refwarn" not in node else None
+def find_target(app, env, node, contnode):
+    """Types in numpydoc sections are words; only a role must lead somewhere.
+
+    A committed page of a notebook has its neighbours in ``book/runs``.
+    """
+    if node.get("refdomain") == "py" and "refwarn" not in node:
+        return contnode
+    if node["reftype"] == "doc" and node["refdoc"].startswith("book/committed/"):
+        target = f"/book/runs/{node['reftarget']}"
+        domain = env.get_domain("std")
+        return domain.resolve_xref(env, node["refdoc"], app.builder, "doc", target, node, contnode)
+    return None
 
 
 def setup(app):
@@ -99,6 +108,6 @@ def setup(app):
     app.connect("source-read", list_modules)
     app.connect("autodoc-skip-member", skip_borrowed)
     app.connect("autodoc-process-docstring", plain_lines, priority=400)  # before napoleon
-    app.connect("missing-reference", leave_types)
+    app.connect("missing-reference", find_target)
     app.add_directive("settings", Settings)
     return {"parallel_read_safe": True, "parallel_write_safe": True}

@@ -12,7 +12,6 @@ from pathlib import Path
 
 import pandas as pd
 from docutils import nodes
-from docutils.statemachine import StringList
 from registry import between, command, pages, show, table_of, write
 from sphinx.util import logging
 from sphinx.util.docutils import SphinxDirective, SphinxRole
@@ -168,24 +167,6 @@ class Scores(SphinxDirective):
         return [show(self, head, rows, "people", numeric=range(1, len(head)))]
 
 
-class Given(SphinxDirective):
-    """``PAGE ...``: the content where this copy has the tables of all of them, else a line that says so."""
-
-    required_arguments = 1
-    optional_arguments = 9
-    has_content = True
-
-    def run(self):
-        lines = self.content
-        absent = [page for page in self.arguments if table_of(self.env, page) is None]
-        if absent:
-            text = f"Not in this copy: {', '.join(absent)}; {{doc}}`status` has the commands."
-            lines = StringList([text], source=self.env.docname)
-        box = nodes.Element()
-        self.state.nested_parse(lines, self.content_offset, box)
-        return box.children
-
-
 def setup(app):
     """Register the roles and directives with Sphinx."""
     app.add_role("result", Result())
@@ -193,5 +174,4 @@ def setup(app):
     app.add_directive("all-results", AllResults)
     app.add_directive("status", Status)
     app.add_directive("scores", Scores)
-    app.add_directive("given", Given)
     return {"parallel_read_safe": True, "parallel_write_safe": True}

@@ -96,14 +96,15 @@ class Provenance(SphinxDirective):
             if run is None:
                 continue
             commit = (run["commit"] or "none")[:7] + (", changed" if run["dirty"] else "")
-            numbers = [f"{run['seconds']:.0f}", run["peak_memory_mb"], run["cpus"]]
+            numbers = [f"{run['seconds']:.0f}", f"{run['processor_seconds']:.0f}"]
+            numbers += [run["peak_memory_mb"], run["cpus"]]
             rows.append(
                 [f"[{page}](/{document})", run["status"], run["started"][:16], *numbers, commit]
             )
             said = nodes.literal_block("", last_words(self.env.srcdir, document), language="text")
             used += [nodes.rubric("", page), said]
-        head = ["Run", "Ended", "Started (UTC)", "Seconds", "MB", "Cores", "Commit"]
-        return [show(self, head, rows, "runs", numeric=(3, 4, 5)), *used]
+        head = ["Run", "Ended", "Started (UTC)", "Seconds", "Of processor", "MB", "Cores", "Commit"]
+        return [show(self, head, rows, "runs", numeric=(3, 4, 5, 6)), *used]
 
 
 def last_words(root, name):

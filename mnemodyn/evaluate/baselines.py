@@ -153,6 +153,7 @@ class Gaussian:
         else:
             mean, lags = lag_covariances(scans, 0, self.shrinkage)
             if self.covariance == "var":
+                # The process without Bartlett's window, which would change its dynamics.
                 _, raw = moments(scans, 1, self.shrinkage)
                 lags = np.stack([lags[0], (1 - self.shrinkage) * raw[1]])
         return replace(self, mean=mean, lags=lags)
@@ -207,6 +208,7 @@ def _autoregression(covariance: np.ndarray, lagged: np.ndarray, n_frames: int) -
     transition = np.linalg.solve(covariance, lagged.T).T
     least = NEGLIGIBLE * np.linalg.norm(covariance)
     lags = [covariance]
+    # Lags beyond the window are never needed.
     while len(lags) < n_frames and np.linalg.norm(lags[-1]) > least:
         lags.append(transition @ lags[-1])
     return np.stack(lags)

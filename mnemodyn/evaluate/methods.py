@@ -356,6 +356,7 @@ class KernelMethod:
             choices = [self._tune(kernel, split, name) for name, kernel in kernels.items()]
         elif head == "join":
             first, *names = kernels
+            # First which of the others is best, and then how large its share should be.
             alone = [self._tune(kernels[name], split, name) for name in names]
             best = names[np.argmax([choice.score for choice in alone])]
             choices = []
@@ -364,6 +365,7 @@ class KernelMethod:
                 choices.append(self._tune(kernel, split, f"{share:g} {best}"))
         else:
             kernel = np.sum(list(kernels.values()), axis=0)
+            # None stands for all components.
             numbers = COMPONENTS if head == "pca" else (None,)
             choices = [self._tune(kernel, split, head, n_components=n) for n in numbers]
         return max(choices, key=lambda choice: choice.score)
@@ -374,6 +376,7 @@ class KernelMethod:
         """The setting that does best in the inner folds, on one kernel."""
         kernel = residual_kernel(kernel, split.train, self.remove)
         components = KernelPCA(kernel="precomputed")
+        # As many columns as there are training scans, those with most variance first.
         columns = components.fit_transform(kernel[np.ix_(split.train, split.train)])
         test_columns = components.transform(kernel[np.ix_(split.test, split.train)])
         columns = columns[:, :n_components]

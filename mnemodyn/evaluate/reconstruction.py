@@ -59,8 +59,8 @@ class Network:
         given = torch.as_tensor(x, dtype=torch.float32, device=device)
         mask = torch.as_tensor(hidden, device=device)
         known = {"hidden": mask}
-        # A frame of which nothing is visible is missing: the path goes on at its true time.
-        missing = mask.all(-1)
+        # A frame that is NaN throughout is missing: the path goes on at its true time.
+        missing = given.isnan().all(-1)
         if bool(missing.any()):
             known["censored"] = missing
         output = self.network(given, float(t_r), **known)
@@ -90,7 +90,7 @@ class HiddenScan:
     person : str
         Whom a bootstrap resamples: the participant, or the family.
     values : ndarray, shape (time, parcel)
-        In SD of the parcel.
+        In SD of the parcel; NaN in censored frames.
     t_r : float
         Repetition time in seconds.
     hidden : ndarray of bool, shape (time, parcel)
@@ -124,14 +124,16 @@ def hide(
     masks = Masked(hidden_share=hidden_share, mask_window=mask_window)
     found = []
     for i, scan in enumerate(scans):
-        drawn = masks.hide((1, *scan.values.shape), seed + i).numpy()[0]
+        values = scale(scan)
+        drawn = masks.hide((1, *values.shape), seed + i).numpy()[0]
         unknown = np.broadcast_to(scan.constant, drawn.shape)
         if scan.censored is not None:
+            values = np.where(scan.censored[:, None], np.float32(np.nan), values)
             unknown = unknown | scan.censored[:, None]
         person = scan.participant_id
         if people is not None:
             person = people[i]
-        found.append(HiddenScan(person, scale(scan), scan.t_r, drawn | unknown, drawn & ~unknown))
+        found.append(HiddenScan(person, values, scan.t_r, drawn | unknown, drawn & ~unknown))
     return found
 
 
@@ -153,6 +155,7 @@ def fill(method: Method, scans: Sequence[HiddenScan], *, window: int = 0) -> lis
             batch = places[start : start + BATCH]
             x = np.stack([scans[i].values[part] for i, part in batch])
             hidden = np.stack([scans[i].hidden[part] for i, part in batch])
+            # In order, so that where the last window overlaps the one before, the last one counts.
             for (i, part), values in zip(batch, method.fill(x, hidden, t_r), strict=True):
                 filled[i][part] = values
     return filled
@@ -204,10 +207,11 @@ def r2(method: Method, scans: Sequence[HiddenScan], *, window: int = 0) -> float
 
 def _weights(people: np.ndarray, n_boot: int, seed: int) -> np.ndarray:
     """How often each stretch counts, (1 + n_boot, stretch): people are drawn, then their stretches."""
-    weights = resamples(people, n_boot, seed)
+    weights = resamples(people.tolist(), n_boot, seed)
     rng = np.random.default_rng(seed)
     for person in np.unique(people):
         rows = np.flatnonzero(people == person)
+        # As many stretches as the person has, for each time that the person was drawn.
         times = weights[1:, rows[0]].astype(int)
         share = np.full(len(rows), 1 / len(rows))
         weights[1:, rows] = rng.multinomial(times * len(rows), share)
@@ -251,6 +255,7 @@ def compare(
     totals = weights @ total
     scores = {}
     for name, residual in residuals.items():
+        # One row for a method without training seeds.
         by_seed = np.atleast_2d(residual)
         seeds = resamples(range(len(by_seed)), n_boot, seed) / len(by_seed)
         scores[name] = 1 - ((weights @ by_seed.T) * seeds).sum(1) / totals

@@ -187,7 +187,8 @@ def evaluate(
     scans : sequence of Scan
         Those of `task.table`, in its order (`task.select` gives them); read one at a time.
     methods : iterable of str, or dict
-        Names in `METHODS`; or by name a :class:`~mnemodyn.evaluate.methods.Method`, or any other object with ``fit_predict``.
+        Names in `METHODS`; or by name a :class:`~mnemodyn.evaluate.methods.Method`, or any other
+        object with ``fit_predict``.
     checkpoint : Checkpoint, optional
         The network, for methods that read one.
     cache : str or Path, optional
@@ -210,6 +211,7 @@ def evaluate(
         raise DataError(f"{len(task.table)} scans of the task's table expected, got {len(scans)}")
     features = {} if features is None else features
     predictors = _predictors(scans, task, methods, features, checkpoint, cache, seed)
+    # A fold is the unit of work and of resumption.
     kept = Kept(cache)
     work = list(folds.split(task.people))
     run = joblib.delayed(_run_fold)
@@ -277,6 +279,7 @@ def _run_fold(
     except DataError as error:
         return {name: {"error": str(error)} for name in predictors}
     split = Split(train, test, y, task.kind, inner, seed)
+    # Everything that decides a prediction, by content, so that nothing outdated is found again.
     of_fold = [y, task.kind, train, test, [[list(fit), list(rest)] for fit, rest in inner], seed]
     results = {}
     for name, predictor in predictors.items():
@@ -315,6 +318,7 @@ def fold_scores(evaluation: Evaluation, method: str) -> np.ndarray:
     for fold, prediction in zip(
         evaluation.folds.of(task.people), evaluation.predictions[method], strict=True
     ):
+        # Weights 1 for the scans of one fold and 0 for the others, a row a fold.
         one_fold = (fold == np.unique(fold)[:, None]).astype(float)
         scores = measure(task.kind, task.y, prediction, one_fold, fold=fold)
         found.append(scores[task.metric])
@@ -408,6 +412,7 @@ def _motion_and_site(
     fd = task.table["mean_fd"]
     if fd.nunique() > 1 and prediction.nunique() > 1:
         yield {**base, "score": "fd_r", "value": float(prediction.corr(fd))}
+    # Fewer than ten people, or everybody, would say nothing new.
     still = np.flatnonzero(fd < LOW_MOTION)
     if 10 <= len(still) < len(fd) and len(np.unique(task.y[still])) > 1:
         base["task"] += f", mean FD < {LOW_MOTION} mm"

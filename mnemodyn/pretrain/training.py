@@ -16,7 +16,7 @@ import sys
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -121,35 +121,32 @@ def pretrain(
     TrainingError
         If the loss is NaN or infinite, or a checkpoint cannot be written; earlier ones stay as they are.
     """
-    settings = settings or Settings()
-    people = _participants(train, validation)
-    run = _Run(folder, _identity(settings, train, validation))
+    run = _Run(folder, train, validation, settings or Settings())
     if run.finished():
-        run.show(settings)
+        run.show()
     else:
-        config = _config(settings, train)
-        torch.manual_seed(settings.training.seed)
-        network = MnemoDyn(config)
-        scaling = Scaling(settings.scaling).fit(train)
+        network = MnemoDyn(run.config())
         if network.front is None:
             fronts = None
         else:
-            fronts = fronts or Fronts(train, scaling, settings.training)
+            fronts = fronts or Fronts(train, run.scaling, run.settings.training)
             fronts.fit(network.front)
-        windows = _windows(train, validation, scaling, settings, fronts)
-        history = run.train(network, settings, windows, restart, fronts)
-        objective = make_objective(settings.objective)
+        history = run.fit(network, restart, fronts)
         record = {
-            "objective": settings.objective.to_dict(),
-            "settings": settings.to_dict(),
-            **people,
-            objective.monitor: max(row[objective.monitor] for row in history),
+            "objective": run.settings.objective.to_dict(),
+            "settings": run.settings.to_dict(),
+            **run.people,
+            run.objective.monitor: max(row[run.objective.monitor] for row in history),
         }
-        data = run.identity["data"]["train"]
         checkpoint = Checkpoint(
-            network, train[0].parcels, float(train[0].t_r), scaling, data, record
+            network,
+            train[0].parcels,
+            float(train[0].t_r),
+            run.scaling,
+            run.identity["data"]["train"],
+            record,
         )
-        run.finish(settings, history, lambda work: save_checkpoint(work / "best", checkpoint))
+        run.finish(history, lambda work: save_checkpoint(work / "best", checkpoint))
     return from_pretrained(run.folder / "best"), run.history()
 
 
@@ -186,20 +183,15 @@ def pretrain_rival(
         make = functools.partial(PatchTransformer, n_parcels, n_timepoints, width=64, n_layers=4)
         network, history = pretrain_rival(make, train, validation, folder, settings)
     """
-    settings = settings or Settings()
-    _participants(train, validation)
-    torch.manual_seed(settings.training.seed)
+    run = _Run(folder, train, validation, settings or Settings())
     network = make()
-    started = digest(repr(network), dict(network.state_dict()))
-    run = _Run(folder, {**_identity(settings, train, validation), "network": started})
+    run.identity["network"] = digest(repr(network), dict(network.state_dict()))
     if run.finished():
-        run.show(settings)
+        run.show()
     else:
-        scaling = Scaling(settings.scaling).fit(train)
-        windows = _windows(train, validation, scaling, settings, None)
-        history = run.train(network, settings, windows, restart, None)
+        history = run.fit(network, restart, None)
         weights = network.state_dict()
-        run.finish(settings, history, lambda work: _save(weights, work / "best" / "weights.pt"))
+        run.finish(history, lambda work: _save(weights, work / "best" / "weights.pt"))
     network.load_state_dict(torch.load(run.folder / "best" / "weights.pt", weights_only=True))
     return network.eval(), run.history()
 
@@ -257,68 +249,6 @@ def pretrain_several(
     kept = table.groupby("rate")["score"].mean().idxmax()
     table["kept"] = table["rate"] == kept
     return networks[kept], table
-
-
-def _participants(train: Sequence[Scan], validation: Sequence[Scan]) -> dict[str, list[str]]:
-    """Who trains and who validates; a DataError where these overlap or parcels differ."""
-    first = train[0]
-    people = {}
-    for name, scans in (("train", train), ("validation", validation)):
-        found = set()
-        for scan in scans:
-            found.add(scan.participant_id)
-            if scan.parcels != first.parcels:
-                raise DataError(f"{scan.source}: parcels differ from those of {first.source}")
-        people[f"{name}_participants"] = sorted(found)
-    both = sorted(set(people["train_participants"]) & set(people["validation_participants"]))
-    if both:
-        raise DataError(f"participants in both training and validation: {both}")
-    return people
-
-
-def _config(settings: Settings, train: Sequence[Scan]) -> ModelConfig:
-    """The settings of the network, with the number of parcels that the scans have."""
-    n_parcels = len(train[0].parcels)
-    asked = asdict(settings.model)  # type: ignore[call-overload]
-    if asked.setdefault("n_parcels", n_parcels) != n_parcels:
-        raise DataError(
-            f"{train[0].source}: expected {asked['n_parcels']} parcels, got {n_parcels}"
-        )
-    return ModelConfig(**asked)
-
-
-def _identity(settings: Settings, train: Sequence[Scan], validation: Sequence[Scan]) -> dict:
-    """What decides the result of a training."""
-    described = settings.to_dict()
-    del described["machine"], described["data"]
-    data = {}
-    for name, scans in (("train", train), ("validation", validation)):
-        data[name] = getattr(scans, "fingerprint", None) or fingerprint(scans)
-    return {"settings": described, "data": data, "torch": torch.__version__}
-
-
-def _windows(
-    train: Sequence[Scan],
-    validation: Sequence[Scan],
-    scaling: Scaling,
-    settings: Settings,
-    fronts: "Fronts | None",
-) -> tuple[RandomWindows, FixedWindows]:
-    """Training and validation windows."""
-    training = settings.training
-    shared = (scaling, make_objective(settings.objective), settings.model.n_timepoints)
-    seed = training.seed if training.fresh_windows else 0
-    folds: dict[str, Sequence[int] | None] = {"train": None, "validation": None}
-    if fronts is not None:
-        folds = {"train": fronts.folds, "validation": [Fronts.ALL] * len(validation)}
-    drawn = RandomWindows(
-        train, *shared, seed, seconds=training.window_seconds, folds=folds["train"]
-    )
-    # The views of validation must not follow the seed of a run, or runs could not be compared.
-    fixed = FixedWindows(
-        validation, *shared, 0, seconds=training.window_seconds, folds=folds["validation"]
-    )
-    return drawn, fixed
 
 
 class Fronts:
@@ -421,12 +351,51 @@ class _Scaled(Sequence):
 
 
 class _Run:
-    """The files of a run. Those of a finished one are replaced when the next is finished, not before."""
+    """A run and its files. Those of a finished one are replaced when the next is finished, not before."""
 
-    def __init__(self, folder: str | Path, identity: dict):
+    def __init__(
+        self,
+        folder: str | Path,
+        train: Sequence[Scan],
+        validation: Sequence[Scan],
+        settings: Settings,
+    ):
+        """Check the scans, and set the seed for what is made next."""
         self.folder = Path(folder)
         self.work = self.folder / "unfinished"
-        self.identity = identity
+        self.settings = settings
+        self.objective = make_objective(settings.objective)
+        self.train = train
+        self.validation = validation
+        self.people = {
+            "train_participants": _people(train, train[0]),
+            "validation_participants": _people(validation, train[0]),
+        }
+        both = set.intersection(*(set(people) for people in self.people.values()))
+        if both:
+            raise DataError(f"participants in both training and validation: {sorted(both)}")
+        described = settings.to_dict()
+        del described["machine"], described["data"]
+        self.identity: dict[str, Any] = {
+            "settings": described,
+            "data": {"train": _fingerprint(train), "validation": _fingerprint(validation)},
+            "torch": torch.__version__,
+        }
+        torch.manual_seed(settings.training.seed)
+
+    @cached_property
+    def scaling(self) -> Scaling:
+        return Scaling(self.settings.scaling).fit(self.train)
+
+    def config(self) -> ModelConfig:
+        """The settings of the network, with the number of parcels that the scans have."""
+        n_parcels = len(self.train[0].parcels)
+        asked = asdict(self.settings.model)  # type: ignore[call-overload]
+        if asked.setdefault("n_parcels", n_parcels) != n_parcels:
+            raise DataError(
+                f"{self.train[0].source}: expected {asked['n_parcels']} parcels, got {n_parcels}"
+            )
+        return ModelConfig(**asked)
 
     def finished(self) -> bool:
         """Whether the folder holds this very run, finished."""
@@ -443,14 +412,7 @@ class _Run:
             raise ResumeError(f"{record}: damaged ({error}); delete {folder}") from error
         return _differences(there, self.identity)
 
-    def train(
-        self,
-        network: nn.Module,
-        settings: Settings,
-        windows: tuple[Dataset, Dataset],
-        restart: bool,
-        fronts: Fronts | None,
-    ) -> History:
+    def fit(self, network: nn.Module, restart: bool, fronts: Fronts | None) -> History:
         """Train, or go on; a ResumeError if the folder holds an unfinished run that is another."""
         different = self._differences(self.work)
         if different and (self.work / "last.ckpt").is_file() and not restart:
@@ -465,18 +427,40 @@ class _Run:
             for path in self.work.glob(".*.tmp"):
                 path.unlink()
             write_json(self.work / "run.json", {"identity": self.identity})
-        objective = make_objective(settings.objective)
-        parts = (settings.training, settings.machine)
-        return fit(network, objective, *windows, *parts, folder=self.work, fronts=fronts)
+        return fit(
+            network,
+            self.objective,
+            *self.windows(fronts),
+            self.settings.training,
+            self.settings.machine,
+            folder=self.work,
+            fronts=fronts,
+        )
 
-    def finish(self, settings: Settings, history: History, save: Callable[[Path], object]) -> None:
+    def windows(self, fronts: Fronts | None) -> tuple[RandomWindows, FixedWindows]:
+        """Training and validation windows."""
+        training = self.settings.training
+        shared = (self.scaling, self.objective, self.settings.model.n_timepoints)
+        seed = training.seed if training.fresh_windows else 0
+        known = everybody = None
+        if fronts is not None:
+            known = fronts.folds
+            everybody = [Fronts.ALL] * len(self.validation)
+        seconds = training.window_seconds
+        # The views of validation must not follow the seed of a run, or runs could not be compared.
+        return (
+            RandomWindows(self.train, *shared, seed, seconds=seconds, folds=known),
+            FixedWindows(self.validation, *shared, 0, seconds=seconds, folds=everybody),
+        )
+
+    def finish(self, history: History, save: Callable[[Path], object]) -> None:
         """Save the network by ``save(folder)``, and put this run in the place of the one before."""
         if _is_first():
             save(self.work)
             about = {
                 "identity": self.identity,
                 "history": history,
-                "machine": asdict(settings.machine),  # type: ignore[call-overload]
+                "machine": asdict(self.settings.machine),  # type: ignore[call-overload]
                 "ran_on": surroundings(),
             }
             write_json(self.work / "run.json", about)
@@ -488,15 +472,29 @@ class _Run:
         if torch.distributed.is_initialized():
             torch.distributed.barrier()
 
-    def show(self, settings: Settings) -> None:
-        """Print the lines of the finished run, as they were when it ran."""
-        objective = make_objective(settings.objective)
-        for row in self.history():
-            print(_line(row, objective, settings.training))
-
     def history(self) -> History:
         """Rows of the finished run, as fit returned them."""
         return json.loads((self.folder / "run.json").read_text(encoding="utf-8"))["history"]
+
+    def show(self) -> None:
+        """Print the lines of the finished run, as they were when it ran."""
+        for row in self.history():
+            print(_line(row, self.objective, self.settings.training))
+
+
+def _people(scans: Sequence[Scan], first: Scan) -> list[str]:
+    """The participants of scans; a DataError where a scan has other parcels than the first."""
+    found = set()
+    for scan in scans:
+        found.add(scan.participant_id)
+        if scan.parcels != first.parcels:
+            raise DataError(f"{scan.source}: parcels differ from those of {first.source}")
+    return sorted(found)
+
+
+def _fingerprint(scans: Sequence[Scan]) -> str:
+    """Digest of the content of scans, which a collection knows."""
+    return getattr(scans, "fingerprint", None) or fingerprint(scans)
 
 
 def _differences(there: dict, here: dict) -> list[str]:

@@ -160,7 +160,7 @@ def score(
         "seed": seed,
     }
     truth = hide(scans, Scaling(), **masks)
-    given = hide(scans, checkpoint.scale, **masks)
+    given = hide(scans, checkpoint.require_scaling(), **masks)
     method = Network(checkpoint.model)
     window = (cell.window or grid.window) // cell.every
     under_test = [condition(one, cell, seed + i) for i, one in enumerate(given)]
@@ -181,9 +181,10 @@ def condition(scan: HiddenScan, cell: Cell, seed: int) -> HiddenScan:
     """The scan as the test of a cell gives it: frames left out, or missing."""
     missing = np.random.default_rng(seed).random(len(scan.values)) < cell.censored
     kept = slice(None, None, cell.every)
+    values = np.where(missing[:, None], np.float32(np.nan), scan.values)
     return replace(
         scan,
-        values=scan.values[kept],
+        values=values[kept],
         t_r=scan.t_r * cell.every,
         hidden=(scan.hidden | missing[:, None])[kept],
         scored=(scan.scored & ~missing[:, None])[kept],
@@ -192,9 +193,10 @@ def condition(scan: HiddenScan, cell: Cell, seed: int) -> HiddenScan:
 
 def to_sd(filled: np.ndarray, given: HiddenScan, truth: HiddenScan) -> np.ndarray:
     """Filled values in the units of `given` to those of `truth`: both scale each parcel linearly."""
-    spread = given.values.std(0)
-    slope = truth.values.std(0) / np.where(spread > 0, spread, 1)
-    return (filled - given.values.mean(0)) * slope + truth.values.mean(0)
+    spread = np.nanstd(given.values, axis=0)
+    slope = np.nanstd(truth.values, axis=0) / np.where(spread > 0, spread, 1)
+    centred = filled - np.nanmean(given.values, axis=0)
+    return centred * slope + np.nanmean(truth.values, axis=0)
 
 
 def table(grid: Grid, records: Mapping[str, Sequence[Mapping[str, float]]]) -> pd.DataFrame:

@@ -13,6 +13,7 @@ from scipy import stats
 from sklearn.decomposition import KernelPCA
 from sklearn.linear_model import LogisticRegression, Ridge
 
+from mnemodyn.checkpoint import Checkpoint
 from mnemodyn.data.scans import Scan
 from mnemodyn.evaluate.methods import (
     METHODS,
@@ -24,6 +25,7 @@ from mnemodyn.evaluate.methods import (
 )
 from mnemodyn.evaluate.scores import CHANCE, interval, measure, resamples, t_interval
 from mnemodyn.evaluate.study import N_INNER, Task, evaluate, fold_scores
+from mnemodyn.model.network import MnemoDyn
 from mnemodyn.splits import Folds, inner_splits, repeated_folds
 
 CONDITIONS = {
@@ -38,6 +40,22 @@ def permuted(task: Task, seed: int) -> Task:
     _, first, person = np.unique(task.people, return_index=True, return_inverse=True)
     shuffled = np.random.default_rng(seed).permutation(task.y[first])
     return replace(task, y=shuffled[person])
+
+
+def with_front(
+    checkpoint: Checkpoint, scans: Sequence[Scan], settings: Mapping[str, Any]
+) -> Checkpoint:
+    """The network of a checkpoint behind a front end, which is fitted in closed form and without labels.
+
+    `settings` are those of :class:`~mnemodyn.settings.ModelConfig` whose names begin with ``front_``.
+    Where nothing is hidden a front end does nothing: what is read out of the blocks stays the same.
+    """
+    config = replace(checkpoint.model.config, front="gaussian", **settings)
+    network = MnemoDyn(config)
+    network.load_state_dict(checkpoint.model.state_dict(), strict=False)
+    scaling = checkpoint.require_scaling()
+    network.fit_front([scaling(scan) for scan in scans])
+    return replace(checkpoint, model=network.eval())
 
 
 class NoiseScans(Sequence):

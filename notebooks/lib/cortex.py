@@ -4,7 +4,7 @@ The score that a linear head gives a person is a sum over pairs of parcels. The 
 known exactly, half of a pair to either end.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 
 import nibabel
 import numpy as np
@@ -16,8 +16,10 @@ from sklearn.preprocessing import StandardScaler
 from lib import inside
 from lib.atlas import NETWORKS
 from lib.atlas import networks as networks_of
+from mnemodyn.checkpoint import Checkpoint
 from mnemodyn.data.atlas import schaefer400_tian3
 from mnemodyn.data.scans import Scan
+from mnemodyn.evaluate.reconstruction import Network, fill, hide, squares
 from mnemodyn.splits import repeated_folds
 
 PENALTY = 5e-4  # inverse, of 19,900 standardised edges
@@ -37,6 +39,26 @@ def halves(table: pd.DataFrame, target: str) -> Iterator[tuple[np.ndarray, np.nd
         families = set(table.loc[mine, "family"].dropna()) - {""}
         others = ~table["participant_id"].isin(inside_half) & ~table["family"].isin(families)
         yield mine, np.random.default_rng(0).permutation(np.flatnonzero(others))
+
+
+def filled_by_parcel(
+    checkpoint: Checkpoint,
+    scans: Sequence[Scan],
+    *,
+    hidden_share: float,
+    mask_window: int,
+    window: int,
+    seed: int,
+) -> np.ndarray:
+    """Squared errors and squares of the hidden entries of each parcel, summed over scans: (2, parcel).
+
+    Scans are filled `window` frames at a time, as the network was trained.
+    """
+    asked = {"hidden_share": hidden_share, "mask_window": mask_window, "seed": seed}
+    hidden = hide(scans, checkpoint.require_scaling(), **asked)
+    filled = fill(Network(checkpoint.model), hidden, window=window)
+    sums = [squares(*pair).sum(1) for pair in zip(hidden, filled, strict=True)]
+    return np.sum(sums, axis=0)
 
 
 def parts_of_score(

@@ -34,7 +34,9 @@ def field_response(block: OperatorBlock, x: Tensor) -> dict:
     """
     field = block.field
     z = field.activation(field.bottleneck(field.activation(field.input(x))))
-    h = field.activation(field.expansion(z)).view(len(x), -1, field.n_channels)
+    # One row of H a parcel, or two where value and derivative drive it.
+    rows = field.expansion.out_features // block.output.in_features
+    h = field.activation(field.expansion(z)).view(len(x), rows, -1)
     mean = h.mean(0)
     left, values, _ = torch.linalg.svd(mean, full_matrices=False)
     return {

@@ -1,7 +1,6 @@
 """Figures that one page of the book uses; each function draws on a new figure and returns it."""
 
 from collections.abc import Sequence
-from itertools import cycle
 
 import matplotlib
 import matplotlib.pyplot as plt
@@ -15,9 +14,6 @@ from lib.quality import OUTLYING, SLOW
 from mnemodyn.data.scans import Scan
 from mnemodyn.figures import (
     COLOURS,
-    MARKERS,
-    errors,
-    labels,
     legend_above,
     lines,
     log_ticks,
@@ -35,14 +31,6 @@ SCORES = {
     "val_r2_clean": "R², clean signal",
     "val_r2": "R², what was shown",
     "val_r2_latent": "R², embeddings",
-}
-# Name of a method in benchmarks.speed -> its name in the book.
-SPEED = {
-    "draft": "plain form",
-    "eager": "field in memory",
-    "lean": "this package",
-    "compiled": "this package, compiled",
-    "transformer": "transformer",
 }
 
 
@@ -176,19 +164,6 @@ def r2_lines(rows: pd.DataFrame, by: str, xlabel: str) -> Figure:
     return figure
 
 
-def r2_parcels(rows: pd.DataFrame) -> Figure:
-    """R2 of every parcel: a point a parcel, the median as a line, a row a method."""
-    groups = list(rows.groupby("method", sort=False))[::-1]
-    figure, ax = plt.subplots(figsize=(7, 0.6 + 0.4 * len(groups)))
-    for y, (_, group) in enumerate(groups):
-        ax.plot(group["r2"], np.full(len(group), y), "o", ms=3, alpha=0.4, color=COLOURS[0], mew=0)
-        ax.vlines(group["r2"].median(), y - 0.3, y + 0.3, color=COLOURS[1], lw=2)
-    ax.set_yticks(range(len(groups)), labels(name for name, _ in groups))
-    ax.axvline(0, color="black", lw=0.8)
-    ax.set_xlabel("R² of a parcel, hidden entries")
-    return figure
-
-
 def filled_stretches(
     x: np.ndarray,
     hidden: np.ndarray,
@@ -216,60 +191,6 @@ def filled_stretches(
     return figure
 
 
-def reconstruction(rows: pd.DataFrame) -> Figure:
-    """R2 on hidden entries a method, with its interval."""
-    rows = rows.sort_values("r2")
-    figure, ax = plt.subplots(figsize=(7, 0.5 + 0.4 * len(rows)))
-    place = np.arange(len(rows))
-    colours = [COLOURS[0] if m == "model" else "0.6" for m in rows["method"]]
-    ax.barh(
-        place, rows["r2"], color=colours, xerr=errors(rows, "r2"), error_kw={"lw": 1, "capsize": 2}
-    )
-    ax.set_yticks(place, labels(rows["method"]))
-    ax.axvline(0, color="black", lw=0.8)
-    for y, value, high in zip(place, rows["r2"], rows["high"], strict=True):
-        ax.text(max(high, 0) + 0.01, float(y), f"{value:.3f}", va="center")
-    ax.set_xlabel("R² on hidden entries of held-out people")
-    ax.margins(x=0.12)
-    return figure
-
-
-def differences(rows: pd.DataFrame) -> Figure:
-    """R2 of the network minus that of each method (``data, method, value, low, high``), one panel a data set."""
-    sets = list(rows["data"].unique())
-    figure, axes = panels(len(sets), 0.9 + 0.3 * max(rows.groupby("data").size()), sharey=True)
-    order = rows.groupby("method")["value"].mean().sort_values(ascending=False).index
-    for ax, name in zip(axes, sets, strict=True):
-        part = rows[rows["data"] == name].set_index("method").reindex(order)
-        bars: dict = {
-            "xerr": errors(part, "value"),
-            "fmt": "o",
-            "ms": 4,
-            "capsize": 2,
-            "color": COLOURS[0],
-        }
-        ax.errorbar(part["value"], np.arange(len(part)), **bars)
-        ax.axvline(0, color="black", lw=0.8)
-        ax.set_title(name)
-    axes[0].set_yticks(np.arange(len(order)), labels(order))
-    figure.supxlabel("R² of MnemoDyn minus the method's", fontsize=9)
-    return figure
-
-
-def reconstruction_grid(rows: pd.DataFrame) -> Figure:
-    """R2 against the length of the hidden stretches, one panel a hidden share."""
-    shares = sorted(rows["hidden_share"].unique())
-    figure, axes = panels(len(shares), 2.9, sharey=True)
-    for ax, share in zip(axes, shares, strict=True):
-        lines(ax, rows[rows["hidden_share"] == share], "seconds")
-        ax.set(title=f"{share:.0%} hidden", xlabel="hidden stretch (s)")
-        log_ticks(ax, rows["seconds"], "{:.3g}")
-        ax.axhline(0, color="black", lw=0.8)
-    axes[0].set_ylabel("R², hidden entries")
-    legend_above(figure, axes[0])
-    return figure
-
-
 def identification(rows: pd.DataFrame, chance: float) -> Figure:
     """Accuracy of identification against the length of the windows, a line a set of features."""
     figure, ax = plt.subplots(figsize=(7, 3.6))
@@ -278,73 +199,6 @@ def identification(rows: pd.DataFrame, chance: float) -> Figure:
     ax.set(xlabel="length of the window (s)", ylabel="identified", ylim=(0, 1.05))
     log_ticks(ax, rows["seconds"], "{:.0f}")
     legend_above(figure, ax, loc="outside right upper", ncols=1)
-    return figure
-
-
-def speed(rows: pd.DataFrame, by: str, size: str) -> Figure:
-    """Seconds a step and memory against one size, a line a method; both axes logarithmic.
-
-    `rows` are one sweep of ``benchmarks.speed``, `by` is the column of the size, `size` the label of its axis.
-    """
-    figure, axes = panels(2, 2.9)
-    mebibytes = (
-        rows["peak_bytes"] / 2**20
-    )  # a peak under one is below what the memory of a process can tell
-    rows = rows.assign(method=rows["method"].map(SPEED), mebibytes=mebibytes.where(mebibytes >= 1))
-    for ax, y, title in zip(
-        axes, ("seconds", "mebibytes"), ("seconds a step", "MiB a step needs"), strict=True
-    ):
-        lines(ax, rows, by, y)
-        ax.set(yscale="log", xlabel=size, ylabel=title)
-        ax.yaxis.set_major_locator(matplotlib.ticker.LogLocator(subs=(1, 2, 5)))
-        ax.yaxis.set_major_formatter("{x:g}")
-        log_ticks(ax, rows[by], "{:,}")
-    legend_above(figure, axes[0], ncols=4)
-    return figure
-
-
-def ablations(rows: pd.DataFrame, xlabel: str = "change of R² on hidden entries") -> Figure:
-    """Forest plot: what each cell changes, with its interval; filled where the interval leaves zero out.
-
-    `rows` has ``label, group, value, low, high`` (the last two may be missing); `xlabel` is that of the axis.
-    """
-    rows = rows.sort_values("value", ascending=False).reset_index(drop=True)
-    figure, ax = plt.subplots(figsize=(7, 0.9 + 0.21 * len(rows)))
-    for (name, group), marker, colour in zip(
-        rows.groupby("group"), cycle(MARKERS), cycle(COLOURS), strict=False
-    ):
-        ax.plot([], [], marker, color=colour, ms=5, label=name)
-        ax.hlines(group.index, group["low"], group["high"], color=colour, lw=1.2)
-        clear = (group["low"] > 0) | (group["high"] < 0)
-        for kept, fill in ((clear, colour), (~clear, "white")):
-            ax.plot(
-                group.loc[kept, "value"],
-                group.index[kept],
-                marker,
-                ms=5,
-                mec=colour,
-                mfc=fill,
-                ls="none",
-            )
-    ax.axvline(0, color="black", lw=0.8)
-    ax.set_yticks(rows.index, rows["label"])
-    ax.set(xlabel=xlabel, ylim=(len(rows) - 0.4, -0.6))
-    # Most changes are small beside a few: linear near zero, logarithmic beyond.
-    ax.set_xscale("symlog", linthresh=0.01)
-    ends = max(0.01, float(rows[["value", "low", "high"]].abs().max().max()))
-    ticks = [t for t in (0.01, 0.03, 0.1, 0.3, 1, 3) if t <= 1.3 * ends]
-    low, high = (
-        float(rows[["value", "low"]].min().min()),
-        float(rows[["value", "high"]].max().max()),
-    )
-    ticks = [-t for t in ticks[::-1] if -t > 1.5 * low] + [0] + [t for t in ticks if t < 1.5 * high]
-    ax.set_xticks(
-        ticks, [f"{t:+g}".replace("-", "\N{MINUS SIGN}") if t else "0" for t in ticks], fontsize=7
-    )
-    ax.minorticks_off()
-    ax.grid(axis="x", color="0.9", lw=0.6)
-    ax.set_axisbelow(True)
-    legend_above(figure, ax, ncols=5)
     return figure
 
 
@@ -433,28 +287,4 @@ def generated(found: dict[str, list[dict]]) -> Figure:
         ax.set(xticks=[], xlim=(-0.6, len(found) - 0.4), ylabel=ylabel)
     handles = dict(zip(*middle.get_legend_handles_labels()[::-1], strict=True))
     figure.legend(handles.values(), handles, ncols=len(found), loc="outside upper center")
-    return figure
-
-
-def scaling(sizes: dict[str, pd.DataFrame], bar: float) -> Figure:
-    """R2 with its interval against the size of something, a panel each, logarithmic; a line a method.
-
-    `sizes` has, by the label of the axis, rows with the size in the first column, and ``method, value, low, high``.
-    The R2 `bar` is drawn across all of them.
-    """
-    figure, axes = panels(len(sizes), 3.2, sharey=True)
-    for ax, (xlabel, rows) in zip(axes, sizes.items(), strict=True):
-        x = rows.columns[0]
-        rows = rows.sort_values(
-            [x, "method"]
-        )  # one colour a method in every panel: the blocks come first
-        lines(ax, rows, x, "value")
-        for line, (_, mine) in zip(ax.get_lines(), rows.groupby("method", sort=False), strict=True):
-            ax.fill_between(
-                mine[x], mine["low"], mine["high"], color=line.get_color(), alpha=0.15, lw=0
-            )
-        ax.axhline(bar, color="black", lw=0.8, ls=":")
-        ax.set(xlabel=xlabel, xscale="log")
-    axes[0].set_ylabel("R², hidden entries")
-    legend_above(figure, axes[0], ncols=2)
     return figure

@@ -149,7 +149,7 @@ def divide(
     if checkpoint is None:
         labels = None
         if strata:
-            labels = scans.table[list(strata)].astype(str).agg(" ".join, axis=1).tolist()
+            labels = [" ".join(map(str, row)) for row in scans.table[list(strata)].to_numpy()]
         rows = hold_out(people.tolist(), strata=labels, **division)
         return {side: scans.select(rows[side]) for side in rows}
     sides = {}

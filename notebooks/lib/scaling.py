@@ -52,6 +52,12 @@ def settings_for(
     return study.settings_of(model, masks, training, n_timepoints, None)
 
 
+def name_of(train: Collection, steps: int, n_channels: int) -> str:
+    """The folder of blocks by what they were trained with."""
+    people = train.table["participant_id"].nunique()
+    return f"{people}-people-{steps}-steps-{n_channels}-channels"
+
+
 def blocks(
     train: Collection, validation: Collection, folder: Path, settings: Settings
 ) -> dict[str, Network]:
