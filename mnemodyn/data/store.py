@@ -68,7 +68,8 @@ def convert(
 
     The conversion may be killed at any moment and started again: it goes on after the last whole scan and ends in the
     same bytes. One scan is held in memory at a time. A scan that cannot be read, or has other parcels than the first,
-    is listed in ``Store.excluded``.
+    is listed in ``Store.excluded``. The store has the rows of `scans`, in their order. Two conversions into one folder
+    at a time may stop each other, but damage nothing.
 
     Parameters
     ----------
@@ -375,7 +376,7 @@ class Store(Collection):
         lines = [f"{content}, {self.dtype} (largest error {error:.2g} SD){mark}"]
         left_out = self.excluded.reindex(columns=["problem", "left_out_of"])
         # Scans without a phenotype are in the store.
-        counts = left_out.query("left_out_of != 'targets'")["problem"].value_counts()
+        counts = left_out.problem[left_out.left_out_of != "targets"].value_counts()
         lines += [f"left out: {count} {problem}" for problem, count in counts.items()]
         return "\n".join(lines)
 
