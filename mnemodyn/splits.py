@@ -5,15 +5,14 @@ same side, and so are the members of a family where the cohort knows its familie
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pandas as pd
 from sklearn.model_selection import StratifiedGroupKFold
 
 from mnemodyn.data.scans import DataError
-from mnemodyn.files import digest, write_text
+from mnemodyn.files import digest
 
 
 def hold_out(
@@ -51,6 +50,7 @@ def hold_out(
     DataError
         If a number is negative, a share is 1 or more, or nobody is left to train on.
     """
+    # Without families everybody is their own, and without strata all are alike.
     scans = pd.DataFrame({"person": participants, "family": participants, "stratum": 0})
     if families is not None:
         scans["family"] = families
@@ -72,6 +72,7 @@ def hold_out(
     for side, asked in (("test", n_test), ("validation", n_validation)):
         n_wanted = _count(asked, n_people)
         chosen: list[str] = []
+        # Whole families, until there are enough participants.
         while order and people["family"].isin(chosen).sum() < n_wanted:
             chosen.append(order.pop())
         sides[side] = np.flatnonzero(scans["family"].isin(chosen))
@@ -85,9 +86,10 @@ def hold_out(
 
 def _count(asked: int | float, n_people: int) -> int:
     """The number of participants that a count or a share means; a positive share means at least one."""
-    if asked < 0 or (isinstance(asked, float) and asked >= 1):
+    is_share = isinstance(asked, float)
+    if asked < 0 or (is_share and asked >= 1):
         raise DataError(f"n_test and n_validation must be counts or shares below 1, got {asked}")
-    if isinstance(asked, float) and asked > 0:
+    if is_share and asked > 0:
         return max(1, round(asked * n_people))
     return int(asked)
 
@@ -111,13 +113,9 @@ class Folds:
     test_fold: np.ndarray
     names: tuple[str, ...]
 
-    @property
-    def n_repeats(self) -> int:
-        return len(self.test_fold)
-
     def first_repeat(self) -> "Folds":
         """The first of the repeated divisions alone."""
-        return Folds(self.participants, self.families, self.test_fold[:1], self.names)
+        return replace(self, test_fold=self.test_fold[:1])
 
     def of(self, participants: Sequence[str]) -> np.ndarray:
         """Test fold of every scan, (repeat, scan), from the participant of each."""
@@ -144,21 +142,15 @@ class Folds:
                 train = ~np.isin(family, family[test])
                 yield repeat, int(fold), np.flatnonzero(train), np.flatnonzero(test)
 
-    def csv(self) -> str:
-        """The fold table: ``participant_id``, ``family``, and the name of the fold in every repeat."""
+    @property
+    def digest(self) -> str:
+        """SHA-256 of who is tested in which fold: equal for equal divisions of the same people."""
         table = pd.DataFrame({"participant_id": self.participants, "family": self.families})
         for repeat, folds in enumerate(self.test_fold):
             table[f"repeat_{repeat}"] = np.array(self.names)[folds]
-        return table.sort_values("participant_id").to_csv(index=False, lineterminator="\n")
-
-    @property
-    def digest(self) -> str:
-        """SHA-256 of the fold table: equal for equal divisions of the same people."""
-        return digest(self.csv())
-
-    def write(self, path: str | Path) -> Path:
-        """Write the fold table as CSV."""
-        return write_text(path, self.csv())
+        # Sorted, because the order of the scans makes no other division.
+        table = table.sort_values("participant_id")
+        return digest(table.to_csv(index=False, lineterminator="\n"))
 
 
 def repeated_folds(
@@ -184,8 +176,6 @@ def repeated_folds(
     n_missing = int(table[target].isna().sum())
     if n_missing:
         raise DataError(f"{target}: {n_missing} scans have no value; leave them out first")
-    if n_folds < 2 or n_repeats < 1:
-        raise DataError(f"n_folds must be >= 2 and n_repeats >= 1, got {n_folds} and {n_repeats}")
     values = table.drop_duplicates("participant_id")[target]
     strata = _strata(values, n_folds)
     # Every fold needs both classes; of a number's fifths it may lack one.
@@ -197,10 +187,11 @@ def repeated_folds(
         )
     test_fold = np.zeros((n_repeats, len(people)), dtype=int)
     for repeat in range(n_repeats):
+        # A seed a repeat: more repeats leave those before them as they are.
         draw = StratifiedGroupKFold(n_folds, shuffle=True, random_state=seed + repeat)
         for fold, (_, test) in enumerate(draw.split(people, strata, people["family"])):
             test_fold[repeat, test] = fold
-    names = tuple(str(fold) for fold in range(n_folds))
+    names = tuple(map(str, range(n_folds)))
     return Folds(tuple(people["participant_id"]), tuple(people["family"]), test_fold, names)
 
 
@@ -215,7 +206,7 @@ def leave_one_site_out(table: pd.DataFrame) -> Folds:
             "leave-one-site-out needs two sites or more, and the site of every participant"
         )
     codes, sites = pd.factorize(people["site"], sort=True)
-    names = tuple(str(site) for site in sites)
+    names = tuple(map(str, sites))
     return Folds(tuple(people["participant_id"]), tuple(people["family"]), codes[None], names)
 
 
@@ -239,11 +230,12 @@ def inner_splits(
 
 def _people(table: pd.DataFrame) -> pd.DataFrame:
     """A row a participant, with one family and one site; without a known family, each is their own."""
-    table = table[[c for c in ("participant_id", "family", "site") if c in table]].copy()
+    table = table.filter(["participant_id", "family", "site"])
     if "family" not in table:
-        table["family"] = None
+        table["family"] = ""
     known = table["family"].notna() & (table["family"] != "")
-    table["family"] = np.where(known, table["family"], table["participant_id"])
+    table["family"] = table["family"].where(known, table["participant_id"])
+    # Somebody with two families or sites could not be kept on one side of a split.
     for column in table.columns.drop("participant_id"):
         n_labels = table.groupby("participant_id")[column].nunique()
         several = list(n_labels.index[n_labels > 1])

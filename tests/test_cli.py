@@ -91,7 +91,7 @@ def test_help_and_version(capsys):
         assert stopped.value.code == 0
     printed = capsys.readouterr().out
     assert printed.startswith(f"mnemodyn {version('mnemodyn')}\n")
-    assert "write a vector for every scan" in printed
+    assert "Write a vector for every scan" in printed
     for name in ("index", "convert", "preprocess", "simulate", "pretrain", "evaluate", "publish"):
         assert f"    {name}" in printed
 

@@ -35,9 +35,8 @@ def test_from_scans_to_scores(folder, tmp_path, capsys):
     assert "diagnosis, fc: balanced_accuracy 0." in printed.out
     assert "fold 5 of 5" in printed.err
     # The same as JSON.
-    assert evaluate(folder, tmp_path / "out.json", *more) == 0
-    found = json.loads((tmp_path / "out.json").read_text())
-    assert found["simulated"] is True
+    assert evaluate(folder, out, *more, "--json") == 0
+    found = json.loads(capsys.readouterr().out)
     assert found["failed"] == []
     assert len(found["rows"]) == len(table)
 

@@ -34,11 +34,6 @@ from mnemodyn.splits import Folds, inner_splits, leave_one_site_out, repeated_fo
 
 LOW_MOTION = 0.2  # mm
 N_INNER = 3  # folds within the training folds, by which everything is chosen
-SITE_LEFT_OUT = "one site left out"
-
-
-def quiet(line: str) -> None:
-    """Print nothing."""
 
 
 @dataclass(frozen=True)
@@ -78,28 +73,25 @@ class Task:
             raise DataError(
                 f"target must be a column of the cohort's table, got {target!r}; it has {list(table)}"
             )
-        if kind not in SCORES:
-            raise DataError(f"kind must be one of {tuple(SCORES)}, got {kind!r}")
         known = table[target].notna().to_numpy()
         part = table[known].reset_index(drop=True)
         for column in {"site", "family"} & set(part):
             part[column] = part[column].replace("", None)
         values = part[target]
-        if not len(values):
-            raise DataError(f"{target}: no scan has a value; `mnemodyn index` says why")
         n_values = values.nunique()
         if n_values < 2 or (kind == "classification" and n_values > 2):
             raise DataError(
                 f"{target}: two classes (or different numbers) are needed, got "
-                f"{sorted(values.unique())[:5]}; the cohort's YAML can map or exclude some"
+                f"{sorted(values.unique())[:5]}; `mnemodyn index` says who has a value, and the "
+                "cohort's YAML can map or exclude some"
             )
         classes: tuple[str, ...] = ()
         y = values
         if kind == "classification":
+            # In the order of the alphabet, so that who is class 1 does not depend on the scans' order.
             classes = tuple(sorted(values.astype(str).unique()))
             y = values.astype(str) == classes[1]
-        rows = np.flatnonzero(known)
-        return cls(part, target, kind, y.to_numpy(float), classes, rows)
+        return cls(part, target, kind, y.to_numpy(float), classes, np.flatnonzero(known))
 
     @property
     def people(self) -> pd.Series:
@@ -117,6 +109,7 @@ class Task:
     def sites(self) -> np.ndarray | None:
         """Site of every scan; None where one is unknown, or there is one only."""
         sites = self.table.get("site")
+        # With unknown sites nobody could be sure that a site that is left out was not trained on.
         if sites is None or sites.isna().any() or sites.nunique() < 2:
             return None
         return sites.to_numpy(str)
@@ -126,11 +119,9 @@ class Task:
         """The score that methods are compared by."""
         return SCORES[self.kind][0]
 
-    def select(self, scans: Sequence[Scan]) -> Sequence[Scan]:
-        """The scans of a cohort that have the target."""
-        if hasattr(scans, "select"):
-            return scans.select(self.rows)
-        return [scans[row] for row in self.rows]
+    def select(self, scans: Any) -> Sequence[Scan]:
+        """Those scans of a cohort's Collection that have the target."""
+        return scans.select(self.rows)
 
 
 class Predictor(Protocol):
@@ -150,8 +141,6 @@ class Evaluation:
     ----------
     predictions : dict of str to ndarray, shape (repeat, scan)
         NaN where a fold failed.
-    chosen : dict of str to list of str
-        What was chosen in every fold.
     failed : list of dict
         ``method, repeat, fold, error`` of every fold that failed.
     """
@@ -159,11 +148,10 @@ class Evaluation:
     task: Task
     folds: Folds
     predictions: dict[str, np.ndarray]
-    chosen: dict[str, list[str]]
     failed: list[dict]
 
     def complete(self) -> list[str]:
-        """Methods without a failed fold."""
+        """Methods without a failed fold: a score of those who are left would flatter a method."""
         return [name for name, p in self.predictions.items() if not np.isnan(p).any()]
 
 
@@ -178,7 +166,7 @@ def evaluate(
     n_jobs: int = 1,
     seed: int = 0,
     features: dict[str, Features] | None = None,
-    say: Callable[[str], None] = quiet,
+    say: Callable[[str], None] | None = None,
 ) -> Evaluation:
     """Predict every participant from the others, by every method, on the same folds.
 
@@ -199,7 +187,7 @@ def evaluate(
         Of inner folds, perceptrons and untrained networks.
     features : dict of str to Features, optional
         Features computed before; those that are missing are computed and added.
-    say : callable
+    say : callable, optional
         Is given a line a fold.
 
     Raises
@@ -211,16 +199,15 @@ def evaluate(
         raise DataError(f"{len(task.table)} scans of the task's table expected, got {len(scans)}")
     features = {} if features is None else features
     predictors = _predictors(scans, task, methods, features, checkpoint, cache, seed)
-    # A fold is the unit of work and of resumption.
+    # A fold is the unit of work and of resumption: it takes seconds to minutes.
     kept = Kept(cache)
     work = list(folds.split(task.people))
     run = joblib.delayed(_run_fold)
     results = joblib.Parallel(n_jobs=n_jobs, return_as="generator")(
         run(predictors, task, train, test, kept, seed) for _, _, train, test in work
     )
-    shape = (folds.n_repeats, len(task.y))
+    shape = (len(folds.test_fold), len(task.y))
     predictions = {name: np.full(shape, np.nan) for name in predictors}
-    chosen: dict[str, list[str]] = {name: [] for name in predictors}
     failed = []
     for done, (repeat, fold, _, test) in enumerate(work, 1):
         for name, result in next(results).items():
@@ -229,10 +216,9 @@ def evaluate(
                 failed.append({**where, "error": result["error"]})
             else:
                 predictions[name][repeat, test] = result["prediction"]
-                chosen[name].append(result["chosen"])
-        line = f"fold {done} of {len(work)}"
-        say(f"{line}, {len(failed)} FAILED so far" if failed else line)
-    return Evaluation(task, folds, predictions, chosen, failed)
+        if say is not None:
+            say(f"{task.target}: fold {done} of {len(work)}, {len(failed)} failures")
+    return Evaluation(task, folds, predictions, failed)
 
 
 def _predictors(
@@ -273,14 +259,17 @@ def _run_fold(
     seed: int,
 ) -> dict[str, dict]:
     """``prediction`` and ``chosen`` of every method in one fold, or ``error``."""
+    # The labels of the training scans are all that a method is given of them.
     y = task.y[train]
     try:
         inner = inner_splits(y, task.families[train], N_INNER, seed)
     except DataError as error:
         return {name: {"error": str(error)} for name in predictors}
+    # The same inner folds for every method, so that all choose by the same people.
     split = Split(train, test, y, task.kind, inner, seed)
     # Everything that decides a prediction, by content, so that nothing outdated is found again.
-    of_fold = [y, task.kind, train, test, [[list(fit), list(rest)] for fit, rest in inner], seed]
+    pairs = [[list(fit), list(rest)] for fit, rest in inner]
+    of_fold = [y, task.kind, train, test, pairs, seed]
     results = {}
     for name, predictor in predictors.items():
         make = partial(_predict, predictor, split)
@@ -302,22 +291,28 @@ def _scores(
     """Scores averaged over repeats, each (resample,)."""
     task = evaluation.task
     group = None if task.sites is None else task.sites[rows]
+    test_folds = evaluation.folds.of(task.people)
     found = []
-    for fold, prediction in zip(
-        evaluation.folds.of(task.people), evaluation.predictions[method], strict=True
-    ):
-        of_rows = (task.y[rows], prediction[rows], weights[:, rows])
-        found.append(measure(task.kind, *of_rows, fold=fold[rows], group=group))
-    return {score: np.mean([each[score] for each in found], axis=0) for score in found[0]}
+    for fold, prediction in zip(test_folds, evaluation.predictions[method], strict=True):
+        scores = measure(
+            task.kind,
+            task.y[rows],
+            prediction[rows],
+            weights[:, rows],
+            fold=fold[rows],
+            group=group,
+        )
+        found.append(scores)
+    # Scores are averaged and not predictions, which would be those of an ensemble.
+    return {name: np.mean([scores[name] for scores in found], axis=0) for name in found[0]}
 
 
 def fold_scores(evaluation: Evaluation, method: str) -> np.ndarray:
     """The first score in every fold of every repeat, such as at every site."""
     task = evaluation.task
+    test_folds = evaluation.folds.of(task.people)
     found = []
-    for fold, prediction in zip(
-        evaluation.folds.of(task.people), evaluation.predictions[method], strict=True
-    ):
+    for fold, prediction in zip(test_folds, evaluation.predictions[method], strict=True):
         # Weights 1 for the scans of one fold and 0 for the others, a row a fold.
         one_fold = (fold == np.unique(fold)[:, None]).astype(float)
         scores = measure(task.kind, task.y, prediction, one_fold, fold=fold)
@@ -361,11 +356,13 @@ def report(
         condition "mean FD < 0.2 mm" the scores of those who moved less.
     """
     task = evaluation.task
-    target = f"{task.target}, {condition}" if condition else task.target
-    base = {"data": data, "task": target, "kind": kind, "n": int(task.people.nunique())}
+    words = [word for word in (task.target, condition) if word]
+    n_people = int(task.people.nunique())
+    base = {"data": data, "task": ", ".join(words), "kind": kind, "n": n_people}
+    # The same resamples for every method, so that intervals of differences are paired.
     weights = resamples(task.people, n_boot, seed)
-    shares = [len(test) / len(train) for _, _, train, test in evaluation.folds.split(task.people)]
-    test_share = float(np.mean(shares))
+    splits = evaluation.folds.split(task.people)
+    test_share = float(np.mean([len(test) / len(train) for _, _, train, test in splits]))
     methods = evaluation.complete()
     scores = {method: _scores(evaluation, method, weights) for method in methods}
     by_fold = {method: fold_scores(evaluation, method) for method in methods}
@@ -381,9 +378,9 @@ def report(
         if method == baseline or baseline not in methods:
             continue
         p = corrected_t(by_fold[method] - by_fold[baseline], test_share)
-        differences = {
-            name: scores[method][name] - scores[baseline][name] for name in scores[method]
-        }
+        differences = {}
+        for name, values in scores[method].items():
+            differences[name] = values - scores[baseline][name]
         compared = {**base, "method": method, "against": baseline}
         rows += _score_rows(compared, differences, task.metric, p)
     # A score may be undefined, as the area under the curve is where a site has one class.
@@ -393,8 +390,12 @@ def report(
 def _score_rows(
     base: dict, scores: dict[str, np.ndarray], first: str, p: float | None
 ) -> Iterator[dict]:
+    """Rows of the scores; `p` is that of the first score."""
     for name, values in scores.items():
-        yield {**base, "score": name, **interval(values), "p": p if name == first else None}
+        row = {**base, "score": name, **interval(values)}
+        if name == first:
+            row["p"] = p
+        yield row
 
 
 def _motion_and_site(
@@ -412,7 +413,7 @@ def _motion_and_site(
     fd = task.table["mean_fd"]
     if fd.nunique() > 1 and prediction.nunique() > 1:
         yield {**base, "score": "fd_r", "value": float(prediction.corr(fd))}
-    # Fewer than ten people, or everybody, would say nothing new.
+    # Fewer than ten scans, or all of them, would say nothing new.
     still = np.flatnonzero(fd < LOW_MOTION)
     if 10 <= len(still) < len(fd) and len(np.unique(task.y[still])) > 1:
         base["task"] += f", mean FD < {LOW_MOTION} mm"
@@ -429,7 +430,6 @@ def study(
     by_site: Iterable[str] = (),
     n_boot: int = 1000,
     seed: int = 0,
-    say: Callable[[str], None] = quiet,
     **settings: Any,
 ) -> tuple[list[dict], list[dict]]:
     """Every target of a cohort by every method, in repeated folds and with each site left out.
@@ -444,7 +444,7 @@ def study(
         Methods that are tested in `n_repeats` of five folds, and with each site left out in turn
         (where the cohort has two sites or more).
     **settings
-        Of :func:`evaluate`: ``checkpoint``, ``cache``, ``n_jobs``.
+        Of :func:`evaluate`: ``checkpoint``, ``cache``, ``n_jobs``, ``say``.
 
     Returns
     -------
@@ -462,28 +462,23 @@ def study(
         folds = repeated_folds(task.table, target, n_repeats=n_repeats, seed=seed)
         plans = {"": (folds, methods)}
         if by_site and task.sites is not None:
-            plans[SITE_LEFT_OUT] = (leave_one_site_out(task.table), by_site)
+            plans["one site left out"] = (leave_one_site_out(task.table), by_site)
         # Features of the same scans serve several targets, except for the confounds.
         features = dict(shared.get(tuple(task.rows), {}))
+        selected = task.select(scans)
         for condition, (plan_folds, plan_methods) in plans.items():
-            name = f"{target}, {condition}" if condition else target
             done = evaluate(
-                task.select(scans),
+                selected,
                 task,
                 plan_folds,
                 plan_methods,
                 features=features,
                 seed=seed,
-                say=partial(_say_where, say, name),
                 **settings,
             )
             rows += report(done, condition=condition, n_boot=n_boot, seed=seed, **about)
-            failed += [{"task": name, **fold} for fold in done.failed]
+            failed += [{"task": target, **fold} for fold in done.failed]
         for name in ("confounds", "site"):
             features.pop(name, None)
         shared[tuple(task.rows)] = features
     return rows, failed
-
-
-def _say_where(say: Callable[[str], None], where: str, line: str) -> None:
-    say(f"{where}: {line}")
