@@ -121,9 +121,7 @@ def pretrain(
         If the loss is NaN or infinite, or a checkpoint cannot be written; earlier ones stay as they are.
     """
     run = _Run(folder, train, validation, settings or Settings())
-    if run.finished():
-        run.show()
-    else:
+    if not run.finished():
         network = MnemoDyn(run.config())
         if network.front is None:
             fronts = None
@@ -175,9 +173,7 @@ def pretrain_rival(
     run = _Run(folder, train, validation, settings or Settings())
     network = make()
     run.identity["network"] = digest(repr(network), dict(network.state_dict()))
-    if run.finished():
-        run.show()
-    else:
+    if not run.finished():
         history = run.fit(network, restart, None)
         weights = network.state_dict()
         run.finish(history, lambda work: _save(weights, work / "best" / "weights.pt"))
@@ -378,8 +374,12 @@ class _Run:
         return ModelConfig(**{"n_parcels": n_parcels, **self.settings.model.to_dict()})
 
     def finished(self) -> bool:
-        """Whether the folder holds this very run, finished."""
-        return not self._differences(self.folder) and (self.folder / "best").is_dir()
+        """Whether the folder holds this very run, finished; its lines are then printed again."""
+        if self._differences(self.folder):
+            return False
+        for row in self.history():
+            print(_line(row, self.objective, self.settings.training))
+        return True
 
     def _differences(self, folder: Path) -> list[str]:
         """What tells the run in a folder from this one; empty where they are the same."""
@@ -441,8 +441,9 @@ class _Run:
                 "ran_on": surroundings(),
             }
             write_json(self.work / "run.json", about)
+            # The record goes first and comes last: it says that the rest is there.
+            (self.folder / "run.json").unlink(missing_ok=True)
             shutil.rmtree(self.folder / "best", ignore_errors=True)
-            # The record last: it says that the rest is there.
             for name in ("best", "history.csv", "run.json"):
                 os.replace(self.work / name, self.folder / name)
             shutil.rmtree(self.work)
@@ -452,11 +453,6 @@ class _Run:
     def history(self) -> History:
         """Rows of the finished run, as fit returned them."""
         return json.loads((self.folder / "run.json").read_text(encoding="utf-8"))["history"]
-
-    def show(self) -> None:
-        """Print the lines of the finished run, as they were when it ran."""
-        for row in self.history():
-            print(_line(row, self.objective, self.settings.training))
 
 
 def _people(scans: Sequence[Scan], first: Scan) -> list[str]:
@@ -685,18 +681,14 @@ class Learner(lightning.LightningModule):
         counts = counts.clamp_min(1)
         value = (sums / counts).sum()
         if not value.isfinite():
-            self._refuse(value, batch)
+            raise TrainingError(
+                f"the loss is {value.item()} at step {self.global_step}, in a batch of "
+                f"{', '.join(sorted(set(batch['scan'])))}. Look at these scans; where they are "
+                "sound, take a smaller learning_rate"
+            )
         self._losses.append(value)
         # Gradients are averaged over the processes.
         return (totals * (self.trainer.world_size / counts)).sum()
-
-    def _refuse(self, value: Tensor, batch: dict) -> None:
-        rate = self.trainer.optimizers[0].param_groups[0]["lr"]
-        raise TrainingError(
-            f"the loss is {value.item()} at step {self.global_step} (learning rate {rate:.2g}), in a "
-            f"batch of {', '.join(sorted(set(batch['scan'])))}. Look at these scans; where they are "
-            "sound, take a smaller learning_rate"
-        )
 
     def optimizer_step(self, *args, **kwargs) -> None:
         super().optimizer_step(*args, **kwargs)
