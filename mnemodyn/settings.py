@@ -6,6 +6,7 @@ hold the parts of :class:`Settings` under the same names.
 
 import difflib
 import functools
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, field
 from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar, dataclass_transform
@@ -319,6 +320,11 @@ class TrainingConfig:
     cross_fit: AtLeastZero = 5
     fresh_windows: bool = True
     seed: AtLeastZero = 0
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Steps of the optimiser; the last may have fewer windows."""
+        return math.ceil(self.windows_per_epoch / self.batch_size)
 
     def to_dict(self) -> dict:
         return asdict(self)
