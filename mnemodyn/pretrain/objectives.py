@@ -6,11 +6,12 @@ parts of a batch can be joined.
 """
 
 import copy
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property, lru_cache
 from typing import Any, ClassVar
 
+import numpy as np
+import pandas as pd
 import torch
 import torch.distributed
 from torch import Tensor, nn
@@ -305,13 +306,10 @@ class Groups(GroupsSettings, Objective):
 
 
 @lru_cache
-def _groups(pattern: str, parcels: tuple[str, ...]) -> list[list[int]]:
+def _groups(pattern: str, parcels: tuple[str, ...]) -> list[np.ndarray]:
     """Numbers of the parcels whose names agree in the first bracket of the pattern, a list for each group."""
-    groups: dict[str, list[int]] = {}
-    for i, parcel in enumerate(parcels):
-        found = re.search(pattern, parcel)
-        if found:
-            groups.setdefault(found[1], []).append(i)
+    found = pd.Series(parcels).str.extract(pattern)[0]
+    groups = found.groupby(found).indices
     if len(groups) < 2:
         raise ValueError(
             f"pattern {pattern!r} must tell at least two groups of parcels apart by its first "
