@@ -162,9 +162,9 @@ def pretrain_rival(
     Parameters
     ----------
     make : callable
-        Returns the network, untrained; it is called after the seed is set. Its ``forward(x, t_r, *,
-        hidden)`` returns a reconstruction (batch, time, parcel), or an object that has one as
-        ``reconstruction``. It must take ``censored`` and ``lengths`` where the scans have them.
+        Returns the network, untrained; called after the seed is set. Its ``forward(x, t_r, *, hidden)``,
+        with ``censored`` and ``lengths`` where scans have them, returns a reconstruction (batch, time,
+        parcel), or an object that has one as ``reconstruction``.
     train, validation, folder, settings, restart
         See :func:`pretrain`; ``settings.model`` gives no more than the frames of a window.
 
@@ -242,9 +242,9 @@ def pretrain_several(
 class Fronts:
     """The front ends of a training: one for each fold of participants, fitted to the others.
 
-    A front end has seen the people it was fitted to, and fills new ones less well. So that the blocks
-    learn to correct what they will meet, a training window is filled by a front end that has not seen its
-    participant. Validation, and the network that is saved, have the one fitted to all training scans.
+    A front end fills people whom it has not seen less well, and new people are what the blocks will meet.
+    A training window is therefore filled by one that has not seen its participant. Validation, and the
+    network that is saved, have the one fitted to all training scans.
     """
 
     # The number of the front end that is fitted to all training scans.
@@ -450,7 +450,9 @@ class _Run:
             (self.folder / "run.json").unlink(missing_ok=True)
             shutil.rmtree(self.folder / "best", ignore_errors=True)
             for name in ("best", "history.csv", "run.json"):
-                os.replace(self.work / name, self.folder / name)
+                # Killed here, a run comes back with some of them moved already.
+                if (self.work / name).exists():
+                    os.replace(self.work / name, self.folder / name)
             shutil.rmtree(self.work)
         if torch.distributed.is_initialized():
             # The other processes read the files next.
@@ -515,11 +517,9 @@ def fit(
     network : Module
         Called by the objective alone; trained in place, and left on the CPU in evaluation mode.
     objective : Objective
-        Anything with the methods of :class:`~mnemodyn.pretrain.objectives.Objective` that need no
-        view: ``loss``, ``sums``, ``scores`` and ``monitor``.
+        Anything with its methods other than ``view``.
     windows : Dataset
         Item i is draw i: a dict of tensors and text, with ``scan`` for messages and ``x`` (time, parcel).
-        Needs no length.
     validation : Dataset
         With a length.
     training : TrainingConfig
