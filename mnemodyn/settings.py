@@ -66,6 +66,7 @@ def checked(cls: Class) -> Class:
     infinities are refused, and every refusal is a :class:`SettingsError`.
     """
     config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False, validate_default=True)
+    # Strict, because True for 1 or "3" for 3 is more often a mistake than meant.
     made: Any = dataclass(cls, frozen=True, config=config)
     original = made.__init__
 
@@ -74,6 +75,7 @@ def checked(cls: Class) -> Class:
         try:
             original(self, *args, **kwargs)
         except ValidationError as error:
+            # Several lines, with an address of its documentation: too much for a mistyped name.
             known = list(made.__dataclass_fields__)
             raise SettingsError(_explain(error, known)) from None
 
@@ -204,6 +206,7 @@ class ModelSettings:
                 f"n_levels {self.n_levels} halves a scan of n_timepoints {self.n_timepoints} "
                 "below one sample"
             )
+        # Without a residual the first block would throw away what the front end has filled in.
         if self.front != "none" and not self.residual:
             raise ValueError("front needs residual=True: the blocks change what it filled in")
         if self.compat == "reference":
@@ -515,6 +518,7 @@ class MixedSettings(ObjectiveSettings):
         for one in mix:
             one = dict(one)
             weight = one.pop("weight", 1.0)
+            # A weight is no setting of an objective, so it is checked here.
             if type(weight) not in (int, float) or not 0 < weight < float("inf"):
                 raise ValueError(f"mix must have weights > 0, got {weight!r}")
             try:
@@ -524,6 +528,7 @@ class MixedSettings(ObjectiveSettings):
         return whole
 
     def __post_init__(self):
+        # The names of scores and masks begin with their objective's.
         names = [one["name"] for one in self.mix]
         if len(set(names)) < max(2, len(names)) or self.name in names:
             raise ValueError(f"mix must list two or more different objectives, got {names}")

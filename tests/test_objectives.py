@@ -479,7 +479,7 @@ def test_a_nan_in_the_loss_stops_with_the_scans_named(tmp_path, monkeypatch):
     monkeypatch.setattr(Masked, "loss", nan_at_last)
     with pytest.raises(
         TrainingError,
-        match=r"loss is nan at step 7 .* in a batch of scan-\d.*smaller learning_rate",
+        match=r"loss is nan at step 7, in a batch of scan-\d.*smaller learning_rate",
     ):
         train(tmp_path / "c", ALL["masked"])
     kept = weights(tmp_path / "c" / "unfinished")
@@ -495,10 +495,7 @@ def test_a_full_disk_costs_no_checkpoint(tmp_path):
 
     def full():
         resource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000))
-        with pytest.raises(
-            TrainingError,
-            match=r"last\.ckpt.*could not be written \(File too large\).*which is whole",
-        ):
+        with pytest.raises(OSError, match=r"File too large: .*last\.ckpt"):
             writer.save_checkpoint({"weights": torch.ones(1000)}, last)
 
     assert in_a_child(full) == 0

@@ -45,6 +45,8 @@ __all__ = [
 
 # Entries of the largest tensor held while covariances are adapted.
 HELD_ENTRIES = 2**24
+# Steps of conjugate gradients, at most.
+SOLVER_STEPS = 500
 # Modes are computed from at most so many scans: two covariances of each are in memory at a time.
 MODE_SCANS = 1000
 
@@ -135,7 +137,6 @@ def conditional_mean(
     mixing: Tensor | None = None,
     *,
     tolerance: float = 1e-3,
-    steps: int = 500,
 ) -> Tensor:
     """Mean of the hidden entries given every visible one of the window, under a stationary Gaussian process.
 
@@ -150,8 +151,8 @@ def conditional_mean(
         Covariances of the process, of one dtype with `x`; lags beyond L are uncorrelated.
     mixing : Tensor, shape (batch, parcel, parcel), optional
         M, where each scan's covariances are ``M C(lag) M^T``.
-    tolerance, steps : float, int
-        Largest residual, relative to the visible values; and the largest number of steps.
+    tolerance : float
+        Largest residual, relative to the visible values.
 
     Returns
     -------
@@ -167,7 +168,7 @@ def conditional_mean(
     direction = residual
     square = residual.square().sum((1, 2), keepdim=True)
     enough = tolerance**2 * square
-    for _ in range(steps):
+    for _ in range(SOLVER_STEPS):
         # Each scan stops for itself, so that the others of its batch have no influence on it.
         active = square > enough
         if not bool(active.any()):

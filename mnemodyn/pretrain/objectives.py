@@ -6,11 +6,12 @@ parts of a batch can be joined.
 """
 
 import copy
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property, lru_cache
 from typing import Any, ClassVar
 
+import numpy as np
+import pandas as pd
 import torch
 import torch.distributed
 from torch import Tensor, nn
@@ -144,6 +145,7 @@ def _levels(output: Any) -> Sums:
     loss = getattr(output, "multiresolution_loss", None)
     if loss is None:
         return {}
+    # A mean over windows, as a sum, so that parts of a batch can be joined.
     n = torch.tensor(len(output.latents), device=output.latents.device)
     return {"multiresolution": (loss * n, n)}
 
@@ -228,24 +230,8 @@ def hide_stretches(
     Two windows may touch, and one may leave the scan at its end and go on at its start: every frame is
     as likely to be hidden as any other.
 
-    Parameters
-    ----------
-    shape : tuple of int
-        (batch, time, parcel)
-    share : float
-    window : int
-        Frames.
-    generator : torch.Generator
-
-    Returns
-    -------
-    Tensor of bool, of the shape given
-        True where hidden.
-
-    Raises
-    ------
-    ValueError
-        If `share` hides no frame or all of them.
+    `shape` is (batch, time, parcel), and that of the result: bool, True where hidden. ValueError if
+    `share` hides no frame or all of them.
     """
     batch, time, parcel = shape
     hidden = round(share * time)
@@ -283,6 +269,7 @@ class Forecast(ForecastSettings, Objective):
 
     def view(self, x, *, t_r, parcels, seed, training=False):
         frames = round(self.horizon / t_r)
+        # Two frames must be left: a path needs as many.
         if not 0 < frames < len(x) - 1:
             raise ValueError(
                 f"horizon must hide between 1 and {len(x) - 2} frames of a window of {len(x)}, got "
@@ -305,13 +292,10 @@ class Groups(GroupsSettings, Objective):
 
 
 @lru_cache
-def _groups(pattern: str, parcels: tuple[str, ...]) -> list[list[int]]:
+def _groups(pattern: str, parcels: tuple[str, ...]) -> list[np.ndarray]:
     """Numbers of the parcels whose names agree in the first bracket of the pattern, a list for each group."""
-    groups: dict[str, list[int]] = {}
-    for i, parcel in enumerate(parcels):
-        found = re.search(pattern, parcel)
-        if found:
-            groups.setdefault(found[1], []).append(i)
+    found = pd.Series(parcels).str.extract(pattern)[0]
+    groups = found.groupby(found).indices
     if len(groups) < 2:
         raise ValueError(
             f"pattern {pattern!r} must tell at least two groups of parcels apart by its first "
@@ -419,6 +403,7 @@ class Latent(LatentSettings, Objective):
         if torch.distributed.is_initialized():
             moments = {name: _joined(value) for name, value in moments.items()}
         covariance = _covariance(moments)
+        # At zero the root has no finite slope.
         sd = (covariance.diagonal() + 1e-6).sqrt()
         spread = (sd - 1).square().mean()
         correlation = covariance / torch.outer(sd, sd)

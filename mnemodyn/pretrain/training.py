@@ -63,6 +63,8 @@ __all__ = [
 
 History = list[dict[str, Any]]
 
+DEFAULTS = Settings()
+
 # Windows whose fills are kept in memory, at most: of 490 frames and 450 parcels, 3.5 GB.
 FILLS_KEPT = 4096
 
@@ -79,7 +81,7 @@ def pretrain(
     train: Sequence[Scan],
     validation: Sequence[Scan],
     folder: str | Path,
-    settings: Settings | None = None,
+    settings: Settings = DEFAULTS,
     *,
     restart: bool = False,
     fronts: "Fronts | None" = None,
@@ -118,9 +120,11 @@ def pretrain(
     ResumeError
         If `folder` holds an unfinished run of other settings or data.
     TrainingError
-        If the loss is NaN or infinite, or a checkpoint cannot be written; earlier ones stay as they are.
+        If the loss is NaN or infinite.
+    OSError
+        If a checkpoint cannot be written. The one before it stays whole, and the same call goes on from it.
     """
-    run = _Run(folder, train, validation, settings or Settings())
+    run = _Run(folder, train, validation, settings)
     if not run.finished():
         network = MnemoDyn(run.config())
         if network.front is None:
@@ -149,7 +153,7 @@ def pretrain_rival(
     train: Sequence[Scan],
     validation: Sequence[Scan],
     folder: str | Path,
-    settings: Settings | None = None,
+    settings: Settings = DEFAULTS,
     *,
     restart: bool = False,
 ) -> tuple[nn.Module, History]:
@@ -158,9 +162,9 @@ def pretrain_rival(
     Parameters
     ----------
     make : callable
-        Returns the network, untrained; it is called after the seed is set. Its ``forward(x, t_r, *,
-        hidden)`` returns a reconstruction (batch, time, parcel), or an object that has one as
-        ``reconstruction``. It must take ``censored`` and ``lengths`` where the scans have them.
+        Returns the network, untrained; called after the seed is set. Its ``forward(x, t_r, *, hidden)``,
+        with ``censored`` and ``lengths`` where scans have them, returns a reconstruction (batch, time,
+        parcel), or an object that has one as ``reconstruction``.
     train, validation, folder, settings, restart
         See :func:`pretrain`; ``settings.model`` gives no more than the frames of a window.
 
@@ -170,7 +174,7 @@ def pretrain_rival(
         In evaluation mode, on the CPU.
     history : list of dict
     """
-    run = _Run(folder, train, validation, settings or Settings())
+    run = _Run(folder, train, validation, settings)
     network = make()
     run.identity["network"] = digest(repr(network), dict(network.state_dict()))
     if not run.finished():
@@ -185,7 +189,7 @@ def pretrain_several(
     train: Sequence[Scan],
     validation: Sequence[Scan],
     folder: str | Path,
-    settings: Settings | None = None,
+    settings: Settings = DEFAULTS,
     *,
     seeds: Sequence[int] = (0,),
     rates: Sequence[float] = (),
@@ -210,7 +214,6 @@ def pretrain_several(
     table : DataFrame
         A row for each run: ``rate``, ``seed``, ``epoch`` (the one kept), ``score`` (validation), ``kept``.
     """
-    settings = settings or Settings()
     monitor = make_objective(settings.objective).monitor
     # All runs share the front ends, which do not depend on the seed.
     fronts = Fronts(train, Scaling(settings.scaling).fit(train), settings.training)
@@ -239,9 +242,9 @@ def pretrain_several(
 class Fronts:
     """The front ends of a training: one for each fold of participants, fitted to the others.
 
-    A front end has seen the people it was fitted to, and fills new ones less well. So that the blocks
-    learn to correct what they will meet, a training window is filled by a front end that has not seen its
-    participant. Validation, and the network that is saved, have the one fitted to all training scans.
+    A front end fills people whom it has not seen less well, and new people are what the blocks will meet.
+    A training window is therefore filled by one that has not seen its participant. Validation, and the
+    network that is saved, have the one fitted to all training scans.
     """
 
     # The number of the front end that is fitted to all training scans.
@@ -354,6 +357,7 @@ class _Run:
         both = set.intersection(*(set(people) for people in self.people.values()))
         if both:
             raise DataError(f"participants in both training and validation: {sorted(both)}")
+        # What decides the result: not the machine, but the version of torch, which may draw otherwise.
         described = settings.to_dict()
         del described["machine"], described["data"]
         self.identity: dict[str, Any] = {
@@ -399,6 +403,7 @@ class _Run:
                 "up with --restart (restart=True)."
             )
         if _is_first():
+            # What an unfinished run of the same settings has left is gone on with.
             if different:
                 shutil.rmtree(self.work, ignore_errors=True)
             write_json(self.work / "run.json", {"identity": self.identity})
@@ -445,9 +450,12 @@ class _Run:
             (self.folder / "run.json").unlink(missing_ok=True)
             shutil.rmtree(self.folder / "best", ignore_errors=True)
             for name in ("best", "history.csv", "run.json"):
-                os.replace(self.work / name, self.folder / name)
+                # Killed here, a run comes back with some of them moved already.
+                if (self.work / name).exists():
+                    os.replace(self.work / name, self.folder / name)
             shutil.rmtree(self.work)
         if torch.distributed.is_initialized():
+            # The other processes read the files next.
             torch.distributed.barrier()
 
     def history(self) -> History:
@@ -497,7 +505,7 @@ def fit(
     windows: Dataset,
     validation: Dataset,
     training: TrainingConfig,
-    machine: Machine | None = None,
+    machine: Machine = DEFAULTS.machine,
     *,
     folder: str | Path | None = None,
     fronts: Fronts | None = None,
@@ -509,11 +517,9 @@ def fit(
     network : Module
         Called by the objective alone; trained in place, and left on the CPU in evaluation mode.
     objective : Objective
-        Anything with the methods of :class:`~mnemodyn.pretrain.objectives.Objective` that need no
-        view: ``loss``, ``sums``, ``scores`` and ``monitor``.
+        Anything with its methods other than ``view``.
     windows : Dataset
         Item i is draw i: a dict of tensors and text, with ``scan`` for messages and ``x`` (time, parcel).
-        Needs no length.
     validation : Dataset
         With a length.
     training : TrainingConfig
@@ -528,20 +534,7 @@ def fit(
     -------
     list of dict
         A row for each epoch, with 0 for the module as it was given.
-
-    Examples
-    --------
-    Fine-tuning: an objective whose ``loss`` compares ``network(batch["x"], batch["t_r"])`` with
-    ``batch["y"]``, and windows that add ``y``::
-
-        class Labelled(RandomWindows):
-            def cut(self, which, start, seed, *, training):
-                item = super().cut(which, start, seed, training=training)
-                return {**item, "y": self.y[which]}
-
-        history = fit(network, objective, windows, validation, TrainingConfig(epochs=5))
     """
-    machine = machine or Machine()
     if machine.recompute:
         _recompute(network)
     last = None if folder is None else Path(folder) / "last.ckpt"
@@ -590,11 +583,13 @@ def _trainer(training: TrainingConfig, machine: Machine) -> Trainer:
         plugins=[WholeFiles()],
         logger=False,
         gradient_clip_val=training.clip,
+        # So that a resumed run ends in the same bytes.
         deterministic=True,
+        # The batches are dealt to the processes already, and the learner saves its own checkpoints.
         use_distributed_sampler=False,
+        enable_checkpointing=False,
         # All of validation before the first step: that is epoch 0.
         num_sanity_val_steps=-1,
-        enable_checkpointing=False,
         enable_progress_bar=sys.stdout.isatty(),
         enable_model_summary=False,
     )
@@ -709,6 +704,7 @@ class Learner(lightning.LightningModule):
         first = self.trainer.sanity_checking
         row: dict[str, Any] = {"epoch": 0 if first else self.current_epoch + 1, "train_loss": None}
         if self._losses:
+            # Read once an epoch: each read waits for the device.
             row["train_loss"] = float(torch.stack(self._losses).cpu().mean())
         for name, score in self.objective.scores(self._sums).items():
             row[f"val_{name}"] = score
@@ -751,6 +747,7 @@ class Learner(lightning.LightningModule):
                 {"params": groups[False], "weight_decay": 0.0},
             ],
             lr=training.learning_rate,
+            # The second as for masked autoencoders (He et al. 2022).
             betas=(0.9, 0.95),
         )
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, rate_of(training))
@@ -810,6 +807,7 @@ class Batches(lightning.LightningDataModule):
         n = len(self.validation)  # type: ignore[arg-type]
         if n < world:
             raise DataError(f"each process must have a validation window, got {n} for {world}")
+        # Batches are as large as this process's part of a step, for which memory was enough.
         mine = range(trainer.global_rank, n, world)
         size = math.ceil(self.training.batch_size / (world * self.training.accumulate))
         return DataLoader(Subset(self.validation, mine), size, **self.how)
@@ -824,13 +822,7 @@ class WholeFiles(TorchCheckpointIO):
     def save_checkpoint(
         self, checkpoint: dict[str, Any], path: str | Path, storage_options: object = None
     ) -> None:
-        try:
-            _save(checkpoint, Path(path))
-        except OSError as error:
-            raise TrainingError(
-                f"{path}: this checkpoint could not be written ({error.strerror or error}). Make room; "
-                "the same call goes on from the one before it, which is whole, if there is one"
-            ) from error
+        _save(checkpoint, Path(path))
 
 
 def _line(row: dict, objective: Objective, training: TrainingConfig) -> str:

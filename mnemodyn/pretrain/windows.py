@@ -93,34 +93,24 @@ class Windows(Dataset):
         self.seed = seed
         self.folds = folds
         lengths = []
-        self.any_censored = False
+        self.censored = []
         # One pass, as a scan of a collection may be read from a file each time it is asked for.
         for scan in scans:
             lengths.append((scan.n_frames, _window_frames(scan, n_timepoints, seconds)))
-            self.any_censored |= bool(censored_frames(scan).any())
+            self.censored.append(censored_frames(scan))
         self.n_frames, self.frames = np.array(lengths).T
+        # If any has censored frames, all windows say which: they must agree to be a batch.
+        self.any_censored = any(censored.any() for censored in self.censored)
         self._scaled = lru_cache(SCANS_KEPT)(self._read)
 
-    def _read(self, which: int) -> tuple[np.ndarray, np.ndarray]:
-        """Scaled values and censored frames of a scan."""
-        scan = self.scans[which]
-        return self.scaling(scan), censored_frames(scan)
-
-    def _censored(self, which: int, start: int, stop: int) -> np.ndarray:
-        """Censored frames of a part of a scan."""
-        if not isinstance(self.scans, Store):
-            return self._scaled(which)[1][start:stop]
-        censored = self.scans.censored(which, start, stop)
-        if censored is None:
-            return np.zeros(stop - start, dtype=bool)
-        return np.array(censored)
+    def _read(self, which: int) -> np.ndarray:
+        """A scaled scan."""
+        return self.scaling(self.scans[which])
 
     def usable(self, which: int, start: int) -> bool:
         """Whether at least two frames of a window are not censored: a path needs as many."""
-        if not self.any_censored:
-            return True
-        censored = self._censored(which, start, start + int(self.frames[which]))
-        return int((~censored).sum()) >= 2
+        censored = self.censored[which][start : start + self.frames[which]]
+        return np.sum(~censored) >= 2
 
     def cut(self, which: int, start: int, seed: int, *, training: bool) -> dict:
         """The window of scan `which` that begins at frame `start`, and its view."""
@@ -129,8 +119,8 @@ class Windows(Dataset):
         if isinstance(self.scans, Store):
             values = self.scans.read(which, start, stop, self.scaling)
         else:
-            values = self._scaled(which)[0][start:stop]
-        censored = self._censored(which, start, stop)
+            values = self._scaled(which)[start:stop]
+        censored = self.censored[which][start:stop]
         x = torch.from_numpy(np.where(censored[:, None], np.float32(0), values))
         view = self.objective.view(
             x, t_r=scan.t_r, parcels=scan.parcels, seed=seed, training=training
