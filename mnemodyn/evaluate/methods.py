@@ -289,7 +289,7 @@ def _model(head: str, kind: str, seed: int) -> tuple[Any, str, Sequence[float]]:
         settings: dict[str, Any] = {"max_iter": 60, "tol": 0.0, "random_state": seed}
         if kind == "classification":
             return Perceptron((64,), **settings), "alpha", DECAYS
-        network = MLPRegressor((64,), **settings)
+        network = MLPRegressor(hidden_layer_sizes=(64,), **settings)
         # Initial weights suit a target with mean 0 and SD 1.
         model = TransformedTargetRegressor(network, transformer=StandardScaler())
         return model, "regressor__alpha", DECAYS
