@@ -263,7 +263,10 @@ def _load(folder: Path) -> Checkpoint:
         config = json.loads(path.read_text(encoding="utf-8"))
         if config["format"] != FORMAT:
             raise ValueError(f"format must be {FORMAT}, got {config['format']}")
-        _check_digest(weights, config["weights_sha256"])
+        if sha256(weights) != config["weights_sha256"]:
+            raise CheckpointError(
+                f"{weights}: damaged: its SHA-256 is not that of config.json; copy or train it again"
+            )
         model = MnemoDyn(ModelConfig(**config["model"]))
         model.load_state_dict(load_tensors(weights.read_bytes()))
         parcels = config["parcels"]
@@ -285,16 +288,6 @@ def _load(folder: Path) -> Checkpoint:
     except (KeyError, TypeError, ValueError, RuntimeError, SafetensorError) as error:
         # PyTorch names each weight that does not fit, with both shapes.
         raise CheckpointError(f"{path}: not a checkpoint of this version: {error}") from error
-
-
-def _check_digest(path: Path, expected: str) -> None:
-    """Refuse weights that are not those that the configuration was written for."""
-    found = sha256(path)
-    if found != expected:
-        raise CheckpointError(
-            f"{path}: damaged: its SHA-256 is {found[:12]}..., config.json expects "
-            f"{expected[:12]}...; copy or train it again"
-        )
 
 
 def _draft_file(path: Path) -> Path:

@@ -58,7 +58,6 @@ def embed(
     sources : sequence of str or Path
         Files, folders that are searched for scans, and stores.
     checkpoint : Checkpoint
-        The network, and the parcels and scaling it needs.
     output : str or Path
         ``.csv``, ``.tsv`` or ``.parquet`` (which needs pyarrow). Its columns are file,
         participant_id, session, run, t_r (seconds), n_frames, n_usable, and ``READOUT_NUMBER`` for
@@ -80,13 +79,13 @@ def embed(
         If `output` has another ending, or needs pyarrow, which is missing.
     """
     output = Path(output)
+    # What holds for all scans is checked before the first is read.
     if output.suffix not in ENDINGS:
         raise ValueError(f"output must end in {', '.join(ENDINGS)}, got {output.name!r}")
     if output.is_dir():
         raise IsADirectoryError(f"{output} is a folder; name the file to write")
     if output.suffix == ".parquet" and find_spec("pyarrow") is None:
         raise ValueError("a .parquet needs pyarrow: pip install 'mnemodyn[parquet]', or write .csv")
-    # What holds for all scans is checked before the first is read.
     check_names(checkpoint.model, names)
     checkpoint.require_scaling()
     jobs = dict(_jobs(sources, pattern, {"parcels": checkpoint.parcels, **reading}))
@@ -98,10 +97,8 @@ def embed(
         rows = _rows(jobs, checkpoint, names, Kept(unfinished), refused, progress)
         n_scans, n_features = _write_table(stream, output.suffix, rows)
         if n_scans == 0:
-            raise DataError(
-                f"none of {len(jobs)} scans could be used; the first: {refused[0]['message']}",
-                "none",
-            )
+            reason = refused[0]["message"]
+            raise DataError(f"none of {len(jobs)} scans could be used; the first: {reason}", "none")
     # A listing of an earlier call would be taken for that of this one.
     listing = refused_listing(output)
     listing.unlink(missing_ok=True)
@@ -181,10 +178,8 @@ def _write_table(stream: Any, ending: str, rows: Iterator[dict]) -> tuple[int, i
     n_rows = 0
     n_features = 0
     parquet = None
-    while True:
-        batch = list(islice(rows, ROWS))
-        if not batch:
-            break
+    # Until nothing is left to take; itertools.batched came with Python 3.12.
+    for batch in iter(lambda: list(islice(rows, ROWS)), []):
         table = pd.DataFrame(batch)
         features = table.columns[1 + len(ABOUT) :]
         n_features = len(features)
@@ -224,7 +219,6 @@ def reconstruct(
     path : str or Path
         A scan's file.
     checkpoint : Checkpoint
-        The network, and the parcels and scaling it needs.
     output : str or Path
         ``.ptseries.nii``, which keeps the places of the parcels where `path` states them, or
         ``_timeseries.tsv``. Beside it go the censored frames in XCP-D's form and a JSON sidecar. A
@@ -259,23 +253,21 @@ def reconstruct(
         )
     scan = _load(path, {"parcels": checkpoint.parcels, **reading})
     checkpoint.check(scan)
-    filled = np.zeros(scan.n_frames, bool)
+    filled = np.full(scan.n_frames, whole)
     if scan.censored is not None:
-        filled = scan.censored
-    if whole:
-        filled = np.ones(scan.n_frames, bool)
+        filled = filled | scan.censored
     if not filled.any():
         raise DataError(
-            f"{path.name}: no frame is censored, so that there is nothing to fill. A table "
-            "*_outliers.tsv beside the scan marks such frames; whole=True (--whole) writes the "
-            "reconstruction of every frame",
+            f"{path.name}: no frame is censored, by a table *_outliers.tsv beside the scan; "
+            "whole=True (--whole) writes the reconstruction of every frame",
             "censoring",
         )
     values = np.where(filled[:, None], _reconstruction(checkpoint, scan), scan.values)
     axis = None
     if path.name.endswith(".nii") and output.name.endswith(".nii"):
         axis = _parcels_axis(path)
-    save_scan(replace(scan, values=values.astype(np.float32)), output, axis=axis)
+    filled_scan = replace(scan, values=values.astype(np.float32))
+    save_scan(filled_scan, output, axis=axis)
     facts = {
         "RepetitionTime": scan.t_r,
         "Sources": [path.name],
@@ -284,6 +276,7 @@ def reconstruct(
         "GeneratedBy": generated_by(),
     }
     write_json(output.with_name(f"{stem(output.name)}.json"), facts)
+    # A derivative is the folder of the participants' folders.
     for folder in output.parents:
         if folder.name.startswith("sub-"):
             describe_derivative(folder.parent, "Scans with censored frames filled")

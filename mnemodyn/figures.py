@@ -101,10 +101,13 @@ def table(frame: pd.DataFrame, *, precision: int = 3) -> "HTML":
     frame = frame.reset_index(drop=True)
     numbers = frame.select_dtypes("floating").columns
     texts = frame.select_dtypes(["object", "str"])
+    # The style sheet tells columns of words from columns of numbers by a class.
     words = [name for name in texts if frame[name].astype(str).str.match("[A-Za-z]").any()]
-    style = frame.style.format(dict.fromkeys(numbers, number)).hide(axis="index")
+    style = frame.style.hide(axis="index")
+    style = style.format(dict.fromkeys(numbers, number))
     style = style.set_td_classes(pd.DataFrame("text", frame.index, words))
-    return HTML(style.set_uuid("table").to_html())
+    style = style.set_uuid("table")
+    return HTML(style.to_html())
 
 
 def result_table(rows: pd.DataFrame, *, precision: int = 3) -> "HTML":
@@ -140,7 +143,8 @@ def labels(methods: Iterable[str]) -> list[str]:
 
 def errors(rows: pd.DataFrame, value: str = "value") -> np.ndarray:
     """Distance from the value to either end of its interval, (2, row)."""
-    return np.abs(rows[["low", "high"]].to_numpy(float).T - rows[value].to_numpy(float))
+    ends = rows[["low", "high"]].to_numpy(float).T
+    return np.abs(ends - rows[value].to_numpy(float))
 
 
 def lines(

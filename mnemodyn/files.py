@@ -36,19 +36,19 @@ def writing(path: str | os.PathLike) -> Iterator[BinaryIO]:
 
 
 def write_bytes(path: str | os.PathLike, content: bytes | memoryview) -> Path:
-    """Write ``content`` so that a reader sees the old file or the new one, never a part; raises as `writing`."""
+    """Write ``content`` whole, as `writing` does."""
     with writing(path) as stream:
         stream.write(content)
     return Path(path)
 
 
 def write_text(path: str | os.PathLike, text: str) -> Path:
-    """Write ``text`` as UTF-8, whole (see `write_bytes`)."""
+    """Write ``text`` as UTF-8, whole."""
     return write_bytes(path, text.encode())
 
 
 def write_json(path: str | os.PathLike, content: Any) -> Path:
-    """Write ``content`` as indented JSON in its own order of keys, whole (see `write_text`).
+    """Write ``content`` as indented JSON in its own order of keys, whole.
 
     NumPy scalars and arrays become numbers and lists, paths become text. A ValueError where ``content`` holds a NaN or
     an infinity (JSON has neither: write None, and say why), or something that has no form in JSON.
@@ -69,7 +69,7 @@ def _plain(value: Any) -> Any:
 
 
 def sha256(path: str | os.PathLike) -> str:
-    """Return the SHA-256 of a file's bytes as 64 hexadecimal digits; an OSError where it cannot be read."""
+    """The SHA-256 of a file's bytes, 64 hexadecimal digits."""
     with open(path, "rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
@@ -90,21 +90,24 @@ def read_yaml(text: str) -> Any:
 
 
 def find_root(start: str | os.PathLike = ".") -> Path:
-    """Return the nearest folder at or above ``start`` (by default the current) with ``_toc.yml``, or else ``start``."""
+    """The nearest folder at or above ``start`` that has ``_toc.yml``, or else ``start``."""
     start = Path(start).resolve()
-    return next((at for at in (start, *start.parents) if (at / "_toc.yml").is_file()), start)
+    for folder in (start, *start.parents):
+        if (folder / "_toc.yml").is_file():
+            return folder
+    return start
 
 
 def resolve(path: str | os.PathLike) -> Path:
-    """Return ``path`` itself where it is absolute, else the path seen from `find_root`.
+    """``path`` itself where it is absolute, else the path seen from `find_root`.
 
     A notebook opened by hand runs in ``notebooks/`` and one run headless in the repository's root; paths that go
     through here mean the same in both. A ValueError where ``path`` is empty, which would quietly mean the root.
     """
     if not os.fspath(path):
         raise ValueError("path must not be empty")
-    path = Path(path).expanduser()
-    return path if path.is_absolute() else find_root() / path
+    # An absolute path stays itself.
+    return find_root() / Path(path).expanduser()
 
 
 def digest(*parts: Any) -> str:
@@ -136,6 +139,7 @@ def _feed(found: Any, part: Any) -> None:
     elif hasattr(part, "detach"):  # a tensor, without an import of torch
         _feed(found, part.detach().cpu().numpy())
     elif hasattr(part, "dtype") and hasattr(part, "shape"):
+        # The bytes in the order of the indices, however the array lies in memory.
         values = part if part.flags.c_contiguous else part.copy()
         found.update(f"array {values.dtype.str} {values.shape}:".encode())
         found.update(values.tobytes())

@@ -26,7 +26,6 @@ def publish(
     private: bool | None = None,
     revision: str | None = None,
     subfolder: str = "",
-    commit_message: str = "Publish a MnemoDyn checkpoint",
     token: str | None = None,
     **contents: Any,
 ) -> str:
@@ -44,8 +43,6 @@ def publish(
         Branch, which is made where it is missing; by default ``main``.
     subfolder : str
         Folder of the repository that everything goes into.
-    commit_message : str
-        Of the commit.
     token : str, optional
         By default ``HF_TOKEN`` or that of ``hf auth login``.
     **contents
@@ -54,7 +51,7 @@ def publish(
     Raises
     ------
     CheckpointError
-        If there is no checkpoint, or it is damaged. Nothing was sent.
+        If there is no checkpoint, or it is damaged. Nothing was sent then.
     HubError
         If the hub refuses or cannot be reached. The commit is whole or was not made.
     """
@@ -74,7 +71,7 @@ def publish(
                 folder_path=folder,
                 path_in_repo=subfolder or None,
                 revision=revision,
-                commit_message=commit_message,
+                commit_message="Publish a MnemoDyn checkpoint",
             )
             return commit.commit_url
 
@@ -96,12 +93,10 @@ def write_folder(
 
     Parameters
     ----------
-    source : str or Path
-        What :func:`~mnemodyn.checkpoint.from_pretrained` takes as a path.
+    source, compat
+        As in :func:`~mnemodyn.checkpoint.from_pretrained`; `source` is a path.
     folder : str or Path
         Where the files go.
-    compat : str
-        ``reference`` for a checkpoint of the published draft.
     repo_id, subfolder : str
         How the card says to load it.
     licence : str
@@ -156,13 +151,7 @@ def _without_participants(checkpoint: Checkpoint) -> Checkpoint:
     return replace(checkpoint, training=training)
 
 
-def _card(
-    checkpoint: Checkpoint,
-    repo_id: str,
-    subfolder: str,
-    licence: str,
-    rows: list,
-) -> str:
+def _card(checkpoint: Checkpoint, repo_id: str, subfolder: str, licence: str, rows: list) -> str:
     """The model card: metadata that the hub reads, and what a person should know before use."""
     from huggingface_hub import ModelCardData
 
@@ -194,7 +183,7 @@ def _card(
         )
     argument = f', subfolder="{subfolder}"' if subfolder else ""
     settings = training.get("settings")
-    if isinstance(settings, dict):
+    if settings is not None:
         # Of the sections of a run's settings the others are said elsewhere on the card.
         settings = settings.get("training", settings)
     template = Template(Path(__file__).with_name("model_card.md").read_text(encoding="utf-8"))

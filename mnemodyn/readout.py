@@ -90,7 +90,6 @@ def readouts(
     Parameters
     ----------
     model : MnemoDyn
-        The network.
     x : ndarray, shape (time, parcel)
         Scaled values, none of them hidden.
     t_r : float
@@ -142,11 +141,9 @@ def kept_readouts(
     Parameters
     ----------
     checkpoint : Checkpoint
-        The network.
     network : str
         Its fingerprint, which takes a moment to compute.
     scan : Scan
-        The scan, in its own units.
     names : sequence of str
         See :func:`readouts`.
     kept : Kept
@@ -228,7 +225,7 @@ class MnemoDynEncoder(TransformerMixin, BaseEstimator):
     >>> model.fit(scans, diagnosis)  # doctest: +SKIP
     """
 
-    checkpoint: Any = None
+    checkpoint: Any
     readouts: Sequence[str] = ("latent_mean", "latent_sd")
     untrained: int | None = None
     cache: str | Path | None = None
@@ -250,10 +247,7 @@ class MnemoDynEncoder(TransformerMixin, BaseEstimator):
         An item of `X` is a Scan or an array (time, parcel), as nilearn's maskers return it, for which
         `t_r` and `parcels` must be given.
         """
-        checkpoint = self._load()
-        for scan in self._scans(X):
-            checkpoint.check(scan)
-            break
+        self._load().check(next(self._scans(X)))
         return self
 
     def transform(self, X: Sequence[Scan | np.ndarray]) -> np.ndarray:
@@ -289,8 +283,6 @@ class MnemoDynEncoder(TransformerMixin, BaseEstimator):
 
     def _load(self) -> Checkpoint:
         """The checkpoint, with random weights if they are asked for."""
-        if self.checkpoint is None:
-            raise ValueError("checkpoint must be a Checkpoint, a path or NAME/MODEL, got None")
         checkpoint = self.checkpoint
         if not isinstance(checkpoint, Checkpoint):
             checkpoint = from_pretrained(checkpoint)

@@ -109,6 +109,7 @@ def write_results(path: str | PathLike, rows: Iterable[Mapping[str, Any]]) -> pd
     for name in ("data", "task", "method", "score", "value", "kind"):
         if name not in table or table[name].isna().any():
             raise ValueError(f"{path}: every row needs {name}")
+    # The same columns in the same order in every table, so that tables can be put together.
     table = table.reindex(columns=list(COLUMNS))
     table["against"] = table["against"].astype(object).fillna("")
     wrong_kind = sorted(set(table["kind"]) - set(KINDS))

@@ -14,6 +14,7 @@ import tempfile
 import time
 import warnings
 from collections.abc import Mapping
+from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -99,10 +100,9 @@ def _convert(name: str, default: Any, value: Any) -> Any:
     kind = type(default)
     found = value
     if isinstance(value, str) and kind is not str:
-        try:
+        # What is no YAML stays text, which a default of None takes.
+        with suppress(ValueError):
             found = read_yaml(value)
-        except ValueError:
-            found = value  # a default of None takes text as it is
     if kind is float and type(found) is int:
         found = float(found)
     if default is not None and type(found) is not kind:
@@ -136,10 +136,9 @@ def run_notebook(
     Returns
     -------
     dict
-        The manifest, which is also written as ``STEM.manifest.json`` beside ``output``:
-        ``notebook``, ``output``, ``parameters`` (all of them), ``status`` (running, done, failed),
-        ``error`` (None or a sentence), ``started`` and ``ended`` (UTC), ``seconds``,
-        ``processor_seconds``, ``peak_memory_mb``, and what `mnemodyn.provenance.surroundings` finds.
+        The manifest, which is also written as ``STEM.manifest.json`` beside ``output``: paths, all
+        parameters, ``status`` (running, done, failed), ``error`` (None or a sentence), times (UTC,
+        seconds), ``peak_memory_mb``, and what `mnemodyn.provenance.surroundings` finds.
 
     Raises
     ------
@@ -181,14 +180,16 @@ def run_notebook(
         if error and cell is not None:
             begins = executed.cells[cell].source.strip().split("\n")[0][:80]
             message += f" in cell {cell}, which begins: {begins}"
-    manifest["status"] = "failed" if error else "done"
-    manifest["error"] = error
-    manifest["ended"] = _now()
-    manifest["seconds"] = round(time.monotonic() - clock, 3)
     # The kernel is the largest child, whose memory is in KiB on Linux.
     used = resource.getrusage(resource.RUSAGE_CHILDREN)
-    manifest["processor_seconds"] = round(used.ru_utime + used.ru_stime, 1)
-    manifest["peak_memory_mb"] = used.ru_maxrss // 1024
+    manifest.update(
+        status="failed" if error else "done",
+        error=error,
+        ended=_now(),
+        seconds=round(time.monotonic() - clock, 3),
+        processor_seconds=round(used.ru_utime + used.ru_stime, 1),
+        peak_memory_mb=used.ru_maxrss // 1024,
+    )
     write_json(record, manifest)
     if error:
         raise NotebookFailed(f"{message}\n{error}\nThe notebook up to there: {manifest['output']}")

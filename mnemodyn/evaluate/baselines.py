@@ -26,8 +26,8 @@ NEGLIGIBLE = 1e-6
 
 def _visible(x: np.ndarray, hidden: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Check a batch; return it in float64 with zeros where it is hidden, and the mask."""
-    if x.ndim != 3 or 0 in x.shape:
-        raise ValueError(f"x must be (batch, time, parcel) and not empty, got shape {x.shape}")
+    if x.ndim != 3:
+        raise ValueError(f"x must be (batch, time, parcel), got shape {x.shape}")
     if hidden.dtype != bool or hidden.shape != x.shape:
         raise ValueError(
             f"hidden must be boolean with the shape of x, {x.shape}, "
@@ -63,7 +63,8 @@ class Interpolation(Zero):
         """Return `x` with its hidden entries interpolated."""
         filled, hidden = _visible(x, hidden)
         frames = np.arange(filled.shape[1])
-        for item, parcel in np.argwhere(hidden.any(1) & ~hidden.all(1)):
+        to_fill = hidden.any(1) & ~hidden.all(1)
+        for item, parcel in np.argwhere(to_fill):
             gap = hidden[item, :, parcel]
             series = filled[item, :, parcel]
             filled[item, gap, parcel] = np.interp(frames[gap], frames[~gap], series[~gap])
@@ -175,8 +176,8 @@ class Gaussian:
         if self.covariance == "var":
             lags = _autoregression(lags[0], lags[1], x.shape[1])
         process = torch.from_numpy(lags)
-        centred = torch.from_numpy(np.where(hidden, 0.0, x - self.mean))
         mask = torch.from_numpy(hidden)
+        centred = torch.from_numpy(np.where(hidden, 0.0, x - self.mean))
         mixing = None
         if self.own:
             mixing = self._mixing(centred, mask, process[0])
@@ -187,6 +188,7 @@ class Gaussian:
         """The matrix (batch, parcel, parcel) that gives the process the mixed covariance."""
         seen = (~hidden).to(x.dtype)
         pairs = seen.mT @ seen
+        # A pair of parcels that is never seen together keeps the group's covariance.
         own = torch.where(pairs > 0, (x.mT @ x) / pairs.clamp_min(1), group)
         mixed = (1 - self.own) * group + self.own * own
         # Products over unequal pairs need not be a covariance: negative eigenvalues are raised.
@@ -198,8 +200,10 @@ def _probabilistic_pca(covariance: np.ndarray, rank: int) -> np.ndarray:
     n = len(covariance)
     if not 0 < rank < n:
         raise ValueError(f"rank must be between 1 and {n - 1}, got {rank}")
+    # Eigenvalues ascend: those of the noise come first.
     values, vectors = np.linalg.eigh(covariance)
-    values[: n - rank] = values[: n - rank].mean()
+    noise = slice(n - rank)
+    values[noise] = values[noise].mean()
     return (vectors * values) @ vectors.T
 
 

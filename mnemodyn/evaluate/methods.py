@@ -98,7 +98,9 @@ METHODS = {
 def frames(scan: Scan) -> np.ndarray:
     """Z-scored frames that are not censored, (time, parcel), float32; a constant parcel is 0."""
     x = Scaling()(scan)
-    return x if scan.censored is None else x[~scan.censored]
+    if scan.censored is None:
+        return x
+    return x[~scan.censored]
 
 
 def connectivity(scans: Iterable[Scan]) -> np.ndarray:
@@ -110,9 +112,11 @@ def connectivity(scans: Iterable[Scan]) -> np.ndarray:
     rows = []
     for scan in scans:
         x = frames(scan).astype(float)
+        # A constant parcel divides zero by zero.
         with np.errstate(divide="ignore", invalid="ignore"):
-            r = np.corrcoef(x, rowvar=False)[np.tril_indices(x.shape[1], -1)]
-        z = np.arctanh(np.clip(np.nan_to_num(r), -0.999999, 0.999999))
+            r = np.corrcoef(x, rowvar=False)
+        r = np.nan_to_num(r[np.tril_indices(len(r), -1)])
+        z = np.arctanh(np.clip(r, -0.999999, 0.999999))
         rows.append(z.astype(np.float32))
     return np.array(rows)
 
@@ -129,7 +133,7 @@ def confounds(table: pd.DataFrame, target: str, only: Sequence[str] = CONFOUNDS)
     Missing numbers are NaN. What a cohort does not know is left out; where it knows nothing there is
     one column of zeros.
     """
-    columns = [np.zeros((len(table), 1))]
+    columns = []
     for name in only:
         if name == target or name not in table or table[name].isna().all():
             continue
@@ -137,7 +141,9 @@ def confounds(table: pd.DataFrame, target: str, only: Sequence[str] = CONFOUNDS)
         if name in ("sex", "site"):
             values = pd.get_dummies(table[name].astype(object))
         columns.append(values.to_numpy(float))
-    return np.hstack(columns[1:] or columns)
+    if not columns:
+        columns = [np.zeros((len(table), 1))]
+    return np.hstack(columns)
 
 
 class TangentSpace(TransformerMixin, BaseEstimator):
@@ -164,9 +170,10 @@ class TangentSpace(TransformerMixin, BaseEstimator):
 
 
 class Harmonised(TransformerMixin, BaseEstimator):
-    """Features harmonised between sites by ComBat (combatlearn), without covariates.
+    """Features harmonised between sites by ComBat, without covariates.
 
     The last column of the features is the site's number; a site that was not fitted is an error.
+    combatlearn comes with ``pip install 'mnemodyn[harmonise]'``.
     """
 
     def fit(self, features: np.ndarray, y: Any = None) -> "Harmonised":
@@ -174,12 +181,8 @@ class Harmonised(TransformerMixin, BaseEstimator):
         return self
 
     def transform(self, features: np.ndarray) -> np.ndarray:
-        try:
-            from combatlearn import ComBat
-        except ImportError as error:
-            raise DataError(
-                "ComBat needs combatlearn: pip install 'mnemodyn[harmonise]'"
-            ) from error
+        from combatlearn import ComBat
+
         # ComBat takes the sites of all scans at once, and finds each scan's by the index.
         scans = pd.DataFrame(np.vstack([self.features_, features]))
         sites = scans.pop(scans.columns[-1]).astype(int)
@@ -203,11 +206,11 @@ class Features:
 
     def __init__(self, values: np.ndarray, transformer: Any = None):
         self.transformer = transformer
-        self.values = values
         if transformer is None:
             # Any origin will do for a kernel that is centred later, and a near one keeps the digits.
             values = (values - values[:1]).astype(np.float32)
-            self.values = np.asarray(values @ values.T, float)
+            values = np.asarray(values @ values.T, float)
+        self.values = values
         self.digest = digest(self.values, repr(transformer))
 
     def kernel(self, train: np.ndarray) -> np.ndarray:
@@ -218,8 +221,11 @@ class Features:
             values = fitted.transform(self.values)
             values = values - values[train].mean(0)
             kernel = np.asarray(values @ values.T, float)
+        # The mean square distance of the training scans from their mean, all features together.
+        # With variance 1 each, no set of features outweighs another by its number or unit.
         inner = kernel[np.ix_(train, train)]
-        return kernel / max(np.trace(inner) / len(train) - inner.mean(), 1e-12)
+        variance = np.trace(inner) / len(train) - inner.mean()
+        return kernel / max(variance, 1e-12)
 
 
 def residual_kernel(
@@ -238,7 +244,9 @@ def residual_kernel(
     residuals = np.eye(len(kernel))
     residuals[:, train] -= design @ np.linalg.pinv(design[train])
     kernel = residuals @ kernel @ residuals.T
-    return kernel / max(np.diag(kernel)[train].mean(), 1e-12)
+    # One grid of penalties then suits features of any number.
+    mean_square = np.diag(kernel)[train].mean()
+    return kernel / max(mean_square, 1e-12)
 
 
 @dataclass(frozen=True)
@@ -274,20 +282,22 @@ class Perceptron(MLPClassifier):
         return logit(self.predict_proba(x)[:, 1].clip(1e-9, 1 - 1e-9))
 
 
-def _model(head: str, kind: str, seed: int) -> tuple[Any, dict[str, Sequence[float]]]:
-    """A head's model before it is fitted, and the setting to choose with its values."""
+def _model(head: str, kind: str, seed: int) -> tuple[Any, str, Sequence[float]]:
+    """A head's model before it is fitted, the setting to choose, and its values."""
     if head == "mlp":
+        # A tolerance of zero: every perceptron is trained for all epochs.
         settings: dict[str, Any] = {"max_iter": 60, "tol": 0.0, "random_state": seed}
         if kind == "classification":
-            return Perceptron((64,), **settings), {"alpha": DECAYS}
+            return Perceptron((64,), **settings), "alpha", DECAYS
         network = MLPRegressor(hidden_layer_sizes=(64,), **settings)
+        # Initial weights suit a target with mean 0 and SD 1.
         model = TransformedTargetRegressor(network, transformer=StandardScaler())
-        return model, {"regressor__alpha": DECAYS}
+        return model, "regressor__alpha", DECAYS
     if kind == "classification":
         # From one penalty to the next the solver goes on from where it was.
         model = LogisticRegression(class_weight="balanced", max_iter=2000, warm_start=True)
-        return model, {"C": INVERSE_PENALTIES}
-    return Ridge(solver="cholesky"), {"alpha": RIDGE_PENALTIES}
+        return model, "C", INVERSE_PENALTIES
+    return Ridge(solver="cholesky"), "alpha", RIDGE_PENALTIES
 
 
 @dataclass(frozen=True)
@@ -320,9 +330,8 @@ class KernelMethod:
         self.method = method
         self.features = {name: features[name] for name in method.features}
         self.remove = remove
-        self.depends_on = digest(
-            [method.head, [block.digest for block in self.features.values()], remove]
-        )
+        blocks = [block.digest for block in self.features.values()]
+        self.depends_on = digest([method.head, blocks, remove])
 
     def fit_predict(self, split: Split) -> tuple[np.ndarray, str]:
         """Fit on the training scans and predict the test scans.
@@ -386,8 +395,7 @@ class KernelMethod:
             test_columns = test_columns * np.sqrt(columns.shape[1])
             columns = columns * np.sqrt(columns.shape[1])
 
-        model, grid = _model(self.method.head, split.kind, split.seed)
-        [(setting, values)] = grid.items()
+        model, setting, values = _model(self.method.head, split.kind, split.seed)
         inner = np.empty((len(values), len(split.y)))
         for fit, rest in split.inner:
             tried = clone(model)
@@ -395,6 +403,7 @@ class KernelMethod:
                 tried.set_params(**{setting: value})
                 tried.fit(columns[fit], split.y[fit])
                 inner[i, rest] = _evidence(tried, columns[rest])
+        # The area under the curve needs no threshold, which is set once the choice is made.
         if split.kind == "regression":
             scores = [-mean_squared_error(split.y, evidence) for evidence in inner]
         else:

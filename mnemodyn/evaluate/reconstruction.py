@@ -20,21 +20,6 @@ from mnemodyn.evaluate.scores import interval, resamples
 from mnemodyn.model.front import Front
 from mnemodyn.pretrain.objectives import Masked
 
-__all__ = [
-    "FrontEnd",
-    "HiddenScan",
-    "Method",
-    "Network",
-    "compare",
-    "fill",
-    "held_out",
-    "hide",
-    "r2",
-    "squares",
-    "sums",
-]
-
-MODEL = "model"
 BATCH = 8  # scans or windows filled together
 
 
@@ -59,9 +44,10 @@ class Network:
         given = torch.as_tensor(x, dtype=torch.float32, device=device)
         mask = torch.as_tensor(hidden, device=device)
         known = {"hidden": mask}
-        # A frame that is NaN throughout is missing: the path goes on at its true time.
+        # A frame that is NaN throughout is missing: the path goes on at its true time. Other networks
+        # than MnemoDyn know no missing frames.
         missing = given.isnan().all(-1)
-        if bool(missing.any()):
+        if missing.any():
             known["censored"] = missing
         output = self.network(given, float(t_r), **known)
         if not isinstance(output, Tensor):
@@ -125,11 +111,14 @@ def hide(
     found = []
     for i, scan in enumerate(scans):
         values = scale(scan)
+        # A mask that depends on nothing but its number is the same for every method and network.
         drawn = masks.hide((1, *values.shape), seed + i).numpy()[0]
+        # What nobody knows cannot be scored, and what says nothing must not be read.
         unknown = np.broadcast_to(scan.constant, drawn.shape)
         if scan.censored is not None:
-            values = np.where(scan.censored[:, None], np.float32(np.nan), values)
-            unknown = unknown | scan.censored[:, None]
+            censored = scan.censored[:, None]
+            values = np.where(censored, np.float32(np.nan), values)
+            unknown = unknown | censored
         person = scan.participant_id
         if people is not None:
             person = people[i]
@@ -141,7 +130,7 @@ def fill(method: Method, scans: Sequence[HiddenScan], *, window: int = 0) -> lis
     """Fill every scan, (time, parcel) each.
 
     Scans are filled whole, or with `window` frames at a time where that is not 0. The last window
-    ends with the scan, so that every frame is in one, and overlaps the window before it.
+    ends with the scan and overlaps the one before it.
     """
     filled = [scan.values.copy() for scan in scans]
     # Pieces of one length and repetition time are filled together, which is faster.
@@ -173,6 +162,7 @@ def _windows(n_frames: int, window: int) -> Iterator[slice]:
 
 def squares(scan: HiddenScan, filled: np.ndarray) -> np.ndarray:
     """Squared errors and squares of the scored entries, zero elsewhere: (2, time, parcel)."""
+    # Zero, not times zero: what stands at other entries may be NaN.
     truth = np.where(scan.scored, scan.values, 0).astype(np.float64)
     error = truth - np.where(scan.scored, filled, 0)
     return np.stack([error**2, truth**2])
@@ -209,6 +199,8 @@ def _weights(people: np.ndarray, n_boot: int, seed: int) -> np.ndarray:
     """How often each stretch counts, (1 + n_boot, stretch): people are drawn, then their stretches."""
     weights = resamples(people.tolist(), n_boot, seed)
     rng = np.random.default_rng(seed)
+    # Stretches of one person resemble each other, so that drawing them all alike would give
+    # intervals that are too narrow.
     for person in np.unique(people):
         rows = np.flatnonzero(people == person)
         # As many stretches as the person has, for each time that the person was drawn.
@@ -225,7 +217,7 @@ def compare(
     *,
     data: str,
     task: str = "hidden entries",
-    ours: str = MODEL,
+    ours: str = "model",
     kind: str = "real",
     n_boot: int = 2000,
     seed: int = 0,
@@ -257,9 +249,11 @@ def compare(
     for name, residual in residuals.items():
         # One row for a method without training seeds.
         by_seed = np.atleast_2d(residual)
-        seeds = resamples(range(len(by_seed)), n_boot, seed) / len(by_seed)
-        scores[name] = 1 - ((weights @ by_seed.T) * seeds).sum(1) / totals
-    about = {"data": data, "task": task, "score": "r2", "n": len(np.unique(people)), "kind": kind}
+        shares = resamples(range(len(by_seed)), n_boot, seed) / len(by_seed)
+        drawn = (weights @ by_seed.T * shares).sum(1)
+        scores[name] = 1 - drawn / totals
+    n_people = len(np.unique(people))
+    about = {"data": data, "task": task, "score": "r2", "n": n_people, "kind": kind}
     rows = []
     for name, values in scores.items():
         rows.append({**about, "method": name, **interval(values)})

@@ -36,7 +36,8 @@ def resamples(groups: Sequence, n_boot: int, seed: int) -> np.ndarray:
     """
     names, index = np.unique(np.asarray(groups, dtype=str), return_inverse=True)
     n = len(names)
-    draws = np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), size=n_boot)
+    rng = np.random.default_rng(seed)
+    draws = rng.multinomial(n, np.full(n, 1 / n), size=n_boot)
     return np.vstack([np.ones(len(index)), draws[:, index]])
 
 
@@ -45,14 +46,17 @@ def interval(values: np.ndarray) -> dict[str, float | None]:
 
     `values` has shape (1 + n_boot,): the score for each row of `resamples`.
     """
+    found: dict[str, float | None] = {"value": None, "low": None, "high": None}
     values = np.asarray(values, float)
-    draws = values[1:][np.isfinite(values[1:])]
-    if not np.isfinite(values[0]):
-        return {"value": None, "low": None, "high": None}
-    if not len(draws):
-        return {"value": float(values[0]), "low": None, "high": None}
-    low, high = np.quantile(draws, [0.025, 0.975])
-    return {"value": float(values[0]), "low": float(low), "high": float(high)}
+    if np.isfinite(values[0]):
+        found["value"] = float(values[0])
+        # A resample may have one class only, and then no score.
+        draws = values[1:][np.isfinite(values[1:])]
+        if len(draws):
+            low, high = np.quantile(draws, [0.025, 0.975])
+            found["low"] = float(low)
+            found["high"] = float(high)
+    return found
 
 
 def t_interval(values: Sequence[float] | np.ndarray) -> dict[str, float | None]:
@@ -61,7 +65,8 @@ def t_interval(values: Sequence[float] | np.ndarray) -> dict[str, float | None]:
     n = len(values)
     if n < 2:
         return {"value": mean, "low": None, "high": None}
-    half = float(stats.t.ppf(0.975, n - 1) * np.std(values, ddof=1) / np.sqrt(n))
+    factor = stats.t.ppf(0.975, n - 1)
+    half = float(factor * np.std(values, ddof=1) / np.sqrt(n))
     return {"value": mean, "low": mean - half, "high": mean + half}
 
 
@@ -76,10 +81,12 @@ def corrected_t(differences: np.ndarray, test_share: float) -> float | None:
     """
     d = np.asarray(differences, float)
     d = d[np.isfinite(d)]
-    if len(d) < 2 or np.ptp(d) < 1e-12:
+    n = len(d)
+    if n < 2 or np.ptp(d) < 1e-12:
         return None
-    t = d.mean() / np.sqrt((1 / len(d) + test_share) * d.var(ddof=1))
-    return float(2 * stats.t.sf(abs(t), len(d) - 1))
+    variance = (1 / n + test_share) * d.var(ddof=1)
+    t = d.mean() / np.sqrt(variance)
+    return float(2 * stats.t.sf(abs(t), n - 1))
 
 
 def measure(
@@ -119,21 +126,20 @@ def measure(
     Raises
     ------
     ValueError
-        If the kind is another one or a prediction is not finite.
+        If a prediction is not finite.
     """
     n_bad = np.count_nonzero(~np.isfinite(prediction))
     if n_bad:
         raise ValueError(f"predictions must be finite, got {n_bad} that are not")
     if kind == "classification":
         return _classes(y == 1, prediction, weights, fold)
-    if kind == "regression":
-        return _numbers(y, prediction, weights, fold, group)
-    raise ValueError(f"kind must be classification or regression, got {kind!r}")
+    return _numbers(y, prediction, weights, fold, group)
 
 
 def _classes(
     positive: np.ndarray, evidence: np.ndarray, weights: np.ndarray, fold: np.ndarray
 ) -> dict[str, np.ndarray]:
+    # Every count is a sum of weights, one a resample.
     said = evidence > 0
     true_positive = weights @ (positive & said)
     true_negative = weights @ (~positive & ~said)
@@ -162,6 +168,7 @@ def _numbers(
     total = weights.sum(1)
     mse = weights @ (y - prediction) ** 2 / total
     spread = weights @ y**2 / total - (weights @ y / total) ** 2
+    # Each fold's predictions relative to the mean that its model was trained on; see `measure`.
     relative = prediction.astype(float)
     for f in np.unique(fold):
         trained_on = y[fold != f]
@@ -173,6 +180,7 @@ def _numbers(
         "r_plain": _correlation(y, prediction, weights, everybody),
         "r2": 1 - _ratio(mse, spread),
         "mae": weights @ np.abs(y - prediction) / total,
+        # Of the sample's variance, not the resample's: a unit, and no denominator that varies.
         "mse_z": mse / y.var(),
     }
     if group is not None:
@@ -200,7 +208,9 @@ def _auc(
         w = weights[:, rows]
         up = np.add.reduceat(w * positive[rows], starts, axis=1)
         down = np.add.reduceat(w * ~positive[rows], starts, axis=1)
-        right += (up * (down.cumsum(1) - down / 2)).sum(1)
+        # A positive scan is right of all negative ones below it, and of half of those beside it.
+        below = down.cumsum(1) - down / 2
+        right += (up * below).sum(1)
         n_pairs += up.sum(1) * down.sum(1)
     return _ratio(right, n_pairs)
 
@@ -213,10 +223,13 @@ def _correlation(
     n = np.maximum(weights @ member, 1e-12)
 
     def product(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-        means = ((weights * a) @ member) * ((weights * b) @ member) / n
-        return weights @ (a * b) - means.sum(1)
+        """Sums of products of deviations from the means of groups, one a resample."""
+        sum_a = (weights * a) @ member
+        sum_b = (weights * b) @ member
+        return weights @ (a * b) - (sum_a * sum_b / n).sum(1)
 
-    y = y - y.mean()  # keeps the digits
+    # Moments of numbers far from zero would lose digits.
+    y = y - y.mean()
     p = p - p.mean()
     spread = product(y, y) * product(p, p)
     return np.where(spread > 1e-20, product(y, p) / np.sqrt(np.maximum(spread, 1e-20)), 0.0)
