@@ -23,7 +23,8 @@ import registry  # noqa: E402
 import results  # noqa: E402
 import runs  # noqa: E402
 
-from mnemodyn import figures, settings  # noqa: E402
+from lib import figures  # noqa: E402
+from mnemodyn import settings  # noqa: E402
 from mnemodyn.files import read_yaml  # noqa: E402
 from mnemodyn.results import write_results  # noqa: E402
 from mnemodyn.run import check_parameters, read_parameters  # noqa: E402

@@ -4,7 +4,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from lib import plots
+from lib import figures, plots
 from lib.quality import (
     connectivity,
     homotopic_pairs,
@@ -15,7 +15,6 @@ from lib.quality import (
     summary,
     survey,
 )
-from mnemodyn import figures
 from mnemodyn.data.collection import open_scans
 from mnemodyn.data.scans import Scan, save_scan
 

@@ -14,12 +14,12 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
+from lib.figures import COLOURS, MARKERS, errors
 from mnemodyn.checkpoint import Checkpoint
 from mnemodyn.data.scaling import Scaling
 from mnemodyn.data.scans import Collection, DataError
 from mnemodyn.evaluate.reconstruction import HiddenScan, Network, fill, hide, sums
 from mnemodyn.evaluate.scores import t_interval
-from mnemodyn.figures import COLOURS, MARKERS, errors
 from mnemodyn.files import Kept, digest, read_yaml
 from mnemodyn.pretrain.training import pretrain
 from mnemodyn.settings import Settings

@@ -10,15 +10,15 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from lib.quality import OUTLYING, SLOW
-from mnemodyn.data.scans import Scan
-from mnemodyn.figures import (
+from lib.figures import (
     COLOURS,
     legend_above,
     lines,
     log_ticks,
     panels,
 )
+from lib.quality import OUTLYING, SLOW
+from mnemodyn.data.scans import Scan
 from mnemodyn.results import label
 
 MEASURES = {

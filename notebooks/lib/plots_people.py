@@ -7,7 +7,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
-from mnemodyn import figures
+from lib import figures
 from mnemodyn.evaluate.scores import CHANCE, SCORES
 from mnemodyn.results import COLUMNS, label, verdict
 

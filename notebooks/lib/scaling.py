@@ -11,12 +11,12 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from lib import reconstruction as study
+from lib.figures import errors, legend_above, panels
 from mnemodyn.checkpoint import from_pretrained
 from mnemodyn.data.scaling import Scaling
 from mnemodyn.data.scans import Collection
 from mnemodyn.evaluate.baselines import Gaussian
 from mnemodyn.evaluate.reconstruction import HiddenScan, Network, r2
-from mnemodyn.figures import errors, legend_above, panels
 from mnemodyn.model.network import MnemoDyn
 from mnemodyn.pretrain.training import pretrain, pretrain_several
 from mnemodyn.results import label

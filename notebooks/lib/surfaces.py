@@ -14,8 +14,8 @@ from nibabel.affines import apply_affine
 from scipy.spatial import cKDTree
 
 from lib.atlas import NETWORKS, cortex_surfaces, networks
+from lib.figures import COLOURS
 from mnemodyn.data.atlas import Atlas, greyordinates
-from mnemodyn.figures import COLOURS
 
 VIEWS = [("LEFT", "lateral"), ("LEFT", "medial"), ("RIGHT", "medial"), ("RIGHT", "lateral")]
 

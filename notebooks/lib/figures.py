@@ -1,6 +1,6 @@
-"""What the figures of the book share: colours, style, a figure or a table on a page, and the plots of result tables.
+"""What the figures of the book share: colours, style, a figure or a table on a page, and plots of results.
 
-Plots that one page uses lie beside the notebooks, in ``notebooks/lib/plots.py``.
+Plots that one page uses are in ``plots.py``.
 """
 
 import base64
