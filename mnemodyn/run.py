@@ -252,7 +252,6 @@ def _environment(notebook: Path, folder: str) -> dict[str, str]:
     return {
         "PYTHONPATH": f"{notebook.absolute().parent}{os.pathsep}{os.environ.get('PYTHONPATH', '')}",
         "SOURCE_DATE_EPOCH": "0",  # no dates in figures
-        "MNEMODYN_HEADLESS": "1",
         "PYTHONHASHSEED": "0",
         # MPLBACKEND=agg, common on clusters, would leave the notebook without its figures.
         "MPLBACKEND": "module://matplotlib_inline.backend_inline",

@@ -6,7 +6,8 @@ hold the parts of :class:`Settings` under the same names.
 
 import difflib
 import functools
-from collections.abc import Iterable, Mapping, Sequence
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, field
 from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar, dataclass_transform
 
@@ -65,6 +66,7 @@ def checked(cls: Class) -> Class:
     infinities are refused, and every refusal is a :class:`SettingsError`.
     """
     config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False, validate_default=True)
+    # Strict, because True for 1 or "3" for 3 is more often a mistake than meant.
     made: Any = dataclass(cls, frozen=True, config=config)
     original = made.__init__
 
@@ -73,6 +75,7 @@ def checked(cls: Class) -> Class:
         try:
             original(self, *args, **kwargs)
         except ValidationError as error:
+            # Several lines, with an address of its documentation: too much for a mistyped name.
             known = list(made.__dataclass_fields__)
             raise SettingsError(_explain(error, known)) from None
 
@@ -203,12 +206,13 @@ class ModelSettings:
                 f"n_levels {self.n_levels} halves a scan of n_timepoints {self.n_timepoints} "
                 "below one sample"
             )
+        # Without a residual the first block would throw away what the front end has filled in.
         if self.front != "none" and not self.residual:
             raise ValueError("front needs residual=True: the blocks change what it filled in")
         if self.compat == "reference":
             self._check_reference()
             return
-        for name, value in {"interpolation": "none", "linear_bias": True, "n_classes": 0}.items():
+        for name, value in (("interpolation", "none"), ("linear_bias", True), ("n_classes", 0)):
             if getattr(self, name) != value:
                 raise ValueError(f"{name}={getattr(self, name)!r} needs compat='reference'")
 
@@ -220,20 +224,14 @@ class ModelSettings:
                 raise ValueError(
                     f"{name} must be {value} with compat='reference': the draft knows no other"
                 )
-        stacked = self.n_blocks > 1 or self.residual
         if self.wavelet == "learned":
             raise ValueError("wavelet must be fixed with compat='reference', got 'learned'")
         if self.interpolation == "none":
             raise ValueError("interpolation must be spline or linear with compat='reference'")
-        if self.n_timepoints % 2 and stacked:
+        if self.n_timepoints % 2 and (self.n_blocks > 1 or self.residual):
             raise ValueError(
                 f"n_timepoints must be even with compat='reference', got {self.n_timepoints}: the "
                 "draft returns one frame more, which neither a residual nor a further block takes"
-            )
-        if self.n_classes and (stacked or self.multiresolution):
-            raise ValueError(
-                "n_classes needs n_blocks=1, residual=False and multiresolution=False: the draft "
-                "fails on others"
             )
 
     def to_dict(self) -> dict:
@@ -320,8 +318,10 @@ class TrainingConfig:
     fresh_windows: bool = True
     seed: AtLeastZero = 0
 
-    def to_dict(self) -> dict:
-        return asdict(self)
+    @property
+    def steps_per_epoch(self) -> int:
+        """Steps of the optimiser; the last may have fewer windows."""
+        return math.ceil(self.windows_per_epoch / self.batch_size)
 
 
 @checked
@@ -518,15 +518,17 @@ class MixedSettings(ObjectiveSettings):
         for one in mix:
             one = dict(one)
             weight = one.pop("weight", 1.0)
+            # A weight is no setting of an objective, so it is checked here.
             if type(weight) not in (int, float) or not 0 < weight < float("inf"):
                 raise ValueError(f"mix must have weights > 0, got {weight!r}")
             try:
-                whole.append({**_objective(one).to_dict(), "weight": float(weight)})
+                whole.append({**_objective(**one).to_dict(), "weight": float(weight)})
             except SettingsError as error:
                 raise ValueError(f"mix: {error}") from None
         return whole
 
     def __post_init__(self):
+        # The names of scores and masks begin with their objective's.
         names = [one["name"] for one in self.mix]
         if len(set(names)) < max(2, len(names)) or self.name in names:
             raise ValueError(f"mix must list two or more different objectives, got {names}")
@@ -546,15 +548,26 @@ OBJECTIVE_SETTINGS: dict[str, type[ObjectiveSettings]] = {
 }
 
 
-def _objective(content: Mapping[str, Any]) -> ObjectiveSettings:
-    """The settings of the objective that a mapping names."""
-    content = dict(content)
-    name = content.pop("name", "masked")
+def _objective(name: str = "masked", **settings: Any) -> ObjectiveSettings:
+    """The settings of the objective of a name."""
     if name not in OBJECTIVE_SETTINGS:
-        raise SettingsError(
-            f"name {name!r} is no objective{nearest(str(name), OBJECTIVE_SETTINGS)}"
-        )
-    return OBJECTIVE_SETTINGS[name](**content)
+        raise SettingsError(f"name {name!r} is no objective{nearest(name, OBJECTIVE_SETTINGS)}")
+    return OBJECTIVE_SETTINGS[name](**settings)
+
+
+def _model(**settings: Any) -> ModelSettings:
+    """The settings of a network, which may state its parcels."""
+    return ModelConfig(**settings) if "n_parcels" in settings else ModelSettings(**settings)
+
+
+# What makes each section of the settings.
+SECTIONS: dict[str, Callable[..., Any]] = {
+    "data": DataConfig,
+    "model": _model,
+    "objective": _objective,
+    "training": TrainingConfig,
+    "machine": Machine,
+}
 
 
 @checked
@@ -600,25 +613,16 @@ class Settings:
         content = dict(content)
         if isinstance(content.get("objective"), str):
             content["objective"] = {"name": content["objective"]}
-        model = content.get("model") or {}
-        makers: dict[str, Any] = {
-            "data": DataConfig,
-            "model": ModelConfig if "n_parcels" in model else ModelSettings,
-            "objective": lambda **given: _objective(given),
-            "training": TrainingConfig,
-            "machine": Machine,
-        }
-        for section, make in makers.items():
+        for section, make in SECTIONS.items():
             # A section of a YAML file that holds comments alone is None.
-            given = content.pop(section, None)
-            given = {} if given is None else given
+            given = content.pop(section, None) or {}
             if not isinstance(given, Mapping):
                 raise SettingsError(f"{section} must be a mapping of settings, got {given!r}")
             try:
-                content[section] = make(**{str(name): value for name, value in given.items()})
+                content[section] = make(**given)
             except SettingsError as error:
                 raise SettingsError(f"{section}.{error}") from None
-        return cls(**{str(name): value for name, value in content.items()})
+        return cls(**content)
 
     def updated(self, changes: Mapping[str, Any]) -> Self:
         """Settings with some changed, checked again.
@@ -641,19 +645,18 @@ class Settings:
         if name != self.objective.name:
             nested["objective"] = self.from_mapping({"objective": name}).objective.to_dict()
         # No two sections share the name of a setting, so that a name alone is enough.
-        places = {}
+        sections = {}
         for section, content in nested.items():
             if isinstance(content, Mapping):
-                for leaf in content:
-                    places[leaf] = places[f"{section}.{leaf}"] = (section, leaf)
+                sections.update(dict.fromkeys(content, section))
         for name, value in changes.items():
+            section, _, leaf = name.rpartition(".")
             if name == "scaling":
                 nested["scaling"] = value
-            elif name in places:
-                section, leaf = places[name]
-                nested[section][leaf] = value
+            elif leaf in sections and section in ("", sections[leaf]):
+                nested[sections[leaf]][leaf] = value
             else:
-                raise SettingsError(f"{name} is not a setting{nearest(name, places)}")
+                raise SettingsError(f"{name} is not a setting{nearest(leaf, sections)}")
         return self.from_mapping(nested)
 
     def to_dict(self) -> dict:

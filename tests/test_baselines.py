@@ -247,7 +247,5 @@ def test_gaussians_refuse_bad_settings_and_training_data(scans, batch):
         Gaussian("temporal")
     with pytest.raises(ValueError, match="rank must be between 1 and 4, got 5"):
         Gaussian("low_rank", rank=5).fit(scans)
-    with pytest.raises(ValueError, match="got 0 scans"):
+    with pytest.raises(ValueError, match="needs a scan, got none"):
         Gaussian().fit([])
-    with pytest.raises(ValueError, match=r"scans\[1\] must be .* parcel = 5\), got shape"):
-        Gaussian("var").fit([scans[0], scans[1][:, :4]])

@@ -356,9 +356,6 @@ def test_sidecars_are_inherited(tmp_path):
         assert (scan.t_r, scan.t_r_source) == (t_r, "sidecar")
     assert (scan.session, scan.run, scan.atlas) == ("2", "1", "4S456Parcels")
     path.with_suffix(".json").unlink()
-    state(
-        folder, f"{XCPD}_space-fsLR_den-91k_atlas-4S456Parcels_timeseries.json", 1
-    )  # another order: not the name's
     state(folder, f"{XCPD}_atlas-4S456Parcels_den-91k_stat-mean_timeseries.json", 1.7)
     assert problem(path, t_r=None) == "t-r-conflict"
     path.with_suffix(".json").write_text("[1]")

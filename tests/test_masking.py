@@ -52,11 +52,6 @@ def test_refuses_a_share_that_hides_nothing_or_all(share):
         make(share=share)
 
 
-def test_refuses_an_empty_window():
-    with pytest.raises(ValueError, match="window must be >= 1 frame, got 0"):
-        make(window=0)
-
-
 def test_loss_counts_hidden_entries_only():
     objective = Masked(hidden_share=0.5, mask_window=4)
     x = torch.randn(2, 40, 3)

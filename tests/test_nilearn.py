@@ -109,7 +109,7 @@ def test_arrays_go_through_the_encoder(checkpoint):
         (
             {"parcels": PARCELS},
             DataError,
-            "array 0: an array states no repetition time; give t_r in seconds",
+            "array 0: no repetition time .*; give t_r in seconds",
         ),
         ({"t_r": 2.0}, DataError, "array 0: an array does not name its columns; give parcels"),
         ({"t_r": 2000.0, "parcels": PARCELS}, DataError, "array 0: .*looks like milliseconds"),

@@ -4,7 +4,6 @@ import os
 import resource
 import signal
 from dataclasses import replace
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -266,20 +265,20 @@ def test_warm_restarts_are_those_of_torch():
     ("n", "batch", "world", "parts"), [(20, 8, 2, 1), (24, 6, 3, 2), (10, 4, 1, 2)]
 )
 def test_processes_share_what_one_would_draw(n, batch, world, parts):
-    whole = list(Draws(n, batch, lambda: 0))
-    ranks = [
-        list(Draws(n, batch, lambda: 0, rank=r, world=world, parts=parts)) for r in range(world)
-    ]
+    one = TrainingConfig(windows_per_epoch=n, batch_size=batch)
+    several = replace(one, accumulate=parts)
+    whole = list(Draws(one, lambda: 0))
+    ranks = [list(Draws(several, lambda: 0, rank=r, world=world)) for r in range(world)]
     for step, draws in enumerate(whole):
         joined = [
             d for rank in ranks for part in rank[step * parts : (step + 1) * parts] for d in part
         ]
         assert sorted(joined) == draws
-    later = list(Draws(n, batch, lambda: 1, world=world, parts=parts))
+    later = list(Draws(several, lambda: 1, world=world))
     assert later[0][0] == n
     assert len(later) == len(whole) * parts
     with pytest.raises(ValueError, match="every step needs a window for each process and part"):
-        Draws(9, 8, lambda: 0, world=2)
+        Draws(TrainingConfig(windows_per_epoch=9, batch_size=8), lambda: 0, world=2)
 
 
 def test_windows_in_seconds_mix_lengths_and_repetition_times():
@@ -463,23 +462,7 @@ def test_collapse_is_said(capsys, tmp_path):
     assert "warning: the embeddings collapse" in capsys.readouterr().out
 
 
-def test_a_nan_in_a_scan_or_a_loss_stops_with_the_scans_named(tmp_path, monkeypatch):
-    scans = simulated(2, n_frames=64)
-    # As a lazily read scan may hold it: a Scan itself refuses.
-    broken = SimpleNamespace(
-        **{**vars(scans[1]), "n_frames": 64, "values": scans[1].values.copy(), "censored": None}
-    )
-    broken.values[10, 2] = np.nan
-    with pytest.raises(
-        DataError, match=r"scan-1: .* NaN or infinite, first in frame \d+, parcel 'parcel-2'"
-    ):
-        train(
-            tmp_path / "a",
-            ALL["masked"],
-            train=[scans[0], broken],
-            validation=simulated(1, seed=9, n_frames=64),
-        )
-
+def test_a_nan_in_the_loss_stops_with_the_scans_named(tmp_path, monkeypatch):
     train(tmp_path / "b", ALL["masked"], replace(SHORT, epochs=1))
     step = type(ALL["masked"]).loss
     seen = []
@@ -496,7 +479,7 @@ def test_a_nan_in_a_scan_or_a_loss_stops_with_the_scans_named(tmp_path, monkeypa
     monkeypatch.setattr(Masked, "loss", nan_at_last)
     with pytest.raises(
         TrainingError,
-        match=r"loss is nan at step 7 .* in a batch of scan-\d.*smaller learning_rate",
+        match=r"loss is nan at step 7, in a batch of scan-\d.*smaller learning_rate",
     ):
         train(tmp_path / "c", ALL["masked"])
     kept = weights(tmp_path / "c" / "unfinished")
@@ -512,12 +495,8 @@ def test_a_full_disk_costs_no_checkpoint(tmp_path):
 
     def full():
         resource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000))
-        with pytest.raises(
-            TrainingError, match=r"could not be written \(File too large\).*before it is whole"
-        ):
+        with pytest.raises(OSError, match=r"File too large: .*last\.ckpt"):
             writer.save_checkpoint({"weights": torch.ones(1000)}, last)
-        with pytest.raises(TrainingError, match=r"other\.ckpt.*There is none before it"):
-            writer.save_checkpoint({"weights": torch.ones(1000)}, tmp_path / "other.ckpt")
 
     assert in_a_child(full) == 0
     assert last.read_bytes() == whole

@@ -133,8 +133,6 @@ def test_head_reads_the_last_frame():
     last = output.reconstruction[:, -1] @ head["0.weight"].T + head["0.bias"]
     expected = (last / (1 + torch.exp(-last))) @ head["3.weight"].T + head["3.bias"]
     torch.testing.assert_close(output.prediction, expected)
-    with pytest.raises(ValueError, match="n_classes needs n_blocks=1, residual=False"):
-        MnemoDyn.from_reference({**settings, "use_residual": True}, weights)
 
 
 def test_relu_is_a_choice_of_the_draft():

@@ -124,7 +124,7 @@ def broken(kind):
     [
         ("nan", "1 values are NaN or infinite, first in parcel 'b'"),
         ("constant", r"1 parcels are constant.*'c'"),
-        ("short", "at least 2 frames"),
+        ("short", "at least 2 uncensored frames"),
     ],
 )
 def test_unusable_values_are_named(tmp_path, kind, message):

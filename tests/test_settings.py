@@ -121,7 +121,7 @@ def test_what_is_refused_is_named(content, message):
     ("changes", "message"),
     [
         ({"epoch": 3}, r"^epoch is not a setting; did you mean epochs\?"),
-        ({"training.epoch": 3}, r"^training\.epoch is not a setting; did you mean training\.ep"),
+        ({"training.epoch": 3}, r"^training\.epoch is not a setting; did you mean epochs"),
         ({"training.epochs": 0}, r"^training\.epochs must be greater"),
         ({"objective.name": "maskd"}, r"^objective\.name 'maskd' is no objective"),
         ({"objective": "denoise", "hidden_share": 0.2}, r"^hidden_share is not a setting"),

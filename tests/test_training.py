@@ -210,12 +210,12 @@ def test_another_run_replaces_one_only_when_it_is_finished(tmp_path, monkeypatch
     class Killed(Exception):
         pass
 
-    def killed(self, *_):
+    def killed(self):
         if self.rows[-1]["epoch"] == 1:
             raise Killed
 
     with monkeypatch.context() as m:
-        m.setattr(training_module.Record, "on_train_epoch_end", killed)
+        m.setattr(training_module.Learner, "on_train_epoch_end", killed)
         with pytest.raises(Killed):
             run(tmp_path, training=other)
     # The finished run still stands; the unfinished one is not given up for a third by accident.
@@ -251,8 +251,9 @@ def test_draws_depend_on_their_number_alone():
     assert all(torch.equal(a[k], b[k]) for k in ("x", "hidden", "t_r"))
     assert not torch.equal(a["x"], windows[8]["x"])
     assert a["hidden"].sum() == 16 * 6
-    assert list(Draws(4, 2, lambda: 2)) == [[8, 9], [10, 11]]
-    first, second = Draws(4, 2, lambda: 5, fresh=False)
+    short = TrainingConfig(windows_per_epoch=4, batch_size=2)
+    assert list(Draws(short, lambda: 2)) == [[8, 9], [10, 11]]
+    first, second = Draws(replace(short, fresh_windows=False), lambda: 5)
     assert sorted(first + second) == [0, 1, 2, 3]
 
 

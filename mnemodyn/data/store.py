@@ -17,7 +17,7 @@ the source's own, and come back exactly.
 
 import json
 from collections.abc import Callable, Sequence
-from functools import cached_property, partial
+from functools import cached_property, lru_cache, partial
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -68,7 +68,8 @@ def convert(
 
     The conversion may be killed at any moment and started again: it goes on after the last whole scan and ends in the
     same bytes. One scan is held in memory at a time. A scan that cannot be read, or has other parcels than the first,
-    is listed in ``Store.excluded``.
+    is listed in ``Store.excluded``. The store has the rows of `scans`, in their order. Two conversions into one folder
+    at a time may stop each other, but damage nothing.
 
     Parameters
     ----------
@@ -91,7 +92,7 @@ def convert(
     if not isinstance(scans, Collection):
         scans = Collection(scans)
     folder = Path(folder)
-    about = {"dtype": dtype, "cohort": scans.cohort, "simulated": scans.simulated}
+    about: Row = {"dtype": dtype, "cohort": scans.cohort, "simulated": scans.simulated}
     _check_folder(folder, about)
     rows = _plain_rows(scans.table)
     names = _file_names(rows, scans.folder)
@@ -194,6 +195,7 @@ def _restored(stored: np.ndarray, m: np.ndarray) -> np.ndarray:
 # Reading
 
 
+@lru_cache(maxsize=4096)  # a process may have 65,530 maps on Linux
 def _open_file(path: Path, dtype: str, shape: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
     """Moments (4, parcel) and stored values (frame, parcel) of a scan's file; frames not used are not read."""
     start = 4 * 8 * shape[1]
@@ -211,15 +213,15 @@ def _open_file(path: Path, dtype: str, shape: tuple[int, int]) -> tuple[np.ndarr
 class _StoredScan(Scan):
     """A scan whose values are read when they are asked for; it was checked when it was converted."""
 
-    # What `_open_file` needs; a copy with something replaced is a scan in memory, and has None.
-    _file: tuple[Path, str, tuple[int, int]] | None = None
+    # What `_open_file` needs; a copy with something replaced is a scan in memory, and has ().
+    _file: tuple = ()
 
-    def __init__(self, file: tuple[Path, str, tuple[int, int]] | None = None, **facts: Any):
-        if file is None:
-            super().__init__(**facts)
-        else:
+    def __init__(self, file: tuple = (), **facts: Any):
+        if file:
             # A frozen dataclass is set through its dictionary.
             vars(self).update(facts, _file=file)
+        else:
+            super().__init__(**facts)
 
     @cached_property
     def values(self) -> np.ndarray:  # type: ignore[override]  # a field of Scan
@@ -288,7 +290,7 @@ class Store(Collection):
     def _row(self, i: int) -> Row:
         return self._scan_rows[self._rows[i]]
 
-    def _file(self, i: int) -> tuple[Path, str, tuple[int, int]]:
+    def _file(self, i: int) -> tuple:
         """What `_open_file` needs."""
         row = self._row(i)
         path = self.folder / "scans" / f"{row['file']}.bin"
@@ -374,7 +376,7 @@ class Store(Collection):
         lines = [f"{content}, {self.dtype} (largest error {error:.2g} SD){mark}"]
         left_out = self.excluded.reindex(columns=["problem", "left_out_of"])
         # Scans without a phenotype are in the store.
-        counts = left_out.query("left_out_of != 'targets'")["problem"].value_counts()
+        counts = left_out.problem[left_out.left_out_of != "targets"].value_counts()
         lines += [f"left out: {count} {problem}" for problem, count in counts.items()]
         return "\n".join(lines)
 

@@ -155,7 +155,7 @@ class Gaussian:
             mean, lags = lag_covariances(scans, 0, self.shrinkage)
             if self.covariance == "var":
                 # The process without Bartlett's window, which would change its dynamics.
-                _, raw = moments(scans, 1, self.shrinkage)
+                _, raw = moments(scans, 1)
                 lags = np.stack([lags[0], (1 - self.shrinkage) * raw[1]])
         return replace(self, mean=mean, lags=lags)
 

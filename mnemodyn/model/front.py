@@ -26,6 +26,7 @@ The scan's process is the group's, mixed: :math:`C_s(\tau) = M C(\tau) M^\top` w
 """
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -44,41 +45,36 @@ __all__ = [
 
 # Entries of the largest tensor held while covariances are adapted.
 HELD_ENTRIES = 2**24
+# Steps of conjugate gradients, at most.
+SOLVER_STEPS = 500
 # Modes are computed from at most so many scans: two covariances of each are in memory at a time.
 MODE_SCANS = 1000
 
 
-def moments(
-    scans: Sequence[np.ndarray], n_lags: int, shrinkage: float
-) -> tuple[np.ndarray, np.ndarray]:
+def moments(scans: Sequence[np.ndarray], n_lags: int) -> tuple[np.ndarray, np.ndarray]:
     """Mean (parcel,) and raw lag covariances (L + 1, parcel, parcel), divided by the number of all frames.
 
     A sum over fewer products at longer lags is divided by the same number: only so are the covariances positive
     definite together. Frames that are all NaN are censored: they are left out, and the others keep their distance in
-    time. `scans` is gone through twice, one scan at a time, so that it may read each from a file. `shrinkage` is
-    checked for the callers. Errors are those of `lag_covariances`.
+    time. `scans` is gone through twice, one scan at a time, so that it may read each from a file. Errors are those of
+    `lag_covariances`.
     """
-    if not len(scans) or not 0 < shrinkage <= 1:
-        raise ValueError(
-            f"fit needs a scan and a shrinkage in (0, 1], got {len(scans)} scans and {shrinkage}"
-        )
+    if not len(scans):
+        raise ValueError("fit needs a scan, got none")
     n_frames = 0
-    n_parcels = scans[0].shape[-1]
-    total = np.zeros(n_parcels)
+    total: Any = 0
     for index, scan in enumerate(scans):
-        finite = np.isfinite(scan)
-        censored = np.isnan(scan).all(-1, keepdims=True)
-        if finite.any():
-            finite |= censored
-        if scan.ndim != 2 or len(scan) <= n_lags or scan.shape[1] != n_parcels or not finite.all():
+        kept = scan[~np.isnan(scan).all(1)]
+        n_wrong = np.sum(~np.isfinite(kept))
+        if len(scan) <= n_lags or n_wrong:
             raise ValueError(
-                f"scans[{index}] must be finite and (time > {n_lags}, parcel = {n_parcels}), got shape {scan.shape} "
-                f"with {np.sum(~finite)} entries that are not finite"
+                f"scans[{index}] must be finite and have more than {n_lags} frames, got {len(scan)} with {n_wrong} "
+                "entries that are not finite"
             )
-        n_frames += np.sum(~censored)
-        total += np.nan_to_num(scan).sum(0, dtype=np.float64)
+        n_frames += len(kept)
+        total = total + np.nan_to_num(scan).sum(0, dtype=np.float64)
     mean = total / n_frames
-    lags = np.zeros((n_lags + 1, n_parcels, n_parcels))
+    lags = np.zeros((n_lags + 1, len(mean), len(mean)))
     for scan in scans:
         # Censored frames become zero, the mean, and add nothing to the products.
         centred = np.nan_to_num(np.asarray(scan, dtype=np.float64) - mean)
@@ -96,10 +92,12 @@ def lag_covariances(
 
     Covariances are of frame t + lag (rows) with frame t (columns), in float64, for lags up to `n_lags` frames, L;
     `shrinkage` is the weight a, in (0, 1]. Frames that are all NaN are left out. ValueError if there is no scan,
-    parcels disagree, another entry is not finite, a scan has fewer than ``n_lags + 1`` frames, nothing varies, or
-    `shrinkage` is not in (0, 1].
+    another entry is not finite, a scan has fewer than ``n_lags + 1`` frames, nothing varies, or `shrinkage` is not in
+    (0, 1].
     """
-    mean, lags = moments(scans, n_lags, shrinkage)
+    if not 0 < shrinkage <= 1:
+        raise ValueError(f"shrinkage must be in (0, 1], got {shrinkage}")
+    mean, lags = moments(scans, n_lags)
     noise = lags.trace(axis1=1, axis2=2)[:, None, None] / len(mean)
     window = 1 - np.arange(n_lags + 1)[:, None, None] / (n_lags + 1)
     return mean, window * ((1 - shrinkage) * lags + shrinkage * noise * np.eye(len(mean)))
@@ -139,7 +137,6 @@ def conditional_mean(
     mixing: Tensor | None = None,
     *,
     tolerance: float = 1e-3,
-    steps: int = 500,
 ) -> Tensor:
     """Mean of the hidden entries given every visible one of the window, under a stationary Gaussian process.
 
@@ -154,8 +151,8 @@ def conditional_mean(
         Covariances of the process, of one dtype with `x`; lags beyond L are uncorrelated.
     mixing : Tensor, shape (batch, parcel, parcel), optional
         M, where each scan's covariances are ``M C(lag) M^T``.
-    tolerance, steps : float, int
-        Largest residual, relative to the visible values; and the largest number of steps.
+    tolerance : float
+        Largest residual, relative to the visible values.
 
     Returns
     -------
@@ -171,7 +168,7 @@ def conditional_mean(
     direction = residual
     square = residual.square().sum((1, 2), keepdim=True)
     enough = tolerance**2 * square
-    for _ in range(steps):
+    for _ in range(SOLVER_STEPS):
         # Each scan stops for itself, so that the others of its batch have no influence on it.
         active = square > enough
         if not bool(active.any()):
@@ -246,20 +243,20 @@ def covariance_modes(
     values, vectors = np.linalg.eigh(covariance)
     whiten = (vectors * values**-0.5) @ vectors.T
     chosen = np.linspace(0, len(scans) - 1, min(len(scans), MODE_SCANS)).round().astype(int)
-    deviations: list[list[np.ndarray]] = [
-        [],
-        [],
-    ]  # of the first and of the second half of each scan
+    deviations = []
     n_frames = []
     for i in chosen:
         scan = scans[i]
         kept = scan[~np.isnan(scan).all(1)]
         n_frames.append(len(kept) / 2)
-        for half, part in enumerate(np.array_split(kept, 2)):
+        pair = []
+        for part in np.array_split(kept, 2):
             whitened = (part - mean) @ whiten
             deviation = whitened.T @ whitened / len(part) - np.eye(len(mean))
-            deviations[half].append(deviation.astype(np.float32).ravel())
-    halves = np.array(deviations)
+            pair.append(deviation.astype(np.float32).ravel())
+        deviations.append(pair)
+    # (half, scan, entry)
+    halves = np.stack(deviations, axis=1)
     average = halves.mean((0, 1))
     whole = halves.mean(0) - average
     # Signal and noise are measured on every other scan, along components of those between.
@@ -364,13 +361,12 @@ class Front(nn.Module):
     def fit(self, scans: Sequence[np.ndarray]) -> "Front":
         """Set the buffers from scaled training scans; errors as of `lag_covariances` and `covariance_modes`."""
         mean, lags = lag_covariances(scans, len(self.lags) - 1, self.shrinkage)
-        self.mean.copy_(torch.from_numpy(mean))
-        self.lags.copy_(torch.from_numpy(lags))
+        found = {"mean": mean, "lags": lags}
         if len(self.modes):
-            modes, signal, noise = covariance_modes(scans, mean, lags[0], len(self.modes))
-            self.modes.copy_(torch.from_numpy(modes))
-            self.signal.copy_(torch.from_numpy(signal))
-            self.noise.copy_(torch.from_numpy(noise))
+            modes = covariance_modes(scans, mean, lags[0], len(self.modes))
+            found.update(zip(("modes", "signal", "noise"), modes, strict=True))
+        for name, value in found.items():
+            getattr(self, name).copy_(torch.from_numpy(value))
         return self
 
     def _adapted(self, centred: Tensor, hidden: Tensor, steps: int) -> Tensor:

@@ -6,12 +6,12 @@ parts of a batch can be joined.
 """
 
 import copy
-import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import fields
 from functools import cached_property, lru_cache
 from typing import Any, ClassVar
 
+import numpy as np
+import pandas as pd
 import torch
 import torch.distributed
 from torch import Tensor, nn
@@ -104,18 +104,17 @@ class Objective:
         """Sums from which `scores` are formed: float64, added up over batches and processes."""
         x = batch["x"]
         given = batch.get("input", x)
-        scored = _scored(batch)
-        other = _valid(batch) & ~scored
         output = _run(network, batch, given, batch.get("hidden"))
         error = (_reconstruction(output) - x).square().double()
         power = x.square().double()
-        before = (given - x).square().double()
+        scored = _scored(batch)
+        visible = _valid(batch) & ~scored
         return {
             "error": error[scored].sum(),
             "power": power[scored].sum(),
-            "before": before[scored].sum(),
-            "visible_error": error[other].sum(),
-            "visible_power": power[other].sum(),
+            "before": (given - x).square().double()[scored].sum(),
+            "visible_error": error[visible].sum(),
+            "visible_power": power[visible].sum(),
         }
 
     def scores(self, sums: Mapping[str, Tensor]) -> dict[str, float]:
@@ -146,6 +145,7 @@ def _levels(output: Any) -> Sums:
     loss = getattr(output, "multiresolution_loss", None)
     if loss is None:
         return {}
+    # A mean over windows, as a sum, so that parts of a batch can be joined.
     n = torch.tensor(len(output.latents), device=output.latents.device)
     return {"multiresolution": (loss * n, n)}
 
@@ -164,9 +164,8 @@ def _valid(batch: Batch) -> Tensor:
 
 def _scored(batch: Batch) -> Tensor:
     """True at the entries that the loss counts."""
-    if "hidden" in batch:
-        return _valid(batch) & batch["hidden"]
-    return _valid(batch)
+    valid = _valid(batch)
+    return valid & batch["hidden"] if "hidden" in batch else valid
 
 
 def _r2(error: Tensor, power: Tensor) -> float:
@@ -231,24 +230,8 @@ def hide_stretches(
     Two windows may touch, and one may leave the scan at its end and go on at its start: every frame is
     as likely to be hidden as any other.
 
-    Parameters
-    ----------
-    shape : tuple of int
-        (batch, time, parcel)
-    share : float
-    window : int
-        Frames.
-    generator : torch.Generator
-
-    Returns
-    -------
-    Tensor of bool, of the shape given
-        True where hidden.
-
-    Raises
-    ------
-    ValueError
-        If `share` hides no frame or all of them, or `window` is below 1.
+    `shape` is (batch, time, parcel), and that of the result: bool, True where hidden. ValueError if
+    `share` hides no frame or all of them.
     """
     batch, time, parcel = shape
     hidden = round(share * time)
@@ -256,8 +239,6 @@ def hide_stretches(
         raise ValueError(
             f"share must hide between 1 and {time - 1} of {time} frames, got {share} ({hidden} frames)"
         )
-    if window < 1:
-        raise ValueError(f"window must be >= 1 frame, got {window}")
     rows = (batch, parcel)
     n_windows = -(-hidden // window)
     # A row of tokens: the visible frames and the windows. Which tokens are windows is a random draw.
@@ -288,6 +269,7 @@ class Forecast(ForecastSettings, Objective):
 
     def view(self, x, *, t_r, parcels, seed, training=False):
         frames = round(self.horizon / t_r)
+        # Two frames must be left: a path needs as many.
         if not 0 < frames < len(x) - 1:
             raise ValueError(
                 f"horizon must hide between 1 and {len(x) - 2} frames of a window of {len(x)}, got "
@@ -310,13 +292,10 @@ class Groups(GroupsSettings, Objective):
 
 
 @lru_cache
-def _groups(pattern: str, parcels: tuple[str, ...]) -> list[list[int]]:
+def _groups(pattern: str, parcels: tuple[str, ...]) -> list[np.ndarray]:
     """Numbers of the parcels whose names agree in the first bracket of the pattern, a list for each group."""
-    groups: dict[str, list[int]] = {}
-    for i, parcel in enumerate(parcels):
-        found = re.search(pattern, parcel)
-        if found:
-            groups.setdefault(found[1], []).append(i)
+    found = pd.Series(parcels).str.extract(pattern)[0]
+    groups = found.groupby(found).indices
     if len(groups) < 2:
         raise ValueError(
             f"pattern {pattern!r} must tell at least two groups of parcels apart by its first "
@@ -347,10 +326,6 @@ class Latent(LatentSettings, Objective):
 
     def view(self, x, *, t_r, parcels, seed, training=False):
         time, parcel = x.shape
-        if min(time, parcel) < 2:
-            raise ValueError(
-                f"a window must have 2 frames and 2 parcels or more for blocks, got {(time, parcel)}"
-            )
         generator = torch.Generator().manual_seed(seed)
         n_observed = min(time - 1, max(1, round(self.observed_share * time)))
         n_target = min(time - n_observed, max(1, round(self.target_share * time)))
@@ -396,8 +371,10 @@ class Latent(LatentSettings, Objective):
         """
         output = _run(network, batch, batch["x"], ~batch["observed"])
         blocks = torch.cat([batch[name] for name in TARGETS])
-        names = [name for name in ("x", "t_r", "censored", "lengths") if name in batch]
-        thrice = {name: torch.cat([batch[name]] * 3) for name in names}
+        thrice = {}
+        for name in ("x", "t_r", "censored", "lengths"):
+            if name in batch:
+                thrice[name] = torch.cat([batch[name]] * 3)
         with torch.no_grad():
             targets = _run(parts["teacher"], thrice, thrice["x"], ~blocks).latents.float()
             targets = functional.layer_norm(targets, targets.shape[-1:])
@@ -426,6 +403,7 @@ class Latent(LatentSettings, Objective):
         if torch.distributed.is_initialized():
             moments = {name: _joined(value) for name, value in moments.items()}
         covariance = _covariance(moments)
+        # At zero the root has no finite slope.
         sd = (covariance.diagonal() + 1e-6).sqrt()
         spread = (sd - 1).square().mean()
         correlation = covariance / torch.outer(sd, sd)
@@ -445,17 +423,17 @@ class Latent(LatentSettings, Objective):
 
     def scores(self, sums):
         parts = {}
-        errors = []
-        powers = []
+        error = 0
+        power = 0
         for name in TARGETS:
             n = sums[f"{name}_n"].clamp_min(1)
-            power = n * _covariance(sums, f"{name}_").trace()
-            parts[f"r2_{name}"] = _r2(sums[f"{name}_error"], power)
-            errors.append(sums[f"{name}_error"])
-            powers.append(power)
+            own = n * _covariance(sums, f"{name}_").trace()
+            parts[f"r2_{name}"] = _r2(sums[f"{name}_error"], own)
+            error = error + sums[f"{name}_error"]
+            power = power + own
         covariance = _covariance(sums, "whole_")
         return {
-            self.metric: _r2(sum(errors), sum(powers)),
+            self.metric: _r2(error, power),
             **parts,
             "embedding_sd": float(covariance.diagonal().clamp_min(0).sqrt().mean()),
             "rank_share": effective_rank(covariance) / len(covariance),
@@ -510,8 +488,10 @@ class Mixed(MixedSettings, Objective):
         """Objective and weight by name, in the order of the mix."""
         found = {}
         for one in self.mix:
-            given = {key: value for key, value in one.items() if key not in ("name", "weight")}
-            found[one["name"]] = (OBJECTIVES[one["name"]](**given), one["weight"])
+            given = dict(one)
+            name = given.pop("name")
+            weight = given.pop("weight")
+            found[name] = (OBJECTIVES[name](**given), weight)
         return found
 
     @property
@@ -537,9 +517,8 @@ class Mixed(MixedSettings, Objective):
         return found
 
     def parts(self, network):
-        return nn.ModuleDict(
-            {name: member.parts(network) for name, (member, _) in self.members.items()}
-        )
+        found = {name: member.parts(network) for name, (member, _) in self.members.items()}
+        return nn.ModuleDict(found)
 
     def after_step(self, network, parts):
         for name, (member, _) in self.members.items():
@@ -578,5 +557,5 @@ OBJECTIVES: dict[str, type[Objective]] = {
 
 def make_objective(settings: ObjectiveSettings) -> Objective:
     """The objective that settings describe, such as those of ``Settings.objective``."""
-    values = {f.name: getattr(settings, f.name) for f in fields(settings)}
-    return OBJECTIVES[settings.name](**values)
+    values = settings.to_dict()
+    return OBJECTIVES[values.pop("name")](**values)

@@ -28,11 +28,10 @@ import torch.distributed
 import torch.utils.checkpoint
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.pytorch import Trainer
-from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, Subset
 
 from mnemodyn.checkpoint import Checkpoint, from_pretrained, save_checkpoint
 from mnemodyn.data.scaling import Scaling
@@ -64,6 +63,8 @@ __all__ = [
 
 History = list[dict[str, Any]]
 
+DEFAULTS = Settings()
+
 # Windows whose fills are kept in memory, at most: of 490 frames and 450 parcels, 3.5 GB.
 FILLS_KEPT = 4096
 
@@ -80,7 +81,7 @@ def pretrain(
     train: Sequence[Scan],
     validation: Sequence[Scan],
     folder: str | Path,
-    settings: Settings | None = None,
+    settings: Settings = DEFAULTS,
     *,
     restart: bool = False,
     fronts: "Fronts | None" = None,
@@ -119,12 +120,12 @@ def pretrain(
     ResumeError
         If `folder` holds an unfinished run of other settings or data.
     TrainingError
-        If the loss is NaN or infinite, or a checkpoint cannot be written; earlier ones stay as they are.
+        If the loss is NaN or infinite.
+    OSError
+        If a checkpoint cannot be written. The one before it stays whole, and the same call goes on from it.
     """
-    run = _Run(folder, train, validation, settings or Settings())
-    if run.finished():
-        run.show()
-    else:
+    run = _Run(folder, train, validation, settings)
+    if not run.finished():
         network = MnemoDyn(run.config())
         if network.front is None:
             fronts = None
@@ -138,13 +139,10 @@ def pretrain(
             **run.people,
             run.objective.monitor: max(row[run.objective.monitor] for row in history),
         }
+        scan = train[0]
+        content = run.identity["data"]["train"]
         checkpoint = Checkpoint(
-            network,
-            train[0].parcels,
-            float(train[0].t_r),
-            run.scaling,
-            run.identity["data"]["train"],
-            record,
+            network, scan.parcels, float(scan.t_r), run.scaling, content, record
         )
         run.finish(history, lambda work: save_checkpoint(work / "best", checkpoint))
     return from_pretrained(run.folder / "best"), run.history()
@@ -155,7 +153,7 @@ def pretrain_rival(
     train: Sequence[Scan],
     validation: Sequence[Scan],
     folder: str | Path,
-    settings: Settings | None = None,
+    settings: Settings = DEFAULTS,
     *,
     restart: bool = False,
 ) -> tuple[nn.Module, History]:
@@ -164,9 +162,9 @@ def pretrain_rival(
     Parameters
     ----------
     make : callable
-        Returns the network, untrained; it is called after the seed is set. Its ``forward(x, t_r, *,
-        hidden)`` returns a reconstruction (batch, time, parcel), or an object that has one as
-        ``reconstruction``. It must take ``censored`` and ``lengths`` where the scans have them.
+        Returns the network, untrained; called after the seed is set. Its ``forward(x, t_r, *, hidden)``,
+        with ``censored`` and ``lengths`` where scans have them, returns a reconstruction (batch, time,
+        parcel), or an object that has one as ``reconstruction``.
     train, validation, folder, settings, restart
         See :func:`pretrain`; ``settings.model`` gives no more than the frames of a window.
 
@@ -175,20 +173,11 @@ def pretrain_rival(
     network : Module
         In evaluation mode, on the CPU.
     history : list of dict
-
-    Examples
-    --------
-    ::
-
-        make = functools.partial(PatchTransformer, n_parcels, n_timepoints, width=64, n_layers=4)
-        network, history = pretrain_rival(make, train, validation, folder, settings)
     """
-    run = _Run(folder, train, validation, settings or Settings())
+    run = _Run(folder, train, validation, settings)
     network = make()
     run.identity["network"] = digest(repr(network), dict(network.state_dict()))
-    if run.finished():
-        run.show()
-    else:
+    if not run.finished():
         history = run.fit(network, restart, None)
         weights = network.state_dict()
         run.finish(history, lambda work: _save(weights, work / "best" / "weights.pt"))
@@ -200,7 +189,7 @@ def pretrain_several(
     train: Sequence[Scan],
     validation: Sequence[Scan],
     folder: str | Path,
-    settings: Settings | None = None,
+    settings: Settings = DEFAULTS,
     *,
     seeds: Sequence[int] = (0,),
     rates: Sequence[float] = (),
@@ -225,7 +214,6 @@ def pretrain_several(
     table : DataFrame
         A row for each run: ``rate``, ``seed``, ``epoch`` (the one kept), ``score`` (validation), ``kept``.
     """
-    settings = settings or Settings()
     monitor = make_objective(settings.objective).monitor
     # All runs share the front ends, which do not depend on the seed.
     fronts = Fronts(train, Scaling(settings.scaling).fit(train), settings.training)
@@ -254,9 +242,9 @@ def pretrain_several(
 class Fronts:
     """The front ends of a training: one for each fold of participants, fitted to the others.
 
-    A front end has seen the people it was fitted to, and fills new ones less well. So that the blocks
-    learn to correct what they will meet, a training window is filled by a front end that has not seen its
-    participant. Validation, and the network that is saved, have the one fitted to all training scans.
+    A front end fills people whom it has not seen less well, and new people are what the blocks will meet.
+    A training window is therefore filled by one that has not seen its participant. Validation, and the
+    network that is saved, have the one fitted to all training scans.
     """
 
     # The number of the front end that is fitted to all training scans.
@@ -264,27 +252,23 @@ class Fronts:
 
     def __init__(self, scans: Sequence[Scan], scaling: Scaling, training: TrainingConfig):
         """Nothing is fitted before :meth:`fit`."""
-        self.scaled = _Scaled(scans, scaling)
+        self.scans = scans
+        self.scaling = scaling
         self.kept: dict[str, Tensor] = {}
-        self.fronts: list[Front] = []
-        people = [scan.participant_id for scan in scans]
-        names = sorted(set(people))
-        self.n_folds = min(training.cross_fit, len(names))
-        if self.n_folds < 2:
-            self.n_folds = 0
-            self.folds = [self.ALL] * len(people)
-        else:
-            number = {name: i % self.n_folds for i, name in enumerate(names)}
-            self.folds = [number[name] for name in people]
+        self.fronts: dict[int, Front] = {}
+        people, number = np.unique([scan.participant_id for scan in scans], return_inverse=True)
+        n_folds = min(training.cross_fit, len(people))
+        self.folds = [self.ALL] * len(scans)
+        if n_folds > 1:
+            self.folds = (number % n_folds).tolist()
 
     def fit(self, front: Front) -> None:
         """Fit all front ends like `front`, if that is not done yet, and `front` itself to all scans."""
         if not self.fronts:
-            for fold in [*range(self.n_folds), self.ALL]:
+            for fold in {*self.folds, self.ALL}:
                 rows = [i for i, of in enumerate(self.folds) if of != fold or fold == self.ALL]
-                fitted = copy.deepcopy(front)
-                fitted.fit(_Scaled(self.scaled.scans, self.scaled.scaling, rows))
-                self.fronts.append(fitted)
+                scaled = _Scaled(self.scans, self.scaling, rows)
+                self.fronts[fold] = copy.deepcopy(front).fit(scaled)
         front.load_state_dict(self.fronts[self.ALL].state_dict())
 
     def run(
@@ -300,26 +284,25 @@ class Fronts:
         lengths: Tensor | None = None,
     ) -> Any:
         """The network's output for a batch whose windows belong to `folds`; with `keep` fills are remembered."""
-        known = {"hidden": hidden, "censored": censored, "lengths": lengths}
-        unseen = hidden
+        unseen = torch.zeros_like(x, dtype=torch.bool)
+        if hidden is not None:
+            unseen |= hidden
         if censored is not None:
-            lost = censored[..., None].expand_as(x)
-            unseen = lost if hidden is None else hidden | lost
-        if unseen is None:
-            return network(x, t_r, **known)
-        x = x.masked_fill(unseen, 0)
-        filled = x.clone()
+            unseen |= censored[..., None]
         n_frames = torch.full_like(folds, x.shape[1]) if lengths is None else lengths
-        for fold, n in sorted(set(zip(folds.tolist(), n_frames.tolist(), strict=True))):
-            rows = ((folds == fold) & (n_frames == n)).nonzero()[:, 0]
+        groups = torch.stack([folds, n_frames], dim=1)
+        filled = x.clone()
+        for group in groups.unique(dim=0):
+            rows = (groups == group).all(1)
+            fold, n = group.tolist()
             filled[rows, :n] = self._fill(fold, x[rows, :n], unseen[rows, :n], keep)
-        return network(x, t_r, filled=filled, **known)
+        return network(x, t_r, hidden=hidden, censored=censored, lengths=lengths, filled=filled)
 
     @torch.no_grad()
     def _fill(self, fold: int, x: Tensor, unseen: Tensor, keep: bool) -> Tensor:
         """What the front end of a fold makes of windows."""
         front = self.fronts[fold].to(x.device)
-        if not keep:
+        if not keep or not unseen.any():
             return front(x, unseen)
         filled = []
         # One by one, so that a fill does not depend on which others were kept before it.
@@ -337,10 +320,10 @@ class Fronts:
 class _Scaled(Sequence):
     """Scaled scans (time, parcel) with NaN in censored frames, each made when it is asked for."""
 
-    def __init__(self, scans: Sequence[Scan], scaling: Scaling, rows: Sequence[int] | None = None):
+    def __init__(self, scans: Sequence[Scan], scaling: Scaling, rows: Sequence[int]):
         self.scans = scans
         self.scaling = scaling
-        self.rows = range(len(scans)) if rows is None else rows
+        self.rows = rows
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -374,6 +357,7 @@ class _Run:
         both = set.intersection(*(set(people) for people in self.people.values()))
         if both:
             raise DataError(f"participants in both training and validation: {sorted(both)}")
+        # What decides the result: not the machine, but the version of torch, which may draw otherwise.
         described = settings.to_dict()
         del described["machine"], described["data"]
         self.identity: dict[str, Any] = {
@@ -389,27 +373,24 @@ class _Run:
 
     def config(self) -> ModelConfig:
         """The settings of the network, with the number of parcels that the scans have."""
+        # The network itself refuses scans of another number, where the settings state one.
         n_parcels = len(self.train[0].parcels)
-        asked = asdict(self.settings.model)  # type: ignore[call-overload]
-        if asked.setdefault("n_parcels", n_parcels) != n_parcels:
-            raise DataError(
-                f"{self.train[0].source}: expected {asked['n_parcels']} parcels, got {n_parcels}"
-            )
-        return ModelConfig(**asked)
+        return ModelConfig(**{"n_parcels": n_parcels, **self.settings.model.to_dict()})
 
     def finished(self) -> bool:
-        """Whether the folder holds this very run, finished."""
-        return not self._differences(self.folder) and (self.folder / "best").is_dir()
+        """Whether the folder holds this very run, finished; its lines are then printed again."""
+        if self._differences(self.folder):
+            return False
+        for row in self.history():
+            print(_line(row, self.objective, self.settings.training))
+        return True
 
     def _differences(self, folder: Path) -> list[str]:
         """What tells the run in a folder from this one; empty where they are the same."""
         record = folder / "run.json"
         if not record.is_file():
             return ["there is none"]
-        try:
-            there = json.loads(record.read_text(encoding="utf-8"))["identity"]
-        except (ValueError, KeyError) as error:
-            raise ResumeError(f"{record}: damaged ({error}); delete {folder}") from error
+        there = json.loads(record.read_text(encoding="utf-8"))["identity"]
         return _differences(there, self.identity)
 
     def fit(self, network: nn.Module, restart: bool, fronts: Fronts | None) -> History:
@@ -422,10 +403,9 @@ class _Run:
                 "up with --restart (restart=True)."
             )
         if _is_first():
+            # What an unfinished run of the same settings has left is gone on with.
             if different:
                 shutil.rmtree(self.work, ignore_errors=True)
-            for path in self.work.glob(".*.tmp"):
-                path.unlink()
             write_json(self.work / "run.json", {"identity": self.identity})
         return fit(
             network,
@@ -440,12 +420,14 @@ class _Run:
     def windows(self, fronts: Fronts | None) -> tuple[RandomWindows, FixedWindows]:
         """Training and validation windows."""
         training = self.settings.training
-        shared = (self.scaling, self.objective, self.settings.model.n_timepoints)
-        seed = training.seed if training.fresh_windows else 0
-        known = everybody = None
+        n_frames = self.settings.model.n_timepoints
+        shared = (self.scaling, self.objective, n_frames)
+        known = None
+        everybody = None
         if fronts is not None:
             known = fronts.folds
             everybody = [Fronts.ALL] * len(self.validation)
+        seed = training.seed if training.fresh_windows else 0
         seconds = training.window_seconds
         # The views of validation must not follow the seed of a run, or runs could not be compared.
         return (
@@ -464,22 +446,21 @@ class _Run:
                 "ran_on": surroundings(),
             }
             write_json(self.work / "run.json", about)
+            # The record goes first and comes last: it says that the rest is there.
+            (self.folder / "run.json").unlink(missing_ok=True)
             shutil.rmtree(self.folder / "best", ignore_errors=True)
-            # The record last: it says that the rest is there.
             for name in ("best", "history.csv", "run.json"):
-                os.replace(self.work / name, self.folder / name)
+                # Killed here, a run comes back with some of them moved already.
+                if (self.work / name).exists():
+                    os.replace(self.work / name, self.folder / name)
             shutil.rmtree(self.work)
         if torch.distributed.is_initialized():
+            # The other processes read the files next.
             torch.distributed.barrier()
 
     def history(self) -> History:
         """Rows of the finished run, as fit returned them."""
         return json.loads((self.folder / "run.json").read_text(encoding="utf-8"))["history"]
-
-    def show(self) -> None:
-        """Print the lines of the finished run, as they were when it ran."""
-        for row in self.history():
-            print(_line(row, self.objective, self.settings.training))
 
 
 def _people(scans: Sequence[Scan], first: Scan) -> list[str]:
@@ -499,14 +480,11 @@ def _fingerprint(scans: Sequence[Scan]) -> str:
 
 def _differences(there: dict, here: dict) -> list[str]:
     """What differs between two nested mappings, by dotted name."""
-    old, new = (pd.json_normalize(one).iloc[0].to_dict() for one in (there, here))
-    found = []
-    for name in sorted(old.keys() | new.keys()):
-        if old.get(name) != new.get(name):
-            found.append(
-                f"{name} is {str(old.get(name))[:16]} there, {str(new.get(name))[:16]} here"
-            )
-    return found
+    table = pd.json_normalize([there, here]).map(str).T
+    differing = table[table[0] != table[1]]
+    return [
+        f"{name} is {old[:16]} there, {new[:16]} here" for name, old, new in differing.itertuples()
+    ]
 
 
 def _is_first() -> bool:
@@ -527,7 +505,7 @@ def fit(
     windows: Dataset,
     validation: Dataset,
     training: TrainingConfig,
-    machine: Machine | None = None,
+    machine: Machine = DEFAULTS.machine,
     *,
     folder: str | Path | None = None,
     fronts: Fronts | None = None,
@@ -539,11 +517,9 @@ def fit(
     network : Module
         Called by the objective alone; trained in place, and left on the CPU in evaluation mode.
     objective : Objective
-        Anything with the methods of :class:`~mnemodyn.pretrain.objectives.Objective` that need no
-        view: ``loss``, ``sums``, ``scores`` and ``monitor``.
+        Anything with its methods other than ``view``.
     windows : Dataset
         Item i is draw i: a dict of tensors and text, with ``scan`` for messages and ``x`` (time, parcel).
-        Needs no length.
     validation : Dataset
         With a length.
     training : TrainingConfig
@@ -558,49 +534,32 @@ def fit(
     -------
     list of dict
         A row for each epoch, with 0 for the module as it was given.
-
-    Examples
-    --------
-    Fine-tuning: an objective whose ``loss`` compares ``network(batch["x"], batch["t_r"])`` with
-    ``batch["y"]``, and windows that add ``y``::
-
-        class Labelled(RandomWindows):
-            def cut(self, which, start, seed, *, training):
-                item = super().cut(which, start, seed, training=training)
-                return {**item, "y": self.y[which]}
-
-        history = fit(network, objective, windows, validation, TrainingConfig(epochs=5))
     """
-    machine = machine or Machine()
+    if machine.recompute:
+        _recompute(network)
     last = None if folder is None else Path(folder) / "last.ckpt"
-    record = Record(objective, training, last)
+    learner = Learner(network, objective, training, fronts, last)
     resumed = last is not None and last.is_file()
     if resumed:
-        record.load_state_dict(_callback_state(last, record))
-    if not (resumed and record.is_over()):
-        if machine.recompute:
-            _recompute(network)
-        learner = Learner(network, objective, training, fronts)
+        learner.on_load_checkpoint(_load(last))
+    if not learner.is_over():
         batches = Batches(windows, validation, training, machine.workers)
         logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", module="lightning")
-            trainer = _trainer(training, machine, record)
-            start = last if resumed else None
-            trainer.fit(learner, batches, ckpt_path=start, weights_only=True)
+            trainer = _trainer(training, machine)
+            trainer.fit(learner, batches, ckpt_path=last if resumed else None, weights_only=True)
         if last is not None:
-            # From the file: where training ran in other processes, their callbacks are not this one.
-            record.load_state_dict(_callback_state(last, record))
-    assert record.best is not None
-    network.load_state_dict(record.best["weights"])
+            # From the file: where training ran in other processes, their rows are not these.
+            learner.on_load_checkpoint(_load(last))
+    network.load_state_dict(cast(dict, learner.best)["weights"])
     network.cpu().eval()
-    return record.rows
+    return learner.rows
 
 
-def _callback_state(path: Path | None, record: "Record") -> dict:
-    """What the record of a run has written into a checkpoint."""
-    content = torch.load(cast(Path, path), map_location="cpu", weights_only=True)
-    return content["callbacks"][record.state_key]
+def _load(path: Path | None) -> dict:
+    """Read tensors."""
+    return torch.load(cast(Path, path), map_location="cpu", weights_only=True)
 
 
 def _recompute(network: nn.Module) -> None:
@@ -611,7 +570,7 @@ def _recompute(network: nn.Module) -> None:
         )
 
 
-def _trainer(training: TrainingConfig, machine: Machine, record: "Record") -> Trainer:
+def _trainer(training: TrainingConfig, machine: Machine) -> Trainer:
     """Lightning's trainer: the loop over epochs and steps, devices and processes, and precision."""
     return lightning.Trainer(
         accelerator=machine.accelerator,
@@ -621,22 +580,26 @@ def _trainer(training: TrainingConfig, machine: Machine, record: "Record") -> Tr
         precision=training.precision,
         accumulate_grad_batches=training.accumulate,
         max_epochs=training.epochs,
-        callbacks=[record],
         plugins=[WholeFiles()],
         logger=False,
         gradient_clip_val=training.clip,
+        # So that a resumed run ends in the same bytes.
         deterministic=True,
+        # The batches are dealt to the processes already, and the learner saves its own checkpoints.
         use_distributed_sampler=False,
+        enable_checkpointing=False,
         # All of validation before the first step: that is epoch 0.
         num_sanity_val_steps=-1,
-        enable_checkpointing=False,
-        enable_progress_bar=_someone_is_watching(),
+        enable_progress_bar=sys.stdout.isatty(),
         enable_model_summary=False,
     )
 
 
 class Learner(lightning.LightningModule):
-    """A network, an objective and an optimiser."""
+    """A network, an objective and an optimiser; and a row for each epoch, with the best weights so far.
+
+    Rows and weights are kept in the checkpoint `last`, with ``history.csv`` beside it.
+    """
 
     def __init__(
         self,
@@ -644,21 +607,38 @@ class Learner(lightning.LightningModule):
         objective: Objective,
         training: TrainingConfig,
         fronts: Fronts | None = None,
+        last: Path | None = None,
     ):
         super().__init__()
         self.objective = objective
         self.training_config = training
         self.fronts = fronts
+        self.last = last
         self.core: Any = nn.ModuleDict({"network": network, "parts": objective.parts(network)})
         self.averaged: Any = None
         if training.ema_decay:
             average = partial(_average, decay=training.ema_decay)
             self.averaged = AveragedModel(self.core, avg_fn=average)
             self.averaged.requires_grad_(False)
-        self.scores: dict[str, float] = {}
-        self.train_loss: float | None = None
+        self.rows: History = []
+        self.best: dict[str, Any] | None = None
         self._sums: dict[str, Tensor] = {}
         self._losses: list[Tensor] = []
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["record"] = {"rows": self.rows, "best": self.best}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        self.rows = checkpoint["record"]["rows"]
+        self.best = checkpoint["record"]["best"]
+
+    def is_over(self) -> bool:
+        """Whether all epochs are done, or too many without a better score."""
+        if self.best is None:
+            return False
+        epoch = self.rows[-1]["epoch"]
+        waited = epoch - self.best["epoch"]
+        return epoch >= self.training_config.epochs or 0 < waited >= self.training_config.patience
 
     @property
     def validated(self) -> Any:
@@ -671,8 +651,10 @@ class Learner(lightning.LightningModule):
             return core["network"]
         return partial(self.fronts.run, core["network"], keep=keep)
 
-    def on_train_epoch_start(self) -> None:
-        self._losses.clear()
+    def on_fit_start(self) -> None:
+        # So that the output of a resumed run is that of a run never interrupted.
+        for row in self.rows:
+            self._say(row)
 
     def on_train_batch_start(self, batch: dict, batch_idx: int) -> None:
         # Whatever is random in a step depends on the step alone, so that a resumed run draws what it
@@ -694,18 +676,14 @@ class Learner(lightning.LightningModule):
         counts = counts.clamp_min(1)
         value = (sums / counts).sum()
         if not value.isfinite():
-            self._refuse(value, batch)
+            raise TrainingError(
+                f"the loss is {value.item()} at step {self.global_step}, in a batch of "
+                f"{', '.join(sorted(set(batch['scan'])))}. Look at these scans; where they are "
+                "sound, take a smaller learning_rate"
+            )
         self._losses.append(value)
         # Gradients are averaged over the processes.
         return (totals * (self.trainer.world_size / counts)).sum()
-
-    def _refuse(self, value: Tensor, batch: dict) -> None:
-        rate = self.trainer.optimizers[0].param_groups[0]["lr"]
-        raise TrainingError(
-            f"the loss is {value.item()} at step {self.global_step} (learning rate {rate:.2g}), in a "
-            f"batch of {', '.join(sorted(set(batch['scan'])))}. Look at these scans; where they are "
-            "sound, take a smaller learning_rate"
-        )
 
     def optimizer_step(self, *args, **kwargs) -> None:
         super().optimizer_step(*args, **kwargs)
@@ -719,17 +697,42 @@ class Learner(lightning.LightningModule):
         for name, value in sums.items():
             self._sums[name] = self._sums.get(name, 0) + value
 
-    def on_validation_epoch_end(self) -> None:
+    def on_validation_end(self) -> None:
         if self.trainer.world_size > 1:
             for value in self._sums.values():
                 torch.distributed.all_reduce(value)
-        self.train_loss = None
+        first = self.trainer.sanity_checking
+        row: dict[str, Any] = {"epoch": 0 if first else self.current_epoch + 1, "train_loss": None}
         if self._losses:
-            self.train_loss = float(torch.stack(self._losses).cpu().mean())
-        self.scores = {}
+            # Read once an epoch: each read waits for the device.
+            row["train_loss"] = float(torch.stack(self._losses).cpu().mean())
         for name, score in self.objective.scores(self._sums).items():
-            self.scores[f"val_{name}"] = score
+            row[f"val_{name}"] = score
         self._sums.clear()
+        self._losses.clear()
+        self._add(row)
+        if not first:
+            if self.last is not None:
+                self.trainer.save_checkpoint(self.last)
+            self.trainer.should_stop = self.is_over()
+
+    def _add(self, row: dict[str, Any]) -> None:
+        """Record an epoch, with its weights if it is the best so far."""
+        self.rows.append(row)
+        score = row[self.objective.monitor]
+        if self.best is None or score > self.best["score"]:
+            state = self.validated["network"].state_dict()
+            weights = {name: value.detach().cpu().clone() for name, value in state.items()}
+            self.best = {"epoch": row["epoch"], "score": score, "weights": weights}
+        if self.last is not None and self.trainer.is_global_zero:
+            table = pd.DataFrame(self.rows).to_csv(index=False, lineterminator="\n")
+            write_text(self.last.with_name("history.csv"), table)
+        self._say(row)
+
+    def _say(self, row: dict[str, Any]) -> None:
+        # Of the first process, and above the bar where there is one.
+        self.print(_line(row, self.objective, self.training_config))
+        sys.stdout.flush()
 
     def configure_optimizers(self) -> Any:
         training = self.training_config
@@ -744,6 +747,7 @@ class Learner(lightning.LightningModule):
                 {"params": groups[False], "weight_decay": 0.0},
             ],
             lr=training.learning_rate,
+            # The second as for masked autoencoders (He et al. 2022).
             betas=(0.9, 0.95),
         )
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, rate_of(training))
@@ -758,7 +762,7 @@ def _average(averaged, current, n_averaged, decay: float):
 
 def rate_of(training: TrainingConfig) -> Callable[[int], float]:
     """The learning rate at a step, as a share of its peak."""
-    steps = math.ceil(training.windows_per_epoch / training.batch_size)
+    steps = training.steps_per_epoch
     total = training.epochs * steps
     warmup = max(1, round(training.warmup_share * total))
 
@@ -785,39 +789,28 @@ class Batches(lightning.LightningDataModule):
         self.train = train
         self.validation = validation
         self.training = training
-        self.workers = workers
+        self.how: dict[str, Any] = {"collate_fn": collate, "num_workers": workers}
 
     def train_dataloader(self) -> DataLoader:
         trainer = cast(Trainer, self.trainer)
-        n = self.training.windows_per_epoch
-        steps = math.ceil(n / self.training.batch_size)
         draws = Draws(
-            n,
-            self.training.batch_size,
-            lambda: trainer.global_step // steps,
-            fresh=self.training.fresh_windows,
-            seed=self.training.seed,
+            self.training,
+            lambda: trainer.global_step // self.training.steps_per_epoch,
             rank=trainer.global_rank,
             world=trainer.world_size,
-            parts=self.training.accumulate,
         )
-        return self._loader(self.train, draws)
+        return DataLoader(self.train, batch_sampler=draws, **self.how)
 
     def val_dataloader(self) -> DataLoader:
         trainer = cast(Trainer, self.trainer)
         world = trainer.world_size
         n = len(self.validation)  # type: ignore[arg-type]
-        mine = range(trainer.global_rank, n, world)
-        if not mine:
+        if n < world:
             raise DataError(f"each process must have a validation window, got {n} for {world}")
-        size = -(-self.training.batch_size // (world * self.training.accumulate))
-        batches = [mine[i : i + size] for i in range(0, len(mine), size)]
-        return self._loader(self.validation, batches)
-
-    def _loader(self, windows: Dataset, batches: Any) -> DataLoader:
-        return DataLoader(
-            windows, batch_sampler=batches, collate_fn=collate, num_workers=self.workers
-        )
+        # Batches are as large as this process's part of a step, for which memory was enough.
+        mine = range(trainer.global_rank, n, world)
+        size = math.ceil(self.training.batch_size / (world * self.training.accumulate))
+        return DataLoader(Subset(self.validation, mine), size, **self.how)
 
 
 class WholeFiles(TorchCheckpointIO):
@@ -829,78 +822,7 @@ class WholeFiles(TorchCheckpointIO):
     def save_checkpoint(
         self, checkpoint: dict[str, Any], path: str | Path, storage_options: object = None
     ) -> None:
-        try:
-            _save(checkpoint, Path(path))
-        except OSError as error:
-            if Path(path).is_file():
-                remedy = "The one before it is whole: make room, and the same call goes on from it"
-            else:
-                remedy = "There is none before it: make room, and start again"
-            raise TrainingError(
-                f"{path}: this checkpoint could not be written ({error.strerror or error}). {remedy}"
-            ) from error
-
-
-class Record(Callback):
-    """A row for each epoch, and the best weights so far; kept in the checkpoint, with ``history.csv`` beside it.
-
-    A resumed run shows the lines it resumes from first, so its output is that of a run never interrupted.
-    """
-
-    def __init__(self, objective: Objective, training: TrainingConfig, last: Path | None):
-        self.objective = objective
-        self.training = training
-        self.last = last
-        self.rows: History = []
-        self.best: dict[str, Any] | None = None
-
-    def state_dict(self) -> dict:
-        return {"rows": self.rows, "best": self.best}
-
-    def load_state_dict(self, state_dict: dict) -> None:
-        self.rows = list(state_dict["rows"])
-        self.best = state_dict["best"]
-
-    def is_over(self) -> bool:
-        """Whether all epochs are done, or too many without a better score."""
-        epoch = self.rows[-1]["epoch"]
-        waited = epoch - cast(dict, self.best)["epoch"]
-        return epoch >= self.training.epochs or 0 < waited >= self.training.patience
-
-    def on_fit_start(self, trainer, pl_module) -> None:
-        for row in self.rows:
-            self._say(row, pl_module)
-
-    def on_sanity_check_end(self, trainer, pl_module) -> None:
-        self._add(0, trainer, pl_module)
-
-    def on_validation_end(self, trainer, pl_module) -> None:
-        if trainer.sanity_checking:
-            return
-        self._add(trainer.current_epoch + 1, trainer, pl_module)
-        if self.last is not None:
-            trainer.save_checkpoint(self.last)
-        trainer.should_stop = self.is_over()
-
-    def _add(self, epoch: int, trainer, pl_module) -> None:
-        row = {"epoch": epoch, "train_loss": pl_module.train_loss, **pl_module.scores}
-        self.rows.append(row)
-        score = row[self.objective.monitor]
-        if self.best is None or score > self.best["score"]:
-            state = pl_module.validated["network"].state_dict()
-            weights = {name: value.detach().cpu().clone() for name, value in state.items()}
-            self.best = {"epoch": epoch, "score": score, "weights": weights}
-        if trainer.is_global_zero and self.last is not None:
-            table = pd.DataFrame(self.rows)
-            write_text(
-                self.last.with_name("history.csv"), table.to_csv(index=False, lineterminator="\n")
-            )
-        self._say(row, pl_module)
-
-    def _say(self, row: dict, pl_module) -> None:
-        # Of the first process, and above the bar where there is one.
-        pl_module.print(_line(row, self.objective, self.training))
-        sys.stdout.flush()
+        _save(checkpoint, Path(path))
 
 
 def _line(row: dict, objective: Objective, training: TrainingConfig) -> str:
@@ -911,12 +833,3 @@ def _line(row: dict, objective: Objective, training: TrainingConfig) -> str:
     line = f"epoch {row['epoch']:3d}/{training.epochs}  train loss {loss}  validation {scores}"
     warning = objective.warning(known)
     return f"{line}\n  warning: {warning}" if warning else line
-
-
-def _someone_is_watching() -> bool:
-    """Whether to show a bar: at a terminal and in a notebook opened by a person, not in an executed one or a log."""
-    if os.environ.get("MNEMODYN_HEADLESS"):
-        return False
-    # Jupyter servers and VS Code name the document they started a kernel for; papermill does not.
-    in_notebook = "JPY_SESSION_NAME" in os.environ or "VSCODE_PID" in os.environ
-    return sys.stdout.isatty() or ("ipykernel" in sys.modules and in_notebook)

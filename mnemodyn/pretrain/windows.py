@@ -1,29 +1,22 @@
 """Windows of scans for training and validation. Every draw is a function of its number alone."""
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
-from torch.utils.data import Dataset, Sampler
+from torch.utils.data import Dataset, default_collate
 
 from mnemodyn.data.scaling import Scaling
 from mnemodyn.data.scans import DataError, Scan
 from mnemodyn.data.store import Store
 from mnemodyn.pretrain.objectives import Objective
+from mnemodyn.settings import TrainingConfig
 
-__all__ = [
-    "Draws",
-    "FixedWindows",
-    "RandomWindows",
-    "Windows",
-    "collate",
-    "cut_windows",
-    "window_frames",
-]
+__all__ = ["Draws", "FixedWindows", "RandomWindows", "Windows", "collate", "cut_windows"]
 
 # Scaled scans that are kept in memory: 256 of 1,200 frames and 400 parcels are half a gigabyte.
 SCANS_KEPT = 256
@@ -42,17 +35,13 @@ def cut_windows(values: np.ndarray, n_timepoints: int) -> np.ndarray:
     return values[: n * n_timepoints].reshape(n, n_timepoints, values.shape[1])
 
 
-def window_frames(scan: Scan, n_timepoints: int, seconds: float | None = None) -> int:
-    """Frames of a window of a scan: `n_timepoints`, or as many as `seconds` have.
-
-    A scan that is shorter than `seconds`, but not by more than half, is one window. DataError if it is
-    too short.
-    """
-    if seconds is None:
-        frames = n_timepoints
-        least = frames
-    else:
+def _window_frames(scan: Scan, n_timepoints: int, seconds: float | None) -> int:
+    """Frames of a window of a scan; a DataError if the scan is too short."""
+    frames = n_timepoints
+    least = n_timepoints
+    if seconds is not None:
         frames = round(seconds / scan.t_r)
+        # A scan that is shorter than a window, but not by more than half, is one window.
         least = max(2, -(-frames // 2))
     if scan.n_frames < least:
         raise DataError(
@@ -103,64 +92,40 @@ class Windows(Dataset):
         self.objective = objective
         self.seed = seed
         self.folds = folds
-        n_frames = []
-        frames = []
-        self.any_censored = False
+        lengths = []
+        self.censored = []
         # One pass, as a scan of a collection may be read from a file each time it is asked for.
         for scan in scans:
-            n_frames.append(scan.n_frames)
-            frames.append(window_frames(scan, n_timepoints, seconds))
-            self.any_censored |= bool(censored_frames(scan).any())
-        self.n_frames = np.array(n_frames)
-        self.frames = np.array(frames)
+            lengths.append((scan.n_frames, _window_frames(scan, n_timepoints, seconds)))
+            self.censored.append(censored_frames(scan))
+        self.n_frames, self.frames = np.array(lengths).T
+        # If any has censored frames, all windows say which: they must agree to be a batch.
+        self.any_censored = any(censored.any() for censored in self.censored)
         self._scaled = lru_cache(SCANS_KEPT)(self._read)
 
-    def _read(self, which: int) -> tuple[np.ndarray, np.ndarray]:
-        """Scaled values and censored frames of a scan."""
-        scan = self.scans[which]
-        return self.scaling(scan), censored_frames(scan)
-
-    def _censored(self, which: int, start: int, stop: int) -> np.ndarray:
-        """Censored frames of a part of a scan."""
-        if not isinstance(self.scans, Store):
-            return self._scaled(which)[1][start:stop]
-        censored = self.scans.censored(which, start, stop)
-        if censored is None:
-            return np.zeros(stop - start, dtype=bool)
-        return np.array(censored)
+    def _read(self, which: int) -> np.ndarray:
+        """A scaled scan."""
+        return self.scaling(self.scans[which])
 
     def usable(self, which: int, start: int) -> bool:
         """Whether at least two frames of a window are not censored: a path needs as many."""
-        if not self.any_censored:
-            return True
-        censored = self._censored(which, start, start + int(self.frames[which]))
-        return int((~censored).sum()) >= 2
+        censored = self.censored[which][start : start + self.frames[which]]
+        return np.sum(~censored) >= 2
 
     def cut(self, which: int, start: int, seed: int, *, training: bool) -> dict:
-        """The window of scan `which` that begins at frame `start`, and its view.
-
-        DataError if a value is NaN or infinite in a frame that is not censored.
-        """
+        """The window of scan `which` that begins at frame `start`, and its view."""
         scan = self.scans[which]
         stop = start + int(self.frames[which])
         if isinstance(self.scans, Store):
             values = self.scans.read(which, start, stop, self.scaling)
         else:
-            values = self._scaled(which)[0][start:stop]
-        censored = self._censored(which, start, stop)
-        name = scan.source or scan.participant_id
-        wrong = ~np.isfinite(values) & ~censored[:, None]
-        if wrong.any():
-            frame, parcel = np.argwhere(wrong)[0]
-            raise DataError(
-                f"{name}: {int(wrong.sum())} values are NaN or infinite, first in frame "
-                f"{start + frame}, parcel {scan.parcels[parcel]!r}; censor the frame or leave the "
-                "scan out"
-            )
+            values = self._scaled(which)[start:stop]
+        censored = self.censored[which][start:stop]
         x = torch.from_numpy(np.where(censored[:, None], np.float32(0), values))
         view = self.objective.view(
             x, t_r=scan.t_r, parcels=scan.parcels, seed=seed, training=training
         )
+        name = scan.source or scan.participant_id
         item = {"x": x, "t_r": torch.tensor(scan.t_r), "scan": name, **view}
         if self.any_censored:
             item["censored"] = torch.from_numpy(censored.copy())
@@ -176,23 +141,21 @@ def censored_frames(scan: Scan) -> np.ndarray:
     return scan.censored
 
 
-def collate(items: Sequence[dict]) -> dict:
+def collate(items: list[dict]) -> dict:
     """A batch of windows.
 
     Where they differ in length they are padded with zeros at their ends, and ``lengths`` is added.
     """
-    batch: dict[str, Any] = {}
-    for key in items[0]:
-        values = [item[key] for item in items]
-        if isinstance(values[0], Tensor) and values[0].ndim:
-            batch[key] = pad_sequence(values, batch_first=True)
-        elif isinstance(values[0], Tensor):
-            batch[key] = torch.stack(values)
-        else:
-            batch[key] = values
     lengths = torch.tensor([len(item["x"]) for item in items])
-    if (lengths != lengths[0]).any():
-        batch["lengths"] = lengths
+    if (lengths == lengths[0]).all():
+        return default_collate(items)
+    batch: dict[str, Any] = {"lengths": lengths}
+    for key, first in items[0].items():
+        values = [item[key] for item in items]
+        if torch.is_tensor(first) and first.ndim:
+            batch[key] = pad_sequence(values, batch_first=True)
+        else:
+            batch[key] = default_collate(values)
     return batch
 
 
@@ -240,7 +203,8 @@ class FixedWindows(Windows):
         return self.cut(which, start, self.seed + index, training=False)
 
 
-class Draws(Sampler):
+@dataclass
+class Draws:
     """The numbers of the windows of every batch of an epoch.
 
     Each step takes the next `batch_size` numbers. They are dealt to the processes in turn, so that the
@@ -249,57 +213,41 @@ class Draws(Sampler):
 
     Parameters
     ----------
-    n : int
-        Windows of an epoch.
-    batch_size : int
+    training : TrainingConfig
     epoch : callable
         Returns the epoch, from 0; asked when an epoch begins.
-    fresh : bool
-        Every epoch has windows of its own. Otherwise all epochs have the first `n`, each in its order.
-    seed : int
-        Of that order.
     rank, world : int
         This process, and how many there are.
-    parts : int
     """
 
-    def __init__(
-        self,
-        n: int,
-        batch_size: int,
-        epoch: Callable[[], int],
-        *,
-        fresh: bool = True,
-        seed: int = 0,
-        rank: int = 0,
-        world: int = 1,
-        parts: int = 1,
-    ):
-        rest = n % batch_size or batch_size
-        if rest < world * parts:
+    training: TrainingConfig
+    epoch: Callable[[], int]
+    rank: int = 0
+    world: int = 1
+
+    def __post_init__(self):
+        n = self.training.windows_per_epoch
+        least = n % self.training.batch_size or self.training.batch_size
+        if least < self.world * self.training.accumulate:
             raise ValueError(
-                f"every step needs a window for each process and part: {world} processes and {parts} "
-                f"parts, but batch_size {batch_size} and windows_per_epoch {n} give a step of {rest}"
+                f"every step needs a window for each process and part: {self.world} processes and "
+                f"{self.training.accumulate} parts, but batch_size {self.training.batch_size} and "
+                f"windows_per_epoch {n} give a step of {least}"
             )
-        self.n = n
-        self.batch_size = batch_size
-        self.epoch = epoch
-        self.fresh = fresh
-        self.seed = seed
-        self.rank = rank
-        self.world = world
-        self.parts = parts
 
     def __len__(self) -> int:
-        return -(-self.n // self.batch_size) * self.parts
+        return self.training.steps_per_epoch * self.training.accumulate
 
     def __iter__(self) -> Iterator[list[int]]:
+        n = self.training.windows_per_epoch
         epoch = self.epoch()
-        if self.fresh:
-            numbers = list(range(epoch * self.n, (epoch + 1) * self.n))
+        if self.training.fresh_windows:
+            numbers = list(range(epoch * n, (epoch + 1) * n))
         else:
-            numbers = np.random.default_rng([self.seed, epoch]).permutation(self.n).tolist()
-        for first in range(0, self.n, self.batch_size):
-            step = numbers[first : first + self.batch_size]
-            for part in range(self.parts):
-                yield step[part * self.world + self.rank :: self.parts * self.world]
+            # All epochs have the first windows, each in an order of its own.
+            numbers = np.random.default_rng([self.training.seed, epoch]).permutation(n).tolist()
+        parts = self.training.accumulate
+        for first in range(0, n, self.training.batch_size):
+            step = numbers[first : first + self.training.batch_size]
+            for part in range(parts):
+                yield step[part * self.world + self.rank :: parts * self.world]

@@ -305,7 +305,7 @@ def simulate_var(
     `shrinkage` a, ``transition = (1 - a) C1 C^-1``, where ``C = (1 - a) C0 + a s I`` is then the
     stationary covariance. `start` is (batch, parcel); returns (batch, n_frames, parcel).
     """
-    mean, lags = moments(scans, 1, shrinkage)
+    mean, lags = moments(scans, 1)
     white = np.eye(len(mean)) * np.trace(lags[0]) / len(mean)
     covariance = (1 - shrinkage) * lags[0] + shrinkage * white
     lagged = (1 - shrinkage) * lags[1]

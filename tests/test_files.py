@@ -1,0 +1,90 @@
+"""Digests tell contents apart, results are kept by what they depend on, and files are whole."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from mnemodyn.files import Kept, digest, read_yaml, write_bytes
+
+
+def test_a_digest_is_of_content():
+    values = np.arange(6, dtype=np.float32).reshape(2, 3)
+    same = [values, values.copy(), np.asfortranarray(values), torch.from_numpy(values)]
+    assert len({digest(each) for each in same}) == 1
+    assert digest({"a": 1, "b": 2}) == digest({"b": 2, "a": 1})
+    assert digest((1, 2)) == digest([1, 2])
+
+
+def test_no_two_different_things_have_one_digest():
+    values = np.arange(6, dtype=np.float32)
+    different = [
+        values,
+        values.astype(np.float64),
+        values.reshape(2, 3),
+        values[::-1],
+        values.tobytes(),
+        "1",
+        1,
+        1.0,
+        True,
+        None,
+        [1],
+        [[1]],
+        ["a", "b"],
+        ["ab"],
+        {"a": "b"},
+    ]
+    assert len({digest(each) for each in different}) == len(different)
+    assert digest("a", "b") != digest("ab")
+
+
+def test_what_has_no_content_is_refused():
+    with pytest.raises(TypeError, match="no digest of a set"):
+        digest({1, 2})
+
+
+def test_a_result_is_kept_by_what_it_depends_on(tmp_path):
+    kept = Kept(tmp_path)
+    made = []
+
+    def make():
+        made.append(len(made))
+        return {"n": len(made), "values": np.arange(2)}
+
+    assert kept("a", [1, "x"], make) == {"n": 1, "values": [0, 1]}
+    assert kept("a", [1, "x"], make) == {"n": 1, "values": [0, 1]}
+    assert kept("a", [2, "x"], make)["n"] == 2
+    assert kept("b", [1, "x"], make)["n"] == 3
+
+
+def test_a_damaged_result_is_computed_again(tmp_path):
+    kept = Kept(tmp_path)
+    kept("a", 1, lambda: 5)
+    (path,) = tmp_path.iterdir()
+    for content in ("", "[1, 2]", json.dumps({"other": 1})):
+        path.write_text(content)
+        assert kept("a", 1, lambda: 6) == 6
+
+
+def test_nothing_is_kept_without_a_folder():
+    assert Kept(None)("a", 1, lambda: (1, 2)) == [1, 2]
+
+
+def test_a_failed_write_leaves_the_old_file(tmp_path):
+    write_bytes(tmp_path / "a", b"old")
+    with pytest.raises(TypeError):
+        write_bytes(tmp_path / "a", 3)
+    assert (tmp_path / "a").read_bytes() == b"old"
+    assert [path.name for path in tmp_path.iterdir()] == ["a"]
+
+
+def test_yaml_is_1_2():
+    read = read_yaml("a: off\nb: 1e-3\nc: 12:30\nd: [010, true, null]\n")
+    assert read["a"] == "off"
+    assert read["b"] == 0.001
+    assert read["c"] == "12:30"
+    assert read["d"][1:] == [True, None]
+    with pytest.raises(ValueError, match="line 3"):
+        read_yaml("a: 1\nb: [1,\n")

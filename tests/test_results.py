@@ -1,0 +1,62 @@
+"""The one format of results: what is refused, and that a table comes back as it was written."""
+
+import pandas as pd
+import pytest
+
+from mnemodyn.results import COLUMNS, label, read_results, verdict, write_results
+
+ROW = {"data": "HCP-7", "task": "hidden entries", "method": "model", "score": "r2"}
+ROW.update(value=0.5, kind="real")
+
+
+def test_comes_back_as_written(tmp_path):
+    rows = [
+        ROW | {"low": 0.4, "high": 0.6, "n": 2},
+        ROW | {"against": "zero", "p": 1 / 3},
+    ]
+    written = write_results(tmp_path / "a.csv", rows)
+    found = read_results(tmp_path / "a.csv")
+    pd.testing.assert_frame_equal(found, written, check_dtype=False)
+    assert list(written) == list(COLUMNS)
+    assert written["against"].tolist() == ["", "zero"]
+    assert written["n"].isna().tolist() == [False, True]
+    assert written["p"].iloc[1] == 0.3333333333
+
+
+def test_a_table_without_differences_has_empty_text(tmp_path):
+    write_results(tmp_path / "a.csv", [ROW])
+    assert read_results(tmp_path / "a.csv")["against"].tolist() == [""]
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ([ROW | {"r2": 1}], r"unknown columns \['r2'\]"),
+        ([{k: v for k, v in ROW.items() if k != "kind"}], "every row needs kind"),
+        ([ROW | {"value": None}], "every row needs value"),
+        (
+            [ROW | {"kind": "simulated"}],
+            r"kind must be one of real, SIMULATED.* got \['simulated'\]",
+        ),
+        ([ROW | {"low": 0.1}], "both ends"),
+        ([ROW | {"low": 0.6, "high": 0.4}], "the lower one first"),
+        ([ROW, ROW | {"value": 0.6}], "two rows for .*'method': 'model'"),
+    ],
+)
+def test_what_is_refused(tmp_path, rows, message):
+    with pytest.raises(ValueError, match=message):
+        write_results(tmp_path / "a.csv", rows)
+    assert not (tmp_path / "a.csv").exists()
+
+
+def test_another_table_is_named(tmp_path):
+    (tmp_path / "other.csv").write_text("a,b\n1,2\n")
+    with pytest.raises(ValueError, match=r"other.csv: expected the columns"):
+        read_results(tmp_path / "other.csv")
+
+
+def test_words():
+    assert label("fc") == "functional connectivity (FC)"
+    assert label("1 level") == "1 level"
+    assert [verdict(0.1, 0.2), verdict(-0.2, -0.1)] == ["better", "worse"]
+    assert verdict(-0.1, 0.1) == "no difference shown"
