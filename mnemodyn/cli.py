@@ -619,7 +619,7 @@ def run_run(notebook, output, parameter, parameters_file, as_json):
       mnemodyn run notebooks/pretrain.ipynb runs/pretrain.ipynb
       mnemodyn run notebooks/pretrain.ipynb runs/longer.ipynb -p seed 3 -f my-parameters.yaml
     """
-    from mnemodyn.run import ParameterError, run_notebook
+    from mnemodyn.run import ParameterError, first_results, run_notebook
 
     parameters = {**read_mapping(parameters_file), **dict(parameter)}
     try:
@@ -627,7 +627,7 @@ def run_run(notebook, output, parameter, parameters_file, as_json):
     except (FileNotFoundError, ParameterError) as error:
         raise UsageError(str(error)) from error
     text = f"{done['notebook']} -> {done['output']} in {done['seconds']:.1f} s"
-    return show(as_json, done, text)
+    return show(as_json, done, f"{text}\n{first_results(done)}".rstrip())
 
 
 COMMANDS = {

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
-from mnemodyn.files import read_yaml, write_json, write_text
+from mnemodyn.files import read_yaml, resolve, write_json, write_text
 from mnemodyn.provenance import surroundings
 from mnemodyn.settings import nearest
 
@@ -28,6 +28,7 @@ __all__ = [
     "NotebookFailed",
     "ParameterError",
     "check_parameters",
+    "first_results",
     "read_parameters",
     "run_notebook",
 ]
@@ -283,3 +284,17 @@ def _tidy(notebook: Any) -> int | None:
         elif "injected-parameters" in tags:
             cell.id = "injected-parameters"  # papermill makes a random one
     return begun
+
+
+def first_results(manifest: Mapping[str, Any], rows: int = 12) -> str:
+    """The first rows of a run's table of results as text for a terminal; empty if it has none."""
+    from mnemodyn.results import read_results  # pandas, which nothing else here needs
+
+    path = manifest["parameters"].get("results") or ""
+    if not path.endswith(".csv") or not resolve(path).is_file():
+        return ""
+    table = read_results(resolve(path))
+    shown = table[["data", "task", "method", "score", "value", "low", "high", "n"]].head(rows)
+    shown = shown.astype({"n": object})  # without a number it is then empty
+    text = shown.to_string(index=False, na_rep="", float_format="{:.3f}".format, max_colwidth=40)
+    return f"{text}\n{len(table)} rows in {path}"

@@ -14,10 +14,12 @@ import pytest
 
 from mnemodyn import files
 from mnemodyn.files import read_yaml
+from mnemodyn.results import write_results
 from mnemodyn.run import (
     NotebookFailed,
     ParameterError,
     check_parameters,
+    first_results,
     read_parameters,
     run_notebook,
 )
@@ -301,6 +303,18 @@ def running(pid):
         return False
     state = Path(f"/proc/{pid}/stat")  # in a container nobody may collect the dead
     return not (state.exists() and state.read_text().rpartition(")")[2].split()[0] == "Z")
+
+
+def test_the_first_results_are_shown(tmp_path):
+    row = {"data": "D", "task": "hidden entries", "score": "r2", "value": 0.5, "kind": "real"}
+    rows = [{**row, "method": name} for name in ("a", "b", "c")]
+    rows[0].update(low=0.25, high=0.75, n=7)
+    write_results(tmp_path / "r.csv", rows)
+    text = first_results({"parameters": {"results": str(tmp_path / "r.csv")}}, rows=2).split("\n")
+    assert len(text) == 4
+    assert text[1].split()[-5:] == ["r2", "0.500", "0.250", "0.750", "7"]
+    assert text[3].startswith("3 rows in ")
+    assert not first_results({"parameters": {"results": str(tmp_path / "absent.csv")}})
 
 
 def test_files_are_written_whole(tmp_path):
