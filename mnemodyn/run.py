@@ -11,6 +11,7 @@ import os
 import resource
 import signal
 import tempfile
+import threading
 import time
 import warnings
 from collections.abc import Mapping
@@ -211,8 +212,11 @@ def _execute(notebook: Path, partial: Path, parameters: dict) -> str | None:
 
         for library in ("papermill", "asyncio"):
             logging.getLogger(library).setLevel(logging.CRITICAL)
-        # Schedulers send SIGTERM. As Ctrl-C it lets the kernel be shut down in order.
-        signal.signal(signal.SIGTERM, signal.default_int_handler)
+        # Schedulers send SIGTERM. As Ctrl-C it lets the kernel be shut down in order. Ctrl-C itself
+        # is ignored in what a script starts in the background. Only the main thread gets signals.
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, signal.default_int_handler)
+            signal.signal(signal.SIGINT, signal.default_int_handler)
         config = Config()
         # Sockets in a private folder: two kernels that start together cannot race for a port. The
         # system takes no path of a socket of much over 100 characters.
