@@ -97,9 +97,10 @@ def find_target(app, env, node, contnode):
     if node.get("refdomain") == "py" and "refwarn" not in node:
         return contnode
     if node["reftype"] == "doc" and node["refdoc"].startswith("book/committed/"):
-        target = f"/book/runs/{node['reftarget']}"
-        domain = env.get_domain("std")
-        return domain.resolve_xref(env, node["refdoc"], app.builder, "doc", target, node, contnode)
+        # Sphinx reads the target from the node, whatever else it is given.
+        node["reftarget"] = f"/book/runs/{node['reftarget']}"
+        asked = (env, node["refdoc"], app.builder, "doc", node["reftarget"], node, contnode)
+        return env.get_domain("std").resolve_xref(*asked)
     return None
 
 
