@@ -60,3 +60,4 @@ def test_words():
     assert label("1 level") == "1 level"
     assert [verdict(0.1, 0.2), verdict(-0.2, -0.1)] == ["better", "worse"]
     assert verdict(-0.1, 0.1) == "no difference shown"
+    assert verdict(-1e-17, 1e-17) == "identical"

@@ -16,6 +16,8 @@ from sphinx.util.docutils import SphinxDirective
 
 from mnemodyn.run import read_parameters
 
+LONGEST_PRINTED = 14  # lines of a cell's printed output that a page shows unfolded
+
 
 def manifest(root, name):
     """The manifest of the run behind a document; None where that is no run."""
@@ -80,6 +82,8 @@ def dress_cell(cell, found):
     # The cell that writes the results shows them all, which stand on the page "All results" too.
     if line is None and "write_results(resolve(results)" in cell.astext().replace("files.", ""):
         line = "The rows that this page adds to the table of all results"
+    for child in output:
+        fold_printed(child)
     if "tag_finding" in cell["classes"] or line:
         for child in output:
             cell.remove(child)
@@ -87,6 +91,16 @@ def dress_cell(cell, found):
         cell += folded(line, *output)
     elif "tag_finding" in cell["classes"]:
         found += output
+
+
+def fold_printed(output):
+    """Fold what a cell printed where it is long: the epochs of a training, say."""
+    for block in list(output.findall(nodes.literal_block)):
+        n_lines = len(block.astext().splitlines())
+        if n_lines > LONGEST_PRINTED:
+            at = block.parent.index(block)
+            block.parent.remove(block)
+            block.parent[at:at] = folded(f"What was printed, {n_lines} lines", block)
 
 
 class Provenance(SphinxDirective):
