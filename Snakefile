@@ -117,7 +117,8 @@ rule page:
         multiext("{folder}/{page}", ".ipynb", ".csv", ".manifest.json"),
     wildcard_constraints:
         folder="book/runs|book/committed",
-        page="|".join(STUDIES),
+        # A committed page of another profile is a source, and not to be made anew.
+        page="|".join(PAGES),
     message:
         "{input[0]}, the page {wildcards.page} ..."
     params:
@@ -135,7 +136,7 @@ rule page:
 use rule page as leading_page with:
     wildcard_constraints:
         folder="book/runs|book/committed",
-        page="|".join(LEADING),
+        page="|".join(LEADING & set(PAGES)) or "none",
     priority: 1
 
 

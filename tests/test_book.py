@@ -228,7 +228,11 @@ def test_the_registry_is_sound():
 @pytest.mark.parametrize(
     ("words", "here", "absent"),
     [
-        (["profile=quick"], ["data", "cohorts"], ["downstream_mine", "reconstruction_abide"]),
+        (
+            ["profile=quick"],
+            ["data", "cohorts"],
+            ["downstream_mine", "reconstruction_abide", "pretrain_abide", "ablations_hcp7"],
+        ),
         (["profile=ci", "data=F", "cohort=hbn"], ["data", "downstream_mine"], ["cohorts"]),
         (["profile=paper", "data=F"], ["pretrain"], ["cohorts", "downstream_mine"]),
         (["profile=abide", "data=F"], ["reconstruction_abide", "downstream_abide"], ["data"]),
