@@ -184,8 +184,7 @@ class Harmonised(TransformerMixin, BaseEstimator):
         from combatlearn import ComBat
 
         # ComBat takes the sites of all scans at once, and finds each scan's by the index.
-        # Without the column of sites from the start: a frame that has lost a column is a hundred
-        # times slower in ComBat.
+        # Never a frame that has lost its column of sites: ComBat is very slow on one.
         stacked = np.vstack([self.features_, features])
         scans = pd.DataFrame(stacked[:, :-1])
         sites = pd.Series(stacked[:, -1].astype(int))
