@@ -6,7 +6,10 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 
 @contextmanager
@@ -47,6 +50,35 @@ def write_text(path: str | os.PathLike, text: str) -> Path:
     return write_bytes(path, text.encode())
 
 
+def write_table(path: str | os.PathLike, table: "pd.DataFrame") -> Path:
+    """Write a table of results or people, whole: separated by tabs where the name ends in ``.tsv``, else by commas."""
+    separator = "\t" if os.fspath(path).endswith(".tsv") else ","
+    return write_text(path, table_text(table, separator))
+
+
+def table_text(table: "pd.DataFrame", separator: str, header: bool = True) -> str:
+    """A table as text that a spreadsheet shows as it is.
+
+    A spreadsheet would compute what begins like a formula (``=``, ``+``, ``-``, ``@``), so that an apostrophe goes
+    before it. Numbers stay numbers.
+    """
+    shown = table.copy()
+    for name in shown.select_dtypes(exclude=["number", "bool"]):
+        shown[name] = shown[name].map(_no_formula)
+    shown.columns = [_no_formula(name) for name in shown]
+    return shown.to_csv(sep=separator, header=header, index=False, lineterminator="\n")
+
+
+def _no_formula(cell: Any) -> Any:
+    if not isinstance(cell, str) or not cell.lstrip().startswith(("=", "+", "-", "@")):
+        return cell
+    try:
+        float(cell)
+    except ValueError:
+        return f"'{cell}"
+    return cell
+
+
 def write_json(path: str | os.PathLike, content: Any) -> Path:
     """Write ``content`` as indented JSON in its own order of keys, whole.
 
@@ -74,19 +106,43 @@ def sha256(path: str | os.PathLike) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
+# What ruamel reads in a few seconds.
+LONGEST_YAML = 500_000
+
+
+def load_yaml(path: str | os.PathLike) -> Any:
+    """What a YAML file holds; a ValueError, which does not name the file, says what is wrong with it."""
+    size = os.stat(path).st_size
+    if size > 4 * LONGEST_YAML:
+        raise ValueError(f"{size:,} bytes are no file of settings")
+    return read_yaml(Path(path).read_text(encoding="utf-8-sig"))
+
+
 def read_yaml(text: str) -> Any:
     """Read YAML 1.2, in which ``off`` is text and ``1e-3`` is a number.
 
-    A ValueError if `text` is not valid YAML; the message names the line.
+    A ValueError if `text` is not valid YAML, longer than LONGEST_YAML, or has aliases (``*name``): a few lines of
+    them stand for more than any memory holds. The message names the line where it is known.
     """
-    from ruamel.yaml import YAML, YAMLError
+    from ruamel.yaml import YAML
+    from ruamel.yaml.events import AliasEvent
 
+    if len(text) > LONGEST_YAML:
+        raise ValueError(f"{len(text):,} characters of YAML, at most {LONGEST_YAML:,} are read")
     # ruamel's parser in C reads YAML 1.1, in which `off` is false.
     reader = YAML(typ="safe", pure=True)
     try:
+        for event in reader.parse(text):
+            if isinstance(event, AliasEvent):
+                line = event.start_mark.line + 1
+                raise ValueError(f"line {line}: write out what *{event.anchor} stands for")
         return reader.load(text)
-    except YAMLError as error:
-        raise ValueError(f"not valid YAML: {' '.join(str(error).split())}") from None
+    except RecursionError:
+        raise ValueError("not valid YAML: nested too deep") from None
+    except Exception as error:
+        # Broken text makes ruamel raise almost anything, from a KeyError to its own errors.
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise ValueError(f"not valid YAML: {reason[:400]}") from None
 
 
 def find_root(start: str | os.PathLike = ".") -> Path:
