@@ -3,7 +3,7 @@
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
@@ -106,8 +106,8 @@ def sha256(path: str | os.PathLike) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
-# What ruamel reads in a few seconds.
-LONGEST_YAML = 500_000
+LONGEST_YAML = 500_000  # characters, which ruamel reads in a few seconds
+DEEPEST_YAML = 50
 
 
 def load_yaml(path: str | os.PathLike) -> Any:
@@ -121,28 +121,38 @@ def load_yaml(path: str | os.PathLike) -> Any:
 def read_yaml(text: str) -> Any:
     """Read YAML 1.2, in which ``off`` is text and ``1e-3`` is a number.
 
-    A ValueError if `text` is not valid YAML, longer than LONGEST_YAML, or has aliases (``*name``): a few lines of
-    them stand for more than any memory holds. The message names the line where it is known.
+    A ValueError if `text` is not valid YAML, is longer or deeper than any settings are, or has aliases (``*name``): a
+    few lines of them stand for more than any memory holds. The message names the line where it is known.
     """
     from ruamel.yaml import YAML
-    from ruamel.yaml.events import AliasEvent
 
     if len(text) > LONGEST_YAML:
         raise ValueError(f"{len(text):,} characters of YAML, at most {LONGEST_YAML:,} are read")
     # ruamel's parser in C reads YAML 1.1, in which `off` is false.
     reader = YAML(typ="safe", pure=True)
     try:
-        for event in reader.parse(text):
-            if isinstance(event, AliasEvent):
-                line = event.start_mark.line + 1
-                raise ValueError(f"line {line}: write out what *{event.anchor} stands for")
+        _check_events(reader.parse(text))
         return reader.load(text)
-    except RecursionError:
-        raise ValueError("not valid YAML: nested too deep") from None
     except Exception as error:
         # Broken text makes ruamel raise almost anything, from a KeyError to its own errors.
         reason = " ".join(str(error).split()) or type(error).__name__
         raise ValueError(f"not valid YAML: {reason[:400]}") from None
+
+
+def _check_events(events: Iterable[Any]) -> None:
+    """Refuse what would take for ever to build: aliases, and brackets in brackets."""
+    depth = 0
+    for event in events:
+        kind = type(event).__name__
+        line = event.start_mark.line + 1
+        if kind == "AliasEvent":
+            raise ValueError(f"line {line}: write out what *{event.anchor} stands for")
+        depth += kind in ("SequenceStartEvent", "MappingStartEvent")
+        depth -= kind in ("SequenceEndEvent", "MappingEndEvent")
+        if depth > DEEPEST_YAML:
+            raise ValueError(
+                f"line {line}: more than {DEEPEST_YAML} lists or mappings in each other"
+            )
 
 
 def find_root(start: str | os.PathLike = ".") -> Path:

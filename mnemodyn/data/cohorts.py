@@ -7,6 +7,7 @@ import re
 import reprlib
 import subprocess
 import sys
+import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
@@ -146,8 +147,10 @@ def _pattern(pattern: str) -> str:
 def _check_pattern(pattern: str) -> str:
     expression = _pattern(pattern)
     try:
-        re.compile(expression)
-    except (re.error, OverflowError, RecursionError) as error:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")  # what will soon mean something else
+            re.compile(expression)
+    except (re.error, OverflowError, RecursionError, FutureWarning) as error:
         raise ValueError(f"{pattern!r} is no valid pattern ({error})") from None
     return pattern
 
@@ -246,6 +249,17 @@ class Column(_Description):
     exclude: list[RawValue] = []
     unit: str = ""
     optional: bool = False
+
+    @field_validator("mapping", mode="before")
+    @classmethod
+    def _check_codes(cls, given: Any) -> Any:
+        # 1 and "1" are two keys of YAML, but one label.
+        if isinstance(given, dict):
+            codes = [_label(str(code)) for code in given]
+            for code in codes:
+                if codes.count(code) > 1:
+                    raise ValueError(f"{code!r} is mapped twice")
+        return given
 
 
 class Sex(Column):
@@ -650,8 +664,8 @@ def _matches(cohort: Cohort, paths: list[str]) -> list[tuple[str, dict[str, str]
             check=True,
             timeout=seconds,
         )
-    except subprocess.TimeoutExpired:
-        shown = f"{cohort.scans} matched nothing within {seconds:.0f} s"
+    except subprocess.SubprocessError:
+        shown = f"{cohort.scans} could not be matched within {seconds:.0f} s"
         refuse(f"scans of {cohort.name}: {shown}; write simpler regular expressions")
     return json.loads(done.stdout)
 
@@ -915,7 +929,11 @@ def _drop_contradictory_sexes(cohort: Cohort, found: pd.DataFrame, unlabelled: R
 
 def _families(cohort: Cohort, found: pd.DataFrame) -> list[str]:
     """A label per scan, equal for participants who are joined directly or through others."""
-    links = [list(group) for group in cohort.families]
+    # Zeros are spelled as freely here as in tables, and a family too many does no harm.
+    spelled = defaultdict(list)
+    for who in found.participant_id.unique():
+        spelled[_number(who)].append(who)
+    links = [[who for name in group for who in spelled[_number(name)]] for group in cohort.families]
     if cohort.family:
         for name, members in found.groupby("family"):
             links.append([f"family-{name}", *members.participant_id])
