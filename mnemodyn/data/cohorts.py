@@ -9,7 +9,7 @@ import subprocess
 import sys
 import warnings
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
@@ -29,8 +29,16 @@ from pydantic import (
     model_validator,
 )
 
-from mnemodyn.data.formats import entities, files_below, reading, refuse
-from mnemodyn.data.scans import Collection, DataError, Scan, data_name, load_scan
+from mnemodyn.data.formats import LABEL, entities, participant, present, reading, refuse, walk
+from mnemodyn.data.scans import (
+    Collection,
+    DataError,
+    Scan,
+    choose_files,
+    data_name,
+    is_no_scan,
+    load_scan,
+)
 from mnemodyn.files import digest, load_yaml
 
 __all__ = [
@@ -136,7 +144,8 @@ def _pattern(pattern: str) -> str:
             if f"(?P<{name}>" in expression:
                 expression += f"(?P={name})"
             else:
-                expression += f"(?P<{name}>{form or '[A-Za-z0-9]+'})"
+                usual = LABEL if name == "participant" else "[A-Za-z0-9]+"
+                expression += f"(?P<{name}>{form or usual})"
         elif "{" in piece or "}" in piece:
             raise ValueError(f"{pattern!r}: an entity is {{name}} or {{name:regular expression}}")
         else:
@@ -320,7 +329,8 @@ class Cohort(_Description):
     ----------
     name, description : str
     scans : list of str
-        Patterns of paths relative to the folder, or one; the first one that matches any file is used.
+        Patterns of paths relative to the folder, or one; the first one that matches any file is used. A scan that only
+        a later one matches is left out, and named.
         ``{entity}`` stands for letters and digits, ``{entity:regex}`` for text of another form; an
         entity that occurs twice must be the same text. ``*`` stands for anything within the name
         of a file or folder, ``**/`` for any folders. The ``key-value`` pairs of a BIDS name are
@@ -573,7 +583,7 @@ def index(
         reader = cohort.reader.model_copy(update={"t_r": t_r, "t_r_by_site": {}})
         cohort = cohort.model_copy(update={"reader": reader})
     folder = Path(folder)
-    found, named = _find(cohort, folder)
+    found, named, left_out = _find(cohort, folder)
     raw = _raw_values(cohort, folder, named)
     unlabelled = raw.unlabelled
     for name, column in cohort.variables.items():
@@ -607,13 +617,15 @@ def index(
     columns = [*TABLE, *(target.name for target in cohort.targets if target.name not in TABLE)]
     table = found.drop(index=list(problems)).reindex(columns=columns).reset_index(drop=True)
     table = table.astype({"n_frames": int, "n_parcels": int, "n_constant": int})
-    excluded = _excluded(found, problems, unlabelled)
+    excluded = _excluded(found, problems, unlabelled, left_out)
     return Index(cohort, folder, found, table, excluded, raw.notes)
 
 
-def _excluded(found: pd.DataFrame, problems: Reasons, unlabelled: Reasons) -> pd.DataFrame:
+def _excluded(
+    found: pd.DataFrame, problems: Reasons, unlabelled: Reasons, left_out: list[dict[str, str]]
+) -> pd.DataFrame:
     """What is left out of the table, and of the targets; one scan can be listed twice."""
-    rows = []
+    rows = [(row["file"], "", row["problem"], row["message"], "all") for row in left_out]
     for scope, reasons in (("all", problems), ("targets", unlabelled)):
         for i, (problem, message) in reasons.items():
             # The whole path, because many cohorts give every participant's file the same name.
@@ -623,35 +635,59 @@ def _excluded(found: pd.DataFrame, problems: Reasons, unlabelled: Reasons) -> pd
     return pd.DataFrame(sorted(rows), columns=columns)
 
 
-def _find(cohort: Cohort, folder: Path) -> tuple[pd.DataFrame, list[Entities]]:
-    """The files that match the first pattern with a match, and the entities of each."""
+def _find(
+    cohort: Cohort, folder: Path
+) -> tuple[pd.DataFrame, list[Entities], list[dict[str, str]]]:
+    """The scans that match, the entities of each, and a row for every file or folder that could not be used."""
     if not folder.is_dir():
         refuse(f"{folder}: no such folder", "no-folder")
-    paths = sorted(path.relative_to(folder).as_posix() for path in files_below(folder))
-    matches = _matches(cohort, paths)
-    if not matches:
-        files = f"none of its {len(paths)} files {paths[:1]} matches {cohort.scans}"
-        refuse(f"{folder}: {files}; correct the scans of {cohort.name}", "no-scans")
-    named: list[Entities] = []
+    walked = walk(folder)
+    files = [path for path in walked.files if not is_no_scan(path.name)]
+    scans: dict[Path, Entities] = {}
+    left_out = []
+    # Patterns are alternatives: the same scan may be there in several formats.
+    places = [path.relative_to(folder).as_posix() for path in files]
+    for pattern, matches in zip(cohort.scans, _matches(cohort, places), strict=True):
+        there = {_scan_key(entity) for entity in scans.values()}
+        for i, groups in matches:
+            path = files[i]
+            if path in scans:
+                continue
+            try:
+                entity = _entities(groups, path, pattern)
+                if not there:
+                    scans[path] = entity
+                elif _scan_key(entity) not in there:
+                    refuse(
+                        f"{path.name}: only {pattern!r} matches it, and others match the first",
+                        "other-pattern",
+                    )
+            except DataError as error:
+                row = {"file": str(path), "problem": error.problem, "message": str(error)}
+                left_out.append(row)
+    chosen = choose_files(list(scans), walked.unread)
+    left_out += chosen.left_out
+    for row in left_out:
+        row["file"] = Path(row["file"]).relative_to(folder).as_posix()
+    if not chosen.files:
+        why = "".join(f"; {row['message']}" for row in left_out[:1])
+        shown = f"none of its {len(files)} files {[path.name for path in files[:1]]}"
+        remedy = f"correct the scans of {cohort.name}"
+        refuse(f"{folder}: {shown} matches {cohort.scans}{why}; {remedy}", "no-scans")
     rows = []
-    spelled: dict[str, str] = {}
-    for path, groups in matches:
-        entity = _entities(path, groups)
-        text = entity["participant"]
-        who = re.sub(r"[^A-Za-z0-9]", "", text)
+    for path in chosen.files:
+        entity = scans[path]
+        who = entity["participant"]
+        place = path.relative_to(folder).as_posix()
         if not who:
-            refuse(f"{path}: no participant in its name", "participant")
-        # Without its punctuation, one person's name can become another's: 1-12 and 11-2.
-        if spelled.setdefault(who, text) != text:
-            both = f"{text!r} and {spelled[who]!r} would both be sub-{who}"
-            refuse(f"{path}: {both}; correct the scans of {cohort.name}", "participant")
-        named.append(entity)
-        rows.append((path, f"sub-{who}", entity["session"], cohort.run.format_map(entity)))
-    return pd.DataFrame(rows, columns=["path", "participant_id", "session", "run"]), named
+            refuse(f"{place}: no participant in its name", "participant")
+        rows.append((place, f"sub-{who}", entity["session"], cohort.run.format_map(entity)))
+    found = pd.DataFrame(rows, columns=["path", "participant_id", "session", "run"])
+    return found, [scans[path] for path in chosen.files], left_out
 
 
-def _matches(cohort: Cohort, paths: list[str]) -> list[tuple[str, dict[str, str]]]:
-    """The paths that match the first pattern with a match, and what its entities stand for."""
+def _matches(cohort: Cohort, paths: list[str]) -> list[list[tuple[int, dict[str, str | None]]]]:
+    """For every pattern the numbers of the paths that match it, and what its entities stand for."""
     expressions = [_pattern(pattern) for pattern in cohort.scans]
     # A regular expression such as (x+x+)+y can take years, and nothing within this process could stop it.
     seconds = 10 + len(paths) / 1000
@@ -670,13 +706,23 @@ def _matches(cohort: Cohort, paths: list[str]) -> list[tuple[str, dict[str, str]
     return json.loads(done.stdout)
 
 
-def _entities(path: str, groups: Mapping[str, str | None]) -> Entities:
+def _scan_key(entity: Entities) -> tuple[str, ...]:
+    """What a scan has in common with its copies in other formats."""
+    return tuple(entity[name] for name in ("participant", "session", "run", "dir", "task"))
+
+
+def _entities(groups: dict[str, str | None], path: Path, pattern: str) -> Entities:
     """Entities of a path: those of its BIDS name and those of the pattern; "" for any other."""
-    found = defaultdict(str, entities(path.rsplit("/", 1)[-1]))
+    found = defaultdict(str, entities(path.name))
     # The pattern's own entities win, under the names that descriptions use.
     found["participant"] = found["sub"]
     found["session"] = found["ses"]
     found.update({name: text for name, text in groups.items() if text is not None})
+    # So does the form that a description gives to an identifier; any other is not to be cut.
+    if "{participant:" not in pattern:
+        who = participant(path).removeprefix("sub-")
+        if who.startswith(found["participant"]):
+            found["participant"] = who
     return found
 
 
@@ -775,14 +821,14 @@ def _key(value: str) -> str:
 
 
 def _identifier(parts: Iterable[str]) -> str:
-    """What rows and scans are matched by: no ``sub-`` or ``ses-`` and no punctuation; "" if a part is missing."""
-    words = [re.sub(r"^(sub|ses)-|[^A-Za-z0-9]", "", _label(part)) for part in parts]
-    return " ".join(words) if all(words) else ""
+    """What rows and scans are matched by, without ``sub-`` or ``ses-``; "" if a part is missing."""
+    words = [re.sub(r"^(sub|ses)-", "", _label(part)) for part in parts]
+    return "/".join(words) if all(words) else ""
 
 
 def _number(identifier: str) -> str:
-    """An identifier without leading zeros: 007 is 7."""
-    return re.sub(r"\b0+(?=[0-9]+\b)", "", identifier)
+    """An identifier without punctuation and leading zeros, as other tables may have it: A_1 is A1, 007 is 7."""
+    return re.sub(r"\b0+(?=[0-9]+\b)", "", re.sub(r"[^A-Za-z0-9/]", "", identifier))
 
 
 class Raw(NamedTuple):
@@ -799,9 +845,7 @@ def _raw_values(cohort: Cohort, folder: Path, named: list[Entities]) -> Raw:
     needed = list(dict.fromkeys(column.column for column in cohort.variables.values()))
     table = cohort.phenotype
     file = folder / table.file
-    if not file.is_file():
-        if file.is_symlink():
-            refuse(f"{file} is a link to a file that is not there; fetch it", "no-phenotype")
+    if not present(file):
         remedy = "put it there, or give its place in a cohort's YAML: phenotype: {file: ...}"
         reason = ("no-phenotype", f": there is no {table.file} in the folder; {remedy}")
         cells = pd.DataFrame("", index=range(len(named)), columns=needed)
@@ -833,7 +877,7 @@ def _raw_values(cohort: Cohort, folder: Path, named: list[Entities]) -> Raw:
 
 
 def _same_spelling(wanted: list[str], content: pd.DataFrame, notes: list[str]) -> list[str]:
-    """Give scans and rows (in place) the same key where their identifiers differ in leading zeros only."""
+    """Give scans and rows (in place) one key where identifiers differ in punctuation and leading zeros only."""
     spellings = defaultdict(set)
     for name in wanted:
         spellings[_number(name)].add(name)
@@ -849,7 +893,7 @@ def _same_spelling(wanted: list[str], content: pd.DataFrame, notes: list[str]) -
     respelled = sorted({name for name in wanted if name not in names and key(name) in keys})
     if respelled:
         notes.append(
-            f"{len(respelled)} identifiers are matched without their zeros, such as {respelled[0]}"
+            f"{len(respelled)} identifiers are matched without zeros and punctuation, such as {respelled[0]}"
         )
     return [key(name) for name in wanted]
 
@@ -859,7 +903,7 @@ def _why_none(alike: pd.DataFrame, key: str) -> tuple[str, str]:
     rows = alike[alike[KEY] == key]
     lines = ", ".join(map(str, alike.index))
     if rows.empty:
-        message = f"no row of {key!r}; line {lines} differs in zeros, and may be another person's with a scan"
+        message = f"no row of {key!r}; line {lines} differs in zeros or punctuation, and may be another person's"
         return "ambiguous-identifier", message
     differ = ", ".join(rows.columns[rows.nunique() > 1])
     return "contradictory-phenotype", f"rows of {key!r}, lines {lines}, that differ in {differ}"
@@ -932,8 +976,10 @@ def _families(cohort: Cohort, found: pd.DataFrame) -> list[str]:
     # Zeros are spelled as freely here as in tables, and a family too many does no harm.
     spelled = defaultdict(list)
     for who in found.participant_id.unique():
-        spelled[_number(who)].append(who)
-    links = [[who for name in group for who in spelled[_number(name)]] for group in cohort.families]
+        spelled[_number(_identifier([who]))].append(who)
+    links = []
+    for group in cohort.families:
+        links.append([who for name in group for who in spelled[_number(_identifier([name]))]])
     if cohort.family:
         for name, members in found.groupby("family"):
             links.append([f"family-{name}", *members.participant_id])

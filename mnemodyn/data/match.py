@@ -1,7 +1,7 @@
 """A program by itself: which paths match a cohort's patterns. In a process of its own, an endless match can be stopped.
 
-It reads ``[patterns, paths]`` from its input and writes ``[path, groups]`` of every match of the first pattern that
-has any, both as JSON.
+It reads ``[patterns, paths]`` from its input and writes, for every pattern, ``[number of the path, groups]`` of its
+matches, both as JSON.
 """
 
 import json
@@ -15,10 +15,8 @@ def main() -> None:
     found = []
     for pattern in patterns:
         expression = re.compile(pattern)
-        matches = [expression.fullmatch(path) for path in paths]
-        found = [[match[0], match.groupdict()] for match in matches if match]
-        if found:
-            break
+        matches = [(i, expression.fullmatch(path)) for i, path in enumerate(paths)]
+        found.append([(i, match.groupdict()) for i, match in matches if match])
     json.dump(found, sys.stdout)
 
 
