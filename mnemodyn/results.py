@@ -86,9 +86,11 @@ def label(method: str) -> str:
 
 def literal(text: object) -> str:
     """Text from data as a line of Markdown that shows this very text: no link, no HTML, no cell of a table more."""
-    # An underscore within a word is text in any case, and other signs are where they do not begin the line.
-    active = r"[\\`*{}\[\]<>&|~$#]|(?<![A-Za-z0-9])_|_(?![A-Za-z0-9])|^[-+=:%(]|(?<=^[0-9])[.)]"
-    return re.sub(active, r"\\\g<0>", " ".join(str(text).split()))
+    line = " ".join(str(text).split())
+    # An underscore within a word is text in any case, and so are other signs but at the beginning of a line.
+    active = r"[\\`*{}\[\]<>&|~$#]|(?<![A-Za-z0-9])_|_(?![A-Za-z0-9])|^[-+=:%(]"
+    line = re.sub(active, r"\\\g<0>", line)
+    return re.sub(r"^([0-9]+)([.)])", r"\1\\\2", line)
 
 
 def verdict(low: float, high: float) -> str:

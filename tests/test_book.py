@@ -12,6 +12,7 @@ from types import SimpleNamespace
 
 import matplotlib
 import nbformat
+import pandas as pd
 import pytest
 from matplotlib import font_manager
 
@@ -40,6 +41,7 @@ ROWS = [
     {**ROW, "method": "model", "against": "fc", "value": -0.01, "low": -0.02, "high": -0.005}
     | {"p": 0.0123},
     {**ROW, "method": "fc", "data": "E", "value": 0.7},
+    {**ROW, "method": "m|*x*", "data": "<img/src=x onerror=alert(1)>\n|", "value": 0.5},
 ]
 
 
@@ -181,8 +183,21 @@ def test_a_book_is_built_of_pages_that_are_here_and_says_which_are_not(book):
 
     assert "MnemoDyn \N{MINUS SIGN} functional connectivity (FC)" in pages["tables"]
     assert "published" in pages["tables"]
+    # Text from data is text on the page.
+    assert (
+        "<img/src=x onerror=alert(1)> | diagnosis m|*x* balanced_accuracy 0.500" in pages["tables"]
+    )
+    assert "D, E, <img/src=x onerror=alert(1)> |" in pages["status"]
     assert "versions and seeds" in pages["tables"]
     assert "0.600 to 0.700" in pages["scores"]
+
+
+def test_a_table_on_a_page_shows_text_from_data_as_text():
+    nasty = "<img/src=x/onerror=alert(1)>"
+    shown = figures.table(pd.DataFrame({f"a{nasty}": [f"{nasty}\n&|"], "n": [-1.5]})).data
+    assert "<img" not in shown
+    assert shown.count("&lt;img/src=x/onerror=alert(1)&gt;") == 2
+    assert "\N{MINUS SIGN}1.500" in shown
 
 
 def test_a_stub_goes_when_its_page_has_been_made(book):

@@ -5,6 +5,7 @@ import os
 import re
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,7 @@ import pytest
 import yaml
 
 from mnemodyn.cli import main
-from mnemodyn.data.cohorts import index, load_cohort, shipped
+from mnemodyn.data.cohorts import SHIPPED, index, load_cohort, shipped
 from mnemodyn.data.scans import DataError
 
 PAGE = Path(__file__).parents[1] / "book" / "own_data.md"
@@ -338,6 +339,220 @@ def test_scans_alone_are_a_cohort(tmp_path, data):
     assert len(found.table) == 5
     assert found.summary()["problems"] == {"no-phenotype": 5}
     assert "in the folder; put it there, or give its place" in found.excluded.message[0]
+
+
+HEADER = "id\tage\tscore\n"
+ROWS = "sub-01\t24\t50\nsub-02\t23\t60\n"
+TRUE = {"sub-01": (24, 50), "sub-02": (23, 60)}
+
+
+def read(folder, text, name="p.tsv", people=("01", "02")):
+    """Age and score of every participant of a folder with this table, and the index."""
+    for who in people:
+        scan(folder / "scans" / f"sub-{who}_timeseries.tsv", int(who) + 100 * len(who))
+    content = text if isinstance(text, bytes) else text.encode()
+    (folder / "scans" / name).write_bytes(content)
+    score = {"name": "score", "column": "score", "kind": "regression"}
+    (folder / "c.yaml").write_text(
+        yaml.safe_dump(
+            {
+                "scans": "**/sub-{participant}_*.tsv",
+                "reader": {"t_r": 2.0},
+                "phenotype": {"file": name, "match": {"id": "{participant}"}},
+                "age": "age",
+                "targets": ["age", score],
+            }
+        )
+    )
+    found = index(folder / "c.yaml", folder / "scans")
+    values = zip(found.table.age, found.table.score, strict=True)
+    return dict(zip(found.table.participant_id, values, strict=True)), found
+
+
+@pytest.mark.parametrize(
+    ("text", "name"),
+    [
+        (HEADER + ROWS.replace("\n", "\t\n"), "p.tsv"),
+        (HEADER + ROWS.replace("\n", "\t\t\n"), "p.tsv"),
+        (HEADER.replace("\n", "\t\n") + ROWS.replace("\n", "\t\n"), "p.tsv"),
+        (HEADER.replace("\n", "\t\n") + ROWS, "p.tsv"),
+        ((HEADER + ROWS.replace("\n", "\t\n")).replace("\t", ","), "p.csv"),
+        ((HEADER + ROWS).replace("\t", ","), "p.CSV"),
+        ("\ufeff" + HEADER + ROWS, "p.tsv"),
+        ((HEADER + ROWS).encode("utf-16"), "p.tsv"),
+        ((HEADER + ROWS).replace("\n", "\r\n"), "p.tsv"),
+        ((HEADER + ROWS).replace("\n", "\r"), "p.tsv"),
+        ("\n" + HEADER + "\n" + ROWS + "\t\t\n\n", "p.tsv"),
+        (" ID\tAge \tSCORE\n" + ROWS, "p.tsv"),
+        (HEADER.replace("\n", "\tAge\n") + ROWS.replace("\n", "\t99\n"), "p.tsv"),
+        ('id,age,score,note\nsub-01,24,50,"two\nlines"\n"sub-02","23",60.0,\n', "p.csv"),
+        (HEADER.replace("\n", "\tkey\tline\n") + ROWS.replace("\n", "\tk\tl\n"), "p.tsv"),
+        (HEADER + ROWS.replace("sub-0", ""), "p.tsv"),
+        (HEADER + ROWS.replace("sub-0", "sub-000"), "p.tsv"),
+        (HEADER + ROWS + "1\t24.0\t50.00\n", "p.tsv"),  # the same row again
+    ],
+)
+def test_everybody_keeps_their_own_numbers(tmp_path, text, name):
+    assert read(tmp_path, text, name)[0] == TRUE
+
+
+@pytest.mark.parametrize(
+    ("text", "problem", "message"),
+    [
+        (HEADER + ROWS + "sub-03\t1\t2\t3\n", "columns", "line 4 has 4 cells, the header 3"),
+        (HEADER + ROWS + "sub-03\t1\n", "columns", "line 4 has 2 cells"),
+        (HEADER + ROWS.replace("50\n", "50\t\n"), "columns", "line 3 has 3 cells"),
+        (HEADER + "\t" + ROWS, "columns", "line 2 has 4 cells"),
+        ("id\tage\t\tscore\n" + ROWS.replace("\n", "\t\n"), "columns", "without a name"),
+        (HEADER.replace("score", "age") + ROWS, "columns", r"'age' \(2\), 'age' \(3\)"),
+        ("id\tAge\tAGE\n" + ROWS, "columns", "several columns could be 'age'"),
+        (HEADER + ROWS.replace("50", '"50'), "quotes", "line 3: wrong quotes"),
+        (HEADER + '"sub-01\t24\t50\nsub-02"\t23\t60\n', "quotes", "goes on over rows.* line 3"),
+        (HEADER + ROWS.replace("24", '"2"4'), "quotes", "line 2: wrong quotes"),
+        ((HEADER + ROWS).replace("\t", ","), "no-phenotype", "'id,age,score'.*separated by tabs"),
+        (ROWS, "no-phenotype", "no column 'id'"),
+        ("", "no-phenotype", "no column 'id'"),
+        (
+            HEADER + ROWS.replace("50", "50,5"),
+            "unexpected-label",
+            "'50,5'.*line 2 of p.tsv.*a point",
+        ),
+        (HEADER + ROWS.replace("50", "-999"), "unexpected-label", "none negative, found '-999'"),
+        (HEADER + ROWS.replace("50", "2-Jan"), "unexpected-label", "found '2-Jan' .*line 2"),
+        ((HEADER + ROWS + "M\xfcller\t1\t2\n").encode("latin-1"), "encoding", r"line 4.*\\xfc"),
+        ((HEADER + ROWS).encode("utf-16-le"), "encoding", "zero bytes"),
+        (b"PK\x03\x04\x00", "encoding", "save the table as text"),
+    ],
+)
+def test_a_table_that_could_be_misread_is_refused(tmp_path, text, problem, message):
+    with pytest.raises(DataError, match=message) as caught:
+        read(tmp_path, text)
+    assert caught.value.problem == problem
+    assert "p.tsv" in str(caught.value)
+
+
+def test_a_table_that_was_not_fetched_is_not_absent(tmp_path):
+    (tmp_path / "scans").mkdir()
+    (tmp_path / "c.yaml").write_text("scans: '*.tsv'\n")
+    scan(tmp_path / "scans" / "sub-1_timeseries.tsv", 1)
+    (tmp_path / "scans" / "participants.tsv").symlink_to("../.git/annex/x")
+    with pytest.raises(DataError, match="participants.tsv"):
+        index(tmp_path / "c.yaml", tmp_path / "scans")
+
+
+def test_a_spreadsheets_errors_and_rows_of_nobody(tmp_path):
+    text = HEADER + ROWS.replace("50", "#REF!").replace("60", "#N/A") + "\t31\t70\n"
+    values, found = read(tmp_path, text)
+    assert [age for age, _ in values.values()] == [24, 23]
+    assert found.table.score.isna().all()
+    assert found.notes == ["p.tsv: 1 rows name nobody, such as line 4"]
+
+
+def test_identifiers_that_differ_in_zeros_are_matched_where_one_fits(tmp_path):
+    people = ("01", "001", "7")
+    values, found = read(
+        tmp_path, HEADER + "01\t24\t50\n001\t23\t60\n0007\t22\t70\n", people=people
+    )
+    assert values == {"sub-01": (24, 50), "sub-001": (23, 60), "sub-7": (22, 70)}
+    assert "1 identifiers are matched without zeros" in str(found)
+    # One row cannot be that of two people, and two rows not that of one.
+    values, found = read(tmp_path, HEADER + "01\t24\t50\n0007\t22\t70\n7\t9\t70\n", people=people)
+    assert values["sub-01"] == (24, 50)
+    assert np.isnan([values["sub-001"], values["sub-7"]]).all()
+    assert excluded(found) == [
+        ("sub-001_timeseries.tsv", "ambiguous-identifier", "targets"),
+        ("sub-7_timeseries.tsv", "contradictory-phenotype", "targets"),
+    ]
+    assert "rows of '7', lines 3, 4, that differ in age" in found.excluded.message[1]
+
+
+def test_columns_of_bids_in_other_letters_and_those_that_are_absent(data):
+    for path in data.rglob("*.tsv"):
+        path.with_suffix(".json").write_text('{"RepetitionTime": 0.8}')
+    table = "participant_id\tAge\tsex \n01\t20\tF\n02\t30\tMALE\n"
+    (data / "participants.tsv").write_text(table)
+    found = index("bids", data)
+    assert list(found.table.sex.dropna()) == ["female", "male"]
+    assert list(found.table.age.dropna()) == [20, 30]
+    assert "participants.tsv: no column 'site'; it has ['participant_id', 'Age', 'sex']" in str(
+        found
+    )
+    assert found.summary()["notes"] == found.notes
+
+
+def test_a_pattern_that_never_ends_is_stopped(tmp_path, data, monkeypatch):
+    (data / ("x" * 60)).touch()
+    stopped = subprocess.run
+    monkeypatch.setattr(subprocess, "run", lambda *a, **k: stopped(*a, **{**k, "timeout": 0.5}))
+    for pattern in ("{a:(x+x+)+y}", "{a:(x|x)+y}", "*x*x*x*x*x*x*x*x*x*x*x*x*y"):
+        with pytest.raises(DataError, match="could not be matched within .* simpler"):
+            index(describe(tmp_path, scans=pattern), data)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (
+            "scans: x\nreader: {t_r_by_site: {site: {NYU: }}}",
+            "reader: t_r_by_site: site: .* number",
+        ),
+        ("scans: x\nt_r_by_site: {site: {NYU: }}", "unknown key 't_r_by_site'"),
+        ("scans: x\nrun: '{run'", "run: '{run': braces must hold the name of an entity"),
+        ("scans: x\nrun: 'run}'", "run: .* braces"),
+        ("scans: x\nrun: '{run:>9999999999}'", "run: .* braces"),
+        ("scans: x\nrun: '{run.__class__}'", "run: .* braces"),
+        ("scans: x\nphenotype: {match: {id: '{0}'}}", "phenotype: match: id: .* braces"),
+        ("scans: 'sub-{participant_*'", "scans: 0: .* an entity is"),
+        ("scans: 'sub-participant}_*'", "scans: 0: .* an entity is"),
+        ("scans: '{a:x{9999999999999}}'", "no valid pattern"),
+        ("scans: '{a:[[x]}'", "no valid pattern"),
+        ("scans: x\nmissing: [[1]]", r"missing: 0: must be text or a number, got \[1\]"),
+        ("scans: x\nsex: {column: s, mapping: {true: male}}", "text or a number, got True"),
+        ("scans: x\nsex: {column: s, mapping: {1: male, '1.0': female}}", "'1' is mapped twice"),
+        ("scans: x\nmissing: &a [x]\nrun: *a", r"line 3: write out what \*a stands for"),
+        ("[" * 1000, "more than 50 lists or mappings"),
+        ("scans: x\nmissing: [" + "1, " * 200_000 + "]", "600,020 characters of YAML"),
+        ("scans: x\nreader: {t_r: " + "9" * 5000 + "}", "not valid YAML"),
+        ("scans: !!int ''", "not valid YAML"),
+    ],
+)
+def test_descriptions_that_could_hang_or_do_harm_are_refused(tmp_path, text, message):
+    (tmp_path / "c.yaml").write_text(text)
+    with pytest.raises(DataError, match=f"c.yaml: .*{message}"):
+        load_cohort(tmp_path / "c.yaml")
+
+
+def test_damaged_descriptions_are_named(tmp_path):
+    pieces = [
+        "{",
+        "}",
+        "[",
+        ": ",
+        "- ",
+        "&a ",
+        "*a",
+        "!!int ",
+        "'",
+        "~",
+        "\n",
+        "{a:",
+        "9" * 20,
+        "? ",
+        "é",
+    ]
+    rng = np.random.default_rng(0)
+    path = tmp_path / "c.yaml"
+    original = (SHIPPED / "adhd200.yaml").read_text(encoding="utf-8")
+    for _ in range(60):
+        place = int(rng.integers(len(original)))
+        path.write_text(original[:place] + rng.choice(pieces) + original[place + 1 :], "utf-8")
+        with suppress(DataError):
+            load_cohort(path)
+
+
+def test_families_of_a_description_join_whatever_zeros(tmp_path, data):
+    found = index(describe(tmp_path, families=[["sub-1", "sub-0002"]]), data)
+    assert found.table.family[0] == found.table.family[1] != found.table.family[2]
 
 
 def test_the_pages_example_runs(tmp_path):

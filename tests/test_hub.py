@@ -110,6 +110,25 @@ def test_the_card_states_what_the_run_states(run, tmp_path):
     compile(code, "card", "exec")
 
 
+def test_text_from_data_is_text_on_the_card(run, tmp_path):
+    nasty = "<img src=x onerror=alert(1)>\n---\n|"
+    checkpoint = from_pretrained(run)
+    training = {**checkpoint.training, "objective": {"name": nasty}, "settings": {nasty: nasty}}
+    parcels = ("=1+1", "a\nb", "c|d", *PARCELS[3:])
+    save_checkpoint(tmp_path / "run", replace(checkpoint, training=training, parcels=parcels))
+    about = {"data": nasty, "task": nasty, "method": "model", "score": "r2", "kind": "real"}
+    write_results(tmp_path / "r.csv", [{**about, "value": 0.5}])
+    folder = write_folder(tmp_path / "run", tmp_path / "out", results=[tmp_path / "r.csv"])
+    card = huggingface_hub.ModelCard.load(folder / "README.md")
+    assert "<" not in card.text.replace("\\<", "")
+    shown = r"\<img src=x onerror=alert(1)\> --- \|"
+    assert f"| {shown} (real) | {shown} | MnemoDyn | r2 | 0.500 |" in card.text
+    assert card.data.eval_results[0].dataset_name == f"{nasty} (real)"
+    assert (folder / "parcels.tsv").read_text().splitlines()[1] == "0\t'=1+1"
+    with pytest.raises(HubError):
+        write_folder(run, tmp_path / "out", repo_id='x")\nimport os')
+
+
 def test_a_card_without_results(run, tmp_path):
     shutil.copytree(run / "best", tmp_path / "alone")
     folder = write_folder(tmp_path / "alone", tmp_path / "out")

@@ -1,9 +1,13 @@
 """The one format of results: what is refused, and that a table comes back as it was written."""
 
+import html
+import re
+
 import pandas as pd
 import pytest
 
-from mnemodyn.results import COLUMNS, label, read_results, verdict, write_results
+from mnemodyn.files import table_text
+from mnemodyn.results import COLUMNS, label, literal, read_results, verdict, write_results
 
 ROW = {"data": "HCP-7", "task": "hidden entries", "method": "model", "score": "r2"}
 ROW.update(value=0.5, kind="real")
@@ -53,6 +57,52 @@ def test_another_table_is_named(tmp_path):
     (tmp_path / "other.csv").write_text("a,b\n1,2\n")
     with pytest.raises(ValueError, match=r"other.csv: expected the columns"):
         read_results(tmp_path / "other.csv")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "<img/src=x/onerror=alert(1)>",
+        "</td><script>alert(1)</script>",
+        "a|b \\|c \\",
+        "two\nlines\r\n\n# and more",
+        "*x* _y_ `z` ~~w~~ ``` [l](javascript:alert(1)) ![i](x) <http://x> &lt;b&gt; &amp;",
+        "# h",
+        "- l",
+        "+ l",
+        "> q",
+        "1. x",
+        "12) x",
+        "---",
+        "===",
+        "snake_case_name",
+        "{math}`x` $y$ %",
+    ],
+)
+def test_text_from_data_is_shown_as_it_is(text):
+    markdown = pytest.importorskip("markdown_it").MarkdownIt("commonmark").enable("table")
+    expected = " ".join(text.split())
+    alone = markdown.render(literal(text))
+    cell = markdown.render(f"| a | b |\n| --- | --- |\n| {literal(text)} | end |\n")
+    assert html.unescape(alone.removeprefix("<p>").removesuffix("</p>\n")) == expected
+    assert html.unescape(re.findall("<td>(.*?)</td>", cell)[0]) == expected
+
+
+def test_a_formula_stays_text_in_a_spreadsheet(tmp_path):
+    rows = [
+        ROW | {"data": text, "value": -0.5} for text in ("=1+1", "+a", "-b", "@c", " =d", "-0.5")
+    ]
+    write_results(tmp_path / "a.csv", rows)
+    assert read_results(tmp_path / "a.csv")["data"].astype(str).tolist() == [
+        "'=1+1",
+        "'+a",
+        "'-b",
+        "'@c",
+        "' =d",
+        "-0.5",
+    ]
+    assert (read_results(tmp_path / "a.csv")["value"] == -0.5).all()
+    assert table_text(pd.DataFrame({"=x": ["=y"]}), "\t") == "'=x\n'=y\n"
 
 
 def test_words():

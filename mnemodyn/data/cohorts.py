@@ -742,28 +742,43 @@ def _decoded(file: Path) -> str:
 
 
 def _rows(file: Path) -> Iterator[tuple[int, list[str]]]:
-    """Number and cells of every line of a table, the header first; a line with other cells than it is refused."""
+    """Number and cells of every line of a table, the header first; a line with fewer or more cells is refused."""
     separator = "," if file.suffix.lower() == ".csv" else "\t"
     reader = csv.reader(io.StringIO(_decoded(file), newline=None), delimiter=separator, strict=True)
-    n_columns = line = 0
+    header: list[str] = []
+    n_cells = line = 0
     try:
         for row in reader:
             line, last = reader.line_num, line
-            # A separator at the end of a line is no column.
-            while row and not row[-1].strip() and (len(row) > n_columns or not n_columns):
-                row.pop()
             if not "".join(row).strip():
                 continue
-            n_columns = n_columns or len(row)
             # A quote without its partner makes one cell of several rows.
             if line > last + 1 and any("\n" in cell and separator in cell for cell in row):
                 refuse(
                     f"a quoted cell goes on over rows, up to line {line}: {_short(row)}", "quotes"
                 )
-            if len(row) != n_columns:
-                found = f"line {line} has {len(row)} cells, the header {n_columns}: {_short(row)}"
-                remedy = f"a cell with {separator!r} in it needs quotes, one without a value n/a"
-                refuse(f"{found}; {remedy}", "columns")
+            if not header:
+                while not row[-1].strip():
+                    row.pop()
+                header = row
+                # The first may be without one, as pandas leaves it above its index.
+                nameless = [i for i, name in enumerate(header) if i > 0 and not name.strip()]
+            else:
+                # All rows may end in a separator more, or in several, with nothing behind.
+                n_cells = n_cells or max(len(row), len(header))
+                if len(row) != n_cells or "".join(row[len(header) :]).strip():
+                    found = (
+                        f"line {line} has {len(row)} cells, the header {len(header)}: {_short(row)}"
+                    )
+                    remedy = (
+                        f"a cell with {separator!r} in it needs quotes, one without a value n/a"
+                    )
+                    refuse(f"{found}; {remedy}", "columns")
+                if any(row[i].strip() for i in nameless):
+                    refuse(
+                        f"line {line} has a cell in a column without a name: {_short(row)}",
+                        "columns",
+                    )
             yield line, row
     except csv.Error as error:
         refuse(f"line {reader.line_num}: wrong quotes ({error})", "quotes")
