@@ -224,7 +224,7 @@ def test_files_that_grow_are_refused_before_they_are_read(tmp_path, monkeypatch)
         for i in range(40):
             archive.writestr(f"a{i}.npy", npy(np.zeros((100, 90))))
     assert many.stat().st_size < 2**16
-    assert problem(many, t_r=2, frames_first=True) == "too-large"
+    assert problem(many, r"key.*a0 \(100, 90\), a1", t_r=2, frames_first=True) == "key"
     values = load_scan(
         many, t_r=2, frames_first=True, key="a7", max_constant_parcels=100, interpolate=False
     ).values
@@ -238,8 +238,7 @@ def test_files_that_grow_are_refused_before_they_are_read(tmp_path, monkeypatch)
     assert problem(tmp_path / "sub-03.npy", t_r=2, frames_first=True) == "truncated"
     np.save(tmp_path / "sub-04.npy", np.zeros((2**10, 2**9)))
     assert problem(tmp_path / "sub-04.npy", t_r=2, frames_first=True) == "too-large"
-    arrays = {f"a{i}": np.zeros((100, 100)) for i in range(40)}
-    savemat(tmp_path / "sub-05.mat", arrays, do_compression=True)
+    savemat(tmp_path / "sub-05.mat", {"a": np.zeros((2**10, 2**9))}, do_compression=True)
     assert (tmp_path / "sub-05.mat").stat().st_size < 2**16
     assert problem(tmp_path / "sub-05.mat", t_r=2, frames_first=True) == "too-large"
     text = tmp_path / "sub-06_timeseries.tsv"

@@ -94,7 +94,9 @@ def test_links_to_nothing_are_named_and_stop_nothing(tmp_path, capsys):
     }
     for excluded in (plain.excluded, index("bids", tmp_path).excluded):
         whole = excluded[excluded["problem"] != "no-phenotype"]
-        named = {file.split("sub-")[1][:2]: name for file, name in zip(whole.file, whole.problem)}
+        named = {
+            file.split("sub-")[1][:2]: name for file, name in whole[["file", "problem"]].to_numpy()
+        }
         assert named == expected
     assert main(["index", "bids", str(tmp_path)]) == 0
     assert "not-fetched (3)" in capsys.readouterr().out

@@ -162,10 +162,10 @@ def present(path: Path) -> bool:
                 f"{path.name}: only a pointer to content that is not here; {fetch}", "not-fetched"
             )
         return True
-    if os.path.islink(path):
-        refuse(f"{path.name}: a link to nothing; {fetch}", "not-fetched")
     if os.path.exists(path):
         refuse(f"{path.name}: no plain file", "no-file")
+    if os.path.islink(path):
+        refuse(f"{path.name}: a link to nothing; {fetch}", "not-fetched")
     return False
 
 
@@ -394,23 +394,16 @@ def _table(text: str, separator: str, header: list[str] | None) -> np.ndarray:
 # Arrays
 
 
-def _choose(key: str | None, found: Mapping[str, np.ndarray]) -> Raw:
-    """The one two-dimensional array, or the one that `key` names."""
-    if key is None and len(found) == 1:
-        key = next(iter(found))
-    if key is None or key not in found:
-        listed = ", ".join(f"{name} {array.shape}" for name, array in list(found.items())[:10])
+def _choose(key: str | None, shapes: Mapping[str, tuple[int, ...]]) -> str:
+    """The name of the one table, or `key`; a DataError if that cannot be told, or it is too large."""
+    tables = [name for name, shape in shapes.items() if len(shape) == 2 and min(shape) > 1]
+    if key is None and len(tables) == 1:
+        key = tables[0]
+    if key is None or key not in shapes:
+        listed = ", ".join(f"{name} {shapes[name]}" for name in tables[:10])
         refuse(f"key must say which array is the scan, got {key!r}; there are: {listed}", "key")
-    return Raw(found[key])
-
-
-def _wanted(key: str | None, shapes: Mapping[str, tuple]) -> list[str]:
-    """Names of the tables that may be the scan: the one of `key`, or all; a DataError if they are too large."""
-    wanted = [name for name, shape in shapes.items() if len(shape) == 2 and min(shape) > 1]
-    if key is not None and key in shapes:
-        wanted = [key]
-    check_size(sum(8.0 * np.prod(shapes[name], dtype=float) for name in wanted))
-    return wanted
+    check_size(8.0 * np.prod(shapes[key], dtype=float))
+    return key
 
 
 def _npy(path: Path, key: str | None) -> Raw:
@@ -431,7 +424,7 @@ def _npz(path: Path, key: str | None) -> Raw:
                     shapes[name.removesuffix(".npy")] = () if kind.hasobject else shape
     # numpy leaves a damaged file open that it has opened itself.
     with open(path, "rb") as stream, np.load(stream, allow_pickle=False) as arrays:
-        return _choose(key, {name: arrays[name] for name in _wanted(key, shapes)})
+        return Raw(arrays[_choose(key, shapes)])
 
 
 def _mat(path: Path, key: str | None) -> Raw:
@@ -439,13 +432,10 @@ def _mat(path: Path, key: str | None) -> Raw:
         start = stream.read(10)
     if start == b"MATLAB 7.3":
         refuse("MATLAB's 7.3 format is not read; save it with: save -v7", "mat-7.3")
-    numeric = ("double", "single", "int", "uint", "logical")
-    shapes = {name: shape for name, shape, kind in whosmat(path) if kind.startswith(numeric)}
-    found = {}
-    for name, array in loadmat(path, variable_names=_wanted(key, shapes)).items():
-        if isinstance(array, np.ndarray) and array.dtype.kind in "iuf":
-            found[name] = array
-    return _choose(key, found)
+    numbers = ("double", "single", "int", "uint", "logical")
+    shapes = {name: shape for name, shape, kind in whosmat(path) if kind.startswith(numbers)}
+    key = _choose(key, shapes)
+    return Raw(loadmat(path, variable_names=[key])[key])
 
 
 # By the end of the name.
