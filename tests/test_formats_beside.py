@@ -125,8 +125,6 @@ def test_times_as_xcpd_states_them(tmp_path):
     assert problem(together, "disagree") == "t-r-conflict"
     state(folder / f"sub-01_task-rest_run-2_{denoised}", RepetitionTime=0.8)
     assert load_scan(together).t_r == 0.8
-    state(scan.with_suffix(".json"), SamplingFrequency=0.5)
-    assert load_scan(scan).t_r == 2
 
 
 @pytest.mark.parametrize(

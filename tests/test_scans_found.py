@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -63,8 +64,6 @@ def test_links_are_followed_once_and_loops_end(tmp_path):
     (view / "sub-03" / "latest").symlink_to(".")
     (view / "sub-03" / "raw").symlink_to("../..")
     (view / "a_task-rest_seg-X_timeseries.tsv").symlink_to("a_task-rest_seg-X_timeseries.tsv")
-    name = "sub-03_task-rest_seg-X_timeseries.tsv"
-    (view / name).symlink_to(view / "sub-03" / "func" / name)
     for found in (open_scans(view), index("bids", view)):
         assert people(found) == ["sub-01", "sub-02", "sub-03"]
     assert [path.parent.name for path in find_scans(view).files] == ["func"] * 3
@@ -129,6 +128,7 @@ def test_folders_that_cannot_be_read_are_named(tmp_path, mode):
         drop = ["setpriv", "--bounding-set", rights, "--inh-caps", rights]
     for i in range(1, 4):
         rest(tmp_path, f"0{i}", i)
+    rest(tmp_path, "04", 4).chmod(0)
     (tmp_path / "sub-02").chmod(mode)
     command = [*drop, sys.executable, "-c", CLOSED, str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -136,8 +136,8 @@ def test_folders_that_cannot_be_read_are_named(tmp_path, mode):
     lines = done.stdout.splitlines()
     assert len(lines) == 2, done.stderr
     for line in lines:
-        assert line.startswith("['sub-01', 'sub-03'] ['unreadable'] ")
-        assert line.endswith("sub-02")
+        assert line.startswith("['sub-01', 'sub-03'] ['unreadable', 'unreadable'] ")
+        assert re.search(r"sub-02 \S*sub-04_task-rest_seg-X_timeseries\.tsv$", line)
 
 
 def test_what_is_hidden_is_left_out(tmp_path):
@@ -192,7 +192,9 @@ def test_names_of_what_is_no_scan(tmp_path):
     kept = [
         "NYU_0050952_rois_cc200.1D",
         "rfMRI_REST1_LR_Atlas_MSMAll_hp2000_clean.ptseries.nii",
-        "sub-01_task-motor_timeseries.tsv",
+        "sub-01_censored_timeseries.tsv",
+        "sub-01_motion_corrected_stat-mean.csv",
+        "sub-01_task-motor_stat-median_timeseries.tsv",
         "sub-01_ts.csv",
         "sub-02_task-rest_space-fsLR_atlas-4S456Parcels_stat-mean_timeseries.tsv",
     ]
@@ -304,7 +306,7 @@ def test_a_first_frame_is_not_eaten_as_a_header(tmp_path):
     assert problem(path, t_r=2) == "header"
     path.write_text("n/a\t1.5\t2.5\n" + "1.5\t2.5\t3.5\n" * 9)
     assert problem(path, t_r=2) == "orientation"
-    for names in (range(1, 7), range(6), (1001, 1002, 1035, 2001, 2002, 2035), (5, 3, 4, 1, 2, 9)):
+    for names in (range(1, 7), range(6), (1001, 1002, 1035, 2001, 2002, 2035)):
         assert load_scan(table(path, series(1), tuple(map(str, names)))).n_frames == 40
 
 

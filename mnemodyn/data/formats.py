@@ -13,7 +13,7 @@ import re
 import warnings
 import zipfile
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
@@ -155,8 +155,11 @@ def present(path: Path) -> bool:
     fetch = "fetch its content first (datalad get, git annex get, git lfs pull), or remove it"
     if os.path.isfile(path):
         # Where there are no links, git-annex and Git LFS leave a short text in place of the content.
-        with open(path, "rb") as stream:
-            start = stream.read(30)
+        try:
+            with open(path, "rb") as stream:
+                start = stream.read(30)
+        except OSError as error:
+            refuse(f"{path.name}: cannot be read ({error.strerror})", "unreadable")
         if start.startswith((b"/annex/objects/", b"version https://git-lfs")):
             refuse(
                 f"{path.name}: only a pointer to content that is not here; {fetch}", "not-fetched"
@@ -268,8 +271,10 @@ def _text(path: Path, key: str | None) -> Raw:
         whole = all(word.strip().isdecimal() for word in header)
         if numbers and not whole:
             return Raw(_table(text, separator, None))
-        if numbers and (separator == "," or not _counts([int(word) for word in header])):
-            _check_codes(header, separator, text)
+        # BIDS gives every TSV a header, a CSV may have none. The codes of an atlas ascend, values do not.
+        if numbers and (separator == "," or (np.diff(np.array(header, float)) <= 0).any()):
+            asked = f"the first line holds whole numbers, {header[:3]}: a header or a frame?"
+            refuse(f"{asked} Name the columns in the first line", "header")
     values = _table(text, separator, header)
     # pandas numbers rows, and columns without a name: neither then says which is time.
     if header[0] == "" and header[1:] == [str(i) for i in range(len(header) - 1)]:
@@ -285,28 +290,6 @@ def _is_number(word: str) -> bool:
     except ValueError:
         return False
     return True
-
-
-def _counts(values: Sequence[float] | np.ndarray) -> bool:
-    """Whether values are 0, 1, 2, ... or 1, 2, 3, ..."""
-    return len(values) > 2 and any(
-        np.array_equal(values, np.arange(i, i + len(values))) for i in (0, 1)
-    )
-
-
-def _check_codes(header: list[str], separator: str, text: str) -> None:
-    """Raise a DataError unless a first line of whole numbers is certainly a header of codes.
-
-    BIDS gives every TSV a header, a CSV may have none. A line is one of values where a number occurs twice, or where
-    all others are whole as well and it does not ascend as an atlas's codes do.
-    """
-    codes = [int(word) for word in header]
-    if separator == "\t" and len(set(codes)) == len(codes):
-        values = _table(text, separator, header)
-        if codes == sorted(codes) or (values % 1 != 0).any():
-            return
-    asked = f"the first line holds whole numbers, {header[:3]}: a header or a frame?"
-    refuse(f"{asked} Name the columns in the first line", "header")
 
 
 # Columns of a table that are no parcels.
@@ -337,7 +320,9 @@ def only_parcels(
     for i, column in enumerate(values.T):
         name = "a parcel" if names is None else names[i].strip()
         index = INDEX.fullmatch(name) is not None
-        if (index and (np.diff(column) > 0).all()) or (i == 0 and _counts(column)):
+        steps = np.diff(column)
+        counts = i == 0 and column[0] in (0, 1) and len(column) > 2 and (steps == 1).all()
+        if counts or (index and (steps > 0).all()):
             continue
         if index or not name:
             remedy = "give it the name of its parcel, or remove it"
@@ -363,13 +348,10 @@ def is_matrix(values: np.ndarray) -> bool:
     n = len(values)
     if values.shape != (n, n) or n < 3:
         return False
-    beside = values.copy()
-    np.fill_diagonal(beside, 0)
-    diagonal = np.diag(values)
     # Of Fisher's z the diagonal is infinite or cut at a large number; some tools leave it empty.
+    diagonal = np.diag(values)
     constant = np.allclose(diagonal, diagonal[0], rtol=1e-5, atol=1e-6, equal_nan=True)
-    symmetric = np.allclose(beside, beside.T, rtol=1e-4, atol=1e-7, equal_nan=True)
-    return constant or symmetric
+    return constant or np.allclose(values, values.T, rtol=1e-4, atol=1e-7, equal_nan=True)
 
 
 def _table(text: str, separator: str, header: list[str] | None) -> np.ndarray:
@@ -481,7 +463,6 @@ def walk(folder: Path) -> Walk:
     """
     files = []
     unread = {}
-    there = set()  # the files that are no links
     # A link to a folder that holds this one would search what nobody asked for.
     seen = {str(parent) for parent in folder.resolve().parents}
     folders = [folder]
@@ -510,28 +491,14 @@ def walk(folder: Path) -> Walk:
                 unread[path] = "a link to nothing"
             else:
                 files.append(path)
-                if not link:
-                    there.add(os.path.join(real_place, name))
-    return Walk(sorted(_without_links_to(there, files), key=natural), unread)
+    return Walk(sorted(files, key=natural), unread)
 
 
-def _without_links_to(there: set[str], files: list[Path]) -> Iterator[Path]:
-    """Files but for links to one of the same name that is there itself."""
-    for path in files:
-        target = os.path.realpath(path)
-        # Under another name it may be another person's, which is said where scans are compared.
-        if target not in there or not os.path.islink(path) or Path(target).name != path.name:
-            yield path
-
-
-def natural(text: str | Path) -> list[list[Any]]:
+def natural(text: str | Path) -> list[Any]:
     """A key to sort by in which sub-2 comes before sub-10."""
-    ordered = []
-    for part in Path(text).parts:
-        words: list[Any] = re.split(r"([0-9]+)", part)
-        words[1::2] = map(int, words[1::2])
-        ordered.append(words)
-    return ordered
+    words: list[Any] = re.split(r"([0-9]+)", str(text))
+    words[1::2] = map(int, words[1::2])
+    return words
 
 
 def participant(path: Path) -> str:
@@ -678,13 +645,8 @@ def _json(file: Path) -> dict[str, Any]:
 
 
 def _stated(file: Path) -> float | None:
-    """``RepetitionTime`` of a JSON file, if there is one; or else from a ``SamplingFrequency`` in Hz."""
-    content = _json(file)
-    stated = content.get("RepetitionTime")
-    frequency = content.get("SamplingFrequency", 0)
-    # XCP-D writes "TR" there.
-    if stated is None and type(frequency) in (int, float) and frequency > 0:
-        stated = 1.0 / frequency
+    """``RepetitionTime`` of a JSON file, if there is one."""
+    stated = _json(file).get("RepetitionTime")
     if stated is None or (type(stated) in (int, float) and abs(stated) < 1e9):
         return stated
     found = f"must be a number of seconds, got {str(stated)[:40]!r}"
