@@ -12,7 +12,7 @@ import pandas as pd
 import pytest
 from nibabel.cifti2 import Cifti2Image, LabelAxis, ScalarAxis
 
-from mnemodyn.cli import main
+from mnemodyn.cli import main, say_left_out
 from mnemodyn.data import formats
 from mnemodyn.data.cohorts import index
 from mnemodyn.data.collection import open_scans
@@ -82,6 +82,7 @@ def test_links_to_nothing_are_named_and_stop_nothing(tmp_path, capsys):
     lfs = rest(tmp_path, "07", 7)
     lfs.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n")
     os.mkfifo(tmp_path / "sub-08_timeseries.tsv")
+    (tmp_path / os.fsdecode(b"sub-09_\xff_timeseries.tsv")).touch()
     plain = open_scans(tmp_path)
     assert people(plain) == ["sub-01", "sub-02", "sub-03"]
     expected = {
@@ -90,6 +91,7 @@ def test_links_to_nothing_are_named_and_stop_nothing(tmp_path, capsys):
         "06": "not-fetched",
         "07": "not-fetched",
         "08": "no-file",
+        "09": "unreadable",
     }
     for excluded in (plain.excluded, index("bids", tmp_path).excluded):
         whole = excluded[excluded["problem"] != "no-phenotype"]
@@ -99,6 +101,8 @@ def test_links_to_nothing_are_named_and_stop_nothing(tmp_path, capsys):
         assert named == expected
     assert main(["index", "bids", str(tmp_path)]) == 0
     assert "not-fetched (3)" in capsys.readouterr().out
+    say_left_out(plain)
+    assert "left out 3, not-fetched: sub-04_task-rest" in capsys.readouterr().err
     with pytest.raises(DataError, match="a link to nothing; fetch") as caught:
         load_scan(broken)
     assert caught.value.problem == "not-fetched"

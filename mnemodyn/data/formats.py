@@ -482,7 +482,11 @@ def walk(folder: Path) -> Walk:
         for name in names:
             path = place / name
             link = os.path.islink(path)
+            plain_name = name.encode("utf-8", "replace").decode()
             if name.startswith(HIDDEN):
+                continue
+            if name != plain_name:
+                unread[place / plain_name] = "the name is not UTF-8"
                 continue
             if os.path.isdir(path):
                 following = links if link else folders

@@ -227,14 +227,12 @@ def agree_on_t_r(
         source = next(iter(known))
         return known[source], source
     # Where a file states two times, yours says which of them is right.
-    if (
-        len(known) == 3
-        and min(abs(known["setting"] - t_r) for t_r in list(known.values())[:2]) < 1e-3
-    ):
+    near = [name for name in known if abs(known[name] - known.get("setting", np.inf)) <= 1e-3]
+    if len(known) == 3 and len(near) == 2:
         return known["setting"], "setting"
     remedy = "give the right one as t_r (--t-r); it decides where a header and a sidecar differ"
     if "setting" in known:
-        remedy = "correct RepetitionTime in the JSON sidecar, or give override_t_r=True"
+        remedy = "to use yours, write it as RepetitionTime in the JSON sidecar, or set override_t_r"
     refuse(f"repetition times differ, in seconds: {known}; {remedy}", "t-r-conflict")
 
 
