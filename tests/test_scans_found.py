@@ -183,6 +183,7 @@ NO_SCANS = [
     "sub-01_design.csv",
     "sub-01_X.xmat.1D",
     "dfile_rall.1D",
+    "ROICorrelation_FisherZ_sub-01.mat",
     "outcount_rall.1D",
     "participants_sub-01_phenotypes.csv",
 ]
@@ -195,6 +196,7 @@ def test_names_of_what_is_no_scan(tmp_path):
         find_scans(tmp_path)
     kept = [
         "NYU_0050952_rois_cc200.1D",
+        "ROISignals_sub-01.mat",
         "rfMRI_REST1_LR_Atlas_MSMAll_hp2000_clean.ptseries.nii",
         "sub-01_censored_timeseries.tsv",
         "sub-01_motion_corrected_stat-mean.csv",
@@ -294,6 +296,9 @@ def test_index_columns_anywhere_and_of_no_order(tmp_path):
     assert load_scan(tmp_path / "sub-02.npy", t_r=2, frames_first=False).values.shape == (40, 6)
     values[3, -1] = 0
     assert problem(table(path, values, ("", *NAMES, "time"))) == "header"
+    values[:, -1] = 7
+    names = ("", *NAMES, "subject")
+    assert problem(table(path, values, names), max_constant_parcels=9) == "header"
     names = ("framewise_displacement", "csf", "x", "y", "z", "rot_x")
     assert problem(table(path, series(1), names)) == "not-a-series"
     assert problem(table(path, series(1)[:, :2], ("csf", "white_matter"))) == "not-a-series"

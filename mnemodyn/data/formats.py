@@ -296,6 +296,7 @@ def _is_number(word: str) -> bool:
 INDEX = re.compile(
     r"(?i)|unnamed: ?\d+.*|index|idx|(frame|volume|vol|tr|time)s?([ _.]?(index|idx|number|no|nr|id|point|s|sec|ms)s?)?"
     r"|time ?[\[(]\w+[\])]|timestamp|row|onset|sec|seconds"
+    r"|(subject|participant|session|run|site|group)([ _.]?(id|no|nr|number))?"
 )
 # Names that no part of a brain has, and tissues, which an atlas has beside others only.
 NUISANCE = re.compile(
@@ -383,7 +384,9 @@ def _choose(key: str | None, shapes: Mapping[str, tuple[int, ...]]) -> str:
         key = tables[0]
     if key is None or key not in shapes:
         listed = ", ".join(f"{name} {shapes[name]}" for name in tables[:10])
-        refuse(f"key must say which array is the scan, got {key!r}; there are: {listed}", "key")
+        refuse(
+            f"key (--key) must say which array is the scan, got {key!r}; there are: {listed}", "key"
+        )
     check_size(8.0 * np.prod(shapes[key], dtype=float))
     return key
 

@@ -372,7 +372,7 @@ def _oriented(
     found = raw.parcels
     if found is None:
         if frames_first is None:
-            remedy = "give frames_first=True if rows are frames, False if rows are parcels"
+            remedy = "give frames_first=True (--frames-first) if rows are frames, or False (--no-frames-first)"
             asked = f"the file does not say which axis of its {values.shape} is time"
             refuse(f"{asked}; {remedy}", "orientation")
         if not frames_first:
@@ -479,7 +479,7 @@ _NO_SCAN = re.compile(
     # atlases, maps and people
         |dseg|labels?|lut|lookup|coverage|alff|reho|participants|phenotypes?|demographics|sessions)$
     # the first word, as AFNI and many scripts have it
-    |^(dfile|outcount|mot|motion|censor|fc|corr|connectivity|confounds)[_.]|\.xmat$
+    |^(dfile|outcount|mot|motion|censor|fc|[a-z]*corr[a-z]*|connectivity|confounds)[_.]|\.xmat$
     """,
     re.VERBOSE | re.IGNORECASE,
 )
