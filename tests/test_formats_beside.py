@@ -167,6 +167,7 @@ def lines(marks, header="framewise_displacement"):
     ("text", "expected"),
     [
         (lines(OUT).partition("\n")[2], "header"),
+        (lines(OUT).partition("\n")[2].replace("0", "n/a", 1), "header"),
         (lines(OUT, "outlier"), "censoring"),
         (lines(OUT).replace("1", "n/a"), "censoring"),
         (lines(OUT).replace("0", "0.13"), "censoring"),

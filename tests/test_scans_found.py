@@ -232,12 +232,15 @@ def test_runs_are_not_counted_twice(tmp_path):
         for i, values in enumerate(runs, 1):
             table(stem.with_name(f"{stem.name}_dir-AP_run-{i}_seg-X_timeseries.tsv"), values)
         table(stem.with_name(f"{stem.name}_seg-X_timeseries.tsv"), np.vstack(runs))
+    for run in ("_run-1", "_run-2", ""):
+        name = f"_task-nback_dir-AP{run}_seg-X_timeseries.tsv"
+        rest(tmp_path, "04", 50 + len(run) + int(run[-1:] or 0), name)
     # One run with a number and one without are two runs.
     rest(tmp_path, "03", 3)
     rest(tmp_path, "03", 4, "_task-rest_run-2_seg-X_timeseries.tsv")
     for found in (open_scans(tmp_path), index("bids", tmp_path)):
-        assert [scan.n_frames for scan in found] == [40] * 6
-        assert (found.excluded["problem"] == "concatenation").sum() == 2
+        assert [scan.n_frames for scan in found] == [40] * 8
+        assert (found.excluded["problem"] == "concatenation").sum() == 3
     hcp = tmp_path / "hcp" / "100307" / "MNINonLinear" / "Results"
     for i, run in enumerate(("REST1_LR", "REST1_RL", "REST")):
         scan = Scan("sub-100307", series(i).astype("f4"), 0.72, NAMES)
@@ -338,6 +341,9 @@ def test_matrices_are_no_series(tmp_path):
         np.save(tmp_path / "sub-01.npy", matrix)
         assert problem(tmp_path / "sub-01.npy", t_r=2, frames_first=True) == "not-a-series"
     assert load_scan(table(tmp_path / "sub-01.csv", series(1, 6))).n_frames == 6  # square
+    for shape in ((0, 3), (3, 0), (1, 3)):
+        np.save(tmp_path / "sub-01.npy", np.ones(shape))
+        assert problem(tmp_path / "sub-01.npy", t_r=2, frames_first=True)
 
 
 def test_maps_are_no_series(tmp_path):
@@ -375,6 +381,7 @@ def test_maps_are_no_series(tmp_path):
         ("sub-01_rest_timeseries.tsv", "sub-01"),
         ("sub-projects/study/rest.ptseries.nii", ""),
         ("study/rest.ptseries.nii", ""),
+        ("sub-anna/sub-anna.csv", "sub-anna"),
     ],
 )
 def test_who_a_scan_is_of(tmp_path, monkeypatch, path, who):

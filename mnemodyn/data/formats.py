@@ -136,7 +136,7 @@ class Raw(NamedTuple):
 
 def real(values: np.ndarray) -> np.ndarray:
     """A table of real numbers as float32 in memory."""
-    if values.dtype.kind not in "iuf" or values.ndim != 2:
+    if values.dtype.kind not in "iuf" or values.ndim != 2 or not values.size:
         found = f"shape {values.shape} of {values.dtype}"
         refuse(f"expected a table of real numbers, got {found}", "not-a-table")
     with np.errstate(all="ignore"):
@@ -322,7 +322,7 @@ def only_parcels(
         name = "a parcel" if names is None else names[i].strip()
         index = INDEX.fullmatch(name) is not None
         steps = np.diff(column)
-        counts = i == 0 and column[0] in (0, 1) and len(column) > 2 and (steps == 1).all()
+        counts = i == 0 and len(column) > 2 and column[0] in (0, 1) and (steps == 1).all()
         if counts or (index and (steps > 0).all()):
             continue
         if index or not name:
@@ -515,14 +515,14 @@ def participant(path: Path) -> str:
     so that two people might become one.
     """
     folders = [folder.name for folder in path.absolute().parents]
-    for name in (stem(path.name), *folders):
+    for depth, name in enumerate([stem(path.name), *folders]):
         found = PARTICIPANT.search(name)
         if not found:
             continue
         label, rest = found[0], name[found.end() :]
         letters_only = not re.search("[0-9]", label)
         # A folder such as sub-projects is nobody's.
-        if name in folders and (found.start() > 0 or letters_only):
+        if depth and (found.start() > 0 or letters_only):
             continue
         if rest and (UNCLEAR.match(rest) or (letters_only and UNCLEAR_AFTER_LETTERS.match(rest))):
             asked = f"it is not clear where the participant's identifier ends in {name!r}"
@@ -674,7 +674,8 @@ def beside(path: Path, *endings: str) -> tuple[str, pd.DataFrame]:
         if place != path and present(place):
             with reading(place, "table of confounds"):
                 table = pd.read_csv(place, sep="\t", na_values=["n/a"]).apply(pd.to_numeric)
-                if all(_is_number(str(name)) for name in table):
+                # pandas adds .1 to a name that is there twice.
+                if all(_is_number(str(name).partition(".")[0] or "0") for name in table):
                     refuse("the first line must name the columns", "header")
                 return place.name, table
     return places[0].name, pd.DataFrame()

@@ -307,7 +307,7 @@ def load_scan(
         if isinstance(path, str | Path):
             raw = formats.read(Path(path), key)
             # A CIFTI header with a time needs no sidecar but its own; 1 s may be no more than a default.
-            sidecar = formats.sidecar_t_r(Path(path), inherited=raw.t_r in (None, 1))
+            sidecar = formats.sidecar_t_r(Path(path), inherited=raw.t_r in (None, 0, 1))
             moved = formats.motion(Path(path))
         else:
             names = None
@@ -484,7 +484,10 @@ _NO_SCAN = re.compile(
     re.VERBOSE | re.IGNORECASE,
 )
 # What tells the runs of a recording apart, in the names of BIDS and of the Human Connectome Project.
-_RUN = re.compile(r"_(run|dir)-[A-Za-z0-9]+|(?<=REST)[0-9]*_(AP|PA|LR|RL)(?![A-Za-z0-9])")
+_RUN = (
+    re.compile(r"_run-[A-Za-z0-9]+"),
+    re.compile(r"_(run|dir)-[A-Za-z0-9]+|(?<=REST)[0-9]*_(AP|PA|LR|RL)(?![A-Za-z0-9])"),
+)
 
 
 def is_no_scan(name: str) -> bool:
@@ -549,7 +552,9 @@ def choose_files(paths: list[Path], unread: dict[Path, str]) -> Found:
         other = named.get(key)
         if other is None or (path.suffix, other.suffix) == (".nii", ".tsv"):
             named[key] = path
-    runs = Counter(_RUN.sub("", str(key)) for key in named if _RUN.search(str(key)))
+    runs: Counter[str] = Counter()
+    for name in map(str, named):
+        runs.update({of_run.sub("", name) for of_run in _RUN} - {name})
     files = []
     for key, path in named.items():
         # XCP-D puts runs together where there are several, and every frame would count twice.
