@@ -754,34 +754,30 @@ def _rows(file: Path) -> Iterator[tuple[int, list[str]]]:
                 continue
             # A quote without its partner makes one cell of several rows.
             if line > last + 1 and any("\n" in cell and separator in cell for cell in row):
-                refuse(
-                    f"a quoted cell goes on over rows, up to line {line}: {_short(row)}", "quotes"
-                )
-            if not header:
+                found = f"a quoted cell goes on over rows, up to line {line}"
+                refuse(f"{found}: {_short(row)}", "quotes")
+            if header:
+                n_cells = n_cells or max(len(row), len(header))
+                _check_row(f"line {line}", row, header, n_cells)
+            else:
                 while not row[-1].strip():
                     row.pop()
-                header = row
-                # The first may be without one, as pandas leaves it above its index.
-                nameless = [i for i, name in enumerate(header) if i > 0 and not name.strip()]
-            else:
-                # All rows may end in a separator more, or in several, with nothing behind.
-                n_cells = n_cells or max(len(row), len(header))
-                if len(row) != n_cells or "".join(row[len(header) :]).strip():
-                    found = (
-                        f"line {line} has {len(row)} cells, the header {len(header)}: {_short(row)}"
-                    )
-                    remedy = (
-                        f"a cell with {separator!r} in it needs quotes, one without a value n/a"
-                    )
-                    refuse(f"{found}; {remedy}", "columns")
-                if any(row[i].strip() for i in nameless):
-                    refuse(
-                        f"line {line} has a cell in a column without a name: {_short(row)}",
-                        "columns",
-                    )
+                header = row = [name.strip() for name in row]
             yield line, row
     except csv.Error as error:
         refuse(f"line {reader.line_num}: wrong quotes ({error})", "quotes")
+
+
+def _check_row(line: str, row: list[str], header: list[str], n_cells: int) -> None:
+    """Refuse a row in which a cell may stand below another's name; all may end in the same empty cells more."""
+    if len(row) != n_cells or "".join(row[len(header) :]).strip():
+        found = f"{line} has {len(row)} cells, the header {len(header)}: {_short(row)}"
+        remedy = "a cell that holds the separator needs quotes, one without a value n/a"
+        refuse(f"{found}; {remedy}", "columns")
+    # The first may be without a name, as pandas leaves it above its index.
+    for name, cell in zip(header[1:], row[1:], strict=False):
+        if not name and cell.strip():
+            refuse(f"{line} has {cell!r} in a column without a name: {_short(row)}", "columns")
 
 
 def _short(cells: list[str]) -> str:
@@ -812,7 +808,7 @@ def _read_table(cohort: Cohort, file: Path) -> tuple[pd.DataFrame, list[str]]:
     notes = []
     with reading(file, "table"):
         rows = _rows(file)
-        header = [name.strip() for name in next(rows, (0, []))[1]]
+        header = next(rows, (0, []))[1]
         places = {name: _place(name, header) for name in required}
         for name, place in places.items():
             if place is None:
@@ -907,9 +903,8 @@ def _same_spelling(wanted: list[str], content: pd.DataFrame, notes: list[str]) -
     keys = set(content[KEY])
     respelled = sorted({name for name in wanted if name not in names and key(name) in keys})
     if respelled:
-        notes.append(
-            f"{len(respelled)} identifiers are matched without zeros and punctuation, such as {respelled[0]}"
-        )
+        how = f"without zeros and punctuation, such as {respelled[0]}"
+        notes.append(f"{len(respelled)} identifiers are matched {how}")
     return [key(name) for name in wanted]
 
 
