@@ -14,9 +14,9 @@ import pandas as pd
 import torch
 
 from mnemodyn.checkpoint import Checkpoint
-from mnemodyn.data.formats import PARTICIPANT, read_cifti, recording, stem
+from mnemodyn.data.formats import participant, read_cifti, recording, stem
 from mnemodyn.data.scaling import moments
-from mnemodyn.data.scans import DataError, Scan, load_scan, save_scan, scan_files
+from mnemodyn.data.scans import DataError, Scan, find_scans, load_scan, save_scan
 from mnemodyn.data.store import Store
 from mnemodyn.files import Kept, write_json, write_text, writing
 from mnemodyn.provenance import describe_derivative, generated_by
@@ -88,11 +88,11 @@ def embed(
         raise ValueError("a .parquet needs pyarrow: pip install 'mnemodyn[parquet]', or write .csv")
     check_names(checkpoint.model, names)
     checkpoint.require_scaling()
-    jobs = dict(_jobs(sources, pattern, {"parcels": checkpoint.parcels, **reading}))
+    refused: list = []
+    jobs = dict(_jobs(sources, pattern, {"parcels": checkpoint.parcels, **reading}, refused))
     if output.resolve() in {Path(file).resolve() for file in jobs}:
         raise DataError(f"{output} is a scan that is read; name another output", "output")
     unfinished = output.with_name(f".{output.name}.part")
-    refused: list = []
     with writing(output) as stream:
         rows = _rows(jobs, checkpoint, names, Kept(unfinished), refused, progress)
         n_scans, n_features = _write_table(stream, output.suffix, rows)
@@ -113,8 +113,11 @@ def refused_listing(output: str | Path) -> Path:
     return Path(output).with_name(f"{Path(output).stem}_refused.tsv")
 
 
-def _jobs(sources: Sequence[str | Path], pattern: str, reading: dict) -> Iterator[tuple]:
-    """The name of every scan, and what loads it."""
+def _jobs(
+    sources: Sequence[str | Path], pattern: str, reading: dict, refused: list
+) -> Iterator[tuple]:
+    """The name of every scan, and what loads it; what a folder has besides is added to `refused`."""
+    nameless: dict[str, Path] = {}
     for source in sources:
         path = Path(source)
         if (path / "store.json").is_file():
@@ -126,16 +129,23 @@ def _jobs(sources: Sequence[str | Path], pattern: str, reading: dict) -> Iterato
             raise DataError(f"{path}: there is no such file or folder", "no-file")
         files = [path]
         if path.is_dir():
-            files = scan_files(path, pattern)
+            files, left_out = find_scans(path, pattern)
+            refused.extend(left_out)
         for file in files:
-            yield str(file), partial(_load, file, reading)
+            yield str(file), partial(_load, file, reading, nameless)
 
 
-def _load(path: Path, reading: dict) -> Scan:
-    """A scan; the file's stem is its participant where the name states none."""
-    participant_id = None
-    if not PARTICIPANT.search(path.name):
+def _load(path: Path, reading: dict, nameless: dict[str, Path] | None = None) -> Scan:
+    """A scan; the file's stem is its participant where neither name nor folder states one."""
+    participant_id = participant(path)
+    if not participant_id:
         participant_id = stem(path.name)
+        # Of a file in each participant's folder, the name would make one person of all.
+        first = {} if nameless is None else nameless
+        if first.setdefault(participant_id, path) != path:
+            message = f"{path}: no participant (sub-...) in its name or folder"
+            other = f"{first[participant_id]} has the same name; name the folders sub-..."
+            raise DataError(f"{message}, and {other}", "participant")
     try:
         return load_scan(path, participant_id=participant_id, **reading)
     except OSError as error:

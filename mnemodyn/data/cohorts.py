@@ -22,8 +22,16 @@ from pydantic import (
     model_validator,
 )
 
-from mnemodyn.data.formats import entities, files_below, reading, refuse
-from mnemodyn.data.scans import Collection, DataError, Scan, data_name, load_scan
+from mnemodyn.data.formats import LABEL, entities, participant, reading, refuse, walk
+from mnemodyn.data.scans import (
+    Collection,
+    DataError,
+    Scan,
+    choose_files,
+    data_name,
+    is_no_scan,
+    load_scan,
+)
 from mnemodyn.files import digest, read_yaml
 
 __all__ = [
@@ -93,7 +101,8 @@ def _pattern(pattern: str) -> re.Pattern[str]:
             if f"(?P<{name}>" in expression:
                 expression += f"(?P={name})"
             else:
-                expression += f"(?P<{name}>{form or '[A-Za-z0-9]+'})"
+                usual = LABEL if name == "participant" else "[A-Za-z0-9]+"
+                expression += f"(?P<{name}>{form or usual})"
         else:
             expression += re.escape(piece)
     return re.compile(expression)
@@ -253,7 +262,8 @@ class Cohort(_Description):
     ----------
     name, description : str
     scans : list of str
-        Patterns of paths relative to the folder; the first one that matches any file is used.
+        Patterns of paths relative to the folder; the first one that matches any file is used. A scan that only a later
+        one matches is left out, and named.
         ``{entity}`` stands for letters and digits, ``{entity:regex}`` for text of another form; an
         entity that occurs twice must be the same text. ``*`` stands for anything within the name
         of a file or folder, ``**/`` for any folders. The ``key-value`` pairs of a BIDS name are
@@ -500,7 +510,7 @@ def index(
         reader = cohort.reader.model_copy(update={"t_r": t_r, "t_r_by_site": {}})
         cohort = cohort.model_copy(update={"reader": reader})
     folder = Path(folder)
-    found, named = _find(cohort, folder)
+    found, named, left_out = _find(cohort, folder)
     raw, unlabelled = _raw_values(cohort, folder, named)
     for name, column in cohort.variables.items():
         if name != "site":
@@ -533,13 +543,15 @@ def index(
     columns = [*TABLE, *(target.name for target in cohort.targets if target.name not in TABLE)]
     table = found.drop(index=list(problems)).reindex(columns=columns).reset_index(drop=True)
     table = table.astype({"n_frames": int, "n_parcels": int, "n_constant": int})
-    excluded = _excluded(found, problems, unlabelled)
+    excluded = _excluded(found, problems, unlabelled, left_out)
     return Index(cohort, folder, found, table, excluded)
 
 
-def _excluded(found: pd.DataFrame, problems: Reasons, unlabelled: Reasons) -> pd.DataFrame:
+def _excluded(
+    found: pd.DataFrame, problems: Reasons, unlabelled: Reasons, left_out: list[dict[str, str]]
+) -> pd.DataFrame:
     """What is left out of the table, and of the targets; one scan can be listed twice."""
-    rows = []
+    rows = [(row["file"], "", row["problem"], row["message"], "all") for row in left_out]
     for scope, reasons in (("all", problems), ("targets", unlabelled)):
         for i, (problem, message) in reasons.items():
             # The whole path, because many cohorts give every participant's file the same name.
@@ -549,37 +561,75 @@ def _excluded(found: pd.DataFrame, problems: Reasons, unlabelled: Reasons) -> pd
     return pd.DataFrame(sorted(rows), columns=columns)
 
 
-def _find(cohort: Cohort, folder: Path) -> tuple[pd.DataFrame, list[Entities]]:
-    """The files that match the first pattern with a match, and the entities of each."""
+def _find(
+    cohort: Cohort, folder: Path
+) -> tuple[pd.DataFrame, list[Entities], list[dict[str, str]]]:
+    """The scans that match, the entities of each, and a row for every file or folder that could not be used."""
     if not folder.is_dir():
         refuse(f"{folder}: no such folder", "no-folder")
-    paths = sorted(path.relative_to(folder).as_posix() for path in files_below(folder))
-    matches: list[re.Match[str]] = []
+    walked = walk(folder)
+    files = [path for path in walked.files if not is_no_scan(path.name)]
+    scans: dict[Path, Entities] = {}
+    left_out = []
     # Patterns are alternatives: the same scan may be there in several formats.
     for pattern in cohort.scans:
-        if not matches:
-            found = map(_pattern(pattern).fullmatch, paths)
-            matches = [match for match in found if match]
-    if not matches:
-        files = f"none of its {len(paths)} files {paths[:1]} matches {cohort.scans}"
-        refuse(f"{folder}: {files}; correct the scans of {cohort.name}", "no-scans")
-    named = [_entities(match) for match in matches]
+        there = {_scan_key(entity) for entity in scans.values()}
+        matches = [
+            _pattern(pattern).fullmatch(path.relative_to(folder).as_posix()) for path in files
+        ]
+        for path, match in zip(files, matches, strict=True):
+            if not match or path in scans:
+                continue
+            try:
+                entity = _entities(match, path, pattern)
+                if not there:
+                    scans[path] = entity
+                elif _scan_key(entity) not in there:
+                    refuse(
+                        f"{path.name}: only {pattern!r} matches it, and others match the first",
+                        "other-pattern",
+                    )
+            except DataError as error:
+                row = {"file": str(path), "problem": error.problem, "message": str(error)}
+                left_out.append(row)
+    chosen = choose_files(list(scans), walked.unread)
+    left_out += chosen.left_out
+    for row in left_out:
+        row["file"] = Path(row["file"]).relative_to(folder).as_posix()
+    if not chosen.files:
+        why = "".join(f"; {row['message']}" for row in left_out[:1])
+        shown = f"none of its {len(files)} files {[path.name for path in files[:1]]}"
+        remedy = f"correct the scans of {cohort.name}"
+        refuse(f"{folder}: {shown} matches {cohort.scans}{why}; {remedy}", "no-scans")
     rows = []
-    for match, entity in zip(matches, named, strict=True):
-        who = re.sub(r"[^A-Za-z0-9]", "", entity["participant"])
+    for path in chosen.files:
+        entity = scans[path]
+        who = entity["participant"]
+        place = path.relative_to(folder).as_posix()
         if not who:
-            refuse(f"{match[0]}: no participant in its name", "participant")
-        rows.append((match[0], f"sub-{who}", entity["session"], cohort.run.format_map(entity)))
-    return pd.DataFrame(rows, columns=["path", "participant_id", "session", "run"]), named
+            refuse(f"{place}: no participant in its name", "participant")
+        rows.append((place, f"sub-{who}", entity["session"], cohort.run.format_map(entity)))
+    found = pd.DataFrame(rows, columns=["path", "participant_id", "session", "run"])
+    return found, [scans[path] for path in chosen.files], left_out
 
 
-def _entities(match: re.Match[str]) -> Entities:
+def _scan_key(entity: Entities) -> tuple[str, ...]:
+    """What a scan has in common with its copies in other formats."""
+    return tuple(entity[name] for name in ("participant", "session", "run", "dir", "task"))
+
+
+def _entities(match: re.Match[str], path: Path, pattern: str) -> Entities:
     """Entities of a path: those of its BIDS name and those of the pattern; "" for any other."""
-    found = defaultdict(str, entities(match[0].rsplit("/", 1)[-1]))
+    found = defaultdict(str, entities(path.name))
     # The pattern's own entities win, under the names that descriptions use.
     found["participant"] = found["sub"]
     found["session"] = found["ses"]
     found.update(match.groupdict())
+    # So does the form that a description gives to an identifier; any other is not to be cut.
+    if "{participant:" not in pattern:
+        who = participant(path).removeprefix("sub-")
+        if who.startswith(found["participant"]):
+            found["participant"] = who
     return found
 
 

@@ -215,15 +215,6 @@ def _confounds(source: Path, columns: Sequence[str], n_frames: int) -> np.ndarra
     return values
 
 
-def _participant(source: Path) -> str:
-    """The participant that a file or one of its folders names, "" for none."""
-    for part in reversed(source.parts):
-        named = formats.PARTICIPANT.search(part)
-        if named:
-            return named[0]
-    return ""
-
-
 def find_sources(sources: Sequence[str | Path], settings: Preprocessing) -> list[Path]:
     """Files as given, and the dense series or volumes in folders, as the atlas needs them."""
     endings = VOLUMES if settings.label_volume else DENSE
@@ -233,7 +224,10 @@ def find_sources(sources: Sequence[str | Path], settings: Preprocessing) -> list
             refuse(f"{source}: no such file or folder", "no-scans")
         inside = [source]
         if source.is_dir():
-            inside = [path for path in formats.files_below(source) if path.name.endswith(endings)]
+            walked = formats.walk(source)
+            inside = [path for path in walked.files if path.name.endswith(endings)]
+            # A folder that cannot be read fails as a scan does.
+            inside += walked.unread
         if not inside:
             refuse(f"{source}: no file ending in {' or '.join(endings)}", "no-scans")
         found += inside
@@ -242,7 +236,10 @@ def find_sources(sources: Sequence[str | Path], settings: Preprocessing) -> list
 
 def output_path(source: Path, folder: Path, atlas: str, table: bool) -> Path:
     """Where a scan goes: ``sub-*/[ses-*/]func/*_seg-ATLAS_stat-mean_timeseries.*``, as in XCP-D."""
-    participant = _participant(source)
+    try:
+        participant = formats.participant(source)
+    except DataError:
+        participant = ""  # the scan is refused for it when its turn comes
     name = re.sub(r"_(bold|timeseries)$", "", stem(source.name))
     if participant not in name:
         name = f"{participant}_{name}"
@@ -259,13 +256,14 @@ def _preprocess_scan(
 ) -> str:
     """Write one scan, unless it is complete; ``done`` or ``skipped``."""
     sidecar = output.with_name(f"{stem(output.name)}.json")
+    formats.present(source)
     state = source.stat()
     made_from = digest(facts, source.name, state.st_size, state.st_mtime_ns)
     # A killed run leaves an output without its sidecar, and is repeated.
     written = output.is_file() and sidecar.is_file()
     if written and made_from in sidecar.read_text(encoding="utf-8"):
         return "skipped"
-    participant = _participant(source)
+    participant = formats.participant(source)
     if not participant:
         refuse("no participant (sub-...) in the file's name or its folders", "no-participant")
     average = _average_volume if settings.label_volume else _average_dense
