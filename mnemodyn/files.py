@@ -1,12 +1,122 @@
-"""Files written whole, fingerprints, and the one rule for where a relative path starts."""
+"""Files written whole, one writer at a time, fingerprints, and the one rule for where a relative path starts."""
 
+import errno
+import glob
 import hashlib
 import json
 import os
+import re
+import secrets
+import shutil
+import socket
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
+
+# What a file or folder is called until it is whole: .NAME.PROCESS-RANDOM.tmp.
+TEMPORARY = re.compile(r"\..+\.(\d+)-[0-9a-f]{8}\.tmp")
+# What this process holds; the system's lock keeps other processes off only.
+_held: set[Path] = set()
+
+
+@contextmanager
+def locked(output: str | os.PathLike, what: str) -> Iterator[None]:
+    """Hold an output while the block runs, so that no other command writes it at the same time.
+
+    The lock goes with its owner, however it ends. What killed owners were writing is removed first.
+
+    Parameters
+    ----------
+    output : path-like
+        The file that will be written, whose folder is made, or a folder that is there.
+    what : str
+        What holds it, such as ``"mnemodyn embed"``.
+
+    Raises
+    ------
+    RuntimeError
+        If something else holds it; the message names what, its process and its machine.
+    """
+    path = Path(os.path.realpath(output))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # A folder's is inside, because the folder above may be one that nobody may write in.
+    place = path / ".lock" if path.is_dir() else path.with_name(f".{path.name}.lock")
+    descriptor = _hold(place, output)
+    _held.add(place)
+    try:
+        owner = f"{what} (process {os.getpid()} on {socket.gethostname()})"
+        os.ftruncate(descriptor, 0)
+        os.write(descriptor, owner.encode())
+        _remove_left_over(path)
+        yield
+    finally:
+        # While it is still held: whoever has opened this file already sees that it is gone.
+        place.unlink(missing_ok=True)
+        os.close(descriptor)
+        _held.discard(place)
+
+
+def _hold(place: Path, output: str | os.PathLike) -> int:
+    """Take the system's lock on the file `place`, and return its descriptor."""
+    import fcntl
+
+    # To open the file again would give up this process's own lock.
+    while place not in _held:
+        # A link is not followed: what it names is not ours.
+        descriptor = os.open(place, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
+        try:
+            # This kind of lock is not handed on to child processes, which may outlive their parent.
+            fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno in (errno.EACCES, errno.EAGAIN):
+                os.close(descriptor)
+                break
+            remedy = "do not write it with two commands at once"
+            warnings.warn(
+                f"{output}: its file system has no locks ({error}); {remedy}", stacklevel=4
+            )
+            return descriptor
+        # The owner before may have removed the file since it was opened.
+        if place.exists() and place.stat().st_ino == os.fstat(descriptor).st_ino:
+            return descriptor
+        os.close(descriptor)
+    owner = place.read_text() if place not in _held else "this process"
+    remedy = "let it end, or name another output"
+    raise RuntimeError(f"{output} is being written by {owner or 'another process'}; {remedy}")
+
+
+def _remove_left_over(path: Path) -> None:
+    """Remove what processes that are no more were writing into a folder, or in place of a file."""
+    if path.is_dir():
+        found = path.rglob(".*.tmp")
+    else:
+        found = path.parent.glob(f".{glob.escape(path.name)}.*.tmp")
+    for unfinished in list(found):
+        named = TEMPORARY.fullmatch(unfinished.name)
+        if named is None or _is_alive(int(named[1])):
+            continue
+        if unfinished.is_dir() and not unfinished.is_symlink():
+            shutil.rmtree(unfinished)
+        else:
+            unfinished.unlink()
+
+
+def _is_alive(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:
+        pass  # somebody else's
+    return True
+
+
+def temporary(path: str | os.PathLike) -> Path:
+    """A fresh name beside ``path`` for what becomes it; `locked` removes it if this process is killed."""
+    path = Path(path)
+    return path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
 
 
 @contextmanager
@@ -19,9 +129,10 @@ def writing(path: str | os.PathLike) -> Iterator[BinaryIO]:
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     # The same folder, because a rename is atomic only within one file system.
-    partial = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    partial = temporary(path)
     try:
-        with open(partial, "wb") as stream:
+        # "x" makes a new file, and follows no link that has its name.
+        with open(partial, "xb") as stream:
             yield stream
             stream.flush()
             os.fsync(stream.fileno())
