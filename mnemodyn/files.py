@@ -10,7 +10,7 @@ import secrets
 import shutil
 import socket
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -19,6 +19,12 @@ from typing import Any, BinaryIO
 TEMPORARY = re.compile(r"\..+\.(\d+)-[0-9a-f]{8}\.tmp")
 # What this process holds; the system's lock keeps other processes off only.
 _held: set[Path] = set()
+
+
+class OutputError(ValueError):
+    """An output that would replace what is read, or what no command of this package wrote."""
+
+    problem = "output"
 
 
 @contextmanager
@@ -144,6 +150,60 @@ def writing(path: str | os.PathLike) -> Iterator[BinaryIO]:
         raise OSError(error.errno, error.strerror or str(error), os.fspath(path)) from error
     finally:
         partial.unlink(missing_ok=True)
+
+
+def check_output(
+    output: str | os.PathLike,
+    what: str,
+    is_earlier: Callable[[Path], bool],
+    inputs: Iterable[str | os.PathLike] = (),
+) -> None:
+    """Refuse an output that would replace something else than an earlier result of its kind.
+
+    Parameters
+    ----------
+    output : path-like
+        A file that will be written.
+    what : str
+        What it will be, in the words of the message, such as ``"table of embed"``.
+    is_earlier : callable
+        Whether a file is such a result; asked only where the output is there and has content.
+    inputs : iterable of path-like
+        Files that are read. They may be results of the same kind.
+
+    Raises
+    ------
+    OutputError
+        If the output is one of the inputs, by whatever name, or is no earlier result.
+    IsADirectoryError
+        If it is a folder.
+    """
+    output = Path(output)
+    if output.is_dir():
+        raise IsADirectoryError(f"{output} is a folder; name the file to write")
+    if not os.path.lexists(output) or (output.is_file() and output.stat().st_size == 0):
+        return
+    for file in inputs:
+        # The files and not their names: a link, or another case of letters, may stand for the same one.
+        if output.exists() and os.path.exists(file) and output.samefile(file):
+            raise OutputError(f"{output} is {file}, which is read; name another output")
+    if not output.is_file() or not is_earlier(output):
+        remedy = "name another output, or move it away"
+        raise OutputError(
+            f"{output} is there already, and is no {what} of an earlier call; {remedy}"
+        )
+
+
+def begins_with(*columns: str) -> Callable[[Path], bool]:
+    """Return the test whether a file is a table, of .csv or .tsv, whose first columns these are."""
+
+    def begins(path: Path) -> bool:
+        separator = "\t" if path.suffix == ".tsv" else ","
+        expected = separator.join(columns).encode()
+        with open(path, "rb") as stream:
+            return stream.read(len(expected)) == expected
+
+    return begins
 
 
 def write_bytes(path: str | os.PathLike, content: bytes | memoryview) -> Path:

@@ -23,7 +23,14 @@ from pydantic import (
 )
 
 from mnemodyn.data.formats import entities, files_below, reading, refuse
-from mnemodyn.data.scans import Collection, DataError, Scan, data_name, load_scan
+from mnemodyn.data.scans import (
+    Collection,
+    DataError,
+    Scan,
+    data_name,
+    fingerprint,
+    load_scan,
+)
 from mnemodyn.files import digest, read_yaml
 
 __all__ = [
@@ -410,6 +417,7 @@ class Index(Collection):
         )
         self.description = description
         self.found = found
+        self._content = dict(zip(found.path, found.content, strict=True))
 
     def _scan(self, i: int) -> Scan:
         """Read scan `i`; a DataError if the file has changed and can no longer be used."""
@@ -417,6 +425,10 @@ class Index(Collection):
         path = self.folder / row["path"]
         scan = self.description.reader.load(path, row["participant_id"], float(row["t_r"]))
         return replace(scan, session=row["session"], run=row["run"])
+
+    def content(self, i: int) -> str:
+        """Digest of everything that was read of scan `i` when the folder was indexed."""
+        return self._content[self.table.path.iloc[i]]
 
     def summary(self) -> dict[str, Any]:
         """Counts and distributions, ready for JSON; participants and sites are those of all files found."""
@@ -714,6 +726,7 @@ READ = (
     "parcels",
     "series",
     "measured_fd",
+    "content",
 )
 
 
@@ -733,6 +746,7 @@ def _inspect(reader: Reader, path: Path, participant_id: str, t_r: float | None)
         "parcels": digest(scan.parcels),
         "series": digest(scan.values),
         "measured_fd": scan.mean_fd,
+        "content": fingerprint([scan]),
     }
 
 

@@ -576,6 +576,10 @@ class Collection(Sequence[Scan]):
         """Return the collection of every participant's first scan."""
         return self.select(~self.table["participant_id"].duplicated())
 
+    def content(self, i: int) -> str:
+        """Digest of everything that is read of scan `i`."""
+        return fingerprint([self[i]])
+
     @property
     def fingerprint(self) -> str:
         """Digest of everything that is read of the scans."""
