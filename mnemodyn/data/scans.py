@@ -3,7 +3,7 @@
 import ast
 import copy
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -403,7 +403,13 @@ def _fill(values: np.ndarray, usable: np.ndarray, most: int, interpolate: bool) 
         column[gap] = np.interp(time[gap], time[~gap], column[~gap])
 
 
-def save_scan(scan: Scan, path: str | Path, *, axis: ParcelsAxis | None = None) -> Path:
+def save_scan(
+    scan: Scan,
+    path: str | Path,
+    *,
+    axis: ParcelsAxis | None = None,
+    about: Mapping[str, Any] | None = None,
+) -> Path:
     """Write a scan so that :func:`load_scan` reads the same values, parcels, t_r and censored frames back.
 
     Parameters
@@ -414,6 +420,8 @@ def save_scan(scan: Scan, path: str | Path, *, axis: ParcelsAxis | None = None) 
         sidecar. Censored frames go to ``sub-..._outliers.tsv`` beside it, in XCP-D's form.
     axis : ParcelsAxis
         Where the parcels lie; without it each gets a place in an abstract volume.
+    about : mapping
+        What the JSON sidecar says besides the repetition time. A ``.ptseries.nii`` has one only with it.
 
     Raises
     ------
@@ -425,7 +433,7 @@ def save_scan(scan: Scan, path: str | Path, *, axis: ParcelsAxis | None = None) 
     if scan.censored is not None and not source.startswith("sub-"):
         wrong = "the name must begin with sub-, or its censored frames are not found again"
         raise DataError(f"{path.name}: {wrong}")
-    formats.write(path, scan.values, scan.parcels, scan.t_r, axis)
+    formats.write(path, scan.values, scan.parcels, scan.t_r, axis, about)
     if scan.censored is not None:
         lines = ["framewise_displacement", *map(str, scan.censored.astype(int))]
         files.write_text(path.with_name(f"{source}_outliers.tsv"), "\n".join(lines) + "\n")
@@ -442,6 +450,11 @@ _SCAN = re.compile(
 )
 
 
+def is_scan(name: str) -> bool:
+    """Whether a file is a scan by its name: the rule of :func:`scan_files`."""
+    return _SCAN.search(name) is not None and not name.endswith("desc-confounds_timeseries.tsv")
+
+
 def scan_files(folder: str | Path, pattern: str = "*") -> list[Path]:
     """List the files of a folder that are scans by their names and match `pattern`, sorted.
 
@@ -454,9 +467,7 @@ def scan_files(folder: str | Path, pattern: str = "*") -> list[Path]:
         refuse(f"data must be 'hcp7' or a folder of scans, {found}", "no-file")
     named: dict[Path, Path] = {}
     for path in formats.files_below(folder):
-        if not path.match(pattern) or not _SCAN.search(path.name):
-            continue
-        if path.name.endswith("desc-confounds_timeseries.tsv"):
+        if not path.match(pattern) or not is_scan(path.name):
             continue
         # Of the two files that XCP-D leaves of a scan, only the CIFTI has a density in its name.
         key = path.with_name(re.sub("_den-[A-Za-z0-9]+", "", formats.stem(path.name)))
