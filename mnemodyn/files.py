@@ -10,7 +10,7 @@ import secrets
 import shutil
 import socket
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -332,22 +332,83 @@ class Kept:
         self.folder = None if folder is None else Path(folder)
 
     def __call__(self, name: str, depends_on: Any, make: Callable[[], Any]) -> Any:
-        """The JSON-like result of ``make()``, made only if none is kept for `name` and `depends_on`.
+        """The result of ``make()``, made only if none is kept for `name` and `depends_on`.
 
-        What is returned has been through JSON either way: tuples are lists, arrays are lists.
+        A result is JSON-like, with arrays. It is the same whether it was found or made: tuples are lists, NumPy's
+        numbers are Python's.
         """
+        found = self.find(name, depends_on)
+        if found is None:
+            found = self.keep(name, depends_on, make())
+        return found
+
+    def find(self, name: str, depends_on: Any) -> Any:
+        """The result that is kept for `name` and `depends_on`, or None. A damaged file is removed."""
+        path = self._path(name, depends_on)
+        if path is None or not path.is_file():
+            return None
+        try:
+            return _read_kept(path)
+        # zipfile, NumPy and JSON each have errors of their own for a damaged file.
+        except Exception:
+            path.unlink()
+            return None
+
+    def keep(self, name: str, depends_on: Any, result: Any) -> Any:
+        """Keep a result, and return it as it will be found. A TypeError if it is not JSON-like, with arrays."""
+        text, arrays = _packed(result)
+        path = self._path(name, depends_on)
+        if path is not None:
+            _write_kept(path, text, arrays)
+        return _unpacked(text, arrays)
+
+    def _path(self, name: str, depends_on: Any) -> Path | None:
         if self.folder is None:
-            return json.loads(_as_json(make()))
-        path = self.folder / f"{name}-{digest(depends_on)[:16]}.json"
-        if path.is_file():
-            try:
-                return json.loads(path.read_text(encoding="utf-8"))["result"]
-            except (ValueError, KeyError, TypeError):
-                path.unlink()  # a damaged file: computed again
-        result = json.loads(_as_json(make()))
-        write_json(path, {"result": result})
-        return result
+            return None
+        return self.folder / f"{name}-{digest(depends_on)[:16]}.npz"
 
 
-def _as_json(content: Any) -> str:
-    return json.dumps(content, default=_plain)
+ARRAY = "array number"  # what stands in the text of a result for an array
+
+
+def _packed(result: Any) -> tuple[str, list]:
+    """A result as JSON text, and the arrays that the text names by number."""
+    import numpy as np
+
+    arrays: list = []
+
+    def without_array(value: Any) -> Any:
+        if not isinstance(value, np.ndarray):
+            return _plain(value)
+        if value.dtype.hasobject:
+            raise TypeError("an array of objects cannot be kept")
+        arrays.append(value)
+        return {ARRAY: len(arrays) - 1}
+
+    return json.dumps(result, default=without_array), arrays
+
+
+def _unpacked(text: str, arrays: Sequence[Any]) -> Any:
+    def with_array(found: dict) -> Any:
+        return arrays[found[ARRAY]] if ARRAY in found else found
+
+    return json.loads(text, object_hook=with_array)
+
+
+def _write_kept(path: Path, text: str, arrays: list) -> None:
+    import numpy as np
+
+    with writing(path) as stream:
+        np.savez(stream, np.array(text), np.array(digest(text, arrays)), *arrays)
+
+
+def _read_kept(path: Path) -> Any:
+    """The result in a file; a ValueError if it is not what was written."""
+    import numpy as np
+
+    # NumPy leaves a damaged file open where it is given the path.
+    with open(path, "rb") as stream, np.load(stream, allow_pickle=False) as content:
+        text, expected, *arrays = (content[name] for name in content.files)
+    if digest(str(text), arrays) != str(expected):
+        raise ValueError(f"{path} has been changed")
+    return _unpacked(str(text), arrays)

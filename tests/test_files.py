@@ -2,7 +2,6 @@
 
 import errno
 import fcntl
-import json
 import os
 import signal
 import subprocess
@@ -57,21 +56,36 @@ def test_a_result_is_kept_by_what_it_depends_on(tmp_path):
 
     def make():
         made.append(len(made))
-        return {"n": len(made), "values": np.arange(2)}
+        return {"n": len(made), "values": (np.arange(2, dtype=np.float32), np.float64(0.5))}
 
-    assert kept("a", [1, "x"], make) == {"n": 1, "values": [0, 1]}
-    assert kept("a", [1, "x"], make) == {"n": 1, "values": [0, 1]}
+    for _ in range(2):
+        found = kept("a", [1, "x"], make)
+        assert found["n"] == 1
+        assert found["values"][0].tolist() == [0, 1]
+        assert found["values"][0].dtype == np.float32
+        assert found["values"][1] == 0.5
     assert kept("a", [2, "x"], make)["n"] == 2
     assert kept("b", [1, "x"], make)["n"] == 3
 
 
 def test_a_damaged_result_is_computed_again(tmp_path):
     kept = Kept(tmp_path)
-    kept("a", 1, lambda: 5)
+    kept("a", 1, lambda: np.arange(3.0))
     (path,) = tmp_path.iterdir()
-    for content in ("", "[1, 2]", json.dumps({"other": 1})):
-        path.write_text(content)
-        assert kept("a", 1, lambda: 6) == 6
+    whole = path.read_bytes()
+    with np.load(path) as content:
+        text, checksum, _ = (content[name] for name in content.files)
+    np.savez(tmp_path / "one_number.npz", text, checksum, np.array([7.0]))
+    one_number = (tmp_path / "one_number.npz").read_bytes()
+    for content in (b"", b"[1, 2]", whole[:-40], one_number):
+        path.write_bytes(content)
+        assert kept("a", 1, lambda: np.arange(4.0)).tolist() == [0, 1, 2, 3]
+
+
+def test_what_cannot_be_kept_is_an_error(tmp_path):
+    with pytest.raises(TypeError, match="objects"):
+        Kept(tmp_path).keep("a", 1, np.array([{}]))
+    assert not list(tmp_path.iterdir())
 
 
 def test_nothing_is_kept_without_a_folder():
