@@ -191,6 +191,7 @@ def _rows(
         try:
             scan = load()
             vectors = kept_readouts(checkpoint, network, scan, names, kept)
+            _check_finite(file, vectors)
         except (RuntimeError, ValueError) as error:
             # One bad file among thousands must not stop the others.
             problem = getattr(error, "problem", type(error).__name__)
@@ -204,6 +205,14 @@ def _rows(
             for i, value in enumerate(vector):
                 row[f"{name}_{i}"] = value
         yield row
+
+
+def _check_finite(file: str, vectors: dict) -> None:
+    """Raise a DataError for a read-out that is no number: in the table it would be an empty cell."""
+    for name, vector in vectors.items():
+        if not np.isfinite(vector).all():
+            advice = "look at the checkpoint's weights and scaling, and at the scan's values"
+            raise DataError(f"{file}: its {name} is NaN or infinite; {advice}", "not-finite")
 
 
 def _write_table(stream: Any, ending: str, rows: Iterator[dict]) -> tuple[int, int]:
@@ -328,6 +337,7 @@ def _reconstruction(checkpoint: Checkpoint, scan: Scan) -> np.ndarray:
     if scan.censored is not None and scan.censored.any():
         censored = torch.as_tensor(scan.censored[None], device=x.device)
     y = model(x, scan.t_r, censored=censored).reconstruction[0].double().cpu().numpy()
+    _check_finite(scan.source, {"reconstruction": y})
     offset, scale = scaling.affine(moments(scan.values, scan.censored))
     # A parcel that is constant has an infinite scale and stays at its offset.
     constant = ~np.isfinite(scale)
