@@ -251,8 +251,11 @@ def run_index(cohort, folder, t_r, workers, table, as_json):
     Cohorts of the package: abide, adhd200, adni, bids, hbn, hcp_aging, nkir, ukb.
     """
     if table is not None:
+        from mnemodyn.data.scans import check_no_scan
+
         begins = begins_with("path", "participant_id", "session", "run")
-        check_output(table, "table of index", begins, [folder])
+        check_output(table, "table of index", begins)
+        check_no_scan(table, [folder])
     found = find_scans(cohort, folder, t_r, workers)
     if table is not None:
         separator = "\t" if table.endswith(".tsv") else ","
@@ -278,9 +281,10 @@ def add_convert(parser):
 def run_convert(cohort, folder, t_r, workers, store, dtype, as_json):
     """Write a cohort's scans into a store.
 
-    Training reads a store at the speed of the disk. An interrupted conversion, started again, goes
-    on where it stopped, and adds scans that FOLDER has more than STORE. What could not be used is
-    listed in the store with the reason.
+    Training reads a store at the speed of the disk. The command given again goes on where it was
+    interrupted, and makes STORE what FOLDER is now: more scans are added, those that have changed are
+    converted again, and labels are those of the table as it is. What could not be used is listed in
+    the store with the reason.
     """
     from mnemodyn.data.store import convert
 
@@ -462,11 +466,13 @@ def run_evaluate(
       mnemodyn evaluate hbn FOLDER --target sex -o sex.csv
       mnemodyn evaluate abide STORE --target diagnosis -c NAME/MODEL -o diagnosis.csv --workers 4
     """
+    from mnemodyn.data.scans import check_no_scan
     from mnemodyn.results import check_results, write_results
 
     if Path(output).is_dir():
         raise UsageError(f"{output} is a folder; name the file to write")
     check_results(output)
+    check_no_scan(output, [folder])
     # Before the scans are read, which may take minutes.
     kinds = {known.name: known.kind for known in find_cohort(cohort).targets}
     if target not in kinds:

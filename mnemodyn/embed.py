@@ -17,8 +17,8 @@ from mnemodyn.checkpoint import Checkpoint
 from mnemodyn.data.formats import PARTICIPANT, read_cifti, stem
 from mnemodyn.data.preprocess import save_derived
 from mnemodyn.data.scaling import moments
-from mnemodyn.data.scans import DataError, Scan, is_scan, load_scan, scan_files
-from mnemodyn.data.store import Store
+from mnemodyn.data.scans import DataError, Scan, check_no_scan, load_scan, scan_files
+from mnemodyn.data.store import Store, is_store
 from mnemodyn.files import (
     Kept,
     OutputError,
@@ -124,11 +124,10 @@ def _check_output(output: Path, sources: Sequence[str | Path], files: Iterable[s
     check_output(output, "table of embed", _is_table, files)
     begins = begins_with("file", "problem", "message")
     check_output(refused_listing(output), "listing of embed", begins, files)
-    for source in map(Path, sources):
-        inside = source.is_dir() and output.absolute().is_relative_to(source.absolute())
-        if inside and is_scan(output.name):
-            what = f"its name is that of a scan, and {source} is searched for scans"
-            raise OutputError(f"{output}: {what}; name it otherwise, such as embeddings.csv")
+    check_no_scan(output, sources)
+    for source in sources:
+        if is_store(source) and output.resolve().is_relative_to(Path(source).resolve()):
+            raise OutputError(f"{output} lies in the store {source}; write it elsewhere")
 
 
 def _is_table(path: Path) -> bool:
@@ -150,7 +149,7 @@ def _jobs(sources: Sequence[str | Path], pattern: str, reading: dict) -> Iterato
     """The name of every scan, and what loads it."""
     for source in sources:
         path = Path(source)
-        if (path / "store.json").is_file():
+        if is_store(path):
             store = Store(path)
             for i in range(len(store)):
                 yield f"{path}[{i}]", partial(store.__getitem__, i)

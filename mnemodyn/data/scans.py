@@ -3,7 +3,7 @@
 import ast
 import copy
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -453,6 +453,15 @@ _SCAN = re.compile(
 def is_scan(name: str) -> bool:
     """Whether a file is a scan by its name: the rule of :func:`scan_files`."""
     return _SCAN.search(name) is not None and not name.endswith("desc-confounds_timeseries.tsv")
+
+
+def check_no_scan(output: str | Path, folders: Iterable[str | Path]) -> None:
+    """Refuse an output that the next command would take for a scan of one of the folders that are read."""
+    output = Path(output).resolve()
+    for folder in folders:
+        if output.is_relative_to(Path(folder).resolve()) and is_scan(output.name):
+            what = f"its name is that of a scan, and {folder} is searched for scans"
+            raise files.OutputError(f"{output}: {what}; name it otherwise, such as table.csv")
 
 
 def scan_files(folder: str | Path, pattern: str = "*") -> list[Path]:
