@@ -118,11 +118,14 @@ def test_what_embed_finds_in_its_place_stays(folder, checkpoint, tmp_path):
     ]
 
 
-@pytest.mark.parametrize("name", ["sub-all.csv", "all_timeseries.tsv", "sub-9/func/sub-9.csv"])
+@pytest.mark.parametrize(
+    "name",
+    ["sub-all.csv", "all_timeseries.tsv", "sub-9/func/sub-9.csv", "sub-0/func/sub-0_outliers.tsv"],
+)
 def test_no_table_becomes_a_scan_of_the_next_call(folder, checkpoint, tmp_path, name):
     (tmp_path / "alias").symlink_to(folder)
     for place in (folder, tmp_path / "alias"):
-        with pytest.raises(OutputError, match="its name is that of a scan"):
+        with pytest.raises(OutputError, match="by its name a part of the data"):
             embed([folder], checkpoint, place / name)
     for _ in range(2):
         assert embed([folder], checkpoint, folder / "embeddings.csv").n_scans == 3
@@ -324,7 +327,7 @@ def test_tables_of_index_and_evaluate_leave_other_files(tmp_path, capsys):
     for command in (index, evaluate):
         assert "is there already" in refused(*command, phenotypes)
         assert "is there already" in refused(*command, next((tmp_path / "abide").rglob("*.1D")))
-        assert "is that of a scan" in refused(*command, tmp_path / "abide/sub-all.csv")
+        assert "by its name a part of the data" in refused(*command, tmp_path / "abide/sub-all.csv")
     for _ in range(2):
         assert (
             main(["index", "abide", str(tmp_path / "abide"), "--table", f"{tmp_path}/t.csv"]) == 0

@@ -1,6 +1,5 @@
 """From dense series or volumes to parcels."""
 
-import json
 import re
 import shutil
 import warnings
@@ -307,24 +306,24 @@ def _is_derived(file: Path) -> bool:
     sidecars: Iterable[Path] = [file.with_name(f"{stem(file.name)}.json")]
     if file.name.endswith("_outliers.tsv"):
         sidecars = file.parent.glob(f"{formats.recording(file.name)}_*.json")
-    names = [_maker(_said(sidecar)) for sidecar in sidecars]
-    return generated_by()[0]["Name"] in names
+    ours = f'"Name": "{generated_by()[0]["Name"]}"'
+    return any(ours in _text(sidecar) for sidecar in sidecars)
 
 
-def _maker(said: dict) -> Any:
-    """The program that a sidecar names as its first, of whatever version."""
-    try:
-        return said["GeneratedBy"][0]["Name"]
-    except (LookupError, TypeError):
-        return None
+def _text(sidecar: Path) -> str:
+    if not sidecar.is_file():
+        return ""
+    return sidecar.read_text(encoding="utf-8", errors="replace")
 
 
-def _said(sidecar: Path) -> dict:
-    """What a sidecar says; nothing where there is none, or where it is no JSON."""
-    try:
-        return dict(json.loads(sidecar.read_text(encoding="utf-8")))
-    except (OSError, TypeError, ValueError):
-        return {}
+def _made_from(source: Path, facts: dict[str, Any], settings: Preprocessing) -> str:
+    """Digest of all that a preprocessed scan depends on, by content."""
+    parts: list[Any] = [facts, generated_by(), source.name, sha256(source)]
+    parts += [formats.sidecar_t_r(source), formats.motion(source)[0]]
+    if settings.confounds:
+        table = formats.beside(source, *formats.CONFOUNDS)[1]
+        parts += [list(table), table.to_numpy()]
+    return digest(parts)
 
 
 def _preprocess_scan(
@@ -334,21 +333,12 @@ def _preprocess_scan(
     participant = _participant(source)
     if not participant:
         refuse("no participant (sub-...) in the file's name or its folders", "no-participant")
-    stated = formats.sidecar_t_r(source)
-    censored = formats.motion(source)[0]
-    confounds = None
-    if settings.confounds:
-        table = formats.beside(source, *formats.CONFOUNDS)[1]
-        confounds = [list(table), table.to_numpy()]
-    made_from = digest(
-        facts, generated_by(), source.name, sha256(source), stated, censored, confounds
-    )
-    sidecar = output.with_name(f"{stem(output.name)}.json")
-    if output.is_file() and _said(sidecar).get("MadeFrom") == made_from:
+    made_from = _made_from(source, facts, settings)
+    if output.is_file() and made_from in _text(output.with_name(f"{stem(output.name)}.json")):
         return "skipped"
     average = _average_volume if settings.label_volume else _average_dense
     found = average(source, settings)
-    t_r, origin = agree_on_t_r(found.t_r, stated, settings.t_r)
+    t_r, origin = agree_on_t_r(found.t_r, formats.sidecar_t_r(source), settings.t_r)
     values = found.values
     if settings.confounds or settings.low_pass or settings.high_pass:
         values = _clean(source, values, t_r, settings)
@@ -360,7 +350,7 @@ def _preprocess_scan(
         atlas=atlas,
         source=source.name,
         t_r_source=origin,
-        censored=censored,
+        censored=formats.motion(source)[0],
     )
     about = {
         "RepetitionTimeFrom": origin,

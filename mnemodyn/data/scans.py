@@ -456,11 +456,13 @@ def is_scan(name: str) -> bool:
 
 
 def check_no_scan(output: str | Path, folders: Iterable[str | Path]) -> None:
-    """Refuse an output that the next command would take for a scan of one of the folders that are read."""
+    """Refuse an output that the next command would take for a part of the data in a folder that is read."""
     output = Path(output).resolve()
+    if not is_scan(output.name) and not output.name.startswith(("sub-", "participants.")):
+        return
     for folder in folders:
-        if output.is_relative_to(Path(folder).resolve()) and is_scan(output.name):
-            what = f"its name is that of a scan, and {folder} is searched for scans"
+        if output.is_relative_to(Path(folder).resolve()):
+            what = f"by its name a part of the data in {folder}, which is read"
             raise files.OutputError(f"{output}: {what}; name it otherwise, such as table.csv")
 
 
