@@ -17,7 +17,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from mnemodyn.files import begins_with, check_output, read_yaml, write_text
+from mnemodyn.files import begins_with, check_output, load_yaml, read_yaml, write_table
 from mnemodyn.provenance import installed_version
 
 __all__ = ["main"]
@@ -137,11 +137,11 @@ def read_mapping(path: str | None) -> dict:
     if path is None:
         return {}
     try:
-        content = read_yaml(Path(path).read_text(encoding="utf-8"))
+        content = load_yaml(path)
     except (OSError, ValueError) as error:
         raise UsageError(f"{path}: {error}") from error
     if not isinstance(content, dict):
-        raise UsageError(f"{path} must hold a mapping 'name: value', got {content!r}")
+        raise UsageError(f"{path} must hold a mapping 'name: value', got {content!r:.200}")
     return content
 
 
@@ -258,8 +258,7 @@ def run_index(cohort, folder, t_r, workers, table, as_json):
         check_no_scan(table, [folder])
     found = find_scans(cohort, folder, t_r, workers)
     if table is not None:
-        separator = "\t" if table.endswith(".tsv") else ","
-        write_text(table, found.table.to_csv(index=False, sep=separator))
+        write_table(table, found.table)
     status = show(as_json, found.summary(), str(found))
     if len(found) == 0:
         return fail(f"{folder}: none of the scans can be used", 1)

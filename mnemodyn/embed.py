@@ -14,10 +14,10 @@ import pandas as pd
 import torch
 
 from mnemodyn.checkpoint import Checkpoint
-from mnemodyn.data.formats import PARTICIPANT, read_cifti, stem
+from mnemodyn.data.formats import participant, read_cifti, stem
 from mnemodyn.data.preprocess import save_derived
 from mnemodyn.data.scaling import moments
-from mnemodyn.data.scans import DataError, Scan, check_no_scan, load_scan, scan_files
+from mnemodyn.data.scans import DataError, Scan, check_no_scan, find_scans, load_scan
 from mnemodyn.data.store import Store, is_store
 from mnemodyn.files import (
     Kept,
@@ -25,7 +25,8 @@ from mnemodyn.files import (
     begins_with,
     check_output,
     locked,
-    write_text,
+    table_text,
+    write_table,
     writing,
 )
 from mnemodyn.provenance import describe_derivative
@@ -95,11 +96,11 @@ def embed(
         raise ValueError("a .parquet needs pyarrow: pip install 'mnemodyn[parquet]', or write .csv")
     check_names(checkpoint.model, names)
     checkpoint.require_scaling()
-    jobs = dict(_jobs(sources, pattern, {"parcels": checkpoint.parcels, **reading}))
+    refused: list = []
+    jobs = dict(_jobs(sources, pattern, {"parcels": checkpoint.parcels, **reading}, refused))
     _check_output(output, sources, jobs)
     listing = refused_listing(output)
     unfinished = output.with_name(f".{output.name}.part")
-    refused: list = []
     with locked(output, "mnemodyn embed"):
         if unfinished.is_symlink() or unfinished.is_file():
             unfinished.unlink()  # of an earlier version; a link is never followed
@@ -107,14 +108,12 @@ def embed(
             rows = _rows(jobs, checkpoint, names, Kept(unfinished), refused, progress)
             n_scans, n_features = _write_table(stream, output.suffix, rows)
             if n_scans == 0:
-                reason = refused[0]["message"]
-                raise DataError(
-                    f"none of {len(jobs)} scans could be used; the first: {reason}", "none"
-                )
+                reason = f"none of {len(jobs)} scans could be used; the first: "
+                raise DataError(reason + refused[0]["message"], "none")
         # A listing of an earlier call would be taken for that of this one.
         listing.unlink(missing_ok=True)
         if refused:
-            write_text(listing, pd.DataFrame(refused).to_csv(sep="\t", index=False))
+            write_table(listing, pd.DataFrame(refused))
         shutil.rmtree(unfinished, ignore_errors=True)
     return Embedded(n_scans, n_features, refused)
 
@@ -145,8 +144,11 @@ def refused_listing(output: str | Path) -> Path:
     return Path(output).with_name(f"{Path(output).stem}_refused.tsv")
 
 
-def _jobs(sources: Sequence[str | Path], pattern: str, reading: dict) -> Iterator[tuple]:
-    """The name of every scan, and what loads it."""
+def _jobs(
+    sources: Sequence[str | Path], pattern: str, reading: dict, refused: list
+) -> Iterator[tuple]:
+    """The name of every scan, and what loads it; what a folder has besides is added to `refused`."""
+    nameless: dict[str, Path] = {}
     for source in sources:
         path = Path(source)
         if is_store(path):
@@ -158,16 +160,23 @@ def _jobs(sources: Sequence[str | Path], pattern: str, reading: dict) -> Iterato
             raise DataError(f"{path}: there is no such file or folder", "no-file")
         files = [path]
         if path.is_dir():
-            files = scan_files(path, pattern)
+            files, left_out = find_scans(path, pattern)
+            refused.extend(left_out)
         for file in files:
-            yield str(file), partial(_load, file, reading)
+            yield str(file), partial(_load, file, reading, nameless)
 
 
-def _load(path: Path, reading: dict) -> Scan:
-    """A scan; the file's stem is its participant where the name states none."""
-    participant_id = None
-    if not PARTICIPANT.search(path.name):
+def _load(path: Path, reading: dict, nameless: dict[str, Path] | None = None) -> Scan:
+    """A scan; the file's stem is its participant where neither name nor folder states one."""
+    participant_id = participant(path)
+    if not participant_id:
         participant_id = stem(path.name)
+        # Of a file in each participant's folder, the name would make one person of all.
+        first = {} if nameless is None else nameless
+        if first.setdefault(participant_id, path) != path:
+            message = f"{path}: no participant (sub-...) in its name or folder"
+            other = f"{first[participant_id]} has the same name; name the folders sub-..."
+            raise DataError(f"{message}, and {other}", "participant")
     try:
         return load_scan(path, participant_id=participant_id, **reading)
     except OSError as error:
@@ -237,8 +246,7 @@ def _write_table(stream: Any, ending: str, rows: Iterator[dict]) -> tuple[int, i
         else:
             separator = "\t" if ending == ".tsv" else ","
             header = n_rows == 0
-            text = table.to_csv(sep=separator, header=header, index=False, lineterminator="\n")
-            stream.write(text.encode())
+            stream.write(table_text(table, separator, header).encode())
         n_rows += len(batch)
     if parquet is not None:
         parquet.close()

@@ -11,9 +11,12 @@ import shutil
 import socket
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 # What a file or folder is called until it is whole: .NAME.PROCESS-RANDOM.tmp.
 TEMPORARY = re.compile(r"\..+\.(\d+)-[0-9a-f]{8}\.tmp")
@@ -81,16 +84,21 @@ def _hold(place: Path, output: str | os.PathLike) -> int:
                 break
             remedy = "do not write it with two commands at once"
             warnings.warn(
-                f"{output}: its file system has no locks ({error}); {remedy}", stacklevel=4
+                f"{output}: its file system has no locks ({error}); {remedy}", stacklevel=1
             )
             return descriptor
         # The owner before may have removed the file since it was opened.
         if place.exists() and place.stat().st_ino == os.fstat(descriptor).st_ino:
             return descriptor
         os.close(descriptor)
-    owner = place.read_text() if place not in _held else "this process"
+    owner = "this process"
+    if place not in _held:
+        # It may end at this moment.
+        owner = "another process"
+        with suppress(OSError):
+            owner = place.read_text() or owner
     remedy = "let it end, or name another output"
-    raise RuntimeError(f"{output} is being written by {owner or 'another process'}; {remedy}")
+    raise RuntimeError(f"{output} is being written by {owner}; {remedy}")
 
 
 def _remove_left_over(path: Path) -> None:
@@ -218,6 +226,35 @@ def write_text(path: str | os.PathLike, text: str) -> Path:
     return write_bytes(path, text.encode())
 
 
+def write_table(path: str | os.PathLike, table: "pd.DataFrame") -> Path:
+    """Write a table of results or people, whole: separated by tabs where the name ends in ``.tsv``, else by commas."""
+    separator = "\t" if os.fspath(path).endswith(".tsv") else ","
+    return write_text(path, table_text(table, separator))
+
+
+def table_text(table: "pd.DataFrame", separator: str, header: bool = True) -> str:
+    """A table as text that a spreadsheet shows as it is.
+
+    A spreadsheet would compute what begins like a formula (``=``, ``+``, ``-``, ``@``), so that an apostrophe goes
+    before it. Numbers stay numbers.
+    """
+    shown = table.copy()
+    for name in shown.select_dtypes(exclude=["number", "bool"]):
+        shown[name] = shown[name].map(_no_formula)
+    shown.columns = [_no_formula(name) for name in shown]
+    return shown.to_csv(sep=separator, header=header, index=False, lineterminator="\n")
+
+
+def _no_formula(cell: Any) -> Any:
+    if not isinstance(cell, str) or not cell.lstrip().startswith(("=", "+", "-", "@")):
+        return cell
+    try:
+        float(cell)
+    except ValueError:
+        return f"'{cell}"
+    return cell
+
+
 def write_json(path: str | os.PathLike, content: Any) -> Path:
     """Write ``content`` as indented JSON in its own order of keys, whole.
 
@@ -245,19 +282,53 @@ def sha256(path: str | os.PathLike) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
+LONGEST_YAML = 500_000  # characters, which ruamel reads in a few seconds
+DEEPEST_YAML = 50
+
+
+def load_yaml(path: str | os.PathLike) -> Any:
+    """What a YAML file holds; a ValueError, which does not name the file, says what is wrong with it."""
+    size = os.stat(path).st_size
+    if size > 4 * LONGEST_YAML:
+        raise ValueError(f"{size:,} bytes are no file of settings")
+    return read_yaml(Path(path).read_text(encoding="utf-8-sig"))
+
+
 def read_yaml(text: str) -> Any:
     """Read YAML 1.2, in which ``off`` is text and ``1e-3`` is a number.
 
-    A ValueError if `text` is not valid YAML; the message names the line.
+    A ValueError if `text` is not valid YAML, is longer or deeper than any settings are, or has aliases (``*name``): a
+    few lines of them stand for more than any memory holds. The message names the line where it is known.
     """
-    from ruamel.yaml import YAML, YAMLError
+    from ruamel.yaml import YAML
 
+    if len(text) > LONGEST_YAML:
+        raise ValueError(f"{len(text):,} characters of YAML, at most {LONGEST_YAML:,} are read")
     # ruamel's parser in C reads YAML 1.1, in which `off` is false.
     reader = YAML(typ="safe", pure=True)
     try:
+        _check_events(reader.parse(text))
         return reader.load(text)
-    except YAMLError as error:
-        raise ValueError(f"not valid YAML: {' '.join(str(error).split())}") from None
+    except Exception as error:
+        # Broken text makes ruamel raise almost anything, from a KeyError to its own errors.
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise ValueError(f"not valid YAML: {reason[:400]}") from None
+
+
+def _check_events(events: Iterable[Any]) -> None:
+    """Refuse what would take for ever to build: aliases, and brackets in brackets."""
+    depth = 0
+    for event in events:
+        kind = type(event).__name__
+        line = event.start_mark.line + 1
+        if kind == "AliasEvent":
+            raise ValueError(f"line {line}: write out what *{event.anchor} stands for")
+        depth += kind in ("SequenceStartEvent", "MappingStartEvent")
+        depth -= kind in ("SequenceEndEvent", "MappingEndEvent")
+        if depth > DEEPEST_YAML:
+            raise ValueError(
+                f"line {line}: more than {DEEPEST_YAML} lists or mappings in each other"
+            )
 
 
 def find_root(start: str | os.PathLike = ".") -> Path:

@@ -3,6 +3,7 @@
 A row is one number with its interval. What the columns hold stands in `COLUMNS`.
 """
 
+import re
 from collections.abc import Iterable, Mapping
 from os import PathLike
 from pathlib import Path
@@ -10,9 +11,18 @@ from typing import Any
 
 import pandas as pd
 
-from mnemodyn.files import begins_with, check_output, write_text
+from mnemodyn.files import begins_with, check_output, table_text, write_text
 
-__all__ = ["COLUMNS", "KINDS", "METHODS", "label", "read_results", "verdict", "write_results"]
+__all__ = [
+    "COLUMNS",
+    "KINDS",
+    "METHODS",
+    "label",
+    "literal",
+    "read_results",
+    "verdict",
+    "write_results",
+]
 
 #: Columns of a table of results, and what they hold.
 COLUMNS = {
@@ -72,6 +82,13 @@ METHODS = {
 def label(method: str) -> str:
     """What a reader sees for a method: its name in METHODS, or the name itself."""
     return METHODS.get(method, method)
+
+
+def literal(text: object) -> str:
+    """Text from data as a line of Markdown that shows this very text: no link, no HTML, no cell of a table more."""
+    # An underscore within a word is text in any case, and other signs are where they do not begin the line.
+    active = r"[\\`*{}\[\]<>&|~$#]|(?<![A-Za-z0-9])_|_(?![A-Za-z0-9])|^[-+=:%(]|(?<=^[0-9])[.)]"
+    return re.sub(active, r"\\\g<0>", " ".join(str(text).split()))
 
 
 def verdict(low: float, high: float) -> str:
@@ -136,7 +153,7 @@ def write_results(path: str | PathLike, rows: Iterable[Mapping[str, Any]]) -> pd
     for name in ("value", "low", "high", "p"):
         table[name] = table[name].astype(float).round(10)
     table["n"] = table["n"].astype("Int64")
-    write_text(path, table.to_csv(index=False, lineterminator="\n"))
+    write_text(path, table_text(table, ","))
     return table
 
 

@@ -222,15 +222,6 @@ def _confounds(source: Path, columns: Sequence[str], n_frames: int) -> np.ndarra
     return values
 
 
-def _participant(source: Path) -> str:
-    """The participant that a file or one of its folders names, "" for none."""
-    for part in reversed(source.parts):
-        named = formats.PARTICIPANT.search(part)
-        if named:
-            return named[0]
-    return ""
-
-
 def find_sources(sources: Sequence[str | Path], settings: Preprocessing) -> list[Path]:
     """Files as given, and the dense series or volumes in folders, as the atlas needs them."""
     endings = VOLUMES if settings.label_volume else DENSE
@@ -240,7 +231,10 @@ def find_sources(sources: Sequence[str | Path], settings: Preprocessing) -> list
             refuse(f"{source}: no such file or folder", "no-scans")
         inside = [source]
         if source.is_dir():
-            inside = [path for path in formats.files_below(source) if path.name.endswith(endings)]
+            walked = formats.walk(source)
+            inside = [path for path in walked.files if path.name.endswith(endings)]
+            # A folder that cannot be read fails as a scan does.
+            inside += walked.unread
         if not inside:
             refuse(f"{source}: no file ending in {' or '.join(endings)}", "no-scans")
         found += inside
@@ -249,7 +243,10 @@ def find_sources(sources: Sequence[str | Path], settings: Preprocessing) -> list
 
 def output_path(source: Path, folder: Path, atlas: str, table: bool) -> Path:
     """Where a scan goes: ``sub-*/[ses-*/]func/*_seg-ATLAS_stat-mean_timeseries.*``, as in XCP-D."""
-    participant = _participant(source)
+    try:
+        participant = formats.participant(source)
+    except DataError:
+        participant = ""  # the scan is refused for it when its turn comes
     name = re.sub(r"_(bold|timeseries)$", "", stem(source.name))
     if participant not in name:
         name = f"{participant}_{name}"
@@ -330,7 +327,8 @@ def _preprocess_scan(
     source: Path, output: Path, atlas: str, facts: dict[str, Any], settings: Preprocessing
 ) -> str:
     """Write one scan, unless it is complete; ``done`` or ``skipped``."""
-    participant = _participant(source)
+    formats.present(source)
+    participant = formats.participant(source)
     if not participant:
         refuse("no participant (sub-...) in the file's name or its folders", "no-participant")
     made_from = _made_from(source, facts, settings)
