@@ -126,6 +126,15 @@ def show_progress(done: int, total: int) -> None:
         print(f"\r{done} of {total} scans", end=end, file=sys.stderr, flush=True)
 
 
+def say_left_out(scans: Any) -> None:
+    """Say how much of a folder is not used, and why, with an example of each reason."""
+    table = scans.excluded.reindex(columns=["problem", "message", "left_out_of"])
+    # Scans without a label are used for training.
+    for problem, rows in table[table["left_out_of"] != "targets"].groupby("problem"):
+        example = rows["message"].iloc[0]
+        print(f"mnemodyn: left out {len(rows)}, {problem}: {example}", file=sys.stderr)
+
+
 def fail(reason: object, status: int) -> int:
     """Say in one line why a command failed, and return its exit status."""
     print(f"mnemodyn: {reason}", file=sys.stderr)
@@ -149,7 +158,7 @@ def read_mapping(path: str | None) -> dict:
 
 
 def add_t_r(parser):
-    text = "repetition time of files that do not state it"
+    text = "repetition time of files that do not state it, or state two"
     parser.add_argument("--t-r", type=float, metavar="SECONDS", help=text)
 
 
@@ -197,6 +206,7 @@ def add_network(parser):
         action=argparse.BooleanOptionalAction,
         help="whether rows are frames, for files that do not say",
     )
+    parser.add_argument("--key", help="which array of a .npz or .mat that holds several")
     parser.add_argument(
         "--max-constant-parcels", type=int, default=0, metavar="N", help="that a scan may have"
     )
@@ -402,6 +412,7 @@ def run_pretrain(data, output, cohort, t_r, settings, changes, restart, as_json)
     from mnemodyn.splits import hold_out
 
     scans = open_scans(data, cohort=cohort, t_r=found.data.t_r)
+    say_left_out(scans)
     people = scans.table["participant_id"]
     sides = hold_out(people, n_test=found.data.n_test, n_validation=found.data.n_validation)
     train = scans.select(sides["train"])
@@ -489,8 +500,10 @@ def run_evaluate(
             methods += ["model", "model+fc"]
     if checkpoint is not None:
         checkpoint = from_pretrained(checkpoint)
+    scans = open_scans(folder, cohort=cohort, t_r=t_r, workers=workers)
+    say_left_out(scans)
     rows, failed = study(
-        open_scans(folder, cohort=cohort, t_r=t_r, workers=workers),
+        scans,
         {target: kinds[target]},
         methods,
         by_site=methods if leave_one_site_out else (),

@@ -13,7 +13,7 @@ import re
 import warnings
 import zipfile
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
@@ -136,7 +136,7 @@ class Raw(NamedTuple):
 
 def real(values: np.ndarray) -> np.ndarray:
     """A table of real numbers as float32 in memory."""
-    if values.dtype.kind not in "iuf" or values.ndim != 2:
+    if values.dtype.kind not in "iuf" or values.ndim != 2 or not values.size:
         found = f"shape {values.shape} of {values.dtype}"
         refuse(f"expected a table of real numbers, got {found}", "not-a-table")
     with np.errstate(all="ignore"):
@@ -155,17 +155,20 @@ def present(path: Path) -> bool:
     fetch = "fetch its content first (datalad get, git annex get, git lfs pull), or remove it"
     if os.path.isfile(path):
         # Where there are no links, git-annex and Git LFS leave a short text in place of the content.
-        with open(path, "rb") as stream:
-            start = stream.read(30)
+        try:
+            with open(path, "rb") as stream:
+                start = stream.read(30)
+        except OSError as error:
+            refuse(f"{path.name}: cannot be read ({error.strerror})", "unreadable")
         if start.startswith((b"/annex/objects/", b"version https://git-lfs")):
             refuse(
                 f"{path.name}: only a pointer to content that is not here; {fetch}", "not-fetched"
             )
         return True
-    if os.path.islink(path):
-        refuse(f"{path.name}: a link to nothing; {fetch}", "not-fetched")
     if os.path.exists(path):
         refuse(f"{path.name}: no plain file", "no-file")
+    if os.path.islink(path):
+        refuse(f"{path.name}: a link to nothing; {fetch}", "not-fetched")
     return False
 
 
@@ -268,8 +271,10 @@ def _text(path: Path, key: str | None) -> Raw:
         whole = all(word.strip().isdecimal() for word in header)
         if numbers and not whole:
             return Raw(_table(text, separator, None))
-        if numbers and (separator == "," or not _counts([int(word) for word in header])):
-            _check_codes(header, separator, text)
+        # BIDS gives every TSV a header, a CSV may have none. The codes of an atlas ascend, values do not.
+        if numbers and (separator == "," or (np.diff(np.array(header, float)) <= 0).any()):
+            asked = f"the first line holds whole numbers, {header[:3]}: a header or a frame?"
+            refuse(f"{asked} Name the columns in the first line", "header")
     values = _table(text, separator, header)
     # pandas numbers rows, and columns without a name: neither then says which is time.
     if header[0] == "" and header[1:] == [str(i) for i in range(len(header) - 1)]:
@@ -287,32 +292,11 @@ def _is_number(word: str) -> bool:
     return True
 
 
-def _counts(values: Sequence[float] | np.ndarray) -> bool:
-    """Whether values are 0, 1, 2, ... or 1, 2, 3, ..."""
-    return len(values) > 2 and any(
-        np.array_equal(values, np.arange(i, i + len(values))) for i in (0, 1)
-    )
-
-
-def _check_codes(header: list[str], separator: str, text: str) -> None:
-    """Raise a DataError unless a first line of whole numbers is certainly a header of codes.
-
-    BIDS gives every TSV a header, a CSV may have none. A line is one of values where a number occurs twice, or where
-    all others are whole as well and it does not ascend as an atlas's codes do.
-    """
-    codes = [int(word) for word in header]
-    if separator == "\t" and len(set(codes)) == len(codes):
-        values = _table(text, separator, header)
-        if codes == sorted(codes) or (values % 1 != 0).any():
-            return
-    asked = f"the first line holds whole numbers, {header[:3]}: a header or a frame?"
-    refuse(f"{asked} Name the columns in the first line", "header")
-
-
 # Columns of a table that are no parcels.
 INDEX = re.compile(
     r"(?i)|unnamed: ?\d+.*|index|idx|(frame|volume|vol|tr|time)s?([ _.]?(index|idx|number|no|nr|id|point|s|sec|ms)s?)?"
     r"|time ?[\[(]\w+[\])]|timestamp|row|onset|sec|seconds"
+    r"|(subject|participant|session|run|site|group)([ _.]?(id|no|nr|number))?"
 )
 # Names that no part of a brain has, and tissues, which an atlas has beside others only.
 NUISANCE = re.compile(
@@ -337,7 +321,9 @@ def only_parcels(
     for i, column in enumerate(values.T):
         name = "a parcel" if names is None else names[i].strip()
         index = INDEX.fullmatch(name) is not None
-        if (index and (np.diff(column) > 0).all()) or (i == 0 and _counts(column)):
+        steps = np.diff(column)
+        counts = i == 0 and len(column) > 2 and column[0] in (0, 1) and (steps == 1).all()
+        if counts or (index and (steps > 0).all()):
             continue
         if index or not name:
             remedy = "give it the name of its parcel, or remove it"
@@ -363,13 +349,10 @@ def is_matrix(values: np.ndarray) -> bool:
     n = len(values)
     if values.shape != (n, n) or n < 3:
         return False
-    beside = values.copy()
-    np.fill_diagonal(beside, 0)
-    diagonal = np.diag(values)
     # Of Fisher's z the diagonal is infinite or cut at a large number; some tools leave it empty.
+    diagonal = np.diag(values)
     constant = np.allclose(diagonal, diagonal[0], rtol=1e-5, atol=1e-6, equal_nan=True)
-    symmetric = np.allclose(beside, beside.T, rtol=1e-4, atol=1e-7, equal_nan=True)
-    return constant or symmetric
+    return constant or np.allclose(values, values.T, rtol=1e-4, atol=1e-7, equal_nan=True)
 
 
 def _table(text: str, separator: str, header: list[str] | None) -> np.ndarray:
@@ -394,23 +377,18 @@ def _table(text: str, separator: str, header: list[str] | None) -> np.ndarray:
 # Arrays
 
 
-def _choose(key: str | None, found: Mapping[str, np.ndarray]) -> Raw:
-    """The one two-dimensional array, or the one that `key` names."""
-    if key is None and len(found) == 1:
-        key = next(iter(found))
-    if key is None or key not in found:
-        listed = ", ".join(f"{name} {array.shape}" for name, array in list(found.items())[:10])
-        refuse(f"key must say which array is the scan, got {key!r}; there are: {listed}", "key")
-    return Raw(found[key])
-
-
-def _wanted(key: str | None, shapes: Mapping[str, tuple]) -> list[str]:
-    """Names of the tables that may be the scan: the one of `key`, or all; a DataError if they are too large."""
-    wanted = [name for name, shape in shapes.items() if len(shape) == 2 and min(shape) > 1]
-    if key is not None and key in shapes:
-        wanted = [key]
-    check_size(sum(8.0 * np.prod(shapes[name], dtype=float) for name in wanted))
-    return wanted
+def _choose(key: str | None, shapes: Mapping[str, tuple[int, ...]]) -> str:
+    """The name of the one table, or `key`; a DataError if that cannot be told, or it is too large."""
+    tables = [name for name, shape in shapes.items() if len(shape) == 2 and min(shape) > 1]
+    if key is None and len(tables) == 1:
+        key = tables[0]
+    if key is None or key not in shapes:
+        listed = ", ".join(f"{name} {shapes[name]}" for name in tables[:10])
+        refuse(
+            f"key (--key) must say which array is the scan, got {key!r}; there are: {listed}", "key"
+        )
+    check_size(8.0 * np.prod(shapes[key], dtype=float))
+    return key
 
 
 def _npy(path: Path, key: str | None) -> Raw:
@@ -431,7 +409,7 @@ def _npz(path: Path, key: str | None) -> Raw:
                     shapes[name.removesuffix(".npy")] = () if kind.hasobject else shape
     # numpy leaves a damaged file open that it has opened itself.
     with open(path, "rb") as stream, np.load(stream, allow_pickle=False) as arrays:
-        return _choose(key, {name: arrays[name] for name in _wanted(key, shapes)})
+        return Raw(arrays[_choose(key, shapes)])
 
 
 def _mat(path: Path, key: str | None) -> Raw:
@@ -439,13 +417,10 @@ def _mat(path: Path, key: str | None) -> Raw:
         start = stream.read(10)
     if start == b"MATLAB 7.3":
         refuse("MATLAB's 7.3 format is not read; save it with: save -v7", "mat-7.3")
-    numeric = ("double", "single", "int", "uint", "logical")
-    shapes = {name: shape for name, shape, kind in whosmat(path) if kind.startswith(numeric)}
-    found = {}
-    for name, array in loadmat(path, variable_names=_wanted(key, shapes)).items():
-        if isinstance(array, np.ndarray) and array.dtype.kind in "iuf":
-            found[name] = array
-    return _choose(key, found)
+    numbers = ("double", "single", "int", "uint", "logical")
+    shapes = {name: shape for name, shape, kind in whosmat(path) if kind.startswith(numbers)}
+    key = _choose(key, shapes)
+    return Raw(loadmat(path, variable_names=[key])[key])
 
 
 # By the end of the name.
@@ -491,7 +466,6 @@ def walk(folder: Path) -> Walk:
     """
     files = []
     unread = {}
-    there = set()  # the files that are no links
     # A link to a folder that holds this one would search what nobody asked for.
     seen = {str(parent) for parent in folder.resolve().parents}
     folders = [folder]
@@ -511,7 +485,11 @@ def walk(folder: Path) -> Walk:
         for name in names:
             path = place / name
             link = os.path.islink(path)
+            plain_name = name.encode("utf-8", "replace").decode()
             if name.startswith(HIDDEN):
+                continue
+            if name != plain_name:
+                unread[place / plain_name] = "the name is not UTF-8"
                 continue
             if os.path.isdir(path):
                 following = links if link else folders
@@ -520,28 +498,14 @@ def walk(folder: Path) -> Walk:
                 unread[path] = "a link to nothing"
             else:
                 files.append(path)
-                if not link:
-                    there.add(os.path.join(real_place, name))
-    return Walk(sorted(_without_links_to(there, files), key=natural), unread)
+    return Walk(sorted(files, key=natural), unread)
 
 
-def _without_links_to(there: set[str], files: list[Path]) -> Iterator[Path]:
-    """Files but for links to one of the same name that is there itself."""
-    for path in files:
-        target = os.path.realpath(path)
-        # Under another name it may be another person's, which is said where scans are compared.
-        if target not in there or not os.path.islink(path) or Path(target).name != path.name:
-            yield path
-
-
-def natural(text: str | Path) -> list[list[Any]]:
+def natural(text: str | Path) -> list[Any]:
     """A key to sort by in which sub-2 comes before sub-10."""
-    ordered = []
-    for part in Path(text).parts:
-        words: list[Any] = re.split(r"([0-9]+)", part)
-        words[1::2] = map(int, words[1::2])
-        ordered.append(words)
-    return ordered
+    words: list[Any] = re.split(r"([0-9]+)", str(text))
+    words[1::2] = map(int, words[1::2])
+    return words
 
 
 def participant(path: Path) -> str:
@@ -551,14 +515,14 @@ def participant(path: Path) -> str:
     so that two people might become one.
     """
     folders = [folder.name for folder in path.absolute().parents]
-    for name in (stem(path.name), *folders):
+    for depth, name in enumerate([stem(path.name), *folders]):
         found = PARTICIPANT.search(name)
         if not found:
             continue
         label, rest = found[0], name[found.end() :]
         letters_only = not re.search("[0-9]", label)
         # A folder such as sub-projects is nobody's.
-        if name in folders and (found.start() > 0 or letters_only):
+        if depth and (found.start() > 0 or letters_only):
             continue
         if rest and (UNCLEAR.match(rest) or (letters_only and UNCLEAR_AFTER_LETTERS.match(rest))):
             asked = f"it is not clear where the participant's identifier ends in {name!r}"
@@ -688,13 +652,8 @@ def _json(file: Path) -> dict[str, Any]:
 
 
 def _stated(file: Path) -> float | None:
-    """``RepetitionTime`` of a JSON file, if there is one; or else from a ``SamplingFrequency`` in Hz."""
-    content = _json(file)
-    stated = content.get("RepetitionTime")
-    frequency = content.get("SamplingFrequency", 0)
-    # XCP-D writes "TR" there.
-    if stated is None and type(frequency) in (int, float) and frequency > 0:
-        stated = 1.0 / frequency
+    """``RepetitionTime`` of a JSON file, if there is one."""
+    stated = _json(file).get("RepetitionTime")
     if stated is None or (type(stated) in (int, float) and abs(stated) < 1e9):
         return stated
     found = f"must be a number of seconds, got {str(stated)[:40]!r}"
@@ -715,7 +674,8 @@ def beside(path: Path, *endings: str) -> tuple[str, pd.DataFrame]:
         if place != path and present(place):
             with reading(place, "table of confounds"):
                 table = pd.read_csv(place, sep="\t", na_values=["n/a"]).apply(pd.to_numeric)
-                if all(_is_number(str(name)) for name in table):
+                # pandas adds .1 to a name that is there twice.
+                if all(_is_number(str(name).partition(".")[0] or "0") for name in table):
                     refuse("the first line must name the columns", "header")
                 return place.name, table
     return places[0].name, pd.DataFrame()

@@ -227,14 +227,12 @@ def agree_on_t_r(
         source = next(iter(known))
         return known[source], source
     # Where a file states two times, yours says which of them is right.
-    if (
-        len(known) == 3
-        and min(abs(known["setting"] - t_r) for t_r in list(known.values())[:2]) < 1e-3
-    ):
+    near = [name for name in known if abs(known[name] - known.get("setting", np.inf)) <= 1e-3]
+    if len(known) == 3 and len(near) == 2:
         return known["setting"], "setting"
     remedy = "give the right one as t_r (--t-r); it decides where a header and a sidecar differ"
     if "setting" in known:
-        remedy = "correct RepetitionTime in the JSON sidecar, or give override_t_r=True"
+        remedy = "to use yours, write it as RepetitionTime in the JSON sidecar, or set override_t_r"
     refuse(f"repetition times differ, in seconds: {known}; {remedy}", "t-r-conflict")
 
 
@@ -309,7 +307,7 @@ def load_scan(
         if isinstance(path, str | Path):
             raw = formats.read(Path(path), key)
             # A CIFTI header with a time needs no sidecar but its own; 1 s may be no more than a default.
-            sidecar = formats.sidecar_t_r(Path(path), inherited=raw.t_r in (None, 1))
+            sidecar = formats.sidecar_t_r(Path(path), inherited=raw.t_r in (None, 0, 1))
             moved = formats.motion(Path(path))
         else:
             names = None
@@ -374,7 +372,7 @@ def _oriented(
     found = raw.parcels
     if found is None:
         if frames_first is None:
-            remedy = "give frames_first=True if rows are frames, False if rows are parcels"
+            remedy = "give frames_first=True (--frames-first) if rows are frames, or False (--no-frames-first)"
             asked = f"the file does not say which axis of its {values.shape} is time"
             refuse(f"{asked}; {remedy}", "orientation")
         if not frames_first:
@@ -478,15 +476,26 @@ _SCAN = re.compile(
 )
 # Tables of motion, covariates and people, matrices, tables of an atlas, and maps are no scans.
 _NO_SCAN = re.compile(
-    r"(?i)(^|_)(desc-confounds\w*|desc-(aroma|melodic|linc|dcan|abcc|preproc_design)\w*|(meas|measure)-\w+"
-    r"|stat-(?!mean_)\w+|\w*(confounds?|regressors?|covariates?|nuisance|outliers?|censor\w*|motion\w*|movement\w*)"
-    r"|motion_\w+|\w*(framewise_?displacement|displacement)\w*|fd|dvars|dfile\w*|outcount\w*|mot_\w+|design|qc|physio|events"
-    r"|relmat|conmat|connmat|\w*(connectivity|connectome|correlations?|corrmat|adjacency|covariance)\w*|corr|zcorr|fcz?"
-    r"|fcmat\w*|fc_\w+|matrix|dseg|labels?|lut|lookup\w*|coverage|participants|phenotypes?|demographics|sessions|alff|reho"
-    r"|noiseics|mixing)$|x?mat$|\bxmat\b|-checkpoint$"
+    r"""
+    # an entity anywhere in the name
+    (^|_)(desc-(confounds|aroma|melodic|linc|dcan|abcc)|meas(ure)?-|stat-(coverage|alff|reho|[a-z]*corr))
+    # the last word: motion and other covariates
+    |(^|_|-)([a-z]*(confounds?|regressors?|covariates?|nuisance|outliers?|motion|movement|displacement|params|parameters)
+        |fd|dvars|design|qc|physio|events|censor|noiseics|mixing|checkpoint
+    # connectivity
+        |[a-z]*mat|[a-z]*(connectivity|connectome|correlations?|adjacency|covariance)|[a-z]*corr|fcz?|matrix
+    # atlases, maps and people
+        |dseg|labels?|lut|lookup|coverage|alff|reho|participants|phenotypes?|demographics|sessions)$
+    # the first word, as AFNI and many scripts have it
+    |^(dfile|outcount|mot|motion|censor|fc|[a-z]*corr[a-z]*|connectivity|confounds)[_.]|\.xmat$
+    """,
+    re.VERBOSE | re.IGNORECASE,
 )
 # What tells the runs of a recording apart, in the names of BIDS and of the Human Connectome Project.
-_RUN = re.compile(r"_(run|dir)-[A-Za-z0-9]+|(?<=REST)[0-9]*_(AP|PA|LR|RL)(?![A-Za-z0-9])")
+_RUN = (
+    re.compile(r"_run-[A-Za-z0-9]+"),
+    re.compile(r"_(run|dir)-[A-Za-z0-9]+|(?<=REST)[0-9]*_(AP|PA|LR|RL)(?![A-Za-z0-9])"),
+)
 
 
 def is_no_scan(name: str) -> bool:
@@ -552,9 +561,9 @@ def choose_files(paths: list[Path], unread: dict[Path, str]) -> Found:
     for path in paths:
         try:
             formats.present(path)
-        except (DataError, OSError) as error:
-            problem = getattr(error, "problem", "unreadable")
-            left_out.append({"file": str(path), "problem": problem, "message": str(error)})
+        except DataError as error:
+            row = {"file": str(path), "problem": error.problem, "message": str(error)}
+            left_out.append(row)
             continue
         # Of the two files that XCP-D leaves of a scan, only the CIFTI has a density in its name.
         key = path.with_name(re.sub("_den-[A-Za-z0-9]+", "", formats.stem(path.name)))
@@ -562,7 +571,9 @@ def choose_files(paths: list[Path], unread: dict[Path, str]) -> Found:
         other = named.get(key)
         if other is None or (path.suffix, other.suffix) == (".nii", ".tsv"):
             named[key] = path
-    runs = Counter(_RUN.sub("", str(key)) for key in named if _RUN.search(str(key)))
+    runs: Counter[str] = Counter()
+    for name in map(str, named):
+        runs.update({of_run.sub("", name) for of_run in _RUN} - {name})
     files = []
     for key, path in named.items():
         # XCP-D puts runs together where there are several, and every frame would count twice.
