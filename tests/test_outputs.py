@@ -150,7 +150,7 @@ def test_a_link_in_place_of_what_is_unfinished_is_not_followed(folder, checkpoin
 def test_a_read_out_that_is_no_number_is_named(folder, checkpoint, tmp_path):
     path = folder / "sub-1/func/sub-1_task-rest_timeseries.tsv"
     huge = scan(1)
-    huge.values[:, 2] *= np.float32(3e38) / np.abs(huge.values[:, 2]).max()
+    huge.values[:, 2] *= np.float32(1e38) / np.abs(huge.values[:, 2]).max()
     save_scan(huge, path)
     raw = replace(checkpoint, scaling=Scaling("raw"))
     done = embed([folder], raw, tmp_path / "e.csv")
