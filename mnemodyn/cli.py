@@ -17,7 +17,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from mnemodyn.files import load_yaml, read_yaml, write_table
+from mnemodyn.files import begins_with, check_output, load_yaml, read_yaml, write_table
 from mnemodyn.provenance import installed_version
 
 __all__ = ["main"]
@@ -105,6 +105,8 @@ def make_parser() -> argparse.ArgumentParser:
             "--json", action="store_true", dest="as_json", help="print JSON, for a program"
         )
         command.set_defaults(run=run)
+        # For arguments without a type, most of which are paths. A shell leaves the ~ of --output=~/x as it is.
+        command.register("type", None, os.path.expanduser)
         add(command)
     return parser
 
@@ -177,7 +179,9 @@ def add_compat(parser):
 
 def add_pairs(parser, *names, metavar=("NAME", "VALUE"), **settings):
     """An option with a name and a value, which may be repeated."""
-    parser.add_argument(*names, nargs=2, action="append", default=[], metavar=metavar, **settings)
+    # In YAML a ~ is None.
+    kind = {"nargs": 2, "action": "append", "type": str, "default": []}
+    parser.add_argument(*names, metavar=metavar, **kind, **settings)
 
 
 def add_cohort(parser):
@@ -256,6 +260,12 @@ def run_index(cohort, folder, t_r, workers, table, as_json):
 
     Cohorts of the package: abide, adhd200, adni, bids, hbn, hcp_aging, nkir, ukb.
     """
+    if table is not None:
+        from mnemodyn.data.scans import check_no_scan
+
+        begins = begins_with("path", "participant_id", "session", "run")
+        check_output(table, "table of index", begins)
+        check_no_scan(table, [folder])
     found = find_scans(cohort, folder, t_r, workers)
     if table is not None:
         write_table(table, found.table)
@@ -272,16 +282,18 @@ def add_convert(parser):
         "--dtype",
         choices=["float16", "float32"],
         default="float16",
-        help="float16: z-scores, to 0.0002 SD; float32: values as they are",
+        help="float16: z-scores, to 0.0002 SD (root mean square), and 0.002 SD at most below 8 SD; "
+        "float32: values as they are",
     )
 
 
 def run_convert(cohort, folder, t_r, workers, store, dtype, as_json):
     """Write a cohort's scans into a store.
 
-    Training reads a store at the speed of the disk. An interrupted conversion, started again, goes
-    on where it stopped, and adds scans that FOLDER has more than STORE. What could not be used is
-    listed in the store with the reason.
+    Training reads a store at the speed of the disk. The command given again goes on where it was
+    interrupted, and makes STORE what FOLDER is now: more scans are added, those that have changed are
+    converted again, and labels are those of the table as it is. What could not be used is listed in
+    the store with the reason.
     """
     from mnemodyn.data.store import convert
 
@@ -389,6 +401,8 @@ def run_pretrain(data, output, cohort, t_r, settings, changes, restart, as_json)
       mnemodyn pretrain hcp7 runs/masked -s training.epochs 16
       mnemodyn pretrain SCANS runs/latent -s objective latent --settings my.yaml -s machine.devices 4
     """
+    if Path(output).is_dir() and Path(data).exists() and Path(output).samefile(data):
+        raise UsageError(f"{output} is the folder that is read; name another output")
     if t_r is not None:
         changes = [("data.t_r", str(t_r)), *changes]
     # Before torch is imported: a mistyped setting is refused at once.
@@ -462,8 +476,13 @@ def run_evaluate(
       mnemodyn evaluate hbn FOLDER --target sex -o sex.csv
       mnemodyn evaluate abide STORE --target diagnosis -c NAME/MODEL -o diagnosis.csv --workers 4
     """
+    from mnemodyn.data.scans import check_no_scan
+    from mnemodyn.results import check_results, write_results
+
     if Path(output).is_dir():
         raise UsageError(f"{output} is a folder; name the file to write")
+    check_results(output)
+    check_no_scan(output, [folder])
     # Before the scans are read, which may take minutes.
     kinds = {known.name: known.kind for known in find_cohort(cohort).targets}
     if target not in kinds:
@@ -474,7 +493,6 @@ def run_evaluate(
     from mnemodyn.checkpoint import from_pretrained
     from mnemodyn.data.collection import open_scans
     from mnemodyn.evaluate.study import study
-    from mnemodyn.results import write_results
 
     if methods is None:
         methods = ["confounds", "fc"]
@@ -634,6 +652,8 @@ def run_run(notebook, output, parameter, parameters_file, as_json):
     from mnemodyn.run import ParameterError, first_results, run_notebook
 
     parameters = {**read_mapping(parameters_file), **dict(parameter)}
+    manifest = Path(output).with_suffix(".manifest.json")
+    check_output(output, "executed notebook", lambda _: manifest.is_file(), [notebook])
     try:
         done = run_notebook(notebook, output, parameters)
     except (FileNotFoundError, ParameterError) as error:

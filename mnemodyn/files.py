@@ -1,15 +1,136 @@
-"""Files written whole, fingerprints, and the one rule for where a relative path starts."""
+"""Files written whole, one writer at a time, fingerprints, and the one rule for where a relative path starts."""
 
+import errno
+import glob
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+import re
+import secrets
+import shutil
+import socket
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 if TYPE_CHECKING:
     import pandas as pd
+
+# What a file or folder is called until it is whole: .NAME.PROCESS-RANDOM.tmp.
+TEMPORARY = re.compile(r"\..+\.(\d+)-[0-9a-f]{8}\.tmp")
+# What this process holds; the system's lock keeps other processes off only.
+_held: set[Path] = set()
+
+
+class OutputError(ValueError):
+    """An output that would replace what is read, or what no command of this package wrote."""
+
+    problem = "output"
+
+
+@contextmanager
+def locked(output: str | os.PathLike, what: str) -> Iterator[None]:
+    """Hold an output while the block runs, so that no other command writes it at the same time.
+
+    The lock goes with its owner, however it ends. What killed owners were writing is removed first.
+
+    Parameters
+    ----------
+    output : path-like
+        The file that will be written, whose folder is made, or a folder that is there.
+    what : str
+        What holds it, such as ``"mnemodyn embed"``.
+
+    Raises
+    ------
+    RuntimeError
+        If something else holds it; the message names what, its process and its machine.
+    """
+    path = Path(os.path.realpath(output))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # A folder's is inside, because the folder above may be one that nobody may write in.
+    place = path / ".lock" if path.is_dir() else path.with_name(f".{path.name}.lock")
+    descriptor = _hold(place, output)
+    _held.add(place)
+    try:
+        owner = f"{what} (process {os.getpid()} on {socket.gethostname()})"
+        os.ftruncate(descriptor, 0)
+        os.write(descriptor, owner.encode())
+        _remove_left_over(path)
+        yield
+    finally:
+        # While it is still held: whoever has opened this file already sees that it is gone.
+        place.unlink(missing_ok=True)
+        os.close(descriptor)
+        _held.discard(place)
+
+
+def _hold(place: Path, output: str | os.PathLike) -> int:
+    """Take the system's lock on the file `place`, and return its descriptor."""
+    import fcntl
+
+    # To open the file again would give up this process's own lock.
+    while place not in _held:
+        # A link is not followed: what it names is not ours.
+        descriptor = os.open(place, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
+        try:
+            # This kind of lock is not handed on to child processes, which may outlive their parent.
+            fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno in (errno.EACCES, errno.EAGAIN):
+                os.close(descriptor)
+                break
+            remedy = "do not write it with two commands at once"
+            warnings.warn(
+                f"{output}: its file system has no locks ({error}); {remedy}", stacklevel=1
+            )
+            return descriptor
+        # The owner before may have removed the file since it was opened.
+        if place.exists() and place.stat().st_ino == os.fstat(descriptor).st_ino:
+            return descriptor
+        os.close(descriptor)
+    owner = "this process"
+    if place not in _held:
+        # It may end at this moment.
+        owner = "another process"
+        with suppress(OSError):
+            owner = place.read_text() or owner
+    remedy = "let it end, or name another output"
+    raise RuntimeError(f"{output} is being written by {owner}; {remedy}")
+
+
+def _remove_left_over(path: Path) -> None:
+    """Remove what processes that are no more were writing into a folder, or in place of a file."""
+    if path.is_dir():
+        found = path.rglob(".*.tmp")
+    else:
+        found = path.parent.glob(f".{glob.escape(path.name)}.*.tmp")
+    for unfinished in list(found):
+        named = TEMPORARY.fullmatch(unfinished.name)
+        if named is None or _is_alive(int(named[1])):
+            continue
+        if unfinished.is_dir() and not unfinished.is_symlink():
+            shutil.rmtree(unfinished)
+        else:
+            unfinished.unlink()
+
+
+def _is_alive(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:
+        pass  # somebody else's
+    return True
+
+
+def temporary(path: str | os.PathLike) -> Path:
+    """A fresh name beside ``path`` for what becomes it; `locked` removes it if this process is killed."""
+    path = Path(path)
+    return path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
 
 
 @contextmanager
@@ -22,9 +143,10 @@ def writing(path: str | os.PathLike) -> Iterator[BinaryIO]:
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     # The same folder, because a rename is atomic only within one file system.
-    partial = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    partial = temporary(path)
     try:
-        with open(partial, "wb") as stream:
+        # "x" makes a new file, and follows no link that has its name.
+        with open(partial, "xb") as stream:
             yield stream
             stream.flush()
             os.fsync(stream.fileno())
@@ -36,6 +158,60 @@ def writing(path: str | os.PathLike) -> Iterator[BinaryIO]:
         raise OSError(error.errno, error.strerror or str(error), os.fspath(path)) from error
     finally:
         partial.unlink(missing_ok=True)
+
+
+def check_output(
+    output: str | os.PathLike,
+    what: str,
+    is_earlier: Callable[[Path], bool],
+    inputs: Iterable[str | os.PathLike] = (),
+) -> None:
+    """Refuse an output that would replace something else than an earlier result of its kind.
+
+    Parameters
+    ----------
+    output : path-like
+        A file that will be written.
+    what : str
+        What it will be, in the words of the message, such as ``"table of embed"``.
+    is_earlier : callable
+        Whether a file is such a result; asked only where the output is there and has content.
+    inputs : iterable of path-like
+        Files that are read. They may be results of the same kind.
+
+    Raises
+    ------
+    OutputError
+        If the output is one of the inputs, by whatever name, or is no earlier result.
+    IsADirectoryError
+        If it is a folder.
+    """
+    output = Path(output)
+    if output.is_dir():
+        raise IsADirectoryError(f"{output} is a folder; name the file to write")
+    if not os.path.lexists(output) or (output.is_file() and output.stat().st_size == 0):
+        return
+    for file in inputs:
+        # The files and not their names: a link, or another case of letters, may stand for the same one.
+        if output.exists() and os.path.exists(file) and output.samefile(file):
+            raise OutputError(f"{output} is {file}, which is read; name another output")
+    if not output.is_file() or not is_earlier(output):
+        remedy = "name another output, or move it away"
+        raise OutputError(
+            f"{output} is there already, and is no {what} of an earlier call; {remedy}"
+        )
+
+
+def begins_with(*columns: str) -> Callable[[Path], bool]:
+    """Return the test whether a file is a table, of .csv or .tsv, whose first columns these are."""
+
+    def begins(path: Path) -> bool:
+        separator = "\t" if path.suffix == ".tsv" else ","
+        expected = separator.join(columns).encode()
+        with open(path, "rb") as stream:
+            return stream.read(len(expected)) == expected
+
+    return begins
 
 
 def write_bytes(path: str | os.PathLike, content: bytes | memoryview) -> Path:
@@ -227,22 +403,83 @@ class Kept:
         self.folder = None if folder is None else Path(folder)
 
     def __call__(self, name: str, depends_on: Any, make: Callable[[], Any]) -> Any:
-        """The JSON-like result of ``make()``, made only if none is kept for `name` and `depends_on`.
+        """The result of ``make()``, made only if none is kept for `name` and `depends_on`.
 
-        What is returned has been through JSON either way: tuples are lists, arrays are lists.
+        A result is JSON-like, with arrays. It is the same whether it was found or made: tuples are lists, NumPy's
+        numbers are Python's.
         """
+        found = self.find(name, depends_on)
+        if found is None:
+            found = self.keep(name, depends_on, make())
+        return found
+
+    def find(self, name: str, depends_on: Any) -> Any:
+        """The result that is kept for `name` and `depends_on`, or None. A damaged file is removed."""
+        path = self._path(name, depends_on)
+        if path is None or not path.is_file():
+            return None
+        try:
+            return _read_kept(path)
+        # zipfile, NumPy and JSON each have errors of their own for a damaged file.
+        except Exception:
+            path.unlink()
+            return None
+
+    def keep(self, name: str, depends_on: Any, result: Any) -> Any:
+        """Keep a result, and return it as it will be found. A TypeError if it is not JSON-like, with arrays."""
+        text, arrays = _packed(result)
+        path = self._path(name, depends_on)
+        if path is not None:
+            _write_kept(path, text, arrays)
+        return _unpacked(text, arrays)
+
+    def _path(self, name: str, depends_on: Any) -> Path | None:
         if self.folder is None:
-            return json.loads(_as_json(make()))
-        path = self.folder / f"{name}-{digest(depends_on)[:16]}.json"
-        if path.is_file():
-            try:
-                return json.loads(path.read_text(encoding="utf-8"))["result"]
-            except (ValueError, KeyError, TypeError):
-                path.unlink()  # a damaged file: computed again
-        result = json.loads(_as_json(make()))
-        write_json(path, {"result": result})
-        return result
+            return None
+        return self.folder / f"{name}-{digest(depends_on)[:16]}.npz"
 
 
-def _as_json(content: Any) -> str:
-    return json.dumps(content, default=_plain)
+ARRAY = "array number"  # what stands in the text of a result for an array
+
+
+def _packed(result: Any) -> tuple[str, list]:
+    """A result as JSON text, and the arrays that the text names by number."""
+    import numpy as np
+
+    arrays: list = []
+
+    def without_array(value: Any) -> Any:
+        if not isinstance(value, np.ndarray):
+            return _plain(value)
+        if value.dtype.hasobject:
+            raise TypeError("an array of objects cannot be kept")
+        arrays.append(value)
+        return {ARRAY: len(arrays) - 1}
+
+    return json.dumps(result, default=without_array), arrays
+
+
+def _unpacked(text: str, arrays: Sequence[Any]) -> Any:
+    def with_array(found: dict) -> Any:
+        return arrays[found[ARRAY]] if ARRAY in found else found
+
+    return json.loads(text, object_hook=with_array)
+
+
+def _write_kept(path: Path, text: str, arrays: list) -> None:
+    import numpy as np
+
+    with writing(path) as stream:
+        np.savez(stream, np.array(text), np.array(digest(text, arrays)), *arrays)
+
+
+def _read_kept(path: Path) -> Any:
+    """The result in a file; a ValueError if it is not what was written."""
+    import numpy as np
+
+    # NumPy leaves a damaged file open where it is given the path.
+    with open(path, "rb") as stream, np.load(stream, allow_pickle=False) as content:
+        text, expected, *arrays = (content[name] for name in content.files)
+    if digest(str(text), arrays) != str(expected):
+        raise ValueError(f"{path} has been changed")
+    return _unpacked(str(text), arrays)

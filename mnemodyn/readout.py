@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,7 @@ from sklearn.base import BaseEstimator, TransformerMixin
 
 from mnemodyn.checkpoint import Checkpoint, from_pretrained
 from mnemodyn.data.scans import DataError, Scan, load_scan
-from mnemodyn.files import Kept
+from mnemodyn.files import Kept, digest
 from mnemodyn.model.front import Front
 from mnemodyn.model.network import MnemoDyn, Output
 from mnemodyn.model.wavelet import wavedec
@@ -163,9 +162,14 @@ def kept_readouts(
     """
     checkpoint.check(scan)
     # Not the participant or the file's name: a scan that was renamed is found again.
-    depends_on = [network, list(names), scan.values, scan.t_r, scan.parcels, scan.censored]
-    found = kept("readouts", depends_on, partial(_read, checkpoint, scan, names))
-    return {name: np.array(vector) for name, vector in found.items()}
+    depends_on = digest(network, scan.values, scan.t_r, scan.parcels, scan.censored)
+    # Each read-out by itself, so that asking for one more computes no other again.
+    found = {name: kept.find(name, depends_on) for name in names}
+    missing = [name for name in names if found[name] is None]
+    if missing:
+        for name, vector in _read(checkpoint, scan, missing).items():
+            found[name] = kept.keep(name, depends_on, vector)
+    return {name: vector.astype(float) for name, vector in found.items()}
 
 
 def _read(checkpoint: Checkpoint, scan: Scan, names: Sequence[str]) -> dict:

@@ -11,7 +11,7 @@ from typing import Any
 
 import pandas as pd
 
-from mnemodyn.files import table_text, write_text
+from mnemodyn.files import begins_with, check_output, table_text, write_text
 
 __all__ = [
     "COLUMNS",
@@ -105,6 +105,11 @@ def verdict(low: float, high: float) -> str:
     return "no difference shown"
 
 
+def check_results(path: str | PathLike) -> None:
+    """Raise an OutputError if a table of results would replace another file than one of these tables."""
+    check_output(path, "table of results", begins_with(*list(COLUMNS)[:3]))
+
+
 def write_results(path: str | PathLike, rows: Iterable[Mapping[str, Any]]) -> pd.DataFrame:
     """Check the rows, write them as CSV, and return them as a table.
 
@@ -120,8 +125,10 @@ def write_results(path: str | PathLike, rows: Iterable[Mapping[str, Any]]) -> pd
     ------
     ValueError
         If a column is unknown or a needed one missing, a kind is not among KINDS, an interval has one
-        end only or its ends in the wrong order, or two rows say the same with different numbers.
+        end only or its ends in the wrong order, two rows say the same with different numbers, or `path`
+        is there and no table of results.
     """
+    check_results(path)
     table = pd.DataFrame([dict(row) for row in rows])
     unknown = sorted(set(table) - set(COLUMNS))
     if unknown:

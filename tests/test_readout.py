@@ -48,7 +48,7 @@ def test_the_encoder_is_a_transformer_of_scikit_learn(checkpoint, tmp_path):
     assert clone(encoder).get_params()["readouts"] == ("latent_sd", "response")
     again = pickle.loads(pickle.dumps(encoder))
     np.testing.assert_array_equal(again.transform(scans[::-1]), found[::-1])  # now from the cache
-    assert len(list(tmp_path.rglob("*.json"))) == 6
+    assert len(list(tmp_path.rglob("*.npz"))) == 12  # each read-out of each scan
     save_checkpoint(
         tmp_path / "run" / "best", checkpoint
     )  # what from_pretrained takes, the encoder takes

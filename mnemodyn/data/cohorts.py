@@ -36,6 +36,7 @@ from mnemodyn.data.scans import (
     Scan,
     choose_files,
     data_name,
+    fingerprint,
     is_no_scan,
     load_scan,
 )
@@ -490,6 +491,7 @@ class Index(Collection):
         )
         self.description = description
         self.found = found
+        self._content = dict(zip(found.path, found.content, strict=True))
         self.notes = notes
 
     def _scan(self, i: int) -> Scan:
@@ -498,6 +500,10 @@ class Index(Collection):
         path = self.folder / row["path"]
         scan = self.description.reader.load(path, row["participant_id"], float(row["t_r"]))
         return replace(scan, session=row["session"], run=row["run"])
+
+    def content(self, i: int) -> str:
+        """Digest of everything that was read of scan `i` when the folder was indexed."""
+        return self._content[self.table.path.iloc[i]]
 
     def summary(self) -> dict[str, Any]:
         """Counts and distributions, ready for JSON; participants and sites are those of all files found."""
@@ -1013,6 +1019,7 @@ READ = (
     "parcels",
     "series",
     "measured_fd",
+    "content",
 )
 
 
@@ -1032,6 +1039,7 @@ def _inspect(reader: Reader, path: Path, participant_id: str, t_r: float | None)
         "parcels": digest(scan.parcels),
         "series": digest(scan.values),
         "measured_fd": scan.mean_fd,
+        "content": fingerprint([scan]),
     }
 
 

@@ -736,8 +736,18 @@ def parcels_axis(parcels: tuple[str, ...]) -> ParcelsAxis:
     return ParcelsAxis(list(parcels), voxels, [{}] * len(parcels), np.eye(4), (len(parcels), 1, 1))
 
 
-def write(path: Path, values: np.ndarray, parcels: tuple[str, ...], t_r: float, axis=None) -> None:
-    """Write ``.ptseries.nii``, or ``.tsv`` and its JSON; `values` (time, parcel), `t_r` in seconds."""
+def write(
+    path: Path,
+    values: np.ndarray,
+    parcels: tuple[str, ...],
+    t_r: float,
+    axis=None,
+    about: Mapping[str, Any] | None = None,
+) -> None:
+    """Write ``.ptseries.nii``, or ``.tsv`` and its JSON; `values` (time, parcel), `t_r` in seconds.
+
+    `about` is what the JSON says besides; a ``.ptseries.nii`` has one only with it.
+    """
     values = np.asarray(values, np.float32)
     if path.name.endswith(".ptseries.nii"):
         rows = SeriesAxis(0, float(t_r), len(values), unit="SECOND")
@@ -753,6 +763,8 @@ def write(path: Path, values: np.ndarray, parcels: tuple[str, ...], t_r: float, 
         table = pd.DataFrame(values, columns=list(parcels))
         text = table.to_csv(sep="\t", na_rep="n/a", index=False, lineterminator="\n")
         files.write_text(path, text)
-        files.write_json(path.with_suffix(".json"), {"RepetitionTime": float(t_r)})
+        about = {"RepetitionTime": float(t_r), **(about or {})}
     else:
         refuse(f"{path.name}: the name must end in .ptseries.nii or .tsv", "format")
+    if about is not None:
+        files.write_json(path.with_name(f"{stem(path.name)}.json"), about)

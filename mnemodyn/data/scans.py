@@ -4,7 +4,7 @@ import ast
 import copy
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -430,7 +430,13 @@ def _fill(values: np.ndarray, usable: np.ndarray, most: int, interpolate: bool) 
         column[gap] = np.interp(time[gap], time[~gap], column[~gap])
 
 
-def save_scan(scan: Scan, path: str | Path, *, axis: ParcelsAxis | None = None) -> Path:
+def save_scan(
+    scan: Scan,
+    path: str | Path,
+    *,
+    axis: ParcelsAxis | None = None,
+    about: Mapping[str, Any] | None = None,
+) -> Path:
     """Write a scan so that :func:`load_scan` reads the same values, parcels, t_r and censored frames back.
 
     Parameters
@@ -441,6 +447,8 @@ def save_scan(scan: Scan, path: str | Path, *, axis: ParcelsAxis | None = None) 
         sidecar. Censored frames go to ``sub-..._outliers.tsv`` beside it, in XCP-D's form.
     axis : ParcelsAxis
         Where the parcels lie; without it each gets a place in an abstract volume.
+    about : mapping
+        What the JSON sidecar says besides the repetition time. A ``.ptseries.nii`` has one only with it.
 
     Raises
     ------
@@ -452,7 +460,7 @@ def save_scan(scan: Scan, path: str | Path, *, axis: ParcelsAxis | None = None) 
     if scan.censored is not None and not source.startswith("sub-"):
         wrong = "the name must begin with sub-, or its censored frames are not found again"
         raise DataError(f"{path.name}: {wrong}")
-    formats.write(path, scan.values, scan.parcels, scan.t_r, axis)
+    formats.write(path, scan.values, scan.parcels, scan.t_r, axis, about)
     if scan.censored is not None:
         lines = ["framewise_displacement", *map(str, scan.censored.astype(int))]
         files.write_text(path.with_name(f"{source}_outliers.tsv"), "\n".join(lines) + "\n")
@@ -498,6 +506,17 @@ def is_no_scan(name: str) -> bool:
 def is_scan(name: str) -> bool:
     """Whether a file is a scan by its name: the rule of :func:`find_scans`."""
     return _SCAN.search(name) is not None and not is_no_scan(name)
+
+
+def check_no_scan(output: str | Path, folders: Iterable[str | Path]) -> None:
+    """Refuse an output that the next command would take for a part of the data in a folder that is read."""
+    output = Path(output).resolve()
+    if not is_scan(output.name) and not output.name.startswith(("sub-", "participants.")):
+        return
+    for folder in folders:
+        if output.is_relative_to(Path(folder).resolve()):
+            what = f"by its name a part of the data in {folder}, which is read"
+            raise files.OutputError(f"{output}: {what}; name it otherwise, such as table.csv")
 
 
 class Found(NamedTuple):
@@ -671,6 +690,10 @@ class Collection(Sequence[Scan]):
     def one_per_participant(self) -> "Collection":
         """Return the collection of every participant's first scan."""
         return self.select(~self.table["participant_id"].duplicated())
+
+    def content(self, i: int) -> str:
+        """Digest of everything that is read of scan `i`."""
+        return fingerprint([self[i]])
 
     @property
     def fingerprint(self) -> str:
