@@ -304,18 +304,17 @@ def load_scan(
     with naming(name):
         sidecar = None
         moved = formats.Motion()
+        named: dict[str, str] = {}
         if isinstance(path, str | Path):
-            raw = formats.read(Path(path), key)
+            path = Path(path)
+            raw = formats.read(path, key)
             # A CIFTI header with a time needs no sidecar but its own; 1 s may be no more than a default.
-            sidecar = formats.sidecar_t_r(Path(path), inherited=raw.t_r in (None, 0, 1))
-            moved = formats.motion(Path(path))
+            sidecar = formats.sidecar_t_r(path, inherited=raw.t_r in (None, 0, 1))
+            moved = formats.motion(path)
+            # The session may be in the folder's name alone.
+            named = formats.entities(path.absolute().parent.name) | formats.entities(name)
         else:
-            names = None
-            if isinstance(path, pd.DataFrame) and parcels is None:
-                names = tuple(map(str, path.columns))
-            elif parcels is None:
-                refuse("an array does not name its columns; give parcels in order", "parcel-names")
-            raw = formats.Raw(formats.real(np.asarray(path)), names)
+            raw = _of_array(path, parcels)
             frames_first = frames_first is not False
         who = participant_id or _participant(path)
         values, found = _oriented(raw, frames_first, parcels)
@@ -331,10 +330,6 @@ def load_scan(
         if n_usable < least:
             refuse(f"a scan needs at least {least} uncensored frames, got {n_usable}", "too-short")
         _fill(values, usable, max_constant_parcels, interpolate)
-        named = formats.entities(name)
-        session = named.get("ses", "")
-        if isinstance(path, Path | str) and not session:
-            session = formats.entities(Path(path).absolute().parent.name).get("ses", "")
         scan = Scan(
             who,
             values,
@@ -342,7 +337,7 @@ def load_scan(
             found,
             atlas=named.get("seg") or named.get("atlas", ""),
             source=name,
-            session=session,
+            session=named.get("ses", ""),
             run=named.get("run", ""),
             t_r_source=t_r_source,
             censored=moved.censored,
@@ -352,10 +347,20 @@ def load_scan(
         return scan
 
 
-def _participant(path: str | Path | np.ndarray | pd.DataFrame) -> str:
+def _of_array(array: np.ndarray | pd.DataFrame, parcels: Sequence[str] | int | None) -> formats.Raw:
+    """An array as it would be in a file: a frame of pandas names its columns."""
+    names = None
+    if isinstance(array, pd.DataFrame) and parcels is None:
+        names = tuple(map(str, array.columns))
+    elif parcels is None:
+        refuse("an array does not name its columns; give parcels in order", "parcel-names")
+    return formats.Raw(formats.real(np.asarray(array)), names)
+
+
+def _participant(path: Path | np.ndarray | pd.DataFrame) -> str:
     found = ""
-    if isinstance(path, str | Path):
-        found = formats.participant(Path(path))
+    if isinstance(path, Path):
+        found = formats.participant(path)
     if not found:
         refuse(
             "no participant (sub-...) in the file's name or its folder's; give participant_id",
