@@ -278,7 +278,8 @@ def _choose(key: str | None, found: Mapping[str, np.ndarray]) -> Raw:
         key = tables[0]
     if key is None or key not in found:
         listed = ", ".join(f"{name} {array.shape}" for name, array in found.items())
-        refuse(f"key must say which array is the scan, got {key!r}; there are: {listed}", "key")
+        asked = "key (--key; reader: {key: NAME} in a cohort's YAML)"
+        refuse(f"{asked} must say which array is the scan, got {key!r}; there are: {listed}", "key")
     return Raw(found[key])
 
 

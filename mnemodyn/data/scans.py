@@ -220,7 +220,7 @@ def agree_on_t_r(
         refuse(f"no repetition time above 0 in the file or its sidecar; {remedy}", "no-t-r")
     # A millisecond is what rounding in headers amounts to.
     if max(known.values()) - min(known.values()) > 1e-3:
-        remedy = "to use your value, give override_t_r=True with t_r"
+        remedy = "to use your value, give override_t_r=True (--override-t-r) with t_r (--t-r)"
         refuse(f"repetition times differ, in seconds: {known}; {remedy}", "t-r-conflict")
     source = next(iter(known))
     return known[source], source
@@ -317,7 +317,11 @@ def load_scan(
         least = max(min_frames, 2)
         if n_usable < least:
             refuse(f"a scan needs at least {least} uncensored frames, got {n_usable}", "too-short")
-        _fill(values, usable, max_constant_parcels, interpolate)
+        empty = np.isnan(values[usable]).all(axis=0)
+        _check_parcels(empty, found, max_constant_parcels, "nan")
+        values[:, empty] = 0
+        if interpolate:
+            _fill(values, usable)
         named = formats.entities(name)
         scan = Scan(
             who,
@@ -332,7 +336,7 @@ def load_scan(
             censored=censored,
             mean_fd=mean_fd,
         )
-        _check_constant(scan, max_constant_parcels)
+        _check_parcels(scan.constant, found, max_constant_parcels, "constant-parcels")
         return scan
 
 
@@ -352,7 +356,7 @@ def _oriented(
     found = raw.parcels
     if found is None:
         if frames_first is None:
-            remedy = "give frames_first=True if rows are frames, False if rows are parcels"
+            remedy = "give frames_first=True (--frames-first) if rows are frames, False (--no-frames-first) if not"
             asked = f"the file does not say which axis of its {values.shape} is time"
             refuse(f"{asked}; {remedy}", "orientation")
         if not frames_first:
@@ -362,7 +366,7 @@ def _oriented(
             found = tuple(expected)
     elif frames_first is False:
         columns = f"the file says that columns are parcels ({', '.join(found[:3])}, ...)"
-        refuse(f"frames_first=False was given, but {columns}", "orientation")
+        refuse(f"frames_first=False (--no-frames-first) was given, but {columns}", "orientation")
     if expected is not None:
         check_parcels(found, expected)
     return values, found
@@ -381,20 +385,21 @@ def _whole_recording(values: np.ndarray, censored: np.ndarray) -> np.ndarray:
     return whole
 
 
-def _check_constant(scan: Scan, most: int) -> None:
-    """Raise a DataError if more than `most` parcels are constant."""
-    names = [scan.parcels[i] for i in np.flatnonzero(scan.constant)]
+def _check_parcels(wrong: np.ndarray, parcels: Sequence[str], most: int, problem: str) -> None:
+    """Raise a DataError if more than `most` parcels are constant, or have NaN alone."""
+    names = [parcels[int(i)] for i in np.flatnonzero(wrong)]
     if len(names) > most:
-        found = f"{len(names)} parcels are constant, among them {names[:3]}"
-        refuse(f"{found}; at most {most} may be (max_constant_parcels)", "constant-parcels")
+        kind = "hold only NaN" if problem == "nan" else "are constant"
+        remedy = f"to read it, give max_constant_parcels={len(names)} (--max-constant-parcels)"
+        refuse(
+            f"{len(names)} parcels {kind}, among them {names[:3]}; at most {most} may be; {remedy}",
+            problem,
+        )
 
 
-def _fill(values: np.ndarray, usable: np.ndarray, most: int, interpolate: bool) -> None:
-    """Give values to up to `most` empty parcels and to censored frames, in place; Scan refuses other NaN."""
-    empty = np.isnan(values[usable]).all(axis=0)
-    if empty.sum() <= most:
-        values[:, empty] = 0
-    if not interpolate or np.isnan(values[usable]).any():
+def _fill(values: np.ndarray, usable: np.ndarray) -> None:
+    """Give values to censored frames, in place; Scan refuses other NaN."""
+    if np.isnan(values[usable]).any():
         return
     # A straight line between the frames beside.
     time = np.arange(len(values))
