@@ -8,7 +8,8 @@ BIN := .venv/bin
 PROFILES := $(sort $(basename $(notdir $(wildcard profiles/*.yaml))))
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
 # A failed notebook is kept, with its traceback, and does not stop those that do not need it.
-SNAKEMAKE := $(BIN)/snakemake --keep-going --keep-incomplete --rerun-incomplete --show-failed-logs \
+# The Snakefile has a lock of its own, which a killed build cannot leave behind.
+SNAKEMAKE := $(BIN)/snakemake --nolock --keep-going --keep-incomplete --rerun-incomplete --show-failed-logs \
   --rerun-triggers mtime params input code --quiet host progress reason
 
 .DEFAULT_GOAL := help
@@ -31,7 +32,7 @@ help:
 book: .venv/.installed
 	@test -f "profiles/$(PROFILE).yaml" || \
 	  { echo "make: unknown PROFILE '$(PROFILE)'; known: $(PROFILES)" >&2; exit 2; }
-	@$(SNAKEMAKE) --cores "$(CORES)" $(FLAGS) --config profile="$(PROFILE)" \
+	@exec $(SNAKEMAKE) --cores "$(CORES)" $(FLAGS) --config profile="$(PROFILE)" \
 	  $(if $(DATA),data="$(DATA)") $(if $(COHORT),cohort="$(COHORT)") $(if $(T_R),t_r="$(T_R)")
 	@echo "The book: _build/html/index.html"
 

@@ -5,17 +5,43 @@
 #
 # On a cluster every notebook is a job of its own: see book/own_data.md.
 
+from contextlib import ExitStack
+import ctypes
 import json
 import os
 from pathlib import Path
 import shlex
 import sys
 
-from mnemodyn.files import digest, read_yaml, sha256
+from mnemodyn.files import digest, locked, read_yaml, sha256
 from mnemodyn.run import check_parameters, read_parameters
 
 # The package's command and Jupyter Book come from the environment that snakemake runs in.
 os.environ["PATH"] = os.path.dirname(sys.executable) + os.pathsep + os.environ["PATH"]
+
+# One build at a time, held until its process ends, however that is. Snakemake's own lock outlives a killed build.
+BUILDING = ExitStack()
+# A build dies with `make`, and a page with the build (Linux knows how), so that neither meets its own remains.
+DIES = "sys.platform == 'linux' and ctypes.CDLL(None).prctl(1, 9)"
+MNEMODYN = f"import ctypes, sys; {DIES}; from mnemodyn.cli import main; sys.exit(main())"
+if "MAKELEVEL" in os.environ:
+    eval(DIES)
+
+
+onstart:
+    try:
+        BUILDING.enter_context(locked("book", "make book"))
+    except RuntimeError as error:
+        raise WorkflowError(f"one build at a time: {error}")
+
+
+onsuccess:
+    BUILDING.close()
+
+
+onerror:
+    BUILDING.close()
+
 
 STUDIES = read_yaml(Path("studies.yaml").read_text())
 NAME = config.get("profile", "quick")
@@ -90,13 +116,14 @@ WRITTEN = [path for path in files("book") if not path.startswith(("book/runs/", 
 WRITTEN += [path for path in files("profiles") + files("book/committed") if not path.endswith(".md")]
 
 
+# Snakemake removes outputs before it runs a rule again. The old book stands until the new one is whole, and then goes.
 rule book:
     input:
         [outputs(page) for page in PAGES],
         WRITTEN,
         ["_config.yml", "_toc.yml", "studies.yaml", "CHANGELOG.md"],
     output:
-        "_build/html/index.html",
+        "_build/html/.whole",
     log:
         "_build/book.log",
     message:
@@ -105,7 +132,16 @@ rule book:
     params:
         stale=STALE if "data" in PAGES else [],
     shell:
-        "rm -rf _build {params.stale} && mkdir _build && jupyter-book build . -W -n --keep-going > {log} 2>&1"
+        """
+        # Killed between the two moves below, a build has left the old book here.
+        test -d _build/html -o ! -d _build/old || mv _build/old _build/html
+        rm -rf _build/new _build/old {params.stale}
+        jupyter-book build . --path-output _build/new -W -n --keep-going > {log} 2>&1
+        touch _build/new/_build/html/.whole
+        test ! -d _build/html || mv _build/html _build/old
+        mv _build/new/_build/html _build/html
+        rm -rf _build/new _build/old
+        """
 
 
 # The network that a page trains is no output: snakemake removes outputs before it runs a rule again,
@@ -130,7 +166,7 @@ rule page:
         runtime=resource("runtime", 60),
         gpu=resource("gpu", 0),
     shell:
-        "mnemodyn run {input[0]} {output[0]} -f /dev/stdin <<< {params.parameters}"
+        "exec {sys.executable} -c {MNEMODYN:q} run {input[0]} {output[0]} -f /dev/stdin <<< {params.parameters}"
 
 
 use rule page as leading_page with:

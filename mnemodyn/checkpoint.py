@@ -7,7 +7,8 @@ its parcels, repetition time and scaling, and how it was trained. Nothing that i
 import json
 import re
 import warnings
-from collections.abc import Iterator
+import zipfile
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
@@ -18,14 +19,22 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
+from torch import Tensor
 
 from mnemodyn.data.scaling import Scaling
 from mnemodyn.data.scans import Scan
 from mnemodyn.files import digest, load_yaml, sha256, write_bytes, write_json
 from mnemodyn.model.network import MnemoDyn
-from mnemodyn.settings import ModelConfig
+from mnemodyn.settings import ModelConfig, Positive, checked
 
-__all__ = ["Checkpoint", "CheckpointError", "HubError", "from_pretrained", "save_checkpoint"]
+__all__ = [
+    "Checkpoint",
+    "CheckpointError",
+    "HubError",
+    "from_pretrained",
+    "read_tensors",
+    "save_checkpoint",
+]
 
 FORMAT = 1
 FILES = ("config.json", "model.safetensors")
@@ -42,6 +51,21 @@ class CheckpointError(ValueError):
 
 class HubError(RuntimeError):
     """The Hugging Face Hub refused a request or could not be reached."""
+
+
+@checked
+class _Config:
+    """What ``config.json`` holds, each of its kind."""
+
+    format: Literal[1]
+    mnemodyn: str
+    model: dict
+    parcels: list[str] | None
+    t_r: Positive | None
+    scaling: dict | None
+    data_fingerprint: str | None
+    training: dict
+    weights_sha256: str
 
 
 @dataclass(frozen=True)
@@ -260,34 +284,88 @@ def _load(folder: Path) -> Checkpoint:
     if not weights.is_file():
         raise CheckpointError(f"{folder} is no checkpoint: model.safetensors is missing")
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-        if config["format"] != FORMAT:
-            raise ValueError(f"format must be {FORMAT}, got {config['format']}")
-        if sha256(weights) != config["weights_sha256"]:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(content, dict):
+            raise TypeError(f"it must hold a mapping, got {type(content).__name__}")
+        config = _Config(**content)
+        if sha256(weights) != config.weights_sha256:
             raise CheckpointError(
                 f"{weights}: damaged: its SHA-256 is not that of config.json; copy or train it again"
             )
-        model = MnemoDyn(ModelConfig(**config["model"]))
-        model.load_state_dict(load_tensors(weights.read_bytes()))
-        parcels = config["parcels"]
-        if parcels is not None:
-            parcels = tuple(parcels)
-        scaling = config["scaling"]
-        if scaling is not None:
-            scaling = Scaling(**scaling)
+        model = MnemoDyn.from_weights(
+            ModelConfig(**config.model), _float32(weights, load_tensors(weights.read_bytes()))
+        )
+        n_parcels = model.config.n_parcels
+        parcels = None
+        if config.parcels is not None:
+            parcels = tuple(config.parcels)
+            if not len(parcels) == len(set(parcels)) == n_parcels:
+                raise ValueError(f"parcels must be {n_parcels} different names, as model says")
+        scaling = None
+        if config.scaling is not None:
+            scaling = Scaling(**config.scaling)
+            for values in (scaling.offset, scaling.scale):
+                if values is not None and len(values) not in (1, n_parcels):
+                    raise ValueError(f"scaling must be fitted to {n_parcels} parcels")
         return Checkpoint(
-            model=model.eval(),
+            model=model,
             parcels=parcels,
-            t_r=config["t_r"],
+            t_r=config.t_r,
             scaling=scaling,
-            data_fingerprint=config["data_fingerprint"],
-            training=config["training"],
+            data_fingerprint=config.data_fingerprint,
+            training=config.training,
         )
     except CheckpointError:
         raise
-    except (KeyError, TypeError, ValueError, RuntimeError, SafetensorError) as error:
+    except (TypeError, ValueError, RuntimeError, OverflowError, SafetensorError) as error:
         # PyTorch names each weight that does not fit, with both shapes.
-        raise CheckpointError(f"{path}: not a checkpoint of this version: {error}") from error
+        remedy = "copy or train it again"
+        raise CheckpointError(
+            f"{path}: not a checkpoint of this version, {remedy}: {error}"
+        ) from error
+
+
+def read_tensors(path: Path) -> dict:
+    """What ``torch.save`` wrote into a file: tensors and plain values only, on the CPU.
+
+    A CheckpointError without PyTorch's own words, which advise to load what may be executed.
+    """
+    size = path.stat().st_size
+    try:
+        if zipfile.is_zipfile(path):
+            with zipfile.ZipFile(path) as archive:
+                # PyTorch does not compress, so that a small file with much in it is none of its own.
+                if sum(entry.file_size for entry in archive.infolist()) > size:
+                    raise ValueError("it holds more than its size")
+        # With weights_only PyTorch refuses everything but tensors and plain values.
+        content = torch.load(path, map_location="cpu", weights_only=True)
+        if not isinstance(content, dict):
+            raise TypeError(f"it holds a {type(content).__name__}")
+        return content
+    except Exception as error:  # a damaged or hostile file may raise anything
+        raise CheckpointError(
+            f"{path}: not a Lightning checkpoint of tensors and plain values: it is damaged, or it holds what is "
+            f"never loaded; nothing in it was executed ({type(error).__name__})"
+        ) from None
+
+
+def _float32(path: Path, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Weights as a network computes with them; a CheckpointError where one is no number, or is NaN or infinite."""
+    found = {}
+    for name, value in weights.items():
+        if not value.is_floating_point():
+            raise CheckpointError(f"{path}: {name} must be floating-point, got {value.dtype}")
+        found[name] = value.float()
+        if not found[name].isfinite().all():
+            raise CheckpointError(
+                f"{path}: {name} holds NaN or infinite weights, so that its results would be empty; "
+                "train it again with a smaller learning_rate, or take another checkpoint"
+            )
+    others = {str(value.dtype) for value in weights.values()} - {"torch.float32"}
+    if others:
+        kinds = ", ".join(sorted(others))
+        warnings.warn(f"{path}: weights of {kinds} are converted to float32", stacklevel=2)
+    return found
 
 
 def _draft_file(path: Path) -> Path:
@@ -316,20 +394,17 @@ def _draft_file(path: Path) -> Path:
 
 def _load_draft(path: Path) -> Checkpoint:
     """Load a Lightning checkpoint of the published draft."""
+    content = read_tensors(path)
     try:
-        # With weights_only PyTorch refuses everything but tensors and plain values.
-        content = torch.load(path, map_location="cpu", weights_only=True)
         state = content["state_dict"]
-    except Exception as error:  # a damaged or hostile file may raise anything
-        reason = str(error).partition("\n")[0].partition(". ")[0]
-        raise CheckpointError(
-            f"{path}: not a Lightning checkpoint of tensors and plain values; nothing in it was "
-            f"executed ({type(error).__name__}: {reason})"
-        ) from None
-    try:
+        # A tensor of one stored number may claim any shape.
+        if sum(value.numel() * value.itemsize for value in state.values()) > path.stat().st_size:
+            raise ValueError("its tensors are larger than the file")
         settings = content.get("hyper_parameters") or _settings_beside(path)
-        model = MnemoDyn.from_reference(settings, state)
-    except (AttributeError, TypeError, ValueError) as error:
+        model = MnemoDyn.from_reference(settings, _float32(path, state))
+    except CheckpointError:
+        raise
+    except (AttributeError, KeyError, TypeError, ValueError, RuntimeError, OverflowError) as error:
         raise CheckpointError(f"{path}: {error}") from error
     training = {"source": path.name, "source_sha256": sha256(path), "settings": dict(settings)}
     for name in ("epoch", "global_step"):

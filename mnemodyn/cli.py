@@ -30,7 +30,7 @@ examples:
   mnemodyn embed SCANS/ -o embeddings.csv --checkpoint NAME/MODEL
   mnemodyn COMMAND --help
 
-exit status: 0 done; 1 the work failed, and the message says why; 2 wrong usage.
+exit status: 0 done; 1 the work failed, and the message says why; 2 wrong usage; 130 interrupted.
 """
 
 
@@ -56,32 +56,45 @@ def main(arguments: Sequence[str] | None = None) -> int:
     SystemExit
         From argparse: 0 after ``--help`` or ``--version``, 2 on wrong usage.
     """
-    options = vars(make_parser().parse_args(arguments))
-    run = options.pop("run")
     if arguments is None:
         # Warnings stay Python's own where the function is called by a program or a test.
         # Libraries warn about themselves; only what this package says helps a user.
         warnings.simplefilter("ignore")
         warnings.filterwarnings("default", module="mnemodyn")
         warnings.formatwarning = lambda message, *_: f"mnemodyn: {message}\n"
+    _prepare_streams()
     # Read by huggingface_hub when it is imported, which is later.
     if not sys.stderr.isatty():
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     try:
-        status = run(**options)
-        sys.stdout.flush()
-        return status
+        options = vars(make_parser().parse_args(arguments))
+        run = options.pop("run")
+        return run(**options)
     except KeyboardInterrupt:
         return fail("interrupted", 130)
     except BrokenPipeError:
-        # The reader, such as `head`, has enough. Python would complain when it closes stdout.
-        sys.stdout = open(os.devnull, "w")  # noqa: SIM115
+        # The reader, such as `head`, has enough. Python would complain when it closes the streams.
+        sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115
         return 1
     except UsageError as error:
         return fail(error, 2)
+    except MemoryError as error:
+        remedy = "give the job more, or less to do at a time"
+        return fail(f"no memory is left; {remedy}. {error}".strip(), 1)
     except (AssertionError, ImportError, OSError, RuntimeError, ValueError) as error:
         # An assertion is what PyTorch raises for --device cuda where it is built without GPUs.
         return fail(error, 1)
+
+
+def _prepare_streams() -> None:
+    """See that no message or result is lost for a stream that is closed, or cannot show every character."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
+        stream = getattr(sys, name)
+        # Not where a program or a test has put another in its place.
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -115,7 +128,14 @@ def show(as_json: bool, content: Any, text: str) -> int:
     """Print what was done, for a program or for a person, and return the exit status of success."""
     if as_json:
         text = json.dumps(content, indent=2, ensure_ascii=False)
-    print(text)
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        # Python would try again when it ends, and complain.
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115
+        raise OSError(error.errno, error.strerror, "standard output") from error
     return 0
 
 
@@ -157,9 +177,36 @@ def read_mapping(path: str | None) -> dict:
 # Arguments that several commands share.
 
 
+# How files are read, but for t_r; what is not given is left to them.
+READING = ("override_t_r", "frames_first", "key", "max_constant_parcels")
+
+
 def add_t_r(parser):
     text = "repetition time of files that do not state it, or state two"
     parser.add_argument("--t-r", type=float, metavar="SECONDS", help=text)
+    parser.add_argument(
+        "--override-t-r",
+        action="store_true",
+        default=argparse.SUPPRESS,
+        help="--t-r replaces what the files state",
+    )
+
+
+def add_reading(parser):
+    """Arguments of every command that reads scans, so that it has the remedies that messages name."""
+    add_t_r(parser)
+    parser.add_argument(
+        "--frames-first",
+        action=argparse.BooleanOptionalAction,
+        default=argparse.SUPPRESS,
+        help="whether rows are frames, for files that do not say",
+    )
+    text = "which array of a .npz or .mat that holds several"
+    parser.add_argument("--key", metavar="NAME", default=argparse.SUPPRESS, help=text)
+    text = "constant or empty parcels that a scan may have; none by default"
+    parser.add_argument(
+        "--max-constant-parcels", type=int, metavar="N", default=argparse.SUPPRESS, help=text
+    )
 
 
 def add_output(parser, text, metavar="FILE"):
@@ -189,30 +236,24 @@ def add_cohort(parser):
     parser.add_argument("cohort", help="name of a shipped cohort, or a YAML file of another")
     parser.add_argument("folder", help="folder of the scans; nothing in it is changed")
     parser.add_argument("--workers", type=int, default=1, metavar="N", help="processes")
-    add_t_r(parser)
+    add_reading(parser)
 
 
 def add_network(parser):
     """Arguments that name a network, and say how scans are read for it."""
     add_checkpoint(parser, required=True)
     add_compat(parser)
-    parser.add_argument(
-        "--scaling", metavar="METHOD", help="for a checkpoint that does not state its own"
-    )
+    add_scaling(parser)
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
-    add_t_r(parser)
-    parser.add_argument(
-        "--frames-first",
-        action=argparse.BooleanOptionalAction,
-        help="whether rows are frames, for files that do not say",
-    )
-    parser.add_argument("--key", help="which array of a .npz or .mat that holds several")
-    parser.add_argument(
-        "--max-constant-parcels", type=int, default=0, metavar="N", help="that a scan may have"
-    )
+    add_reading(parser)
 
 
-def load_network(checkpoint, compat, scaling, device):
+def add_scaling(parser):
+    text = "for a checkpoint that does not state its own"
+    parser.add_argument("--scaling", metavar="METHOD", help=text)
+
+
+def load_network(checkpoint, compat, scaling, device="cpu"):
     """The checkpoint that `add_network` asks for."""
     from mnemodyn.checkpoint import from_pretrained
     from mnemodyn.data.scaling import Scaling
@@ -236,12 +277,12 @@ def find_cohort(name: str) -> Any:
         raise UsageError(str(error)) from error
 
 
-def find_scans(cohort: str, folder: str, t_r: float | None, workers: int) -> Any:
+def find_scans(cohort: str, folder: str, workers: int, **reading: Any) -> Any:
     """The scans of a cohort's folder, each read once."""
     from mnemodyn.data.cohorts import index
 
     described = find_cohort(cohort)
-    return index(described, folder, t_r=t_r, workers=workers, progress=show_progress)
+    return index(described, folder, workers=workers, progress=show_progress, **reading)
 
 
 # The commands.
@@ -252,7 +293,7 @@ def add_index(parser):
     parser.add_argument("--table", metavar="FILE", help="write a row a usable scan: .csv or .tsv")
 
 
-def run_index(cohort, folder, t_r, workers, table, as_json):
+def run_index(cohort, folder, workers, table, as_json, **reading):
     """Say what scans a folder holds.
 
     They are found, matched with their phenotypes, and read once. Printed are scans, participants,
@@ -266,7 +307,7 @@ def run_index(cohort, folder, t_r, workers, table, as_json):
         begins = begins_with("path", "participant_id", "session", "run")
         check_output(table, "table of index", begins)
         check_no_scan(table, [folder])
-    found = find_scans(cohort, folder, t_r, workers)
+    found = find_scans(cohort, folder, workers, **reading)
     if table is not None:
         write_table(table, found.table)
     status = show(as_json, found.summary(), str(found))
@@ -287,7 +328,7 @@ def add_convert(parser):
     )
 
 
-def run_convert(cohort, folder, t_r, workers, store, dtype, as_json):
+def run_convert(cohort, folder, workers, store, dtype, as_json, **reading):
     """Write a cohort's scans into a store.
 
     Training reads a store at the speed of the disk. The command given again goes on where it was
@@ -297,7 +338,7 @@ def run_convert(cohort, folder, t_r, workers, store, dtype, as_json):
     """
     from mnemodyn.data.store import convert
 
-    found = find_scans(cohort, folder, t_r, workers)
+    found = find_scans(cohort, folder, workers, **reading)
     made = convert(found, store, dtype=dtype, progress=show_progress)
     content = {"store": store, "n_scans": len(made), "n_excluded": len(made.excluded)}
     return show(as_json, content, f"{store}: {made.summary()}")
@@ -381,7 +422,7 @@ def add_pretrain(parser):
     parser.add_argument("data", help="hcp7, a folder of scans, or a store")
     parser.add_argument("output", help="folder of the run")
     parser.add_argument("--cohort", help="the cohort whose folder DATA is")
-    add_t_r(parser)
+    add_reading(parser)
     parser.add_argument("--settings", metavar="FILE", help="YAML file of settings")
     text = "one setting, such as training.epochs 5; may be repeated, and wins over --settings"
     add_pairs(parser, "-s", "--set", dest="changes", help=text)
@@ -389,7 +430,7 @@ def add_pretrain(parser):
     parser.add_argument("--restart", action="store_true", help=text)
 
 
-def run_pretrain(data, output, cohort, t_r, settings, changes, restart, as_json):
+def run_pretrain(data, output, cohort, t_r, settings, changes, restart, as_json, **reading):
     """Pretrain a network on scans without labels.
 
     OUTPUT gets the network as best/, history.csv, and run.json with the settings, the commit and the
@@ -411,7 +452,7 @@ def run_pretrain(data, output, cohort, t_r, settings, changes, restart, as_json)
     from mnemodyn.pretrain.training import pretrain
     from mnemodyn.splits import hold_out
 
-    scans = open_scans(data, cohort=cohort, t_r=found.data.t_r)
+    scans = open_scans(data, cohort=cohort, t_r=found.data.t_r, **reading)
     say_left_out(scans)
     people = scans.table["participant_id"]
     sides = hold_out(people, n_test=found.data.n_test, n_validation=found.data.n_validation)
@@ -444,6 +485,8 @@ def add_evaluate(parser):
     parser.add_argument("--target", required=True, help="one of the cohort's targets")
     parser.add_argument("--methods", nargs="+", metavar="M", help="such as fc, tangent, model+fc")
     add_checkpoint(parser)
+    add_compat(parser)
+    add_scaling(parser)
     add_output(parser, "table of results to write, .csv")
     text = "of five folds"
     parser.add_argument("--repeats", type=int, default=5, metavar="N", dest="n_repeats", help=text)
@@ -462,6 +505,8 @@ def run_evaluate(
     target,
     methods,
     checkpoint,
+    compat,
+    scaling,
     output,
     leave_one_site_out,
     as_json,
@@ -490,7 +535,6 @@ def run_evaluate(
             f"--target must be one of {', '.join(kinds)} for {cohort}, got {target!r}; "
             "a cohort's YAML file can describe others"
         )
-    from mnemodyn.checkpoint import from_pretrained
     from mnemodyn.data.collection import open_scans
     from mnemodyn.evaluate.study import study
 
@@ -499,8 +543,9 @@ def run_evaluate(
         if checkpoint is not None:
             methods += ["model", "model+fc"]
     if checkpoint is not None:
-        checkpoint = from_pretrained(checkpoint)
-    scans = open_scans(folder, cohort=cohort, t_r=t_r, workers=workers)
+        checkpoint = load_network(checkpoint, compat, scaling)
+    reading = {name: settings.pop(name) for name in READING if name in settings}
+    scans = open_scans(folder, cohort=cohort, t_r=t_r, workers=workers, **reading)
     say_left_out(scans)
     rows, failed = study(
         scans,
@@ -522,8 +567,15 @@ def run_evaluate(
                 f"{row['task']}, {row['method']}: {row['score']} {interval}, n = {row['n']}"
             )
     show(as_json, {"rows": rows, "failed": failed}, "\n".join(lines))
+    # The folds of a method mostly fail for one reason.
+    first = {}
     for fold in failed:
-        print(f"FAILED: {fold}", file=sys.stderr)
+        first.setdefault((fold["task"], fold["method"]), fold)
+    for (task, method), fold in first.items():
+        n_failed = sum((one["task"], one["method"]) == (task, method) for one in failed)
+        where = f"fold {fold['fold']} of repeat {fold['repeat']}"
+        counted = f"{task}, {method}: FAILED in {n_failed} folds"
+        print(f"mnemodyn: {counted}, first in {where}: {fold['error']}", file=sys.stderr)
     return int(len(failed) > 0)
 
 

@@ -9,6 +9,8 @@ import re
 import secrets
 import shutil
 import socket
+import tempfile
+import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -134,6 +136,21 @@ def temporary(path: str | os.PathLike) -> Path:
 
 
 @contextmanager
+def temporary_folder() -> Iterator[str]:
+    """A private folder of the system's, removed at the end; those that killed processes have left go first."""
+    prefix = ".mnemodyn-temporary-"
+    for folder in Path(tempfile.gettempdir()).glob(f"{prefix}*"):
+        # What is somebody else's or in use cannot be held; what is new may not be held yet.
+        with suppress(OSError, RuntimeError):
+            status = folder.lstat()
+            if status.st_uid == os.getuid() and time.time() - status.st_mtime > 1:
+                with locked(folder, "mnemodyn"):
+                    shutil.rmtree(folder)
+    with tempfile.TemporaryDirectory(prefix=prefix) as name, locked(name, "mnemodyn"):
+        yield name
+
+
+@contextmanager
 def writing(path: str | os.PathLike) -> Iterator[BinaryIO]:
     """Give a stream whose bytes become ``path`` at the end of the block, or nothing at all if the block fails.
 
@@ -142,22 +159,27 @@ def writing(path: str | os.PathLike) -> Iterator[BinaryIO]:
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
+    # A device or a pipe, such as /dev/stdout, is written into; a rename would replace it.
+    whole = path.is_file() or path.is_dir() or not path.exists()
     # The same folder, because a rename is atomic only within one file system.
-    partial = temporary(path)
+    partial = temporary(path) if whole else path
     try:
         # "x" makes a new file, and follows no link that has its name.
-        with open(partial, "xb") as stream:
+        with open(partial, "xb" if whole else "wb") as stream:
             yield stream
             stream.flush()
-            os.fsync(stream.fileno())
-        os.replace(partial, path)
+            if whole:
+                os.fsync(stream.fileno())
+        if whole:
+            os.replace(partial, path)
     except OSError as error:
-        if error.filename is not None:
+        if error.filename not in (None, os.fspath(partial)):
             raise
         # Of a full disk the system does not say with which file.
         raise OSError(error.errno, error.strerror or str(error), os.fspath(path)) from error
     finally:
-        partial.unlink(missing_ok=True)
+        if whole:
+            partial.unlink(missing_ok=True)
 
 
 def check_output(

@@ -10,7 +10,6 @@ import logging
 import os
 import resource
 import signal
-import tempfile
 import threading
 import time
 import warnings
@@ -21,7 +20,14 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
-from mnemodyn.files import read_yaml, resolve, write_json, write_text
+from mnemodyn.files import (
+    locked,
+    read_yaml,
+    resolve,
+    temporary_folder,
+    write_json,
+    write_text,
+)
 from mnemodyn.provenance import surroundings
 from mnemodyn.settings import nearest
 
@@ -146,16 +152,24 @@ def run_notebook(
     FileNotFoundError, ParameterError
         If the notebook or a parameter cannot be used; nothing is written then.
     NotebookFailed
-        If a cell raised, the kernel died, or the run was interrupted (Ctrl-C, SIGTERM).
+        If a cell raised or ended the kernel, it died, or the run was interrupted (Ctrl-C, SIGTERM).
+    RuntimeError
+        If another run writes `output`.
     """
-    import nbformat
-
     notebook = Path(notebook)
     output = Path(output)
     if output.suffix != ".ipynb" or notebook.resolve() == output.resolve():
         raise ParameterError(f"output must be another file NAME.ipynb, got {output}")
     defaults = read_parameters(notebook)
     given = check_parameters(defaults, parameters or {})
+    with locked(output, "mnemodyn run"):
+        return _run(notebook, output, defaults, given)
+
+
+def _run(notebook: Path, output: Path, defaults: dict, given: dict) -> dict:
+    """Run a notebook whose parameters are checked, and return the manifest."""
+    import nbformat
+
     record = output.with_suffix(".manifest.json")
     manifest = {
         "notebook": os.path.relpath(notebook),
@@ -173,7 +187,9 @@ def run_notebook(
     message = f"{manifest['notebook']} failed"
     if partial.is_file():
         executed = nbformat.read(partial, as_version=4)
-        cell = _tidy(executed)
+        cell, complete = _tidy(executed)
+        if not error and not complete:
+            error = "the cell stopped before its end, and those after it did not run"
         # Warnings name files of this machine.
         text = nbformat.writes(executed).replace(f"{os.getcwd()}{os.sep}", "")
         write_text(output, text + "\n")
@@ -203,7 +219,7 @@ def _now() -> str:
 
 def _execute(notebook: Path, partial: Path, parameters: dict) -> str | None:
     """Let papermill execute the notebook cell by cell into ``partial``; what went wrong, or None."""
-    with warnings.catch_warnings(), tempfile.TemporaryDirectory(prefix="mnemodyn-") as folder:
+    with warnings.catch_warnings(), temporary_folder() as folder:
         warnings.simplefilter("ignore")  # of papermill's dependencies; not the notebook's own
         import nbformat
         import papermill
@@ -236,14 +252,19 @@ def _execute(notebook: Path, partial: Path, parameters: dict) -> str | None:
                     start_timeout=180,  # a busy machine may take more than the usual 60 seconds
                     coalesce_streams=True,  # how a cell's output is cut into pieces is chance
                     config=config,
-                    extra_arguments=["--log-level=CRITICAL", "--InteractiveShell.colors=NoColor"],
+                    extra_arguments=[
+                        "--log-level=CRITICAL",
+                        "--InteractiveShell.colors=NoColor",
+                        # IPython's own would end the kernel some cells later, and by chance.
+                        "--IPKernelApp.exec_lines=del exit, quit",
+                    ],
                 )
         except KeyboardInterrupt:
             return "interrupted before its end"
         except DeadKernelError:
             return (
-                "the kernel died. Most often no memory was left: take smaller batches or shorter "
-                "windows, or give the job more memory"
+                "the kernel died. Where the cell does not end it itself (os._exit), most often no memory was left: "
+                "take smaller batches or shorter windows, or give the job more memory"
             )
         except papermill.PapermillExecutionError as error:
             return f"{error.ename}: {error.evalue}"
@@ -270,24 +291,29 @@ def _environment(notebook: Path, folder: str) -> dict[str, str]:
     }
 
 
-def _tidy(notebook: Any) -> int | None:
-    """Remove what differs between equal runs; the index of the cell begun last."""
+def _tidy(notebook: Any) -> tuple[int | None, bool]:
+    """Remove what differs between equal runs; the index of the cell begun last, and whether all came to their end."""
     from papermill.execute import remove_error_markers
 
     remove_error_markers(notebook)
     notebook.metadata.pop("papermill", None)
     notebook.metadata.get("language_info", {}).pop("version", None)
     begun = None
+    complete = True
     for index, cell in enumerate(notebook.cells):
-        if cell.metadata.pop("papermill", {}).get("start_time"):
+        told = cell.metadata.pop("papermill", {})
+        if told.get("start_time"):
             begun = index
+        # To papermill a cell that ends in sys.exit(0) is a way to stop; a notebook's results are then not there.
+        if cell.cell_type == "code" and told.get("status") != "completed":
+            complete = False
         cell.metadata.pop("execution", None)
         tags = cell.metadata.get("tags")
         if not tags:
             cell.metadata.pop("tags", None)  # papermill adds empty ones
         elif "injected-parameters" in tags:
             cell.id = "injected-parameters"  # papermill makes a random one
-    return begun
+    return begun, complete
 
 
 def first_results(manifest: Mapping[str, Any], rows: int = 12) -> str:

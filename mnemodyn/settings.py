@@ -201,7 +201,8 @@ class ModelSettings:
     def __post_init__(self):
         if self.kernel_size % 2 == 0:
             raise ValueError(f"kernel_size must be odd, got {self.kernel_size}")
-        if 2**self.n_levels > self.n_timepoints:
+        # That is 2 ** n_levels > n_timepoints, without a power that could fill the memory.
+        if self.n_levels >= self.n_timepoints.bit_length():
             raise ValueError(
                 f"n_levels {self.n_levels} halves a scan of n_timepoints {self.n_timepoints} "
                 "below one sample"

@@ -2,10 +2,13 @@
 
 import html
 import json
+import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from dataclasses import fields
 from pathlib import Path
 from types import SimpleNamespace
@@ -285,3 +288,60 @@ def test_figures_have_one_font_on_every_machine(monkeypatch, tmp_path):
     with matplotlib.rc_context():
         figures.use_style()
         assert own.samefile(str(font_manager.findfont("DejaVu Sans")))
+
+
+STUB = """
+set -e
+test ! -e wait || { touch waits; sleep 60; }
+mkdir -p _build/new/_build/html
+cp CHANGELOG.md _build/new/_build/html/index.html
+"""
+
+
+def start_build(folder):
+    words = ["--cores", "1", "--nolock", "--keep-incomplete", "--rerun-incomplete"]
+    command = [sys.executable, "-m", "snakemake", *words]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    pipe = subprocess.PIPE
+    return subprocess.Popen(
+        command, cwd=folder, env=environment, stdout=pipe, stderr=subprocess.STDOUT, text=True,
+        start_new_session=True,
+    )  # fmt: skip
+
+
+def test_a_killed_build_goes_on_and_the_old_book_stands_until_then(tmp_path):
+    """With a shell script in place of Jupyter Book, and a page that is there already."""
+    pytest.importorskip("snakemake")
+    for name in ("notebooks/lib", "book/runs", "profiles"):
+        (tmp_path / name).mkdir(parents=True)
+    snakefile = (ROOT / "Snakefile").read_text()
+    assert snakefile.count("jupyter-book build . ") == 1
+    (tmp_path / "Snakefile").write_text(
+        re.sub("jupyter-book build [^\\n]*", "bash stub", snakefile)
+    )
+    for name in ("_config.yml", "_toc.yml", "profiles/quick.yaml"):
+        (tmp_path / name).write_text("data: hcp7\n")
+    (tmp_path / "studies.yaml").write_text("{}\n")
+    (tmp_path / "stub").write_text(STUB)
+    page = tmp_path / "_build/html/index.html"
+    (tmp_path / "CHANGELOG.md").write_text("old")
+    first = start_build(tmp_path)
+    assert "Error" not in first.communicate(timeout=120)[0]
+    assert page.read_text() == "old"
+    (tmp_path / "CHANGELOG.md").write_text("new")
+    (tmp_path / "wait").touch()
+    killed = start_build(tmp_path)
+    while not (tmp_path / "waits").exists():
+        assert killed.poll() is None
+        time.sleep(0.05)
+    second = start_build(tmp_path)
+    assert "one build at a time" in second.communicate(timeout=120)[0]
+    assert second.returncode != 0
+    os.killpg(killed.pid, signal.SIGKILL)
+    killed.communicate()
+    assert page.read_text() == "old"
+    (tmp_path / "wait").unlink()
+    again = start_build(tmp_path)
+    assert "Error" not in again.communicate(timeout=120)[0]
+    assert again.returncode == 0
+    assert page.read_text() == "new"

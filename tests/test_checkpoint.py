@@ -1,6 +1,8 @@
 """A checkpoint comes back whole, refuses what does not fit, and executes nothing."""
 
 import json
+import pickle
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -235,3 +237,134 @@ def test_foreign_files_are_refused(tmp_path, content):
     (tmp_path / "a.ckpt").write_bytes(content)
     with pytest.raises(CheckpointError, match=r"a\.ckpt: not a Lightning checkpoint"):
         from_pretrained(tmp_path / "a.ckpt", compat="reference")
+
+
+# What a file asks for, and what it holds
+
+
+@pytest.mark.parametrize(
+    ("setting", "value", "message"),
+    [
+        ("n_channels", 20_000, "size mismatch"),
+        ("n_channels", 10**30, "not a checkpoint"),
+        ("n_blocks", 10**9, "need more than the 16 weights given"),
+        ("n_levels", 10**12, "halves a scan"),
+        ("n_timepoints", 10**9, "size mismatch"),
+        ("n_timepoints", 10**400, "not a checkpoint"),
+        ("n_segments", 10**9, "size mismatch"),
+        ("wavelet", "../../etc", "wavelet must be a name"),
+    ],
+)
+def test_a_configuration_takes_no_memory_that_the_weights_do_not(folder, setting, value, message):
+    model = json.loads((folder / "config.json").read_text())["model"]
+    rewrite(folder, model={**model, setting: value})
+    with pytest.raises(CheckpointError, match=message) as error:
+        from_pretrained(folder)
+    assert str(folder / "config.json") in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"t_r": "2"},
+        {"t_r": -1},
+        {"t_r": float("nan")},
+        {"parcels": 3},
+        {"parcels": [1, 2, 3]},
+        {"parcels": ["a", "b"]},
+        {"parcels": ["a", "b", "a"]},
+        {"training": []},
+        {"scaling": []},
+        {"scaling": {"method": "standard", "offset": [0, 0], "scale": [1, 1]}},
+        {"scaling": {"method": "standard", "offset": [0, 0, float("nan")], "scale": [1, 1, 1]}},
+        {"model": None},
+        {"weights_sha256": 5},
+        {"unheard": 1},
+    ],
+)
+def test_a_configuration_of_the_wrong_kinds_is_refused(folder, changes):
+    rewrite(folder, **changes)
+    with pytest.raises(CheckpointError, match=r"config\.json: not a checkpoint of this version"):
+        from_pretrained(folder)
+
+
+@pytest.mark.parametrize("text", ["[]", "null", "{}", "[" * 100_000])
+def test_a_configuration_that_is_none_is_refused(folder, text):
+    (folder / "config.json").write_text(text)
+    with pytest.raises(CheckpointError, match=r"config\.json: not a checkpoint of this version"):
+        from_pretrained(folder)
+
+
+def change_weights(folder, change):
+    path = folder / "model.safetensors"
+    save_file({name: change(value) for name, value in load_file(path).items()}, path)
+    rewrite(folder, weights_sha256=sha256(path))
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_no_numbers_are_refused(folder, value):
+    change_weights(folder, lambda weights: weights.clone().fill_(value))
+    with pytest.raises(CheckpointError, match=r"model\.safetensors: .* NaN or infinite weights"):
+        from_pretrained(folder)
+    content = torch.load(DRAFT, weights_only=True)
+    content["state_dict"] = {name: w.fill_(value) for name, w in content["state_dict"].items()}
+    torch.save(content, folder / "a.ckpt")
+    with pytest.raises(CheckpointError, match=r"a\.ckpt: .* NaN or infinite weights"):
+        from_pretrained(folder / "a.ckpt", compat="reference")
+
+
+@pytest.mark.parametrize("kind", [torch.float16, torch.bfloat16])
+def test_weights_of_half_precision_are_converted_and_that_is_said(folder, kind):
+    exact = from_pretrained(folder).model.state_dict()
+    change_weights(folder, lambda weights: weights.to(kind))
+    content = torch.load(DRAFT, weights_only=True)
+    content["state_dict"] = {name: w.to(kind) for name, w in content["state_dict"].items()}
+    torch.save(content, folder / "a.ckpt")
+    with pytest.warns(UserWarning, match=rf"model\.safetensors: weights of {kind}"):
+        found = from_pretrained(folder).model.state_dict()
+    for name, weights in exact.items():
+        assert torch.equal(found[name], weights.to(kind).float())
+    with pytest.warns(UserWarning, match=rf"a\.ckpt: weights of {kind}"):
+        draft = from_pretrained(folder / "a.ckpt", compat="reference")
+    assert {weights.dtype for weights in draft.model.state_dict().values()} == {torch.float32}
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"dim_k": 10**6, "dim_d": 10**6}, "do not fit|need more"),
+        ({"D_out": [12] * 10**5}, "need more than"),
+        ({"K_dense": 10**9}, "need more than"),
+    ],
+)
+def test_settings_of_a_draft_take_no_memory_that_its_weights_do_not(tmp_path, settings, message):
+    content = torch.load(DRAFT, weights_only=True)
+    content["hyper_parameters"].update(settings)
+    torch.save(content, tmp_path / "a.ckpt")
+    with pytest.raises(CheckpointError, match=rf"a\.ckpt: .*({message})"):
+        from_pretrained(tmp_path / "a.ckpt", compat="reference")
+
+
+def test_a_small_draft_with_much_in_it_is_refused(tmp_path):
+    path = tmp_path / "a.ckpt"
+    torch.save({"state_dict": {"a": torch.zeros(1).expand(10**12)}}, path)
+    with pytest.raises(CheckpointError, match=r"a\.ckpt: its tensors are larger than the file"):
+        from_pretrained(path, compat="reference")
+    torch.save({"state_dict": {"a": torch.zeros(10**6)}}, path)
+    with zipfile.ZipFile(path) as archive:
+        entries = {entry.filename: archive.read(entry) for entry in archive.infolist()}
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, entry in entries.items():
+            archive.writestr(name, entry)
+    with pytest.raises(CheckpointError, match=r"a\.ckpt: not a Lightning checkpoint"):
+        from_pretrained(path, compat="reference")
+
+
+def test_an_unsafe_way_to_load_is_never_advised(tmp_path):
+    for content in (pickle.dumps(Bomb(tmp_path / "exploded")), b"no checkpoint", b""):
+        (tmp_path / "a.ckpt").write_bytes(content)
+        with pytest.raises(CheckpointError) as error:
+            from_pretrained(tmp_path / "a.ckpt", compat="reference")
+        assert "weights_only" not in str(error.value)
+        assert "safe_globals" not in str(error.value)
+    assert not (tmp_path / "exploded").exists()

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from importlib.metadata import version
@@ -12,7 +13,8 @@ import numpy as np
 import pytest
 
 import mnemodyn.run
-from mnemodyn.cli import main
+from mnemodyn import files
+from mnemodyn.cli import main, make_parser
 
 ROOT = Path(__file__).parents[1]
 
@@ -223,3 +225,82 @@ def test_what_would_be_published(tmp_path, capsys):
     assert "# draft" in shown["card"]
     assert main(words) == 0
     assert "# draft" in capsys.readouterr().out
+
+
+def command(*words, **settings):
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), **settings.pop("env", {})}
+    words = [sys.executable, "-m", "mnemodyn.cli", *map(str, words)]
+    return subprocess.run(words, env=environment, text=True, stderr=subprocess.PIPE, **settings)
+
+
+def test_what_a_terminal_cannot_show_costs_nothing(tmp_path):
+    done = command("index", "bids", tmp_path / "é", env={"PYTHONIOENCODING": "ascii"})
+    assert done.returncode == 1
+    assert done.stderr == f"mnemodyn: {tmp_path}/\\xe9: no such folder\n"
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is full")
+def test_a_full_disk_is_named(tmp_path):
+    words = ["simulate", "abide", tmp_path / "s", "--participants", "4", "--frames", "60"]
+    with open("/dev/full", "w") as full:
+        done = command(*words, stdout=full)
+    assert done.returncode == 1
+    assert done.stderr == "mnemodyn: [Errno 28] No space left on device: 'standard output'\n"
+    with pytest.raises(OSError, match=r"No space left on device: '/dev/full'"):
+        files.write_text("/dev/full", "text")
+    assert not Path("/dev/full").is_file()
+
+
+def commands():
+    """The options of each command."""
+    found = {}
+    for parsers in make_parser()._subparsers._group_actions:
+        for name, parser in parsers.choices.items():
+            found[name] = set(parser._option_string_actions)
+    return found
+
+
+@pytest.mark.parametrize(
+    "name", ["index", "convert", "evaluate", "embed", "reconstruct", "pretrain"]
+)
+def test_every_command_that_reads_scans_has_what_messages_advise(name):
+    """As `load_scan` says them, which is the same function for all of them."""
+    assert commands()[name] >= advised("data/scans.py") | advised("data/formats.py")
+
+
+def advised(path):
+    """Options that the messages of a module name; --no-deps is pip's."""
+    text = (ROOT / "mnemodyn" / path).read_text()
+    return {*re.findall(r"(?<![\w-])--[a-z][a-z-]+", text)} - {"--no-deps"}
+
+
+def test_every_option_that_a_message_names_is_one():
+    known = set().union(*commands().values())
+    # Of mnemodyn itself, and of pip, git and IPython.
+    others = {"--version", "--no-deps", "--no-optional-locks", "--porcelain", "--log-level"}
+    others |= {"--untracked-files"}
+    for path in (ROOT / "mnemodyn").rglob("*.py"):
+        found = advised(path.relative_to(ROOT / "mnemodyn"))
+        assert found <= known | others, path
+
+
+def test_files_that_do_not_say_are_read_as_the_options_say(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    rng = np.random.default_rng(0)
+    for i in range(3):
+        values = rng.standard_normal((40, 4))
+        values[:, 2] = np.nan
+        np.savez(f"sub-{i}.npz", ts=values, other=values[:, :2])
+    Path("c.yaml").write_text("scans: ['sub-{participant:[0-9]+}.npz']\n")
+    words = ["index", "c.yaml", ".", "--t-r", "2"]
+    for option, message in (
+        ([], "--key"),
+        (["--key", "ts"], "--frames-first"),
+        (["--frames-first"], "--max-constant-parcels"),
+    ):
+        words += option
+        assert main(words) == 1
+        printed = capsys.readouterr()
+        assert message in printed.out + printed.err
+    assert main([*words, "--max-constant-parcels", "1", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["n_usable"] == 3

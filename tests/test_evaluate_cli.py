@@ -58,3 +58,16 @@ def test_what_cannot_be_done_is_said(folder, tmp_path, capsys, more, message, st
     assert evaluate(folder, tmp_path / "o.csv", *more) == status
     assert message in capsys.readouterr().err
     assert not (tmp_path / "o.csv").exists()
+
+
+def test_why_folds_failed_is_said_once_for_each_method(folder, tmp_path, capsys, monkeypatch):
+    fold = {"task": "sex", "repeat": 0, "error": "ValueError: one class"}
+    failed = [{**fold, "method": "fc", "fold": i} for i in (2, 3)]
+    failed += [{**fold, "method": "confounds", "fold": 1, "error": "other"}]
+    monkeypatch.setattr("mnemodyn.evaluate.study.study", lambda *_, **__: ([], failed))
+    monkeypatch.setattr("mnemodyn.results.write_results", lambda *_: None)
+    assert evaluate(folder, tmp_path / "o.csv", "--target", "sex") == 1
+    assert capsys.readouterr().err.splitlines() == [
+        "mnemodyn: sex, fc: FAILED in 2 folds, first in fold 2 of repeat 0: ValueError: one class",
+        "mnemodyn: sex, confounds: FAILED in 1 folds, first in fold 1 of repeat 0: other",
+    ]

@@ -168,6 +168,7 @@ def test_writes_what_the_reader_reads(tmp_path, atlas_file, ending):
         "high_pass": None,
         "confounds": [],
         "t_r": None,
+        "override_t_r": False,
         "atlas": "Small.dlabel.nii",
         "table": ending == "tsv",
     }

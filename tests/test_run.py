@@ -344,3 +344,44 @@ def test_relative_paths_start_at_the_root(tmp_path, monkeypatch):
     assert files.resolve("/a/b") == Path("/a/b")
     with pytest.raises(ValueError, match="path must not be empty"):
         files.resolve("")
+
+
+@pytest.mark.parametrize(
+    ("cell", "message"),
+    [
+        ("import sys\nsys.exit(0)", "the cell stopped before its end"),
+        ("raise SystemExit", "the cell stopped before its end"),
+        ("exit()", "exit"),
+        ("quit(0)", "quit"),
+        ("import os\nos._exit(0)", "the kernel died"),
+    ],
+)
+def test_a_cell_that_ends_the_notebook_is_no_success(write, cell, message):
+    path = write("print('before')", cell, "print('after')")
+    with pytest.raises(NotebookFailed, match=rf"(?s)cell 3, .*{message}"):
+        run_notebook(path, "out.ipynb")
+    assert manifest_of("out.ipynb")["status"] == "failed"
+    assert text_of("out.ipynb").startswith("before\n")
+    assert "after" not in text_of("out.ipynb")
+
+
+def test_two_runs_never_write_one_output(write):
+    path = write("1")
+    message = r"out\.ipynb is being written by this process"
+    with files.locked("out.ipynb", "the first"), pytest.raises(RuntimeError, match=message):
+        run_notebook(path, "out.ipynb")
+    assert not Path("out.manifest.json").exists()
+
+
+def test_folders_of_killed_processes_go_with_the_next(tmp_path, monkeypatch):
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    old = time.time() - 100
+    for name in (".mnemodyn-temporary-dead", "mnemodyn-mine"):
+        (tmp_path / name / "kernel").mkdir(parents=True)
+        os.utime(tmp_path / name, (old, old))
+    with files.temporary_folder() as held:
+        os.utime(held, (old, old))
+        with files.temporary_folder() as other:
+            assert Path(held).is_dir()
+            assert Path(other).is_dir()
+    assert [path.name for path in tmp_path.iterdir()] == ["mnemodyn-mine"]

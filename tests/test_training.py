@@ -1,6 +1,8 @@
 """Training end to end on small scans: it learns, resumes to the same weights, and refuses what it should."""
 
 import os
+import pickle
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,16 +14,18 @@ import numpy as np
 import pytest
 import torch
 
-from mnemodyn.checkpoint import from_pretrained
+from mnemodyn.checkpoint import CheckpointError, from_pretrained
 from mnemodyn.data.scaling import Scaling
 from mnemodyn.data.scans import DataError, Scan
 from mnemodyn.data.store import convert
+from mnemodyn.files import locked
 from mnemodyn.model.network import MnemoDyn
 from mnemodyn.pretrain import training as training_module
 from mnemodyn.pretrain.objectives import Masked
 from mnemodyn.pretrain.training import (
     Fronts,
     ResumeError,
+    TrainingError,
     fit,
     pretrain,
     pretrain_rival,
@@ -400,3 +404,122 @@ def test_the_rate_is_chosen_over_all_seeds(tmp_path):
     assert networks[1].training["settings"]["training"]["seed"] == 1
     alone, _ = run(tmp_path / "alone", training=replace(short, seed=1, learning_rate=1e-2))
     assert alone.fingerprint() == networks[1].fingerprint()
+
+
+# Damaged files, divergence, interruption, and two trainings at once
+
+SHORT = replace(TRAINING, epochs=2, windows_per_epoch=8)
+OTHER = replace(SHORT, learning_rate=1e-3)
+
+
+def stop(learner):
+    """In place of a hook: the training ends after its first epoch, as if it were killed."""
+    if learner.rows[-1]["epoch"] == 1:
+        raise MemoryError
+
+
+@pytest.fixture(scope="module")
+def both(tmp_path_factory):
+    """A folder with a finished run, and an unfinished one of other settings."""
+    folder = tmp_path_factory.mktemp("both")
+    run(folder, training=SHORT)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(training_module.Learner, "on_train_epoch_end", stop)
+        with pytest.raises(MemoryError):
+            run(folder, training=OTHER)
+    return folder
+
+
+def damaged(tmp_path, both, name, content):
+    folder = Path(shutil.copytree(both, tmp_path / "run"))
+    path = folder / name
+    path.write_bytes(
+        path.read_bytes()[: len(path.read_bytes()) // 2] if content is None else content
+    )
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "remedy"),
+    [
+        ("run.json", b"{}", "run.json"),
+        ("run.json", b"[]", "run.json"),
+        ("run.json", b"", "run.json"),
+        ("run.json", None, "run.json"),
+        ("best/model.safetensors", None, "run.json"),
+        ("best/config.json", b"{}", "run.json"),
+        ("unfinished/run.json", b"{}", "unfinished"),
+        ("unfinished/last.ckpt", b"", "unfinished"),
+        ("unfinished/last.ckpt", None, "unfinished"),
+        ("unfinished/last.ckpt", pickle.dumps({"record": Path("a")}), "unfinished"),
+    ],
+)
+def test_a_damaged_file_is_named_with_what_to_do(tmp_path, both, name, content, remedy):
+    folder = damaged(tmp_path, both, name, content)
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    training = OTHER if name.startswith("unfinished") else SHORT
+    with pytest.raises((ResumeError, CheckpointError)) as error:
+        run(folder, training=training)
+    message = str(error.value)
+    assert message.startswith(str(folder / name))
+    assert f"delete {folder / remedy}," in message
+    assert "weights_only" not in message
+    assert before == {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    # And that helps.
+    if remedy == "run.json":
+        (folder / "run.json").unlink()
+        shutil.rmtree(folder / "unfinished")
+    else:
+        shutil.rmtree(folder / "unfinished")
+    assert len(run(folder, training=training)[1]) == 3
+
+
+def test_half_a_history_is_written_again(tmp_path, both):
+    folder = damaged(tmp_path, both, "history.csv", None)
+    with pytest.warns(UserWarning, match=r"history\.csv was damaged; it is written again"):
+        run(folder, training=SHORT)
+    assert (folder / "history.csv").read_bytes() == (both / "history.csv").read_bytes()
+    # That of an unfinished run is made of its checkpoint.
+    (folder / "unfinished" / "history.csv").write_text("epoch,tr")
+    run(folder, training=OTHER)
+    assert len((folder / "history.csv").read_text().splitlines()) == 4
+
+
+@pytest.mark.parametrize("windows", [4, 8])  # one step an epoch, and two
+def test_divergence_says_what_to_do_and_costs_nothing(tmp_path, both, windows):
+    folder = Path(shutil.copytree(both, tmp_path / "run"))
+    shutil.rmtree(folder / "unfinished")
+    wild = replace(SHORT, learning_rate=1e30, windows_per_epoch=windows)
+    with pytest.raises(TrainingError, match=r"is nan .*smaller learning_rate than 1e\+30"):
+        run(folder, training=wild)
+    assert len(run(folder, training=SHORT)[1]) == 3
+    assert (folder / "best/config.json").read_bytes() == (both / "best/config.json").read_bytes()
+
+
+def test_two_trainings_never_write_one_folder(tmp_path):
+    message = r"is being written by this process.*another output"
+    with locked(tmp_path, "the first"), pytest.raises(RuntimeError, match=message):
+        run(tmp_path, training=SHORT)
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_a_killed_training_was_writing_goes(tmp_path):
+    left = tmp_path / "unfinished" / "best" / ".model.safetensors.999999999-0123abcd.tmp"
+    left.parent.mkdir(parents=True)
+    left.write_text("half")
+    run(tmp_path, training=SHORT)
+    assert {path.name for path in (tmp_path / "best").iterdir()} == {
+        "config.json",
+        "model.safetensors",
+    }
+
+
+def test_an_interrupted_training_is_an_interruption(tmp_path, monkeypatch):
+    def interrupt(learner):
+        signal.raise_signal(signal.SIGINT)
+
+    handler = signal.getsignal(signal.SIGINT)
+    monkeypatch.setattr(training_module.Learner, "on_train_epoch_end", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path, training=SHORT)
+    assert signal.getsignal(signal.SIGINT) is handler

@@ -209,6 +209,7 @@ class Reader(_Description):
     t_r_by_site: dict[str, Seconds] = {}
     override_t_r: bool = False
     frames_first: bool | None = None
+    key: str | None = None
     max_constant_parcels: int = 0
     min_frames: int = 2
     atlas: str = ""
@@ -558,6 +559,7 @@ def index(
     t_r: float | None = None,
     workers: int = 1,
     progress: Callable[[int, int], None] | None = None,
+    **settings: Any,
 ) -> Index:
     """Find a cohort's scans in a folder, match them with their phenotypes, and read each once.
 
@@ -574,6 +576,8 @@ def index(
         Number of processes that read.
     progress : callable, optional
         Called with the number of scans read and their total.
+    **settings
+        Others of :class:`Reader`, in place of the description's.
 
     Raises
     ------
@@ -584,10 +588,11 @@ def index(
     """
     if not isinstance(cohort, Cohort):
         cohort = load_cohort(cohort)
+    # What is given to a call wins over the description.
     if t_r is not None:
-        # What is given to a call wins over the description.
-        reader = cohort.reader.model_copy(update={"t_r": t_r, "t_r_by_site": {}})
-        cohort = cohort.model_copy(update={"reader": reader})
+        settings.update(t_r=t_r, t_r_by_site={})
+    reader = cohort.reader.model_copy(update=settings)
+    cohort = cohort.model_copy(update={"reader": reader})
     folder = Path(folder)
     found, named, left_out = _find(cohort, folder)
     raw = _raw_values(cohort, folder, named)

@@ -54,7 +54,8 @@ def open_scans(
     pattern : str
         Which names in a folder, for example ``"*seg-4S456Parcels*"`` where it holds several atlases.
     **settings
-        As in :func:`~mnemodyn.data.scans.load_scan`, for files and folders without a cohort.
+        As in :func:`~mnemodyn.data.scans.load_scan`, for files and folders; for those of a cohort, what
+        :class:`~mnemodyn.data.cohorts.Reader` has.
 
     Raises
     ------
@@ -73,7 +74,7 @@ def open_scans(
         _refuse_settings(source, settings)
         return Store(path)
     if cohort is not None:
-        return _open_cohort(path, cohort, t_r, workers)
+        return _open_cohort(path, cohort, workers, settings)
     found = Found([path], [])
     if not path.is_file():
         found = find_scans(path, pattern)
@@ -97,11 +98,13 @@ def _refuse_settings(source: str | Path, settings: dict[str, Any]) -> None:
         refuse(f"{source}: {', '.join(settings)} cannot be set, the scans state it", "setting")
 
 
-def _open_cohort(folder: Path, cohort: str | Path, t_r: float | None, workers: int) -> Collection:
+def _open_cohort(
+    folder: Path, cohort: str | Path, workers: int, settings: dict[str, Any]
+) -> Collection:
     """The usable scans of a cohort's folder, in memory where they are few."""
     if str(cohort).endswith((".yaml", ".yml")):
         cohort = _place(cohort)
-    found = index(cohort, folder, t_r=t_r, workers=workers)
+    found = index(cohort, folder, workers=workers, **settings)
     if not len(found):
         hint = f"mnemodyn index {cohort} {folder} says why"
         refuse(f"{folder}: no scan of cohort {cohort} can be used; {hint}", "no-scans")

@@ -384,9 +384,8 @@ def _choose(key: str | None, shapes: Mapping[str, tuple[int, ...]]) -> str:
         key = tables[0]
     if key is None or key not in shapes:
         listed = ", ".join(f"{name} {shapes[name]}" for name in tables[:10])
-        refuse(
-            f"key (--key) must say which array is the scan, got {key!r}; there are: {listed}", "key"
-        )
+        asked = "key (--key; reader: {key: NAME} in a cohort's YAML)"
+        refuse(f"{asked} must say which array is the scan, got {key!r}; there are: {listed}", "key")
     check_size(8.0 * np.prod(shapes[key], dtype=float))
     return key
 

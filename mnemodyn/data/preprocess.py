@@ -45,6 +45,8 @@ class Preprocessing:
         Columns of the ``*_desc-confounds_timeseries.tsv`` beside a scan that are regressed out.
     t_r : float, optional
         Repetition time in seconds, for files that state none in their header or sidecar.
+    override_t_r : bool
+        Whether `t_r` replaces what files state.
     table : bool
         Write ``_timeseries.tsv`` and not ``_timeseries.ptseries.nii``. A label volume always
         gives a table.
@@ -55,6 +57,7 @@ class Preprocessing:
     high_pass: float | None = None
     confounds: tuple[str, ...] = ()
     t_r: float | None = None
+    override_t_r: bool = False
     table: bool = False
 
     def __post_init__(self) -> None:
@@ -167,7 +170,11 @@ def _average_volume(source: Path, settings: Preprocessing) -> Averaged:
     # Labels without a row in that table, or without a table, are called by their number.
     table = _label_table(atlas)
     if table.is_file():
-        names = pd.read_csv(table, sep="\t", dtype={"name": str}).set_index("index")["name"]
+        labels = pd.read_csv(table, sep="\t", dtype={"name": str})
+        if not {"index", "name"} <= set(labels):
+            found = f"got {list(labels)[:10]}"
+            refuse(f"{table}: expected the columns index and name, {found}", "atlas")
+        names = labels.set_index("index")["name"]
     keys = [int(key) for place, key in masker.region_ids_.items() if place != "background"]
     parcels = tuple(names.get(key, str(key)) for key in keys)
     return Averaged(values, parcels, formats.volume_t_r(image.header))
@@ -336,7 +343,8 @@ def _preprocess_scan(
         return "skipped"
     average = _average_volume if settings.label_volume else _average_dense
     found = average(source, settings)
-    t_r, origin = agree_on_t_r(found.t_r, formats.sidecar_t_r(source), settings.t_r)
+    stated = formats.sidecar_t_r(source)
+    t_r, origin = agree_on_t_r(found.t_r, stated, settings.t_r, settings.override_t_r)
     values = found.values
     if settings.confounds or settings.low_pass or settings.high_pass:
         values = _clean(source, values, t_r, settings)

@@ -97,6 +97,10 @@ class Scaling:
             known = (*METHODS, *ALIASES)
             raise ValueError(f"scaling method must be one of {known}, got {method!r}")
         object.__setattr__(self, "method", method)
+        for name in ("sd", "offset", "scale"):
+            value = getattr(self, name)
+            if value is not None and not np.isfinite(np.asarray(value, dtype=float)).all():
+                raise ValueError(f"scaling {name} must be finite numbers")
         # From JSON they come as lists.
         if self.offset is not None:
             object.__setattr__(self, "offset", tuple(map(float, self.offset)))

@@ -230,9 +230,7 @@ def agree_on_t_r(
     near = [name for name in known if abs(known[name] - known.get("setting", np.inf)) <= 1e-3]
     if len(known) == 3 and len(near) == 2:
         return known["setting"], "setting"
-    remedy = "give the right one as t_r (--t-r); it decides where a header and a sidecar differ"
-    if "setting" in known:
-        remedy = "to use yours, write it as RepetitionTime in the JSON sidecar, or set override_t_r"
+    remedy = "to use your value, give override_t_r=True (--override-t-r) with t_r (--t-r)"
     refuse(f"repetition times differ, in seconds: {known}; {remedy}", "t-r-conflict")
 
 
@@ -329,7 +327,11 @@ def load_scan(
         least = max(min_frames, 2)
         if n_usable < least:
             refuse(f"a scan needs at least {least} uncensored frames, got {n_usable}", "too-short")
-        _fill(values, usable, max_constant_parcels, interpolate)
+        empty = np.isnan(values[usable]).all(axis=0)
+        _check_parcels(empty, found, max_constant_parcels, "nan")
+        values[:, empty] = 0
+        if interpolate:
+            _fill(values, usable)
         scan = Scan(
             who,
             values,
@@ -343,7 +345,7 @@ def load_scan(
             censored=moved.censored,
             mean_fd=moved.mean_fd,
         )
-        _check_constant(scan, max_constant_parcels)
+        _check_parcels(scan.constant, found, max_constant_parcels, "constant-parcels")
         return scan
 
 
@@ -377,14 +379,14 @@ def _oriented(
     found = raw.parcels
     if found is None:
         if frames_first is None:
-            remedy = "give frames_first=True (--frames-first) if rows are frames, or False (--no-frames-first)"
+            remedy = "give frames_first=True (--frames-first) if rows are frames, False (--no-frames-first) if not"
             asked = f"the file does not say which axis of its {values.shape} is time"
             refuse(f"{asked}; {remedy}", "orientation")
         if not frames_first:
             values = np.ascontiguousarray(values.T)
     elif frames_first is False:
         columns = f"the file says that columns are parcels ({', '.join(found[:3])}, ...)"
-        refuse(f"frames_first=False was given, but {columns}", "orientation")
+        refuse(f"frames_first=False (--no-frames-first) was given, but {columns}", "orientation")
     values, found = formats.only_parcels(values, found)
     if found is None:
         found = formats.numbered(values.shape[1])
@@ -413,20 +415,21 @@ def _whole_recording(values: np.ndarray, censored: np.ndarray, may_be_cut: bool)
     return whole
 
 
-def _check_constant(scan: Scan, most: int) -> None:
-    """Raise a DataError if more than `most` parcels are constant."""
-    names = [scan.parcels[i] for i in np.flatnonzero(scan.constant)]
+def _check_parcels(wrong: np.ndarray, parcels: Sequence[str], most: int, problem: str) -> None:
+    """Raise a DataError if more than `most` parcels are constant, or have NaN alone."""
+    names = [parcels[int(i)] for i in np.flatnonzero(wrong)]
     if len(names) > most:
-        found = f"{len(names)} parcels are constant, among them {names[:3]}"
-        refuse(f"{found}; at most {most} may be (max_constant_parcels)", "constant-parcels")
+        kind = "hold only NaN" if problem == "nan" else "are constant"
+        remedy = f"to read it, give max_constant_parcels={len(names)} (--max-constant-parcels)"
+        refuse(
+            f"{len(names)} parcels {kind}, among them {names[:3]}; at most {most} may be; {remedy}",
+            problem,
+        )
 
 
-def _fill(values: np.ndarray, usable: np.ndarray, most: int, interpolate: bool) -> None:
-    """Give values to up to `most` empty parcels and to censored frames, in place; Scan refuses other NaN."""
-    empty = np.isnan(values[usable]).all(axis=0)
-    if empty.sum() <= most:
-        values[:, empty] = 0
-    if not interpolate or np.isnan(values[usable]).any():
+def _fill(values: np.ndarray, usable: np.ndarray) -> None:
+    """Give values to censored frames, in place; Scan refuses other NaN."""
+    if np.isnan(values[usable]).any():
         return
     # A straight line between the frames beside.
     time = np.arange(len(values))

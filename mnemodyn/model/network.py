@@ -100,9 +100,32 @@ class MnemoDyn(nn.Module):
         ``layers.0.input_projection.weight`` and so on, with or without the prefix ``model.``. ValueError if a setting
         is unknown, missing or contradictory, or weights do not fit: each with both shapes.
         """
-        model = cls(read_settings(settings))
-        model.load_state_dict(read_weights(model, state_dict))
+        config = read_settings(settings)
+        model = cls._without_memory(config, len(state_dict))
+        return cls.from_weights(config, read_weights(model, state_dict))
+
+    @classmethod
+    def from_weights(cls, config: ModelConfig, weights: Mapping[str, Tensor]) -> "MnemoDyn":
+        """A network with given weights, in evaluation mode. RuntimeError naming each weight that does not fit.
+
+        Its memory is that of `weights`, whatever `config` asks for.
+        """
+        model = cls._without_memory(config, len(weights))
+        model.load_state_dict(weights, assign=True)
         return model.eval()
+
+    @classmethod
+    def _without_memory(cls, config: ModelConfig, n_weights: int) -> "MnemoDyn":
+        """A network whose tensors have shapes alone; ValueError where it would have more than `n_weights` of them."""
+        n_layers = config.n_levels + 1
+        if config.compat == "reference":
+            n_layers += config.n_dense_layers
+        if config.n_blocks * n_layers > n_weights:
+            raise ValueError(
+                f"{config.n_blocks} blocks of {n_layers} operators need more than the {n_weights} weights given"
+            )
+        with torch.device("meta"):
+            return cls(config)
 
     def forward(
         self,

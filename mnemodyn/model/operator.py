@@ -8,7 +8,7 @@ from torch.nn import functional
 
 from mnemodyn.model.control import path_derivative
 from mnemodyn.model.kernels import ACTIVATIONS, field_drive
-from mnemodyn.model.wavelet import DB2, dwt, idwt, lattice, level_lengths
+from mnemodyn.model.wavelet import DB2, dwt, filters_of, idwt, lattice, level_lengths
 from mnemodyn.settings import ModelConfig
 
 __all__ = ["BandedOperator", "CoarseOperator", "Field", "OperatorBlock"]
@@ -195,7 +195,11 @@ class OperatorBlock(nn.Module):
         if config.linear_bias:
             nn.init.zeros_(self.output.bias)
         self.parcel_scale = nn.Parameter(torch.ones(p)) if config.parcel_scale else None
-        self.angles = nn.Parameter(torch.tensor(DB2)) if config.wavelet == "learned" else None
+        self.angles = None
+        if config.wavelet == "learned":
+            self.angles = nn.Parameter(torch.tensor(DB2))
+        else:
+            filters_of(config.wavelet)  # an unknown name is refused at once
 
     @property
     def wavelet(self) -> str | Tensor:

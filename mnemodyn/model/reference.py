@@ -143,10 +143,10 @@ def read_weights(model: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Ten
         if ".wavelet_processor." not in name
     }
     config = cast(ModelConfig, model.config)
-    weights = {name: value.detach().clone() for name, value in model.state_dict().items()}
+    shapes = model.state_dict()
     places = {}
     for theirs, ours, i in _names(config):
-        places[theirs] = weights[ours] if i is None else weights[ours][i]
+        places[theirs] = shapes[ours] if i is None else shapes[ours][i]
     wrong = []
     for name in sorted(places.keys() | state.keys()):
         expected, found = (
@@ -156,9 +156,11 @@ def read_weights(model: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Ten
             wrong.append(f"{name}: expected {expected}, got {found}")
     if wrong:
         raise ValueError(f"draft weights do not fit their settings: {'; '.join(wrong)}")
-    # The places are views of `weights`, one for each tensor of the draft.
-    for name, place in places.items():
-        place.copy_(state[name])
+    # Memory is taken only now that the shapes are known to be those of `state`.
+    weights = {name: torch.zeros(value.shape) for name, value in shapes.items()}
+    for theirs, ours, i in _names(config):
+        place = weights[ours] if i is None else weights[ours][i]
+        place.copy_(state[theirs])
     return weights
 
 

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-__all__ = ["DB2", "dwt", "idwt", "lattice", "level_lengths", "wavedec"]
+__all__ = ["DB2", "dwt", "filters_of", "idwt", "lattice", "level_lengths", "wavedec"]
 
 Filter = Sequence[float] | Tensor
 
@@ -49,7 +49,7 @@ def lattice(angles: Tensor) -> Tensor:
 
 
 @lru_cache(maxsize=64)
-def _filters_of(wavelet: str) -> tuple[list[float], list[float]]:
+def filters_of(wavelet: str) -> tuple[list[float], list[float]]:
     """Analysis filters h and g of a named wavelet."""
     if wavelet == "lazy":  # even and odd samples, no filter
         return [0.0, 1.0], [1.0, 0.0]
@@ -136,7 +136,7 @@ class _Transform(torch.autograd.Function):
     @staticmethod
     def forward(wavelet: str, *given: Tensor):
         transform: Callable = _analyse if len(given) == 1 else _synthesise
-        return transform(*given, *_filters_of(wavelet))
+        return transform(*given, *filters_of(wavelet))
 
     @staticmethod
     def setup_context(ctx, inputs, output):

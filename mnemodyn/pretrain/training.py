@@ -12,10 +12,12 @@ import logging
 import math
 import os
 import shutil
+import signal
 import sys
 import warnings
-from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import asdict, field
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, cast
@@ -33,10 +35,16 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 from torch.utils.data import DataLoader, Dataset, Subset
 
-from mnemodyn.checkpoint import Checkpoint, from_pretrained, save_checkpoint
+from mnemodyn.checkpoint import (
+    Checkpoint,
+    CheckpointError,
+    from_pretrained,
+    read_tensors,
+    save_checkpoint,
+)
 from mnemodyn.data.scaling import Scaling
 from mnemodyn.data.scans import DataError, Scan, fingerprint
-from mnemodyn.files import digest, write_bytes, write_json, write_text
+from mnemodyn.files import digest, locked, write_bytes, write_json, write_text
 from mnemodyn.model.front import Front
 from mnemodyn.model.network import MnemoDyn
 from mnemodyn.pretrain.objectives import Objective, make_objective
@@ -48,7 +56,7 @@ from mnemodyn.pretrain.windows import (
     collate,
 )
 from mnemodyn.provenance import surroundings
-from mnemodyn.settings import Machine, ModelConfig, Settings, TrainingConfig
+from mnemodyn.settings import Machine, ModelConfig, Settings, TrainingConfig, checked
 
 __all__ = [
     "Fronts",
@@ -74,7 +82,7 @@ class TrainingError(RuntimeError):
 
 
 class ResumeError(RuntimeError):
-    """A folder holds an unfinished run of another configuration."""
+    """A folder holds a run that is damaged, or an unfinished one of another configuration."""
 
 
 def pretrain(
@@ -118,34 +126,45 @@ def pretrain(
     DataError
         If a participant is in both sets, scans do not fit the settings, or a window holds NaN.
     ResumeError
-        If `folder` holds an unfinished run of other settings or data.
+        If `folder` holds an unfinished run of other settings or data, or what it holds is damaged.
+    CheckpointError
+        If `folder` holds this run, finished, and its network is damaged.
     TrainingError
-        If the loss is NaN or infinite.
+        If the loss or a validation score is NaN or infinite.
+    RuntimeError
+        If another training writes into `folder`.
     OSError
         If a checkpoint cannot be written. The one before it stays whole, and the same call goes on from it.
     """
     run = _Run(folder, train, validation, settings)
     if not run.finished():
-        network = MnemoDyn(run.config())
-        if network.front is None:
-            fronts = None
-        else:
-            fronts = fronts or Fronts(train, run.scaling, run.settings.training)
-            fronts.fit(network.front)
-        history = run.fit(network, restart, fronts)
-        record = {
-            "objective": run.settings.objective.to_dict(),
-            "settings": run.settings.to_dict(),
-            **run.people,
-            run.objective.monitor: max(row[run.objective.monitor] for row in history),
-        }
-        scan = train[0]
-        content = run.identity["data"]["train"]
-        checkpoint = Checkpoint(
-            network, scan.parcels, float(scan.t_r), run.scaling, content, record
-        )
-        run.finish(history, lambda work: save_checkpoint(work / "best", checkpoint))
-    return from_pretrained(run.folder / "best"), run.history()
+        with run.alone():
+            _pretrain(run, restart, fronts)
+    try:
+        return from_pretrained(run.folder / "best"), run.history()
+    except CheckpointError as error:
+        raise CheckpointError(f"{error}. {run.again}") from error
+
+
+def _pretrain(run: "_Run", restart: bool, fronts: "Fronts | None") -> None:
+    """Train a network, and save it with what it was trained on."""
+    network = MnemoDyn(run.config())
+    if network.front is None:
+        fronts = None
+    else:
+        fronts = fronts or Fronts(run.train, run.scaling, run.settings.training)
+        fronts.fit(network.front)
+    history = run.fit(network, restart, fronts)
+    record = {
+        "objective": run.settings.objective.to_dict(),
+        "settings": run.settings.to_dict(),
+        **run.people,
+        run.objective.monitor: max(row[run.objective.monitor] for row in history),
+    }
+    scan = run.train[0]
+    content = run.identity["data"]["train"]
+    checkpoint = Checkpoint(network, scan.parcels, float(scan.t_r), run.scaling, content, record)
+    run.finish(history, lambda work: save_checkpoint(work / "best", checkpoint))
 
 
 def pretrain_rival(
@@ -178,10 +197,11 @@ def pretrain_rival(
     network = make()
     run.identity["network"] = digest(repr(network), dict(network.state_dict()))
     if not run.finished():
-        history = run.fit(network, restart, None)
-        weights = network.state_dict()
-        run.finish(history, lambda work: _save(weights, work / "best" / "weights.pt"))
-    network.load_state_dict(torch.load(run.folder / "best" / "weights.pt", weights_only=True))
+        with run.alone():
+            history = run.fit(network, restart, None)
+            weights = network.state_dict()
+            run.finish(history, lambda work: _save(weights, work / "best" / "weights.pt"))
+    network.load_state_dict(_load(run.folder / "best" / "weights.pt", run.again))
     return network.eval(), run.history()
 
 
@@ -333,6 +353,16 @@ class _Scaled(Sequence):
         return np.where(censored_frames(scan)[:, None], np.nan, self.scaling(scan))
 
 
+@checked
+class _Record:
+    """What ``run.json`` holds; of an unfinished run no more than the identity."""
+
+    identity: dict
+    history: list[dict] = field(default_factory=list)
+    machine: dict = field(default_factory=dict)
+    ran_on: dict = field(default_factory=dict)
+
+
 class _Run:
     """A run and its files. Those of a finished one are replaced when the next is finished, not before."""
 
@@ -377,25 +407,49 @@ class _Run:
         n_parcels = len(self.train[0].parcels)
         return ModelConfig(**{"n_parcels": n_parcels, **self.settings.model.to_dict()})
 
+    @property
+    def again(self) -> str:
+        """What to do where the files of a finished run are damaged."""
+        return f"To train it again, delete {self.folder / 'run.json'}, or name another folder"
+
+    def alone(self) -> AbstractContextManager:
+        """Hold the folder, so that no other training writes into it."""
+        if not _is_first():
+            return nullcontext()
+        self.folder.mkdir(parents=True, exist_ok=True)
+        return locked(self.folder, "mnemodyn pretrain")
+
     def finished(self) -> bool:
         """Whether the folder holds this very run, finished; its lines are then printed again."""
-        if self._differences(self.folder):
+        if self._differences(self.folder, self.again):
             return False
-        for row in self.history():
+        history = self.history()
+        for row in history:
             print(_line(row, self.objective, self.settings.training))
+        written = self.folder / "history.csv"
+        if not written.is_file() or written.read_bytes() != _table(history).encode():
+            warnings.warn(f"{written} was damaged; it is written again", stacklevel=3)
+            write_text(written, _table(history))
         return True
 
-    def _differences(self, folder: Path) -> list[str]:
+    def _record(self, folder: Path, remedy: str) -> _Record:
+        """What ``run.json`` in a folder says; a ResumeError where it is damaged."""
+        path = folder / "run.json"
+        try:
+            return _Record(**json.loads(path.read_text(encoding="utf-8")))
+        except (TypeError, ValueError, RecursionError) as error:
+            reason = f"{path} is damaged and does not say what was trained: {error}"
+            raise ResumeError(f"{reason}. {remedy}") from None
+
+    def _differences(self, folder: Path, remedy: str) -> list[str]:
         """What tells the run in a folder from this one; empty where they are the same."""
-        record = folder / "run.json"
-        if not record.is_file():
-            return ["there is none"]
-        there = json.loads(record.read_text(encoding="utf-8"))["identity"]
-        return _differences(there, self.identity)
+        if not (folder / "run.json").is_file():
+            return ["it does not say of which"]
+        return _differences(self._record(folder, remedy).identity, self.identity)
 
     def fit(self, network: nn.Module, restart: bool, fronts: Fronts | None) -> History:
         """Train, or go on; a ResumeError if the folder holds an unfinished run that is another."""
-        different = self._differences(self.work)
+        different = self._differences(self.work, _anew(self.work))
         if different and (self.work / "last.ckpt").is_file() and not restart:
             raise ResumeError(
                 f"{self.folder} holds an unfinished run of another configuration: "
@@ -438,7 +492,11 @@ class _Run:
     def finish(self, history: History, save: Callable[[Path], object]) -> None:
         """Save the network by ``save(folder)``, and put this run in the place of the one before."""
         if _is_first():
+            # What killed runs have left is not part of it.
+            for name in ("best", "replaced"):
+                shutil.rmtree(self.work / name, ignore_errors=True)
             save(self.work)
+            write_text(self.work / "history.csv", _table(history))
             about = {
                 "identity": self.identity,
                 "history": history,
@@ -448,11 +506,10 @@ class _Run:
             write_json(self.work / "run.json", about)
             # The record goes first and comes last: it says that the rest is there.
             (self.folder / "run.json").unlink(missing_ok=True)
-            shutil.rmtree(self.folder / "best", ignore_errors=True)
+            if (self.folder / "best").exists():
+                os.replace(self.folder / "best", self.work / "replaced")
             for name in ("best", "history.csv", "run.json"):
-                # Killed here, a run comes back with some of them moved already.
-                if (self.work / name).exists():
-                    os.replace(self.work / name, self.folder / name)
+                os.replace(self.work / name, self.folder / name)
             shutil.rmtree(self.work)
         if torch.distributed.is_initialized():
             # The other processes read the files next.
@@ -460,7 +517,7 @@ class _Run:
 
     def history(self) -> History:
         """Rows of the finished run, as fit returned them."""
-        return json.loads((self.folder / "run.json").read_text(encoding="utf-8"))["history"]
+        return self._record(self.folder, self.again).history
 
 
 def _people(scans: Sequence[Scan], first: Scan) -> list[str]:
@@ -541,25 +598,48 @@ def fit(
     learner = Learner(network, objective, training, fronts, last)
     resumed = last is not None and last.is_file()
     if resumed:
-        learner.on_load_checkpoint(_load(last))
+        learner.resume()
     if not learner.is_over():
         batches = Batches(windows, validation, training, machine.workers)
         logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", module="lightning")
             trainer = _trainer(training, machine)
-            trainer.fit(learner, batches, ckpt_path=last if resumed else None, weights_only=True)
+            with _interruptible():
+                trainer.fit(
+                    learner, batches, ckpt_path=last if resumed else None, weights_only=True
+                )
         if last is not None:
             # From the file: where training ran in other processes, their rows are not these.
-            learner.on_load_checkpoint(_load(last))
+            learner.resume()
     network.load_state_dict(cast(dict, learner.best)["weights"])
     network.cpu().eval()
     return learner.rows
 
 
-def _load(path: Path | None) -> dict:
-    """Read tensors."""
-    return torch.load(cast(Path, path), map_location="cpu", weights_only=True)
+def _load(path: Path, remedy: str) -> dict:
+    """Read tensors; a ResumeError where the file is damaged."""
+    try:
+        return read_tensors(path)
+    except CheckpointError as error:
+        raise ResumeError(f"{error}. {remedy}") from None
+
+
+def _anew(folder: Path) -> str:
+    """What to do where the files of an unfinished run are damaged."""
+    return f"To train anew, delete {folder}, or name another folder"
+
+
+@contextmanager
+def _interruptible() -> Iterator[None]:
+    """Let Ctrl-C and SIGTERM in a training be what they are elsewhere: Lightning makes them an orderly exit."""
+    handler = signal.getsignal(signal.SIGINT)
+    try:
+        yield
+    except SystemExit:
+        # Lightning has switched the signal off, which would leave a notebook that cannot be interrupted.
+        signal.signal(signal.SIGINT, handler)
+        raise KeyboardInterrupt from None
 
 
 def _recompute(network: nn.Module) -> None:
@@ -632,6 +712,18 @@ class Learner(lightning.LightningModule):
         self.rows = checkpoint["record"]["rows"]
         self.best = checkpoint["record"]["best"]
 
+    def resume(self) -> None:
+        """Take rows and best weights from the checkpoint; a ResumeError where it is damaged or another's."""
+        path = cast(Path, self.last)
+        remedy = _anew(path.parent)
+        checkpoint = _load(path, remedy)
+        try:
+            self.load_state_dict(checkpoint["state_dict"])
+            self.on_load_checkpoint(checkpoint)
+        except (AttributeError, KeyError, TypeError, RuntimeError) as error:
+            reason = " ".join(str(error).split())[:300]
+            raise ResumeError(f"{path} is not of this training: {reason}. {remedy}") from None
+
     def is_over(self) -> bool:
         """Whether all epochs are done, or too many without a better score."""
         if self.best is None:
@@ -679,11 +771,20 @@ class Learner(lightning.LightningModule):
             raise TrainingError(
                 f"the loss is {value.item()} at step {self.global_step}, in a batch of "
                 f"{', '.join(sorted(set(batch['scan'])))}. Look at these scans; where they are "
-                "sound, take a smaller learning_rate"
+                f"sound, {self._slower()}"
             )
         self._losses.append(value)
         # Gradients are averaged over the processes.
         return (totals * (self.trainer.world_size / counts)).sum()
+
+    def _slower(self) -> str:
+        """What to do where a training diverges."""
+        rate = self.training_config.learning_rate
+        slower = min(rate / 10, DEFAULTS.training.learning_rate)
+        option = f"-s learning_rate {slower:g} --restart"
+        return (
+            f"take a smaller learning_rate than {rate:g}, and give up this run (such as {option})"
+        )
 
     def optimizer_step(self, *args, **kwargs) -> None:
         super().optimizer_step(*args, **kwargs)
@@ -710,6 +811,13 @@ class Learner(lightning.LightningModule):
             row[f"val_{name}"] = score
         self._sums.clear()
         self._losses.clear()
+        for name, value in row.items():
+            # Such a row would be neither compared nor written.
+            if value is not None and not math.isfinite(value):
+                raise TrainingError(
+                    f"{name} is {value} after epoch {row['epoch']}: the training has diverged, or the validation scans "
+                    f"are unsound. Look at these scans; where they are sound, {self._slower()}"
+                )
         self._add(row)
         if not first:
             if self.last is not None:
@@ -725,8 +833,7 @@ class Learner(lightning.LightningModule):
             weights = {name: value.detach().cpu().clone() for name, value in state.items()}
             self.best = {"epoch": row["epoch"], "score": score, "weights": weights}
         if self.last is not None and self.trainer.is_global_zero:
-            table = pd.DataFrame(self.rows).to_csv(index=False, lineterminator="\n")
-            write_text(self.last.with_name("history.csv"), table)
+            write_text(self.last.with_name("history.csv"), _table(self.rows))
         self._say(row)
 
     def _say(self, row: dict[str, Any]) -> None:
@@ -823,6 +930,11 @@ class WholeFiles(TorchCheckpointIO):
         self, checkpoint: dict[str, Any], path: str | Path, storage_options: object = None
     ) -> None:
         _save(checkpoint, Path(path))
+
+
+def _table(history: History) -> str:
+    """What ``history.csv`` holds."""
+    return pd.DataFrame(history).to_csv(index=False, lineterminator="\n")
 
 
 def _line(row: dict, objective: Objective, training: TrainingConfig) -> str:
