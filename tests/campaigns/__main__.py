@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from tests.campaigns.common import run
+from tests.campaigns.common import in_memory, run
 from tests.campaigns.family import Family
 from tests.campaigns.fuzz import Fuzz
 from tests.campaigns.kill import Kill
@@ -33,7 +33,7 @@ def main(arguments: list[str] | None = None) -> int:
     for name in names:
         campaign = CAMPAIGNS[name]
         count = campaign.count if asked.count is None else asked.count
-        with tempfile.TemporaryDirectory(prefix="campaign-") as scratch:
+        with tempfile.TemporaryDirectory(prefix="campaign-", dir=in_memory()) as scratch:
             outcome = run(campaign, count, asked.seed, Path(scratch), asked.keep)
         print(outcome, flush=True)
         n_findings += len(outcome.findings)

@@ -189,6 +189,12 @@ class Worker:
             shutil.rmtree(folder, ignore_errors=True)
 
 
+def in_memory() -> str | None:
+    """A folder in memory, where files need no disk to be safe on; None where the system has none."""
+    place = "/dev/shm"
+    return place if os.access(place, os.W_OK) else None
+
+
 def move(folder: Path, to: Path) -> None:
     """Keep the folder of a trial in place of what an earlier call has kept of it."""
     shutil.rmtree(to, ignore_errors=True)

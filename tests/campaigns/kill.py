@@ -185,8 +185,7 @@ def differences(whole: dict[str, object], folder: Path) -> list[str]:
 
 def general(name: str) -> str:
     """A path without what differs between trials."""
-    kind = Path(name).suffix or Path(name).name.rstrip("0123456789abcdef_-")
-    return f"{Path(name).parent}/...{kind}"
+    return f"{Path(name).parent}/...{Path(name).suffix}"
 
 
 def commands(folder: Path) -> dict[str, list[str]]:
