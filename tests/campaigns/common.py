@@ -15,13 +15,15 @@ from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
+from unittest.mock import patch
 
 import numpy as np
 import torch
 
 from mnemodyn.data.scans import Scan
 from mnemodyn.model.network import MnemoDyn
-from mnemodyn.settings import ModelConfig
+from mnemodyn.pretrain.training import Learner, pretrain
+from mnemodyn.settings import ModelConfig, Settings
 
 PACKAGE = Path(sys.modules["mnemodyn"].__file__).parent
 PARCELS = ("a", "b", "c", "d")
@@ -84,7 +86,9 @@ class Outcome:
         n = self.counts.total()
         kinds = ", ".join(f"{count} {kind}" for kind, count in sorted(self.counts.items()))
         name = self.campaign.name
-        head = f"{name}: {n} {self.campaign.what}, {len(self.findings)} findings, {self.seconds:.0f} s"
+        head = (
+            f"{name}: {n} {self.campaign.what}, {len(self.findings)} findings, {self.seconds:.0f} s"
+        )
         lines = [f"{head} ({kinds})"]
         for found in sorted(self.findings.values()):
             number, problem = found[0]
@@ -253,6 +257,17 @@ def small_network(**settings) -> MnemoDyn:
         "n_blocks": 1,
     }
     return MnemoDyn(ModelConfig(n_parcels=len(PARCELS), **{**small, **settings})).eval()
+
+
+class Stopped(BaseException):
+    """Raised where a training is stopped."""
+
+
+def unfinished(train: list[Scan], validation: list[Scan], folder: Path, settings: Settings) -> None:
+    """Train for an epoch, and stop when its state is written: the folder is that of a run that was killed."""
+    stop = patch.object(Learner, "on_train_epoch_end", side_effect=Stopped)
+    with stop, contextlib.suppress(Stopped):
+        pretrain(train, validation, folder, settings)
 
 
 def content(folder: Path) -> dict[str, bytes]:

@@ -9,7 +9,14 @@ from mnemodyn.data.cohorts import index, load_cohort
 from mnemodyn.data.collection import open_scans
 from mnemodyn.data.scans import save_scan
 from mnemodyn.evaluate.study import Task
-from mnemodyn.splits import DataError, Folds, hold_out, inner_splits, leave_one_site_out, repeated_folds
+from mnemodyn.splits import (
+    DataError,
+    Folds,
+    hold_out,
+    inner_splits,
+    leave_one_site_out,
+    repeated_folds,
+)
 from tests.campaigns.common import Campaign, Trial, scan_of
 from tests.campaigns.mutate import pick
 
@@ -51,8 +58,10 @@ def pedigree(rng: np.random.Generator) -> tuple[pd.DataFrame, list[set[str]]]:
     empty = pick(rng, ("", None, np.nan, pd.NA))
     family = pd.Series(list(names), dtype=object).mask(pd.Series(unknown), empty)
     table = pd.DataFrame({"participant_id": who, "family": family})
-    table["target"] = pick(rng, (rng.integers(0, 2, n), rng.standard_normal(n), rng.integers(0, 9, n)))
-    table["site"] = pick(rng, (number % 3, rng.integers(0, 3, n))).astype(str)
+    table["target"] = pick(
+        rng, (rng.integers(0, 2, n), rng.standard_normal(n), rng.integers(0, 9, n))
+    )
+    table["site"] = [f"site {i}" for i in pick(rng, (number % 3, rng.integers(0, 3, n)))]
     relatives: dict[object, set[str]] = {}
     for person, group, alone in zip(who, number, unknown, strict=True):
         relatives.setdefault(person if alone else int(group), set()).add(person)
@@ -115,11 +124,13 @@ def of_folds(folds: Folds, table: pd.DataFrame, relatives: list[set[str]]) -> li
     problems = []
     people = table["participant_id"].to_numpy()
     tested: dict[int, list[str]] = {}
+    by_number = folds.names[0] == "0"
     for repeat, fold, train, test in folds.split(people):
         if groups_on_both_sides(set(people[train]), set(people[test]), relatives):
             problems.append("a family is on both sides")
-        # Where every family has members at several sites, nobody is left to learn from at the others.
-        if not len(test) or (not len(train) and len(folds.names) > 3):
+        # Where every family has members at several sites, nobody is left to learn from.
+        somebody_to_learn_from = len(train) or not by_number
+        if not len(test) or not somebody_to_learn_from:
             problems.append(f"a fold has nobody on one side | fold {fold}")
         tested.setdefault(repeat, []).extend(set(people[test]))
     for names in tested.values():

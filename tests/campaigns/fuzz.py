@@ -9,7 +9,6 @@ from collections.abc import Callable
 from hashlib import sha256
 from pathlib import Path
 from typing import NamedTuple
-from unittest.mock import patch
 
 import nibabel
 import numpy as np
@@ -33,7 +32,6 @@ from mnemodyn.data.scaling import Scaling
 from mnemodyn.data.scans import DataError, Scan, load_scan
 from mnemodyn.data.store import Store, convert
 from mnemodyn.files import Kept
-from mnemodyn.pretrain import training as training_module
 from mnemodyn.pretrain.training import ResumeError, TrainingError, pretrain
 from mnemodyn.readout import MnemoDynEncoder
 from mnemodyn.results import read_results, write_results
@@ -48,6 +46,7 @@ from tests.campaigns.common import (
     place,
     scan_of,
     small_network,
+    unfinished,
 )
 
 SECONDS = 2.0  # of the processor, for one input
@@ -247,9 +246,7 @@ def scan_kinds() -> dict[str, Kind]:
         def read(folder: Path, name=f"sub-01{ending}") -> Scan:
             without_names = name.endswith((".npy", ".npz", ".mat"))
             frames_first = True if without_names else None
-            return load_scan(
-                folder / name, t_r=0.72, override_t_r=True, frames_first=frames_first
-            )
+            return load_scan(folder / name, t_r=0.72, override_t_r=True, frames_first=frames_first)
 
         kinds[ending] = Kind(5, {f"sub-01{ending}": whole}, CHANGES, read)
     return kinds
@@ -476,7 +473,13 @@ def draft() -> Kind:
 
 SETTINGS = Settings.from_mapping(
     {
-        "model": {"n_timepoints": 16, "n_blocks": 1, "n_channels": 2, "input_width": 2, "n_levels": 1},
+        "model": {
+            "n_timepoints": 16,
+            "n_blocks": 1,
+            "n_channels": 2,
+            "input_width": 2,
+            "n_levels": 1,
+        },
         "training": {"epochs": 1, "windows_per_epoch": 2, "batch_size": 2},
         "machine": {"accelerator": "cpu"},
     }
@@ -488,13 +491,8 @@ def unfinished_training(folder: Path) -> Kind:
     rng = np.random.default_rng(0)
     train = [scan_of(rng, f"sub-{i}") for i in range(2)]
     validation = [scan_of(rng, "sub-9")]
-    stopped = KeyboardInterrupt("killed here")
     made = folder / "training"
-    with patch.object(training_module._Run, "finish", side_effect=stopped):
-        try:
-            pretrain(train, validation, made / "run", SETTINGS)
-        except KeyboardInterrupt:
-            pass
+    unfinished(train, validation, made / "run", SETTINGS)
 
     def read(folder: Path):
         return pretrain(train, validation, folder / "run", SETTINGS)

@@ -122,8 +122,8 @@ def _command(arguments: list[str], folder: Path, before_change: int | None, writ
     said = os.open("said", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(said, 1)
     os.dup2(said, 2)
-    sys.stdout = open(1, "w", closefd=False)
-    sys.stderr = open(2, "w", closefd=False)
+    sys.stdout = os.fdopen(1, "w", closefd=False)
+    sys.stderr = os.fdopen(2, "w", closefd=False)
     n_changes = 0
 
     def seen(event: str, details: tuple) -> None:
@@ -248,7 +248,9 @@ def cohort(folder: Path) -> str:
         scan = scan_of(rng, who, censored=censored)
         path = folder / who / "func" / f"{who}_task-rest_timeseries.tsv"
         save_scan(scan, path)
-        people.append({"participant_id": who, "sex": "MF"[i % 2], "age": 20 + i, "site": "AB"[i > 9]})
+        people.append(
+            {"participant_id": who, "sex": "MF"[i % 2], "age": 20 + i, "site": "AB"[i > 9]}
+        )
     table = pd.DataFrame(people).to_csv(sep="\t", index=False)
     (folder / "participants.tsv").write_text(table)
     write_json(folder / "dataset_description.json", {"Name": "x", "BIDSVersion": "1.10.0"})

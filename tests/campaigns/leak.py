@@ -78,7 +78,9 @@ class Leak(Campaign):
         scale = np.abs(before[tested]).max() + 1
         moved = np.abs(before[others] - after[others]) / scale
         if not (moved < TOLERANCE).all():
-            problems.append(f"{method}: {plant} of a test person moves others | by {moved.max():.2g}")
+            problems.append(
+                f"{method}: {plant} of a test person moves others | by {moved.max():.2g}"
+            )
         if chosen[fold] != chosen_now[fold]:
             problems.append(f"{method}: {plant} of a test person changes what is chosen")
         return Trial(f"{plant} in an evaluation", problems)

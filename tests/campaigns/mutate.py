@@ -300,7 +300,9 @@ def change_yaml(rng: np.random.Generator, content: bytes) -> bytes:
             lines = _growing(rng, key.strip() or "a") + lines
         else:
             place = int(rng.integers(len(lines[i]) + 1))
-            lines[i] = lines[i][:place] + pick(rng, "{}[]:,&*!|>'\"%@`#-?\\\x00é") + lines[i][place:]
+            lines[i] = (
+                lines[i][:place] + pick(rng, "{}[]:,&*!|>'\"%@`#-?\\\x00é") + lines[i][place:]
+            )
     return ("\n".join(lines) + "\n").encode()
 
 
@@ -333,7 +335,9 @@ def change_npy(rng: np.random.Generator, content: bytes) -> bytes:
         np.save(stream, odd_array(rng), allow_pickle=True)
         return stream.getvalue()
     shape = pick(rng, ("()", "(3,)", "(10000000, 100000)", "(-1, 3)", "(3.5, 2)", "(2**99,)", "x"))
-    kind = pick(rng, ("'<f4'", "'|O'", "'>i8'", "'<U100000000'", "'nonsense'", "None", "[('a','<f4')]"))
+    kind = pick(
+        rng, ("'<f4'", "'|O'", "'>i8'", "'<U100000000'", "'nonsense'", "None", "[('a','<f4')]")
+    )
     header = f"{{'descr': {kind}, 'fortran_order': {pick(rng, ('False', 'True', '7'))}, 'shape': {shape}}}"
     version = pick(rng, (b"\x01\x00", b"\x02\x00", b"\x09\x00"))
     return b"\x93NUMPY" + version + struct.pack("<H", len(header)) + header.encode() + content[80:]
