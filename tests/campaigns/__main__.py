@@ -33,8 +33,9 @@ def main(arguments: list[str] | None = None) -> int:
     for name in names:
         campaign = CAMPAIGNS[name]
         count = campaign.count if asked.count is None else asked.count
+        numbers = range(asked.seed, asked.seed + count)
         with tempfile.TemporaryDirectory(prefix="campaign-", dir=in_memory()) as scratch:
-            outcome = run(campaign, count, asked.seed, Path(scratch), asked.keep)
+            outcome = run(campaign, numbers, Path(scratch), asked.keep)
         print(outcome, flush=True)
         n_findings += len(outcome.findings)
     return int(n_findings > 0)

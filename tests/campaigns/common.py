@@ -11,7 +11,9 @@ import signal
 import sys
 import time
 import traceback
+import warnings
 from collections import Counter
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
@@ -98,20 +100,22 @@ class Outcome:
         return "\n".join(lines)
 
 
-def run(campaign: Campaign, count: int, seed: int, scratch: Path, keep: Path | None) -> Outcome:
-    """Run trials ``seed`` to ``seed + count - 1``, and go on after one that kills or blocks its process."""
+def run(campaign: Campaign, numbers: Sequence[int], scratch: Path, keep: Path | None) -> Outcome:
+    """Run trials by their numbers, and go on after one that kills or blocks its process.
+
+    `scratch` is a folder for all files; `keep` is one that gets the files of trials with findings.
+    """
     started = time.monotonic()
     outcome = Outcome(campaign)
     shared = scratch / "shared"
     shared.mkdir(parents=True)
     with contextlib.redirect_stdout(io.StringIO()):
         campaign.prepare(shared)
-    number = seed
-    while number < seed + count:
-        worker = Worker(campaign, range(number, seed + count), scratch, keep)
-        for number, kind, problems in worker.reports():
-            outcome.add(number, kind, problems)
-        number += 1
+    left = list(numbers)
+    while left:
+        for report in Worker(campaign, left, scratch, keep).reports():
+            outcome.add(*report)
+            left.pop(0)
     outcome.seconds = time.monotonic() - started
     return outcome
 
@@ -119,15 +123,13 @@ def run(campaign: Campaign, count: int, seed: int, scratch: Path, keep: Path | N
 class Worker:
     """A process that does trials one after another and reports each."""
 
-    def __init__(self, campaign: Campaign, numbers: range, scratch: Path, keep: Path | None):
+    def __init__(self, campaign: Campaign, numbers: list[int], scratch: Path, keep: Path | None):
         self.campaign = campaign
-        self.numbers = numbers
+        self.numbers = list(numbers)
         self.scratch = scratch
         self.keep = keep
-        sys.stdout.flush()
-        sys.stderr.flush()
         self.reading, writing = os.pipe()
-        self.pid = os.fork()
+        self.pid = fork()
         if self.pid == 0:
             os.close(self.reading)
             self._work(writing)
@@ -154,24 +156,24 @@ class Worker:
         folder.mkdir()
         try:
             trial = self.campaign.trial(number, folder)
-        except Exception as error:
+        except BaseException as error:
             trial = Trial("broken trial", [f"the trial itself failed: {place(error)}"])
         if trial.problems and self.keep is not None:
             move(folder, self.keep / f"{self.campaign.name}-{number}")
         shutil.rmtree(folder, ignore_errors=True)
         return [number, *trial]
 
-    def reports(self):
-        """Yield the report of each trial; of one that never comes, that its process died or hung."""
-        ended = "the process died"
-        number = self.numbers.start
+    def reports(self) -> Iterator[tuple[int, str, list[str]]]:
+        """Yield the report of each trial; of one that never comes, that its process died or hung, and end."""
+        left = list(self.numbers)
+        hung = False
         with os.fdopen(self.reading, "rb", buffering=0) as stream:
             selector = selectors.DefaultSelector()
             selector.register(stream, selectors.EVENT_READ)
             rest = b""
-            while number < self.numbers.stop:
+            while left:
                 if not selector.select(self.campaign.seconds):
-                    ended = f"hung for {self.campaign.seconds:g} s"
+                    hung = True
                     os.kill(self.pid, signal.SIGKILL)
                     break
                 content = stream.read(2**16)
@@ -179,18 +181,27 @@ class Worker:
                     break
                 *lines, rest = (rest + content).split(b"\n")
                 for line in lines:
-                    number, kind, problems = json.loads(line)
-                    yield number, kind, problems
-                    number += 1
+                    left.pop(0)
+                    yield tuple(json.loads(line))
         _, status = os.waitpid(self.pid, 0)
-        if number < self.numbers.stop:
-            if os.WIFSIGNALED(status) and ended == "the process died":
-                ended = f"the process died of signal {os.WTERMSIG(status)}"
-            yield number, "ended", [ended]
-            folder = self.scratch / str(number)
+        if left:
+            folder = self.scratch / str(left[0])
             if self.keep is not None and folder.is_dir():
-                move(folder, self.keep / f"{self.campaign.name}-{number}")
+                move(folder, self.keep / f"{self.campaign.name}-{left[0]}")
             shutil.rmtree(folder, ignore_errors=True)
+            problem = f"its process ended with {os.waitstatus_to_exitcode(status)}"
+            if hung:
+                problem = f"it hung for {self.campaign.seconds:g} s"
+            yield left[0], "ended", [problem]
+
+
+def fork() -> int:
+    """As os.fork, which warns where there are other threads: none of them is needed in the child."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        return os.fork()
 
 
 def in_memory() -> str | None:

@@ -26,7 +26,7 @@ from mnemodyn.cli import main
 from mnemodyn.data.scaling import Scaling
 from mnemodyn.data.scans import save_scan
 from mnemodyn.files import write_json
-from tests.campaigns.common import PARCELS, Campaign, Trial, place, scan_of, small_network
+from tests.campaigns.common import PARCELS, Campaign, Trial, fork, place, scan_of, small_network
 
 # What a process does to files: it can be killed just before any of these.
 CHANGES = ("os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.link", "os.symlink", "os.truncate")
@@ -48,9 +48,13 @@ class Kill(Campaign):
     count = 126
     seconds = 300.0
 
+    def __init__(self, *names: str):
+        """All commands, or those that are named."""
+        self.names = list(names)
+
     def prepare(self, folder: Path) -> None:
         self.commands = commands(folder)
-        self.names = list(self.commands)
+        self.names = self.names or list(self.commands)
         self.whole = {}
         self.n_changes = {}
         self.duration = {}
@@ -95,7 +99,7 @@ def perform(
     It is killed before the change of a number, or after some seconds.
     """
     reading, writing = os.pipe()
-    pid = os.fork()
+    pid = fork()
     if pid == 0:
         status = 70
         try:

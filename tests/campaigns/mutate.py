@@ -140,7 +140,7 @@ def _move(rng, content):
     return content[end:] + content[start:end] + content[:start]
 
 
-BYTES = (_flip, _flip, _cut, _remove, _insert, _repeat, _blank, _move)
+BYTES = (_flip, _flip, _cut, _cut, _remove, _insert, _repeat, _blank, _move)
 
 
 # JSON
