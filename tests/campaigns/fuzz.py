@@ -114,7 +114,7 @@ class Fuzz(Campaign):
         if file == "best/model.safetensors" and rng.random() < 0.7:
             files["best/config.json"] = signed(files)
         write(folder, files)
-        outcome, problem = attempt(kind.read, folder, [*files, "scan.tsv"])
+        outcome, problem = attempt(kind.read, folder, [*files, "sub-1_timeseries.tsv"])
         if problem is None:
             return Trial(outcome, [])
         return Trial(outcome, [f"{name}, {file}: {problem}, by {change.__name__}"])
