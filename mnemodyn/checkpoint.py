@@ -21,7 +21,7 @@ from safetensors.torch import save as save_tensors
 
 from mnemodyn.data.scaling import Scaling
 from mnemodyn.data.scans import Scan
-from mnemodyn.files import digest, read_yaml, sha256, write_bytes, write_json
+from mnemodyn.files import digest, load_yaml, sha256, write_bytes, write_json
 from mnemodyn.model.network import MnemoDyn
 from mnemodyn.settings import ModelConfig
 
@@ -343,5 +343,5 @@ def _settings_beside(path: Path) -> dict:
     for folder in (path.parent, path.parent.parent):
         file = folder / "hparams.yaml"
         if file.is_file():
-            return read_yaml(file.read_text(encoding="utf-8"))
+            return load_yaml(file)
     raise ValueError("holds no hyper_parameters, and there is no hparams.yaml beside it")

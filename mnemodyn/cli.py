@@ -17,7 +17,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from mnemodyn.files import read_yaml, write_text
+from mnemodyn.files import begins_with, check_output, load_yaml, read_yaml, write_table
 from mnemodyn.provenance import installed_version
 
 __all__ = ["main"]
@@ -105,6 +105,8 @@ def make_parser() -> argparse.ArgumentParser:
             "--json", action="store_true", dest="as_json", help="print JSON, for a program"
         )
         command.set_defaults(run=run)
+        # For arguments without a type, most of which are paths. A shell leaves the ~ of --output=~/x as it is.
+        command.register("type", None, os.path.expanduser)
         add(command)
     return parser
 
@@ -124,6 +126,15 @@ def show_progress(done: int, total: int) -> None:
         print(f"\r{done} of {total} scans", end=end, file=sys.stderr, flush=True)
 
 
+def say_left_out(scans: Any) -> None:
+    """Say how much of a folder is not used, and why, with an example of each reason."""
+    table = scans.excluded.reindex(columns=["problem", "message", "left_out_of"])
+    # Scans without a label are used for training.
+    for problem, rows in table[table["left_out_of"] != "targets"].groupby("problem"):
+        example = rows["message"].iloc[0]
+        print(f"mnemodyn: left out {len(rows)}, {problem}: {example}", file=sys.stderr)
+
+
 def fail(reason: object, status: int) -> int:
     """Say in one line why a command failed, and return its exit status."""
     print(f"mnemodyn: {reason}", file=sys.stderr)
@@ -135,11 +146,11 @@ def read_mapping(path: str | None) -> dict:
     if path is None:
         return {}
     try:
-        content = read_yaml(Path(path).read_text(encoding="utf-8"))
+        content = load_yaml(path)
     except (OSError, ValueError) as error:
         raise UsageError(f"{path}: {error}") from error
     if not isinstance(content, dict):
-        raise UsageError(f"{path} must hold a mapping 'name: value', got {content!r}")
+        raise UsageError(f"{path} must hold a mapping 'name: value', got {content!r:.200}")
     return content
 
 
@@ -147,7 +158,7 @@ def read_mapping(path: str | None) -> dict:
 
 
 def add_t_r(parser):
-    text = "repetition time of files that do not state it"
+    text = "repetition time of files that do not state it, or state two"
     parser.add_argument("--t-r", type=float, metavar="SECONDS", help=text)
 
 
@@ -168,7 +179,9 @@ def add_compat(parser):
 
 def add_pairs(parser, *names, metavar=("NAME", "VALUE"), **settings):
     """An option with a name and a value, which may be repeated."""
-    parser.add_argument(*names, nargs=2, action="append", default=[], metavar=metavar, **settings)
+    # In YAML a ~ is None.
+    kind = {"nargs": 2, "action": "append", "type": str, "default": []}
+    parser.add_argument(*names, metavar=metavar, **kind, **settings)
 
 
 def add_cohort(parser):
@@ -193,6 +206,7 @@ def add_network(parser):
         action=argparse.BooleanOptionalAction,
         help="whether rows are frames, for files that do not say",
     )
+    parser.add_argument("--key", help="which array of a .npz or .mat that holds several")
     parser.add_argument(
         "--max-constant-parcels", type=int, default=0, metavar="N", help="that a scan may have"
     )
@@ -246,10 +260,15 @@ def run_index(cohort, folder, t_r, workers, table, as_json):
 
     Cohorts of the package: abide, adhd200, adni, bids, hbn, hcp_aging, nkir, ukb.
     """
+    if table is not None:
+        from mnemodyn.data.scans import check_no_scan
+
+        begins = begins_with("path", "participant_id", "session", "run")
+        check_output(table, "table of index", begins)
+        check_no_scan(table, [folder])
     found = find_scans(cohort, folder, t_r, workers)
     if table is not None:
-        separator = "\t" if table.endswith(".tsv") else ","
-        write_text(table, found.table.to_csv(index=False, sep=separator))
+        write_table(table, found.table)
     status = show(as_json, found.summary(), str(found))
     if len(found) == 0:
         return fail(f"{folder}: none of the scans can be used", 1)
@@ -263,16 +282,18 @@ def add_convert(parser):
         "--dtype",
         choices=["float16", "float32"],
         default="float16",
-        help="float16: z-scores, to 0.0002 SD; float32: values as they are",
+        help="float16: z-scores, to 0.0002 SD (root mean square), and 0.002 SD at most below 8 SD; "
+        "float32: values as they are",
     )
 
 
 def run_convert(cohort, folder, t_r, workers, store, dtype, as_json):
     """Write a cohort's scans into a store.
 
-    Training reads a store at the speed of the disk. An interrupted conversion, started again, goes
-    on where it stopped, and adds scans that FOLDER has more than STORE. What could not be used is
-    listed in the store with the reason.
+    Training reads a store at the speed of the disk. The command given again goes on where it was
+    interrupted, and makes STORE what FOLDER is now: more scans are added, those that have changed are
+    converted again, and labels are those of the table as it is. What could not be used is listed in
+    the store with the reason.
     """
     from mnemodyn.data.store import convert
 
@@ -380,6 +401,8 @@ def run_pretrain(data, output, cohort, t_r, settings, changes, restart, as_json)
       mnemodyn pretrain hcp7 runs/masked -s training.epochs 16
       mnemodyn pretrain SCANS runs/latent -s objective latent --settings my.yaml -s machine.devices 4
     """
+    if Path(output).is_dir() and Path(data).exists() and Path(output).samefile(data):
+        raise UsageError(f"{output} is the folder that is read; name another output")
     if t_r is not None:
         changes = [("data.t_r", str(t_r)), *changes]
     # Before torch is imported: a mistyped setting is refused at once.
@@ -389,6 +412,7 @@ def run_pretrain(data, output, cohort, t_r, settings, changes, restart, as_json)
     from mnemodyn.splits import hold_out
 
     scans = open_scans(data, cohort=cohort, t_r=found.data.t_r)
+    say_left_out(scans)
     people = scans.table["participant_id"]
     sides = hold_out(people, n_test=found.data.n_test, n_validation=found.data.n_validation)
     train = scans.select(sides["train"])
@@ -452,8 +476,13 @@ def run_evaluate(
       mnemodyn evaluate hbn FOLDER --target sex -o sex.csv
       mnemodyn evaluate abide STORE --target diagnosis -c NAME/MODEL -o diagnosis.csv --workers 4
     """
+    from mnemodyn.data.scans import check_no_scan
+    from mnemodyn.results import check_results, write_results
+
     if Path(output).is_dir():
         raise UsageError(f"{output} is a folder; name the file to write")
+    check_results(output)
+    check_no_scan(output, [folder])
     # Before the scans are read, which may take minutes.
     kinds = {known.name: known.kind for known in find_cohort(cohort).targets}
     if target not in kinds:
@@ -464,7 +493,6 @@ def run_evaluate(
     from mnemodyn.checkpoint import from_pretrained
     from mnemodyn.data.collection import open_scans
     from mnemodyn.evaluate.study import study
-    from mnemodyn.results import write_results
 
     if methods is None:
         methods = ["confounds", "fc"]
@@ -472,8 +500,10 @@ def run_evaluate(
             methods += ["model", "model+fc"]
     if checkpoint is not None:
         checkpoint = from_pretrained(checkpoint)
+    scans = open_scans(folder, cohort=cohort, t_r=t_r, workers=workers)
+    say_left_out(scans)
     rows, failed = study(
-        open_scans(folder, cohort=cohort, t_r=t_r, workers=workers),
+        scans,
         {target: kinds[target]},
         methods,
         by_site=methods if leave_one_site_out else (),
@@ -622,6 +652,8 @@ def run_run(notebook, output, parameter, parameters_file, as_json):
     from mnemodyn.run import ParameterError, first_results, run_notebook
 
     parameters = {**read_mapping(parameters_file), **dict(parameter)}
+    manifest = Path(output).with_suffix(".manifest.json")
+    check_output(output, "executed notebook", lambda _: manifest.is_file(), [notebook])
     try:
         done = run_notebook(notebook, output, parameters)
     except (FileNotFoundError, ParameterError) as error:

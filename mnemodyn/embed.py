@@ -1,7 +1,7 @@
 """Many scans to one table of vectors, and a scan with its censored frames filled."""
 
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from importlib.util import find_spec
@@ -14,12 +14,22 @@ import pandas as pd
 import torch
 
 from mnemodyn.checkpoint import Checkpoint
-from mnemodyn.data.formats import PARTICIPANT, read_cifti, recording, stem
+from mnemodyn.data.formats import participant, read_cifti, stem
+from mnemodyn.data.preprocess import save_derived
 from mnemodyn.data.scaling import moments
-from mnemodyn.data.scans import DataError, Scan, load_scan, save_scan, scan_files
-from mnemodyn.data.store import Store
-from mnemodyn.files import Kept, write_json, write_text, writing
-from mnemodyn.provenance import describe_derivative, generated_by
+from mnemodyn.data.scans import DataError, Scan, check_no_scan, find_scans, load_scan
+from mnemodyn.data.store import Store, is_store
+from mnemodyn.files import (
+    Kept,
+    OutputError,
+    begins_with,
+    check_output,
+    locked,
+    table_text,
+    write_table,
+    writing,
+)
+from mnemodyn.provenance import describe_derivative
 from mnemodyn.readout import check_names, kept_readouts
 
 __all__ = ["Embedded", "embed", "reconstruct"]
@@ -78,34 +88,55 @@ def embed(
     ValueError
         If `output` has another ending, or needs pyarrow, which is missing.
     """
-    output = Path(output)
+    output = Path(output).expanduser()
     # What holds for all scans is checked before the first is read.
     if output.suffix not in ENDINGS:
         raise ValueError(f"output must end in {', '.join(ENDINGS)}, got {output.name!r}")
-    if output.is_dir():
-        raise IsADirectoryError(f"{output} is a folder; name the file to write")
     if output.suffix == ".parquet" and find_spec("pyarrow") is None:
         raise ValueError("a .parquet needs pyarrow: pip install 'mnemodyn[parquet]', or write .csv")
     check_names(checkpoint.model, names)
     checkpoint.require_scaling()
-    jobs = dict(_jobs(sources, pattern, {"parcels": checkpoint.parcels, **reading}))
-    if output.resolve() in {Path(file).resolve() for file in jobs}:
-        raise DataError(f"{output} is a scan that is read; name another output", "output")
-    unfinished = output.with_name(f".{output.name}.part")
     refused: list = []
-    with writing(output) as stream:
-        rows = _rows(jobs, checkpoint, names, Kept(unfinished), refused, progress)
-        n_scans, n_features = _write_table(stream, output.suffix, rows)
-        if n_scans == 0:
-            reason = refused[0]["message"]
-            raise DataError(f"none of {len(jobs)} scans could be used; the first: {reason}", "none")
-    # A listing of an earlier call would be taken for that of this one.
+    jobs = dict(_jobs(sources, pattern, {"parcels": checkpoint.parcels, **reading}, refused))
+    _check_output(output, sources, jobs)
     listing = refused_listing(output)
-    listing.unlink(missing_ok=True)
-    if refused:
-        write_text(listing, pd.DataFrame(refused).to_csv(sep="\t", index=False))
-    shutil.rmtree(unfinished)
+    unfinished = output.with_name(f".{output.name}.part")
+    with locked(output, "mnemodyn embed"):
+        if unfinished.is_symlink() or unfinished.is_file():
+            unfinished.unlink()  # of an earlier version; a link is never followed
+        with writing(output) as stream:
+            rows = _rows(jobs, checkpoint, names, Kept(unfinished), refused, progress)
+            n_scans, n_features = _write_table(stream, output.suffix, rows)
+            if n_scans == 0:
+                reason = f"none of {len(jobs)} scans could be used; the first: "
+                raise DataError(reason + refused[0]["message"], "none")
+        # A listing of an earlier call would be taken for that of this one.
+        listing.unlink(missing_ok=True)
+        if refused:
+            write_table(listing, pd.DataFrame(refused))
+        shutil.rmtree(unfinished, ignore_errors=True)
     return Embedded(n_scans, n_features, refused)
+
+
+def _check_output(output: Path, sources: Sequence[str | Path], files: Iterable[str]) -> None:
+    """Refuse an output that would replace another file, or be taken for a scan by the next call."""
+    check_output(output, "table of embed", _is_table, files)
+    begins = begins_with("file", "problem", "message")
+    check_output(refused_listing(output), "listing of embed", begins, files)
+    check_no_scan(output, sources)
+    for source in sources:
+        if is_store(source) and output.resolve().is_relative_to(Path(source).resolve()):
+            raise OutputError(f"{output} lies in the store {source}; write it elsewhere")
+
+
+def _is_table(path: Path) -> bool:
+    """Whether a file is a table that `embed` wrote."""
+    columns = ("file", *ABOUT)
+    if path.suffix != ".parquet":
+        return begins_with(*columns)(path)
+    from pyarrow.parquet import read_schema
+
+    return tuple(read_schema(path).names[: len(columns)]) == columns
 
 
 def refused_listing(output: str | Path) -> Path:
@@ -113,11 +144,14 @@ def refused_listing(output: str | Path) -> Path:
     return Path(output).with_name(f"{Path(output).stem}_refused.tsv")
 
 
-def _jobs(sources: Sequence[str | Path], pattern: str, reading: dict) -> Iterator[tuple]:
-    """The name of every scan, and what loads it."""
+def _jobs(
+    sources: Sequence[str | Path], pattern: str, reading: dict, refused: list
+) -> Iterator[tuple]:
+    """The name of every scan, and what loads it; what a folder has besides is added to `refused`."""
+    nameless: dict[str, Path] = {}
     for source in sources:
         path = Path(source)
-        if (path / "store.json").is_file():
+        if is_store(path):
             store = Store(path)
             for i in range(len(store)):
                 yield f"{path}[{i}]", partial(store.__getitem__, i)
@@ -126,16 +160,23 @@ def _jobs(sources: Sequence[str | Path], pattern: str, reading: dict) -> Iterato
             raise DataError(f"{path}: there is no such file or folder", "no-file")
         files = [path]
         if path.is_dir():
-            files = scan_files(path, pattern)
+            files, left_out = find_scans(path, pattern)
+            refused.extend(left_out)
         for file in files:
-            yield str(file), partial(_load, file, reading)
+            yield str(file), partial(_load, file, reading, nameless)
 
 
-def _load(path: Path, reading: dict) -> Scan:
-    """A scan; the file's stem is its participant where the name states none."""
-    participant_id = None
-    if not PARTICIPANT.search(path.name):
+def _load(path: Path, reading: dict, nameless: dict[str, Path] | None = None) -> Scan:
+    """A scan; the file's stem is its participant where neither name nor folder states one."""
+    participant_id = participant(path)
+    if not participant_id:
         participant_id = stem(path.name)
+        # Of a file in each participant's folder, the name would make one person of all.
+        first = {} if nameless is None else nameless
+        if first.setdefault(participant_id, path) != path:
+            message = f"{path}: no participant (sub-...) in its name or folder"
+            other = f"{first[participant_id]} has the same name; name the folders sub-..."
+            raise DataError(f"{message}, and {other}", "participant")
     try:
         return load_scan(path, participant_id=participant_id, **reading)
     except OSError as error:
@@ -158,6 +199,7 @@ def _rows(
         try:
             scan = load()
             vectors = kept_readouts(checkpoint, network, scan, names, kept)
+            _check_finite(file, vectors)
         except (RuntimeError, ValueError) as error:
             # One bad file among thousands must not stop the others.
             problem = getattr(error, "problem", type(error).__name__)
@@ -171,6 +213,14 @@ def _rows(
             for i, value in enumerate(vector):
                 row[f"{name}_{i}"] = value
         yield row
+
+
+def _check_finite(file: str, vectors: dict) -> None:
+    """Raise a DataError for a read-out that is no number: in the table it would be an empty cell."""
+    for name, vector in vectors.items():
+        if not np.isfinite(vector).all():
+            advice = "look at the checkpoint's weights and scaling, and at the scan's values"
+            raise DataError(f"{file}: its {name} is NaN or infinite; {advice}", "not-finite")
 
 
 def _write_table(stream: Any, ending: str, rows: Iterator[dict]) -> tuple[int, int]:
@@ -196,8 +246,7 @@ def _write_table(stream: Any, ending: str, rows: Iterator[dict]) -> tuple[int, i
         else:
             separator = "\t" if ending == ".tsv" else ","
             header = n_rows == 0
-            text = table.to_csv(sep=separator, header=header, index=False, lineterminator="\n")
-            stream.write(text.encode())
+            stream.write(table_text(table, separator, header).encode())
         n_rows += len(batch)
     if parquet is not None:
         parquet.close()
@@ -241,16 +290,12 @@ def reconstruct(
         If the parcels are not the checkpoint's, or it does not state its scaling.
     """
     path = Path(path)
-    output = Path(output)
+    output = Path(output).expanduser()
     if path.is_dir():
         raise DataError(f"{path} is a folder; name the file of one scan", "no-file")
-    # Its sidecar and table of outliers have the names of the recording, whatever the format.
-    same_recording = recording(path.name) == recording(output.name)
-    if path.parent.resolve() == output.parent.resolve() and same_recording:
-        raise DataError(
-            f"{output} would replace files of the scan that is read; write into another folder",
-            "output",
-        )
+    if _data_set(output) == _data_set(path):
+        reason = "would be taken for another scan of the folder that is read"
+        raise OutputError(f"{output} {reason}; write into another folder")
     scan = _load(path, {"parcels": checkpoint.parcels, **reading})
     checkpoint.check(scan)
     filled = np.full(scan.n_frames, whole)
@@ -267,20 +312,26 @@ def reconstruct(
     if path.name.endswith(".nii") and output.name.endswith(".nii"):
         axis = _parcels_axis(path)
     filled_scan = replace(scan, values=values.astype(np.float32))
-    save_scan(filled_scan, output, axis=axis)
     facts = {
-        "RepetitionTime": scan.t_r,
         "Sources": [path.name],
         "CheckpointSHA256": checkpoint.fingerprint(),
         "FilledFrames": np.flatnonzero(filled),
-        "GeneratedBy": generated_by(),
     }
-    write_json(output.with_name(f"{stem(output.name)}.json"), facts)
+    with locked(output, "mnemodyn reconstruct"):
+        save_derived(filled_scan, output, facts, axis=axis, inputs=[path])
     # A derivative is the folder of the participants' folders.
     for folder in output.parents:
         if folder.name.startswith("sub-"):
             describe_derivative(folder.parent, "Scans with censored frames filled")
     return {"n_frames": scan.n_frames, "n_filled": int(filled.sum())}
+
+
+def _data_set(path: Path) -> Path:
+    """The folder of a scan, or that of the participants' folders where it is in one."""
+    folder = path.resolve().parent
+    while folder.name.startswith(("sub-", "ses-", "func")):
+        folder = folder.parent
+    return folder
 
 
 @torch.no_grad()
@@ -293,6 +344,7 @@ def _reconstruction(checkpoint: Checkpoint, scan: Scan) -> np.ndarray:
     if scan.censored is not None and scan.censored.any():
         censored = torch.as_tensor(scan.censored[None], device=x.device)
     y = model(x, scan.t_r, censored=censored).reconstruction[0].double().cpu().numpy()
+    _check_finite(scan.source, {"reconstruction": y})
     offset, scale = scaling.affine(moments(scan.values, scan.censored))
     # A parcel that is constant has an infinite scale and stays at its offset.
     constant = ~np.isfinite(scale)

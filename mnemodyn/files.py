@@ -1,12 +1,136 @@
-"""Files written whole, fingerprints, and the one rule for where a relative path starts."""
+"""Files written whole, one writer at a time, fingerprints, and the one rule for where a relative path starts."""
 
+import errno
+import glob
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+import re
+import secrets
+import shutil
+import socket
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+# What a file or folder is called until it is whole: .NAME.PROCESS-RANDOM.tmp.
+TEMPORARY = re.compile(r"\..+\.(\d+)-[0-9a-f]{8}\.tmp")
+# What this process holds; the system's lock keeps other processes off only.
+_held: set[Path] = set()
+
+
+class OutputError(ValueError):
+    """An output that would replace what is read, or what no command of this package wrote."""
+
+    problem = "output"
+
+
+@contextmanager
+def locked(output: str | os.PathLike, what: str) -> Iterator[None]:
+    """Hold an output while the block runs, so that no other command writes it at the same time.
+
+    The lock goes with its owner, however it ends. What killed owners were writing is removed first.
+
+    Parameters
+    ----------
+    output : path-like
+        The file that will be written, whose folder is made, or a folder that is there.
+    what : str
+        What holds it, such as ``"mnemodyn embed"``.
+
+    Raises
+    ------
+    RuntimeError
+        If something else holds it; the message names what, its process and its machine.
+    """
+    path = Path(os.path.realpath(output))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # A folder's is inside, because the folder above may be one that nobody may write in.
+    place = path / ".lock" if path.is_dir() else path.with_name(f".{path.name}.lock")
+    descriptor = _hold(place, output)
+    _held.add(place)
+    try:
+        owner = f"{what} (process {os.getpid()} on {socket.gethostname()})"
+        os.ftruncate(descriptor, 0)
+        os.write(descriptor, owner.encode())
+        _remove_left_over(path)
+        yield
+    finally:
+        # While it is still held: whoever has opened this file already sees that it is gone.
+        place.unlink(missing_ok=True)
+        os.close(descriptor)
+        _held.discard(place)
+
+
+def _hold(place: Path, output: str | os.PathLike) -> int:
+    """Take the system's lock on the file `place`, and return its descriptor."""
+    import fcntl
+
+    # To open the file again would give up this process's own lock.
+    while place not in _held:
+        # A link is not followed: what it names is not ours.
+        descriptor = os.open(place, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
+        try:
+            # This kind of lock is not handed on to child processes, which may outlive their parent.
+            fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno in (errno.EACCES, errno.EAGAIN):
+                os.close(descriptor)
+                break
+            remedy = "do not write it with two commands at once"
+            warnings.warn(
+                f"{output}: its file system has no locks ({error}); {remedy}", stacklevel=1
+            )
+            return descriptor
+        # The owner before may have removed the file since it was opened.
+        if place.exists() and place.stat().st_ino == os.fstat(descriptor).st_ino:
+            return descriptor
+        os.close(descriptor)
+    owner = "this process"
+    if place not in _held:
+        # It may end at this moment.
+        owner = "another process"
+        with suppress(OSError):
+            owner = place.read_text() or owner
+    remedy = "let it end, or name another output"
+    raise RuntimeError(f"{output} is being written by {owner}; {remedy}")
+
+
+def _remove_left_over(path: Path) -> None:
+    """Remove what processes that are no more were writing into a folder, or in place of a file."""
+    if path.is_dir():
+        found = path.rglob(".*.tmp")
+    else:
+        found = path.parent.glob(f".{glob.escape(path.name)}.*.tmp")
+    for unfinished in list(found):
+        named = TEMPORARY.fullmatch(unfinished.name)
+        if named is None or _is_alive(int(named[1])):
+            continue
+        if unfinished.is_dir() and not unfinished.is_symlink():
+            shutil.rmtree(unfinished)
+        else:
+            unfinished.unlink()
+
+
+def _is_alive(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:
+        pass  # somebody else's
+    return True
+
+
+def temporary(path: str | os.PathLike) -> Path:
+    """A fresh name beside ``path`` for what becomes it; `locked` removes it if this process is killed."""
+    path = Path(path)
+    return path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
 
 
 @contextmanager
@@ -19,9 +143,10 @@ def writing(path: str | os.PathLike) -> Iterator[BinaryIO]:
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     # The same folder, because a rename is atomic only within one file system.
-    partial = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    partial = temporary(path)
     try:
-        with open(partial, "wb") as stream:
+        # "x" makes a new file, and follows no link that has its name.
+        with open(partial, "xb") as stream:
             yield stream
             stream.flush()
             os.fsync(stream.fileno())
@@ -35,6 +160,60 @@ def writing(path: str | os.PathLike) -> Iterator[BinaryIO]:
         partial.unlink(missing_ok=True)
 
 
+def check_output(
+    output: str | os.PathLike,
+    what: str,
+    is_earlier: Callable[[Path], bool],
+    inputs: Iterable[str | os.PathLike] = (),
+) -> None:
+    """Refuse an output that would replace something else than an earlier result of its kind.
+
+    Parameters
+    ----------
+    output : path-like
+        A file that will be written.
+    what : str
+        What it will be, in the words of the message, such as ``"table of embed"``.
+    is_earlier : callable
+        Whether a file is such a result; asked only where the output is there and has content.
+    inputs : iterable of path-like
+        Files that are read. They may be results of the same kind.
+
+    Raises
+    ------
+    OutputError
+        If the output is one of the inputs, by whatever name, or is no earlier result.
+    IsADirectoryError
+        If it is a folder.
+    """
+    output = Path(output)
+    if output.is_dir():
+        raise IsADirectoryError(f"{output} is a folder; name the file to write")
+    if not os.path.lexists(output) or (output.is_file() and output.stat().st_size == 0):
+        return
+    for file in inputs:
+        # The files and not their names: a link, or another case of letters, may stand for the same one.
+        if output.exists() and os.path.exists(file) and output.samefile(file):
+            raise OutputError(f"{output} is {file}, which is read; name another output")
+    if not output.is_file() or not is_earlier(output):
+        remedy = "name another output, or move it away"
+        raise OutputError(
+            f"{output} is there already, and is no {what} of an earlier call; {remedy}"
+        )
+
+
+def begins_with(*columns: str) -> Callable[[Path], bool]:
+    """Return the test whether a file is a table, of .csv or .tsv, whose first columns these are."""
+
+    def begins(path: Path) -> bool:
+        separator = "\t" if path.suffix == ".tsv" else ","
+        expected = separator.join(columns).encode()
+        with open(path, "rb") as stream:
+            return stream.read(len(expected)) == expected
+
+    return begins
+
+
 def write_bytes(path: str | os.PathLike, content: bytes | memoryview) -> Path:
     """Write ``content`` whole, as `writing` does."""
     with writing(path) as stream:
@@ -45,6 +224,35 @@ def write_bytes(path: str | os.PathLike, content: bytes | memoryview) -> Path:
 def write_text(path: str | os.PathLike, text: str) -> Path:
     """Write ``text`` as UTF-8, whole."""
     return write_bytes(path, text.encode())
+
+
+def write_table(path: str | os.PathLike, table: "pd.DataFrame") -> Path:
+    """Write a table of results or people, whole: separated by tabs where the name ends in ``.tsv``, else by commas."""
+    separator = "\t" if os.fspath(path).endswith(".tsv") else ","
+    return write_text(path, table_text(table, separator))
+
+
+def table_text(table: "pd.DataFrame", separator: str, header: bool = True) -> str:
+    """A table as text that a spreadsheet shows as it is.
+
+    A spreadsheet would compute what begins like a formula (``=``, ``+``, ``-``, ``@``), so that an apostrophe goes
+    before it. Numbers stay numbers.
+    """
+    shown = table.copy()
+    for name in shown.select_dtypes(exclude=["number", "bool"]):
+        shown[name] = shown[name].map(_no_formula)
+    shown.columns = [_no_formula(name) for name in shown]
+    return shown.to_csv(sep=separator, header=header, index=False, lineterminator="\n")
+
+
+def _no_formula(cell: Any) -> Any:
+    if not isinstance(cell, str) or not cell.lstrip().startswith(("=", "+", "-", "@")):
+        return cell
+    try:
+        float(cell)
+    except ValueError:
+        return f"'{cell}"
+    return cell
 
 
 def write_json(path: str | os.PathLike, content: Any) -> Path:
@@ -74,19 +282,53 @@ def sha256(path: str | os.PathLike) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
+LONGEST_YAML = 500_000  # characters, which ruamel reads in a few seconds
+DEEPEST_YAML = 50
+
+
+def load_yaml(path: str | os.PathLike) -> Any:
+    """What a YAML file holds; a ValueError, which does not name the file, says what is wrong with it."""
+    size = os.stat(path).st_size
+    if size > 4 * LONGEST_YAML:
+        raise ValueError(f"{size:,} bytes are no file of settings")
+    return read_yaml(Path(path).read_text(encoding="utf-8-sig"))
+
+
 def read_yaml(text: str) -> Any:
     """Read YAML 1.2, in which ``off`` is text and ``1e-3`` is a number.
 
-    A ValueError if `text` is not valid YAML; the message names the line.
+    A ValueError if `text` is not valid YAML, is longer or deeper than any settings are, or has aliases (``*name``): a
+    few lines of them stand for more than any memory holds. The message names the line where it is known.
     """
-    from ruamel.yaml import YAML, YAMLError
+    from ruamel.yaml import YAML
 
+    if len(text) > LONGEST_YAML:
+        raise ValueError(f"{len(text):,} characters of YAML, at most {LONGEST_YAML:,} are read")
     # ruamel's parser in C reads YAML 1.1, in which `off` is false.
     reader = YAML(typ="safe", pure=True)
     try:
+        _check_events(reader.parse(text))
         return reader.load(text)
-    except YAMLError as error:
-        raise ValueError(f"not valid YAML: {' '.join(str(error).split())}") from None
+    except Exception as error:
+        # Broken text makes ruamel raise almost anything, from a KeyError to its own errors.
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise ValueError(f"not valid YAML: {reason[:400]}") from None
+
+
+def _check_events(events: Iterable[Any]) -> None:
+    """Refuse what would take for ever to build: aliases, and brackets in brackets."""
+    depth = 0
+    for event in events:
+        kind = type(event).__name__
+        line = event.start_mark.line + 1
+        if kind == "AliasEvent":
+            raise ValueError(f"line {line}: write out what *{event.anchor} stands for")
+        depth += kind in ("SequenceStartEvent", "MappingStartEvent")
+        depth -= kind in ("SequenceEndEvent", "MappingEndEvent")
+        if depth > DEEPEST_YAML:
+            raise ValueError(
+                f"line {line}: more than {DEEPEST_YAML} lists or mappings in each other"
+            )
 
 
 def find_root(start: str | os.PathLike = ".") -> Path:

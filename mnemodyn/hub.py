@@ -1,5 +1,6 @@
 """Publish a checkpoint on the Hugging Face Hub, with a model card written from its run."""
 
+import json
 import shutil
 import tempfile
 from collections.abc import Sequence
@@ -11,8 +12,8 @@ from typing import Any, Literal
 import pandas as pd
 
 from mnemodyn.checkpoint import Checkpoint, from_pretrained, hub_errors, save_checkpoint
-from mnemodyn.files import write_text
-from mnemodyn.results import label, read_results
+from mnemodyn.files import write_table, write_text
+from mnemodyn.results import label, literal, read_results
 
 __all__ = ["publish", "write_folder"]
 
@@ -112,6 +113,10 @@ def write_folder(
     FileNotFoundError, ValueError
         If a table of results is missing, or is not one.
     """
+    from huggingface_hub.utils import validate_repo_id
+
+    with hub_errors(repo_id):
+        validate_repo_id(repo_id)
     source = Path(source)
     folder = Path(folder)
     checkpoint = _without_participants(from_pretrained(source, compat=compat))
@@ -121,7 +126,7 @@ def write_folder(
     save_checkpoint(folder, checkpoint)
     if checkpoint.parcels is not None:
         parcels = pd.DataFrame({"name": checkpoint.parcels})
-        write_text(folder / "parcels.tsv", parcels.to_csv(sep="\t", index_label="index"))
+        write_table(folder / "parcels.tsv", parcels.reset_index(names="index"))
     # metrics.csv is what the draft's trainer calls it.
     for path in _beside(source, "history.csv", "metrics.csv"):
         shutil.copyfile(path, folder / "history.csv")
@@ -173,15 +178,15 @@ def _card(checkpoint: Checkpoint, repo_id: str, subfolder: str, licence: str, ro
         t_r = f"{checkpoint.t_r:g} s"
     scaling = UNKNOWN
     if checkpoint.scaling is not None:
-        scaling = checkpoint.scaling.method
+        scaling = literal(checkpoint.scaling.method)
     trained_on = UNKNOWN
     if "n_train_participants" in training:
-        trained_on = (
+        trained_on = literal(
             f"{training['n_train_participants']} participants, and "
             f"{training['n_validation_participants']} to choose the checkpoint; "
             f"fingerprint of the data {checkpoint.data_fingerprint}"
         )
-    argument = f', subfolder="{subfolder}"' if subfolder else ""
+    argument = f", subfolder={json.dumps(subfolder)}" if subfolder else ""
     settings = training.get("settings")
     if settings is not None:
         # Of the sections of a run's settings the others are said elsewhere on the card.
@@ -190,7 +195,7 @@ def _card(checkpoint: Checkpoint, repo_id: str, subfolder: str, licence: str, ro
     return template.substitute(
         asdict(checkpoint.model.config),
         metadata=metadata.to_yaml(),
-        name=name,
+        name=literal(name),
         repo_id=repo_id,
         argument=argument,
         n_parameters=f"{sum(p.numel() for p in checkpoint.model.parameters()):,}",
@@ -198,10 +203,10 @@ def _card(checkpoint: Checkpoint, repo_id: str, subfolder: str, licence: str, ro
         t_r=t_r,
         scaling=scaling,
         trained_on=trained_on,
-        objective=_words(training.get("objective")),
-        settings=_words(settings),
+        objective=literal(_words(training.get("objective"))),
+        settings=literal(_words(settings)),
         results=_results(rows, training),
-        licence=licence,
+        licence=literal(licence),
     )
 
 
@@ -244,13 +249,12 @@ def _results(rows: list, training: dict) -> str:
         n = "" if pd.isna(row.n) else row.n
         # SIMULATED results must not be mistaken for real ones.
         data = f"{row.data} ({row.kind})"
-        lines.append(
-            f"| {data} | {row.task} | {method} | {row.score} | {row.value:.3f} | {interval} | {n} |"
-        )
+        said = [literal(text) for text in (data, row.task, method, row.score)]
+        lines.append(f"| {' | '.join(said)} | {row.value:.3f} | {interval} | {n} |")
     validation = {name: value for name, value in training.items() if name.startswith("val_")}
     if validation:
         lines.append(
-            f"\nOn the validation participants, who chose this checkpoint: {_words(validation)}. "
+            f"\nOn the validation participants, who chose this checkpoint: {literal(_words(validation))}. "
             "Expect less elsewhere."
         )
     return "\n".join(lines)

@@ -81,7 +81,8 @@ def describe_derivative(folder: str | os.PathLike, name: str) -> None:
     folder = Path(folder)
     if (folder / "dataset_description.json").exists():
         return
-    write_text(folder / ".bidsignore", "\n".join(UNNAMED) + "\n")
+    if not (folder / ".bidsignore").exists():
+        write_text(folder / ".bidsignore", "\n".join(UNNAMED) + "\n")
     facts = {
         "Name": name,
         "BIDSVersion": "1.10.0",

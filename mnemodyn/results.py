@@ -3,6 +3,7 @@
 A row is one number with its interval. What the columns hold stands in `COLUMNS`.
 """
 
+import re
 from collections.abc import Iterable, Mapping
 from os import PathLike
 from pathlib import Path
@@ -10,9 +11,18 @@ from typing import Any
 
 import pandas as pd
 
-from mnemodyn.files import write_text
+from mnemodyn.files import begins_with, check_output, table_text, write_text
 
-__all__ = ["COLUMNS", "KINDS", "METHODS", "label", "read_results", "verdict", "write_results"]
+__all__ = [
+    "COLUMNS",
+    "KINDS",
+    "METHODS",
+    "label",
+    "literal",
+    "read_results",
+    "verdict",
+    "write_results",
+]
 
 #: Columns of a table of results, and what they hold.
 COLUMNS = {
@@ -74,6 +84,13 @@ def label(method: str) -> str:
     return METHODS.get(method, method)
 
 
+def literal(text: object) -> str:
+    """Text from data as a line of Markdown that shows this very text: no link, no HTML, no cell of a table more."""
+    # An underscore within a word is text in any case, and other signs are where they do not begin the line.
+    active = r"[\\`*{}\[\]<>&|~$#]|(?<![A-Za-z0-9])_|_(?![A-Za-z0-9])|^[-+=:%(]|(?<=^[0-9])[.)]"
+    return re.sub(active, r"\\\g<0>", " ".join(str(text).split()))
+
+
 def verdict(low: float, high: float) -> str:
     """``better``, ``worse``, ``identical`` or ``no difference shown``, by a difference's interval."""
     # Sums of equal numbers in another order differ in the sixteenth digit.
@@ -84,6 +101,11 @@ def verdict(low: float, high: float) -> str:
     if high < 0:
         return "worse"
     return "no difference shown"
+
+
+def check_results(path: str | PathLike) -> None:
+    """Raise an OutputError if a table of results would replace another file than one of these tables."""
+    check_output(path, "table of results", begins_with(*list(COLUMNS)[:3]))
 
 
 def write_results(path: str | PathLike, rows: Iterable[Mapping[str, Any]]) -> pd.DataFrame:
@@ -101,8 +123,10 @@ def write_results(path: str | PathLike, rows: Iterable[Mapping[str, Any]]) -> pd
     ------
     ValueError
         If a column is unknown or a needed one missing, a kind is not among KINDS, an interval has one
-        end only or its ends in the wrong order, or two rows say the same with different numbers.
+        end only or its ends in the wrong order, two rows say the same with different numbers, or `path`
+        is there and no table of results.
     """
+    check_results(path)
     table = pd.DataFrame([dict(row) for row in rows])
     unknown = sorted(set(table) - set(COLUMNS))
     if unknown:
@@ -129,7 +153,7 @@ def write_results(path: str | PathLike, rows: Iterable[Mapping[str, Any]]) -> pd
     for name in ("value", "low", "high", "p"):
         table[name] = table[name].astype(float).round(10)
     table["n"] = table["n"].astype("Int64")
-    write_text(path, table.to_csv(index=False, lineterminator="\n"))
+    write_text(path, table_text(table, ","))
     return table
 
 

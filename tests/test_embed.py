@@ -232,9 +232,8 @@ def test_what_cannot_be_filled(checkpoint, tmp_path, capsys):
     path = save_scan(Scan("sub-2", values, 0.8, PARCELS), tmp_path / "sub-2.ptseries.nii")
     assert reconstruct(path, tmp_path / "out" / "sub-2_timeseries.tsv", checkpoint) == 1
     assert "no frame is censored" in capsys.readouterr().err
-    # Its sidecar and table of outliers have the names of the scan's own.
     assert reconstruct(path, tmp_path / "sub-2_timeseries.tsv", checkpoint, "--whole") == 1
-    assert "would replace files of the scan that is read" in capsys.readouterr().err
+    assert "would be taken for another scan" in capsys.readouterr().err
     assert reconstruct(tmp_path, tmp_path / "out" / "sub-2.tsv", checkpoint) == 1
     assert "is a folder; name the file of one scan" in capsys.readouterr().err
 
@@ -269,7 +268,7 @@ def test_a_scan_that_does_not_fit(scan, message, checkpoint, tmp_path, capsys):
     [
         ("e.xlsx", [], "output must end in .csv, .tsv, .parquet"),
         ("folder.csv", [], "is a folder; name the file to write"),
-        ("sub-1_timeseries.tsv", [], "is a scan that is read; name another output"),
+        ("sub-1_timeseries.tsv", [], "which is read; name another output"),
         ("sub-1_timeseries.tsv/e.csv", [], "sub-1_timeseries.tsv"),
         ("e.csv", ["--readout", "nonsense"], "read-out must be one of"),
         ("e.csv", ["--device", "nonsense"], "nonsense"),

@@ -1,10 +1,17 @@
 """Digests tell contents apart, results are kept by what they depend on, and files are whole."""
 
+import errno
+import fcntl
+import os
+import signal
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 import torch
 
-from mnemodyn.files import Kept, digest, read_yaml, write_bytes
+from mnemodyn.files import Kept, digest, locked, read_yaml, write_bytes
 
 
 def test_a_digest_is_of_content():
@@ -101,3 +108,91 @@ def test_yaml_is_1_2():
     assert read["d"][1:] == [True, None]
     with pytest.raises(ValueError, match="line 3"):
         read_yaml("a: 1\nb: [1,\n")
+
+
+HOLDS = """
+import os, signal, sys
+from mnemodyn.files import locked, writing
+with locked(sys.argv[1], "the first"), writing(sys.argv[2]) as stream:
+    if os.fork() == 0:
+        signal.pause()  # a worker that outlives its parent
+    stream.write(b"half")
+    stream.flush()
+    print(os.getpid(), flush=True)
+    signal.pause()
+"""
+
+
+def holder(output, writes):
+    code = [sys.executable, "-c", HOLDS, str(output), str(writes)]
+    process = subprocess.Popen(code, stdout=subprocess.PIPE, text=True, process_group=0)
+    assert int(process.stdout.readline()) == process.pid
+    return process
+
+
+@pytest.mark.parametrize("folder", [False, True])
+def test_an_output_has_one_writer_until_it_dies(tmp_path, folder):
+    output = tmp_path / "o"
+    writes = output
+    if folder:
+        output.mkdir()
+        writes = output / "part" / "file"
+    (tmp_path / "link").symlink_to(output)
+    process = holder(output, writes)
+    try:
+        for name in (output, tmp_path / "link", tmp_path / "x" / ".." / "o"):
+            message = rf"is being written by the first \(process {process.pid} on .+\); let it end"
+            with pytest.raises(RuntimeError, match=message), locked(name, "the second"):
+                pass
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        assert len(list(writes.parent.glob(".*.tmp"))) == 1
+        with locked(output, "the second"):
+            left = {path.name for path in tmp_path.rglob("*")} - {"o", "link", "part"}
+            assert left == {".lock" if folder else ".o.lock"}
+    finally:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.stdout.close()
+    assert not list(tmp_path.rglob(".*"))
+
+
+def test_a_process_does_not_hold_an_output_twice(tmp_path):
+    with locked(tmp_path / "o", "this"):
+        for _ in range(2):
+            refused = pytest.raises(RuntimeError, match="written by this process; let it end")
+            with refused, locked(tmp_path / "o", "that"):
+                pass
+        with locked(tmp_path / "other", "that"):
+            pass
+    with locked(tmp_path / "o", "that"):
+        pass
+
+
+def test_only_what_the_dead_have_left_is_removed(tmp_path):
+    dead = subprocess.Popen(["true"])
+    dead.wait()
+    names = [f".o.{dead.pid}-0123abcd.tmp", f".o.{os.getpid()}-0123abcd.tmp", ".o.tmp", ".mine"]
+    for name in [*names, f".p.{dead.pid}-0123abcd.tmp"]:
+        (tmp_path / name).write_text("x")
+    (tmp_path / f".o.{dead.pid}-dddddddd.tmp").mkdir()
+    (tmp_path / f".o.{dead.pid}-eeeeeeee.tmp").symlink_to(tmp_path)
+    with locked(tmp_path / "o", "this"):
+        left = {path.name for path in tmp_path.iterdir()}
+    assert left == {*names[1:], f".p.{dead.pid}-0123abcd.tmp", ".o.lock"}
+
+
+def test_a_lock_that_is_a_link_is_not_followed(tmp_path):
+    (tmp_path / "mine").write_text("precious")
+    (tmp_path / ".o.lock").symlink_to("mine")
+    with pytest.raises(OSError, match="o.lock"), locked(tmp_path / "o", "this"):
+        pass
+    assert (tmp_path / "mine").read_text() == "precious"
+
+
+def test_a_file_system_without_locks_is_said(tmp_path, monkeypatch):
+    def refuse(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "lockf", refuse)
+    with pytest.warns(UserWarning, match="no locks"), locked(tmp_path / "o", "this"):
+        (tmp_path / "o").write_text("x")

@@ -302,9 +302,9 @@ def test_units_of_the_header(tmp_path):
 
 
 def test_t_r_that_is_stated_twice(tmp_path):
-    path = cifti(tmp_path / "sub-1_bold.ptseries.nii", VALUES, t_r=1.0)
+    path = cifti(tmp_path / "sub-1_bold.ptseries.nii", VALUES, t_r=1.1)
     (tmp_path / "sub-1_bold.json").write_text('{"RepetitionTime": 0.8}')
-    with pytest.raises(DataError, match="'header': 1.0, 'sidecar': 0.8") as caught:
+    with pytest.raises(DataError, match="'header': 1.1, 'sidecar': 0.8") as caught:
         load_scan(path)
     assert caught.value.problem == "t-r-conflict"
     scan = load_scan(path, t_r=0.8, override_t_r=True)

@@ -1,21 +1,29 @@
 """The store: what goes in comes out, whatever interrupts it."""
 
+import json
+import os
 import pickle
+import shutil
 import signal
 import subprocess
 import sys
 import time
+import warnings
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
 
+import mnemodyn.data.store
+from mnemodyn.data.cohorts import index as cohort_index
 from mnemodyn.data.collection import Collection, open_scans
 from mnemodyn.data.scaling import METHODS, Scaling
-from mnemodyn.data.scans import DataError, Scan
+from mnemodyn.data.scans import DataError, Scan, save_scan
 from mnemodyn.data.store import Store, convert
+from mnemodyn.files import locked
 
 PARCELS = tuple("abcde")
 
@@ -156,10 +164,8 @@ def test_constant_parcels_and_lost_frames(tmp_path):
 def test_more_scans_leave_old_bytes_alone(tmp_path):
     first = convert(index([0, 1, 2, 3, 4], broken=(3,)), tmp_path / "store")
     before = content(tmp_path / "store")
-    more = index([9, 0, 1, 2, 3, 4, 5], broken=(3,))
-    store = convert(more, tmp_path / "store")
+    store = convert(index([9, 0, 1, 2, 3, 4, 5], broken=(3,)), tmp_path / "store")
     after = content(tmp_path / "store")
-    assert more._scans.loaded == [9, 3, 5]  # what could not be read is tried again
     assert {name for name in before if after[name] != before[name]} == {"store.json"}
     assert [s.source for s in store] == ["9.tsv", "0.tsv", "1.tsv", "2.tsv", "4.tsv", "5.tsv"]
     assert first.fingerprint != store.fingerprint
@@ -190,7 +196,7 @@ def test_killed_at_random_moments_ends_in_the_same_bytes(tmp_path):
         child.send_signal(signal.SIGKILL)
         child.wait()
         child.stdout.close()
-        seen.append(len(list(folder.glob("scans/*.json"))))
+        seen.append(len(list(folder.glob("scans/*.bin"))))
         if not (folder / "store.json").exists():
             with pytest.raises(DataError, match="has not ended; run it again"):
                 Store(folder)
@@ -205,7 +211,9 @@ def test_what_a_conversion_was_killed_in_the_middle_of_goes(tmp_path):
     folder = tmp_path / "store"
     convert([scan(i) for i in range(4)], tmp_path / "whole")
     convert([scan(i) for i in range(3)], folder)
-    (folder / "scans" / ".x.bin.123.tmp").write_bytes(b"half a")
+    dead = subprocess.Popen(["true"])
+    dead.wait()
+    (folder / "scans" / f".x.bin.{dead.pid}-0123abcd.tmp").write_bytes(b"half a")
     assert Store(folder).verify() == 3
     assert convert([scan(i) for i in range(4)], folder).verify() == 4
     assert content(folder) == content(tmp_path / "whole")
@@ -265,15 +273,161 @@ def test_refusals(tmp_path):
         convert([scan(0)], tmp_path / "d", dtype="float32")
 
 
-def test_a_file_of_another_size_is_read_again(tmp_path):
-    (tmp_path / "0.tsv").write_text("short")
-    scans = index([0], folder=tmp_path)
-    for _ in range(2):
-        convert(scans, tmp_path / "e")
-    assert scans._scans.loaded == [0]
-    (tmp_path / "0.tsv").write_text("longer now")
-    assert convert(scans, tmp_path / "e").verify() == 1
-    assert scans._scans.loaded == [0, 0]
+@pytest.fixture
+def cohort(tmp_path):
+    """A folder of four scans of the cohort `bids`, and what converts it."""
+    folder = tmp_path / "in"
+    for i in range(4):
+        write_source(folder, i)
+    write_people(folder, "FMFM")
+
+    def again(to="store", **settings):
+        return convert(cohort_index("bids", folder), tmp_path / to, **settings)
+
+    return folder, again
+
+
+def write_source(folder, i, seed=0, t_r=2.0):
+    one = replace(scan(i, 40, t_r), values=scan(i + seed, 40).values)
+    save_scan(one, folder / f"sub-000{i}" / f"sub-000{i}_task-rest_timeseries.tsv")
+
+
+def write_people(folder, sexes):
+    rows = [f"sub-000{i}\t{20 + i}\t{sex}" for i, sex in enumerate(sexes)]
+    (folder / "participants.tsv").write_text("participant_id\tage\tsex\n" + "\n".join(rows))
+
+
+def change_values(folder):
+    before = (folder / "sub-0001/sub-0001_task-rest_timeseries.tsv").stat()
+    text = (folder / "sub-0001/sub-0001_task-rest_timeseries.tsv").read_text()
+    # Neither the size nor the time of the file tells.
+    at = text.index("\n") + 3
+    text = text[:at] + str((int(text[at]) + 1) % 10) + text[at + 1 :]
+    (folder / "sub-0001/sub-0001_task-rest_timeseries.tsv").write_text(text)
+    os.utime(folder / "sub-0001/sub-0001_task-rest_timeseries.tsv", ns=(before.st_mtime_ns,) * 2)
+
+
+def change_sidecar(folder):
+    (folder / "sub-0001/sub-0001_task-rest_timeseries.json").write_text('{"RepetitionTime": 3}')
+
+
+def change_outliers(folder):
+    rows = ["framewise_displacement", *("1" * 5), *("0" * 35)]
+    (folder / "sub-0001/sub-0001_task-rest_outliers.tsv").write_text("\n".join(rows) + "\n")
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
+@pytest.mark.parametrize("change", [change_values, change_sidecar, change_outliers])
+def test_a_scan_that_has_changed_is_converted_again(tmp_path, cohort, change, dtype):
+    folder, again = cohort
+    first = again(dtype=dtype)
+    assert again(dtype=dtype).verify() == 4
+    before = content(tmp_path / "store")
+    change(folder)
+    with pytest.raises(DataError, match=r"sub-0001_task.* has changed since \(.*convert again"):
+        first.verify()
+    with pytest.warns(UserWarning, match="1 scans are not as they were.*sub-0001"):
+        store = again(dtype=dtype)
+    assert store.verify() == 4
+    fresh = again("fresh", dtype=dtype)
+    assert content(tmp_path / "store") == content(tmp_path / "fresh")
+    assert store.fingerprint == fresh.fingerprint != first.fingerprint
+    # The other scans were left alone.
+    assert len(set(before.items()) & set(content(tmp_path / "store").items())) == 3 * 2 + 1
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert again(dtype=dtype).verify() == 4
+
+
+def test_labels_are_those_of_the_last_call(cohort):
+    folder, again = cohort
+    first = again()
+    write_people(folder, "MFMF")
+    with pytest.raises(DataError, match=r"has changed since \(sex\); convert again") as caught:
+        first.verify()
+    assert caught.value.problem == "stale"
+    assert again().table["sex"].tolist() == ["male", "female", "male", "female"]
+    assert Store(first.folder).verify() == 4
+
+
+def test_sources_that_are_gone_are_not_missed(tmp_path, cohort):
+    folder, again = cohort
+    store = again()
+    write_source(folder, 9)  # nor is what was never converted
+    (folder / "sub-0002/sub-0002_task-rest_timeseries.tsv").unlink()
+    assert store.verify() == 4
+    shutil.rmtree(folder)
+    assert store.verify() == 4
+
+
+def test_a_scan_that_changes_while_it_is_converted_is_left_out(tmp_path, cohort):
+    folder, _ = cohort
+    found = cohort_index("bids", folder)
+    change_values(folder)
+    store = convert(found, tmp_path / "store")
+    assert len(store) == 3
+    assert store.excluded["problem"].tolist() == ["changed"]
+
+
+def test_a_damaged_file_of_a_store_is_written_again(tmp_path, cohort):
+    _, again = cohort
+    store = again()
+    good = content(tmp_path / "store")
+    for damage in (lambda p: p.write_bytes(p.read_bytes()[:-1] + b"?"), Path.unlink):
+        damage(store._file(1)[0])
+        with pytest.raises(DataError, match="checksum.*convert again"):
+            Store(store.folder).verify()
+        again()
+        assert content(tmp_path / "store") == good
+
+
+def test_a_store_has_one_writer_and_is_not_its_own_source(tmp_path):
+    store = convert([scan(i) for i in range(3)], tmp_path / "store")
+    before = content(tmp_path / "store")
+    with locked(tmp_path / "store", "another"), pytest.raises(RuntimeError, match="let it end"):
+        convert([scan(1)], tmp_path / "store")
+    (tmp_path / "link").symlink_to("store")
+    with pytest.raises(DataError, match="is the folder that is read"):
+        convert(store, tmp_path / "link")
+    assert content(tmp_path / "store") == before
+
+
+def test_a_folder_of_scans_is_no_store(tmp_path):
+    (tmp_path / "a" / "scans").mkdir(parents=True)
+    (tmp_path / "a" / "scans" / "sub-01.tsv").write_text("mine")
+    with pytest.raises(DataError, match="not a store, it holds"):
+        convert([scan(0)], tmp_path / "a")
+    assert content(tmp_path / "a") == {"sub-01.tsv": b"mine"}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            lambda row, _: row.update(file="../../other/scans/" + row["file"]),
+            "no file of the store",
+        ),
+        (lambda row, folder: row.update(file=f"{folder}/other/x"), "no file of the store"),
+        (lambda row, _: row.update(file=7), "remove it, and convert again"),
+        (lambda row, _: row.update(n_frames=10**12), "expected .* bytes, found"),
+        (lambda row, _: row.update(n_frames=10**12, censored=[10**11]), "expected .* bytes, found"),
+        (lambda row, _: row.update(censored=[4, 10**9]), "that it does not have"),
+        (lambda row, _: row.update(censored=[-(10**9)]), "that it does not have"),
+        (lambda row, _: row.update(n_frames="many"), "remove it, and convert again"),
+        (lambda row, _: row.pop("n_frames"), "remove it, and convert again"),
+    ],
+)
+def test_a_store_names_only_what_it_has(tmp_path, change, message):
+    """The one who changes it knows how its checksum is made."""
+    convert([scan(i) for i in range(3)], tmp_path / "other")
+    folder = convert([scan(i) for i in range(3)], tmp_path / "store").folder
+    listed = json.loads((folder / "store.json").read_text())
+    listed.pop("sha256")
+    change(listed["scans"][1], tmp_path)
+    listed["sha256"] = mnemodyn.data.store._checksum(listed)
+    (folder / "store.json").write_text(json.dumps(listed))
+    with pytest.raises(DataError, match=message):
+        np.asarray(Store(folder)[1].values)
 
 
 def test_who_is_in_a_store_is_known_without_its_values(tmp_path):

@@ -4,13 +4,14 @@ A page's files lie in ``book/runs``, or in ``book/committed`` where it is a long
 once. A page that this copy lacks gets a stub that says so.
 """
 
+import re
 from functools import cache
 from pathlib import Path
 
 from docutils import nodes
 from docutils.statemachine import StringList
 
-from mnemodyn.files import read_yaml
+from mnemodyn.files import load_yaml
 from mnemodyn.results import read_results
 
 ABSENT = """# {title}
@@ -32,7 +33,7 @@ read_table = cache(read_results)
 @cache
 def read_studies(root):
     """The registry: a dict of page to its entry."""
-    return read_yaml(Path(root, "studies.yaml").read_text(encoding="utf-8"))
+    return load_yaml(Path(root, "studies.yaml"))
 
 
 def docname(page, study):
@@ -103,7 +104,9 @@ def show(directive, head, rows, name, numeric=()):
     rule = ["---:" if index in numeric else "---" for index in range(len(head))]
     lines = []
     for cells in (head, rule, *rows):
-        lines.append("| " + " | ".join(str(cell).replace("|", "\\|") for cell in cells) + " |")
+        # Text from data has its bars escaped already.
+        texts = [re.sub(r"(?<!\\)[|]", r"\\|", str(cell)) for cell in cells]
+        lines.append(f"| {' | '.join(texts)} |")
     box = nodes.container(classes=["scroll"])
     text = StringList(lines, source=directive.env.docname)
     directive.state.nested_parse(text, directive.content_offset, box)

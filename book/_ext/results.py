@@ -16,7 +16,7 @@ from registry import between, command, pages, show, table_of, write
 from sphinx.util import logging
 from sphinx.util.docutils import SphinxDirective, SphinxRole
 
-from mnemodyn.results import label, verdict
+from mnemodyn.results import label, literal, verdict
 
 logger = logging.getLogger(__name__)
 PUBLISHED = "book/data/published.csv"
@@ -108,8 +108,11 @@ class AllResults(SphinxDirective):
                 if row.against:
                     method += f" \N{MINUS SIGN} {label(row.against)}"
                 n = "" if pd.isna(row.n) else row.n
-                first = [f"[{row.data}](/{document})", row.task, method, row.score]
-                rows.append([*first, write(row.value, ".3f"), between(row), n, row.kind])
+                first = [
+                    f"[{literal(row.data)}](/{document})",
+                    *map(literal, (row.task, method, row.score)),
+                ]
+                rows.append([*first, write(row.value, ".3f"), between(row), n, literal(row.kind)])
         for row in pd.read_csv(Path(self.env.srcdir, PUBLISHED)).itertuples():
             method = f"{row.method} ({row.source})"
             rows.append(
@@ -130,8 +133,8 @@ class Status(SphinxDirective):
             if found is not None:
                 # What the rows say of themselves wins: the data may be somebody's own.
                 cells = [
-                    ", ".join(found["data"].unique()),
-                    ", ".join(found["kind"].unique()),
+                    literal(", ".join(found["data"].unique())),
+                    literal(", ".join(found["kind"].unique())),
                     "yes",
                 ]
             title = f"[{study['title']}](/{document})"
@@ -161,7 +164,9 @@ class Scores(SphinxDirective):
                 for row in group.itertuples():
                     value = ("r " if row.score == "r" else "") + write(row.value, ".3f")
                     cells[row.method] = BELOW.format(value, between(row))
-                first = BELOW.format(f"[{data}, {task}](/{document})", f"n {row.n}")
+                first = BELOW.format(
+                    f"[{literal(data)}, {literal(task)}](/{document})", f"n {row.n}"
+                )
                 rows.append([first, *cells.values()])
         head = ["Cohort and target", *methods.values()]
         return [show(self, head, rows, "people", numeric=range(1, len(head)))]

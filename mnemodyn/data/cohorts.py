@@ -1,11 +1,18 @@
 """Cohorts: the YAML description of a study, and the index of a folder of scans that follows it."""
 
+import csv
+import io
+import json
 import re
+import reprlib
+import subprocess
+import sys
+import warnings
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -22,9 +29,18 @@ from pydantic import (
     model_validator,
 )
 
-from mnemodyn.data.formats import entities, files_below, reading, refuse
-from mnemodyn.data.scans import Collection, DataError, Scan, data_name, load_scan
-from mnemodyn.files import digest, read_yaml
+from mnemodyn.data.formats import LABEL, entities, participant, present, reading, refuse, walk
+from mnemodyn.data.scans import (
+    Collection,
+    DataError,
+    Scan,
+    choose_files,
+    data_name,
+    fingerprint,
+    is_no_scan,
+    load_scan,
+)
+from mnemodyn.files import digest, load_yaml
 
 __all__ = [
     "Cohort",
@@ -39,8 +55,27 @@ __all__ = [
 ]
 
 SHIPPED = Path(__file__).with_name("cohorts")
+MATCH = Path(__file__).with_name("match.py")
 PER_YEAR = {"years": 1.0, "months": 12.0}
-MISSING_WORDS = ("", "na", "n/a", "nan", "null")
+# The last ones are what a spreadsheet leaves where it could not compute a cell.
+MISSING_WORDS = (
+    "",
+    "na",
+    "n/a",
+    "nan",
+    "null",
+    "#n/a",
+    "#ref!",
+    "#value!",
+    "#div/0!",
+    "#name?",
+    "#num!",
+    "#null!",
+)
+CODE = "-(9|99+|88+|77+)"  # what many tables have for "not known"
+# Names that no column has: a table with zero bytes is refused.
+KEY = "\0key"
+LINE = "\0line"
 Entities = defaultdict[str, str]
 Reasons = dict[int, tuple[str, str]]  # row -> problem and message
 SIMULATED = "simulated.json"  # a folder with this file holds a simulated cohort
@@ -65,20 +100,37 @@ TABLE = (
 RESERVED = set(TABLE) - {"sex", "age"}  # targets are not called so
 
 
-def _label(value: Any) -> str:
-    """A raw value as text, whole numbers without decimals: 1, "1" and 1.0 are the same label."""
-    text = str(value).strip()
-    if re.fullmatch(r"-?\d+\.0+", text):
-        text = text.split(".")[0]
+def _label(value: str) -> str:
+    """A cell as it is compared: 1, 1.0 and " 1.00" are the same label, and so are 0.5 and 0.50."""
+    text = value.strip()
+    if re.fullmatch(r"-?[0-9]+\.[0-9]+", text):
+        text = text.rstrip("0").rstrip(".")
     return text
 
 
-RawValue = Annotated[str, BeforeValidator(_label)]
+def _raw_value(value: Any) -> str:
+    """A value of a description that cells are compared with."""
+    if isinstance(value, bool) or not isinstance(value, str | int | float):
+        raise ValueError(f"must be text or a number, got {value!r}; write it in quotes")
+    return _label(str(value))
+
+
+RawValue = Annotated[str, BeforeValidator(_raw_value)]
 Seconds = Annotated[float, Field(gt=0, lt=100)]
 Kind = Literal["classification", "regression"]
 
 
-def _pattern(pattern: str) -> re.Pattern[str]:
+def _check_template(template: str) -> str:
+    # Python's own templates can ask for attributes, and for a billion blanks.
+    if not re.fullmatch(r"([^{}]|\{[a-z_]+\})*", template):
+        raise ValueError(f"{template!r}: braces must hold the name of an entity, such as {{run}}")
+    return template
+
+
+Template = Annotated[str, AfterValidator(_check_template)]
+
+
+def _pattern(pattern: str) -> str:
     """The regular expression of a pattern of paths, see :class:`Cohort`."""
     expression = ""
     # An entity's own expression may hold counts in braces, such as [0-9]{7}.
@@ -93,18 +145,32 @@ def _pattern(pattern: str) -> re.Pattern[str]:
             if f"(?P<{name}>" in expression:
                 expression += f"(?P={name})"
             else:
-                expression += f"(?P<{name}>{form or '[A-Za-z0-9]+'})"
+                usual = LABEL if name == "participant" else "[A-Za-z0-9]+"
+                expression += f"(?P<{name}>{form or usual})"
+        elif "{" in piece or "}" in piece:
+            raise ValueError(f"{pattern!r}: an entity is {{name}} or {{name:regular expression}}")
         else:
             expression += re.escape(piece)
-    return re.compile(expression)
+    return expression
 
 
 def _check_pattern(pattern: str) -> str:
+    expression = _pattern(pattern)
     try:
-        _pattern(pattern)
-    except re.error as error:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")  # what will soon mean something else
+            re.compile(expression)
+    except (re.error, OverflowError, RecursionError, FutureWarning) as error:
         raise ValueError(f"{pattern!r} is no valid pattern ({error})") from None
     return pattern
+
+
+Pattern = Annotated[str, Field(max_length=1000), AfterValidator(_check_pattern)]
+
+
+def _as_list(given: Any) -> Any:
+    """One pattern is short for a list of it."""
+    return [given] if isinstance(given, str) else given
 
 
 def _column_name(given: Any) -> Any:
@@ -167,7 +233,7 @@ class Phenotype(_Description):
     """
 
     file: str = "participants.tsv"
-    match: Annotated[dict[str, str], Field(min_length=1)] = {"participant_id": "{participant}"}
+    match: Annotated[dict[str, Template], Field(min_length=1)] = {"participant_id": "{participant}"}
 
 
 class Column(_Description):
@@ -193,6 +259,17 @@ class Column(_Description):
     exclude: list[RawValue] = []
     unit: str = ""
     optional: bool = False
+
+    @field_validator("mapping", mode="before")
+    @classmethod
+    def _check_codes(cls, given: Any) -> Any:
+        # 1 and "1" are two keys of YAML, but one label.
+        if isinstance(given, dict):
+            codes = [_label(str(code)) for code in given]
+            for code in codes:
+                if codes.count(code) > 1:
+                    raise ValueError(f"{code!r} is mapped twice")
+        return given
 
 
 class Sex(Column):
@@ -236,11 +313,11 @@ class Layout(_Description):
         Youngest and oldest age.
     """
 
-    path: str
-    participant: str
+    path: Template
+    participant: Annotated[str, Field(pattern=r"^[^{}]*\{:0?[0-9]{0,2}d\}[^{}]*$")]
     t_r: Seconds
-    n_frames: int
-    years: list[float]
+    n_frames: Annotated[int, Field(ge=2)]
+    years: Annotated[list[float], Field(min_length=2, max_length=2)]
     sites: list[str] = [""]
     sessions: list[str] = [""]
     runs: list[str] = [""]
@@ -253,7 +330,8 @@ class Cohort(_Description):
     ----------
     name, description : str
     scans : list of str
-        Patterns of paths relative to the folder; the first one that matches any file is used.
+        Patterns of paths relative to the folder, or one; the first one that matches any file is used. A scan that only
+        a later one matches is left out, and named.
         ``{entity}`` stands for letters and digits, ``{entity:regex}`` for text of another form; an
         entity that occurs twice must be the same text. ``*`` stands for anything within the name
         of a file or folder, ``**/`` for any folders. The ``key-value`` pairs of a BIDS name are
@@ -280,10 +358,10 @@ class Cohort(_Description):
 
     name: str
     description: str = ""
-    scans: Annotated[list[Annotated[str, AfterValidator(_check_pattern)]], Field(min_length=1)]
+    scans: Annotated[list[Pattern], Field(min_length=1), BeforeValidator(_as_list)]
     reader: Reader = Reader()
     phenotype: Phenotype = Phenotype()
-    run: str = "{run}"
+    run: Template = "{run}"
     missing: list[RawValue] = []
     site: Annotated[Column | None, BeforeValidator(_column_name)] = None
     family: Annotated[Column | None, BeforeValidator(_column_name)] = None
@@ -355,8 +433,8 @@ def load_cohort(source: str | Path) -> Cohort:
         known = ", ".join(shipped())
         refuse(f"{source} is neither a YAML file nor one of the shipped cohorts: {known}")
     try:
-        content = read_yaml(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+        content = load_yaml(path)
+    except (OSError, ValueError) as error:
         refuse(f"{path.name}: {error}")
     if isinstance(content, dict):
         content.setdefault("name", path.stem)
@@ -367,7 +445,7 @@ def load_cohort(source: str | Path) -> Cohort:
     # One thing at a time: later ones often follow from the first.
     message = first["msg"].removeprefix("Value error, ")
     if first["type"] not in ("missing", "value_error"):
-        message = f"{message}, got {first['input']!r}"
+        message = f"{message}, got {reprlib.repr(first['input'])}"
     refuse(": ".join([path.name, *map(str, first["loc"]), message]))
 
 
@@ -387,6 +465,8 @@ class Index(Collection):
     excluded : DataFrame
         ``file``, ``participant_id``, ``problem``, ``message`` and ``left_out_of``: ``all`` if the
         scan is not in the table, ``targets`` if it is there without labels, for pretraining only.
+    notes : list of str
+        What the table of phenotypes lacks, and how its identifiers differ from those of the scans.
     """
 
     folder: Path
@@ -398,6 +478,7 @@ class Index(Collection):
         found: pd.DataFrame,
         table: pd.DataFrame,
         excluded: pd.DataFrame,
+        notes: list[str],
     ):
         super().__init__(
             [],
@@ -410,6 +491,8 @@ class Index(Collection):
         )
         self.description = description
         self.found = found
+        self._content = dict(zip(found.path, found.content, strict=True))
+        self.notes = notes
 
     def _scan(self, i: int) -> Scan:
         """Read scan `i`; a DataError if the file has changed and can no longer be used."""
@@ -417,6 +500,10 @@ class Index(Collection):
         path = self.folder / row["path"]
         scan = self.description.reader.load(path, row["participant_id"], float(row["t_r"]))
         return replace(scan, session=row["session"], run=row["run"])
+
+    def content(self, i: int) -> str:
+        """Digest of everything that was read of scan `i` when the folder was indexed."""
+        return self._content[self.table.path.iloc[i]]
 
     def summary(self) -> dict[str, Any]:
         """Counts and distributions, ready for JSON; participants and sites are those of all files found."""
@@ -440,12 +527,14 @@ class Index(Collection):
             "t_r": _counts(table.t_r.map("{:g}".format)),
             "targets": targets,
             "problems": _counts(self.excluded.problem),
+            "notes": self.notes,
             "excluded": self.excluded.to_dict("records"),
         }
 
     def __str__(self) -> str:
         found = self.summary()
         found.pop("excluded")
+        notes = found.pop("notes")
         lines = ["SIMULATED"] if found.pop("simulated") else []
         found.update(found.pop("targets"))
         found["left out"] = found.pop("problems")
@@ -454,7 +543,7 @@ class Index(Collection):
                 value = ", ".join(f"{key} ({number:g})" for key, number in value.items())
             lines.append(f"{name}: {value}")
         examples = self.excluded.drop_duplicates("problem").message
-        return "\n".join([*lines, *examples])
+        return "\n".join([*lines, *notes, *examples])
 
 
 def _counts(values: pd.Series) -> dict[str, int]:
@@ -500,12 +589,13 @@ def index(
         reader = cohort.reader.model_copy(update={"t_r": t_r, "t_r_by_site": {}})
         cohort = cohort.model_copy(update={"reader": reader})
     folder = Path(folder)
-    found, named = _find(cohort, folder)
-    raw, unlabelled = _raw_values(cohort, folder, named)
+    found, named, left_out = _find(cohort, folder)
+    raw = _raw_values(cohort, folder, named)
+    unlabelled = raw.unlabelled
     for name, column in cohort.variables.items():
         if name != "site":
-            found[name] = _values(name, column, raw[column.column], cohort.name)
-    found["site"] = _sites(cohort.site, raw, named)
+            found[name] = _values(name, column, raw, cohort)
+    found["site"] = _sites(cohort.site, raw.cells, named)
     _drop_contradictory_sexes(cohort, found, unlabelled)
     found["family"] = _families(cohort, found)
 
@@ -533,13 +623,15 @@ def index(
     columns = [*TABLE, *(target.name for target in cohort.targets if target.name not in TABLE)]
     table = found.drop(index=list(problems)).reindex(columns=columns).reset_index(drop=True)
     table = table.astype({"n_frames": int, "n_parcels": int, "n_constant": int})
-    excluded = _excluded(found, problems, unlabelled)
-    return Index(cohort, folder, found, table, excluded)
+    excluded = _excluded(found, problems, unlabelled, left_out)
+    return Index(cohort, folder, found, table, excluded, raw.notes)
 
 
-def _excluded(found: pd.DataFrame, problems: Reasons, unlabelled: Reasons) -> pd.DataFrame:
+def _excluded(
+    found: pd.DataFrame, problems: Reasons, unlabelled: Reasons, left_out: list[dict[str, str]]
+) -> pd.DataFrame:
     """What is left out of the table, and of the targets; one scan can be listed twice."""
-    rows = []
+    rows = [(row["file"], "", row["problem"], row["message"], "all") for row in left_out]
     for scope, reasons in (("all", problems), ("targets", unlabelled)):
         for i, (problem, message) in reasons.items():
             # The whole path, because many cohorts give every participant's file the same name.
@@ -549,120 +641,317 @@ def _excluded(found: pd.DataFrame, problems: Reasons, unlabelled: Reasons) -> pd
     return pd.DataFrame(sorted(rows), columns=columns)
 
 
-def _find(cohort: Cohort, folder: Path) -> tuple[pd.DataFrame, list[Entities]]:
-    """The files that match the first pattern with a match, and the entities of each."""
+def _find(
+    cohort: Cohort, folder: Path
+) -> tuple[pd.DataFrame, list[Entities], list[dict[str, str]]]:
+    """The scans that match, the entities of each, and a row for every file or folder that could not be used."""
     if not folder.is_dir():
         refuse(f"{folder}: no such folder", "no-folder")
-    paths = sorted(path.relative_to(folder).as_posix() for path in files_below(folder))
-    matches: list[re.Match[str]] = []
+    walked = walk(folder)
+    files = [path for path in walked.files if not is_no_scan(path.name)]
+    scans: dict[Path, Entities] = {}
+    left_out = []
     # Patterns are alternatives: the same scan may be there in several formats.
-    for pattern in cohort.scans:
-        if not matches:
-            found = map(_pattern(pattern).fullmatch, paths)
-            matches = [match for match in found if match]
-    if not matches:
-        files = f"none of its {len(paths)} files {paths[:1]} matches {cohort.scans}"
-        refuse(f"{folder}: {files}; correct the scans of {cohort.name}", "no-scans")
-    named = [_entities(match) for match in matches]
+    places = [path.relative_to(folder).as_posix() for path in files]
+    for pattern, matches in zip(cohort.scans, _matches(cohort, places), strict=True):
+        there = {_scan_key(entity) for entity in scans.values()}
+        for i, groups in matches:
+            path = files[i]
+            if path in scans:
+                continue
+            try:
+                entity = _entities(groups, path, pattern)
+                if not there:
+                    scans[path] = entity
+                elif _scan_key(entity) not in there:
+                    refuse(
+                        f"{path.name}: only {pattern!r} matches it, and others match the first",
+                        "other-pattern",
+                    )
+            except DataError as error:
+                row = {"file": str(path), "problem": error.problem, "message": str(error)}
+                left_out.append(row)
+    chosen = choose_files(list(scans), walked.unread)
+    left_out += chosen.left_out
+    for row in left_out:
+        row["file"] = Path(row["file"]).relative_to(folder).as_posix()
+    if not chosen.files:
+        why = "".join(f"; {row['message']}" for row in left_out[:1])
+        shown = f"none of its {len(files)} files {[path.name for path in files[:1]]}"
+        remedy = f"correct the scans of {cohort.name}"
+        refuse(f"{folder}: {shown} matches {cohort.scans}{why}; {remedy}", "no-scans")
     rows = []
-    for match, entity in zip(matches, named, strict=True):
-        who = re.sub(r"[^A-Za-z0-9]", "", entity["participant"])
+    for path in chosen.files:
+        entity = scans[path]
+        who = entity["participant"]
+        place = path.relative_to(folder).as_posix()
         if not who:
-            refuse(f"{match[0]}: no participant in its name", "participant")
-        rows.append((match[0], f"sub-{who}", entity["session"], cohort.run.format_map(entity)))
-    return pd.DataFrame(rows, columns=["path", "participant_id", "session", "run"]), named
+            refuse(f"{place}: no participant in its name", "participant")
+        rows.append((place, f"sub-{who}", entity["session"], cohort.run.format_map(entity)))
+    found = pd.DataFrame(rows, columns=["path", "participant_id", "session", "run"])
+    return found, [scans[path] for path in chosen.files], left_out
 
 
-def _entities(match: re.Match[str]) -> Entities:
+def _matches(cohort: Cohort, paths: list[str]) -> list[list[tuple[int, dict[str, str | None]]]]:
+    """For every pattern the numbers of the paths that match it, and what its entities stand for."""
+    expressions = [_pattern(pattern) for pattern in cohort.scans]
+    # A regular expression such as (x+x+)+y can take years, and nothing within this process could stop it.
+    seconds = 10 + len(paths) / 1000
+    try:
+        done = subprocess.run(
+            [sys.executable, "-I", str(MATCH)],
+            input=json.dumps([expressions, paths]),
+            capture_output=True,
+            text=True,
+            check=True,
+            timeout=seconds,
+        )
+    except subprocess.SubprocessError:
+        shown = f"{cohort.scans} could not be matched within {seconds:.0f} s"
+        refuse(f"scans of {cohort.name}: {shown}; write simpler regular expressions")
+    return json.loads(done.stdout)
+
+
+def _scan_key(entity: Entities) -> tuple[str, ...]:
+    """What a scan has in common with its copies in other formats."""
+    return tuple(entity[name] for name in ("participant", "session", "run", "dir", "task"))
+
+
+def _entities(groups: dict[str, str | None], path: Path, pattern: str) -> Entities:
     """Entities of a path: those of its BIDS name and those of the pattern; "" for any other."""
-    found = defaultdict(str, entities(match[0].rsplit("/", 1)[-1]))
+    found = defaultdict(str, entities(path.name))
     # The pattern's own entities win, under the names that descriptions use.
     found["participant"] = found["sub"]
     found["session"] = found["ses"]
-    found.update(match.groupdict())
+    found.update({name: text for name, text in groups.items() if text is not None})
+    # So does the form that a description gives to an identifier; any other is not to be cut.
+    if "{participant:" not in pattern:
+        who = participant(path).removeprefix("sub-")
+        if who.startswith(found["participant"]):
+            found["participant"] = who
     return found
 
 
-def _read_table(cohort: Cohort, file: Path) -> pd.DataFrame:
-    """The cells of a phenotype table as text, "" for what is missing."""
-    separator = "," if file.suffix == ".csv" else "\t"
+def _decoded(file: Path) -> str:
+    """The text of a table; UTF-16 is known by its first bytes, anything but UTF-8 and UTF-16 is refused."""
+    content = file.read_bytes()
+    encoding = "utf-16" if content.startswith((b"\xff\xfe", b"\xfe\xff")) else "utf-8"
+    try:
+        text = content.decode(encoding)
+    except UnicodeDecodeError as error:
+        line = content.count(b"\n", 0, error.start) + 1
+        found = f"line {line} holds {content[error.start : error.end]!r}, which is no {encoding.upper()}"
+        refuse(f"{found}; save the table as text in UTF-8", "encoding")
+    if "\0" in text:
+        refuse("the file holds zero bytes; save the table as text in UTF-8", "encoding")
+    return text.lstrip("\ufeff")
+
+
+def _rows(file: Path) -> Iterator[tuple[int, list[str]]]:
+    """Number and cells of every line of a table, the header first; a line with other cells than it is refused."""
+    separator = "," if file.suffix.lower() == ".csv" else "\t"
+    reader = csv.reader(io.StringIO(_decoded(file), newline=None), delimiter=separator, strict=True)
+    n_columns = line = 0
+    try:
+        for row in reader:
+            line, last = reader.line_num, line
+            # A separator at the end of a line is no column.
+            while row and not row[-1].strip() and (len(row) > n_columns or not n_columns):
+                row.pop()
+            if not "".join(row).strip():
+                continue
+            n_columns = n_columns or len(row)
+            # A quote without its partner makes one cell of several rows.
+            if line > last + 1 and any("\n" in cell and separator in cell for cell in row):
+                refuse(
+                    f"a quoted cell goes on over rows, up to line {line}: {_short(row)}", "quotes"
+                )
+            if len(row) != n_columns:
+                found = f"line {line} has {len(row)} cells, the header {n_columns}: {_short(row)}"
+                remedy = f"a cell with {separator!r} in it needs quotes, one without a value n/a"
+                refuse(f"{found}; {remedy}", "columns")
+            yield line, row
+    except csv.Error as error:
+        refuse(f"line {reader.line_num}: wrong quotes ({error})", "quotes")
+
+
+def _short(cells: list[str]) -> str:
+    """Some cells of a row; of a table with the wrong separator, the first cell is the whole row."""
+    return str([cell[:100] for cell in cells[:10]])
+
+
+def _place(name: str, header: list[str]) -> int | None:
+    """Where a column stands: the one of this very name, or else the one that differs in capitals and blanks."""
+
+    def plain(text: str) -> str:
+        return re.sub(r"\s", "", text).casefold()
+
+    places = [i for i, found in enumerate(header) if found == name]
+    if not places:
+        places = [i for i, found in enumerate(header) if plain(found) == plain(name)]
+    if len(places) > 1:
+        several = ", ".join(f"{header[i]!r} ({i + 1})" for i in places)
+        refuse(f"several columns could be {name!r}: {several}; rename all but one", "columns")
+    return places[0] if places else None
+
+
+def _read_table(cohort: Cohort, file: Path) -> tuple[pd.DataFrame, list[str]]:
+    """The described columns as text by line, "" for what is missing; and notes on optional ones that are absent."""
+    required = dict.fromkeys(cohort.phenotype.match, True)
+    for column in cohort.variables.values():
+        required[column.column] = required.get(column.column, False) or not column.optional
+    notes = []
     with reading(file, "table"):
-        content = pd.read_csv(
-            file, sep=separator, dtype=str, keep_default_na=False, encoding="utf-8-sig"
-        )
-    columns = [column.column for column in cohort.variables.values() if not column.optional]
-    for name in [*cohort.phenotype.match, *columns]:
-        if name not in content:
-            has = f"it has {list(content)[:30]} (separator {separator!r})"
-            refuse(f"{file.name}: no column {name!r}; {has}", "no-phenotype")
+        rows = _rows(file)
+        header = [name.strip() for name in next(rows, (0, []))[1]]
+        places = {name: _place(name, header) for name in required}
+        for name, place in places.items():
+            if place is None:
+                cells = "commas" if file.suffix.lower() == ".csv" else "tabs"
+                absent = f"no column {name!r}; it has {_short(header)}, separated by {cells}"
+                if required[name]:
+                    refuse(absent, "no-phenotype")
+                notes.append(f"{file.name}: {absent}")
+        table = {}
+        for line, row in rows:
+            table[line] = ["" if i is None else _label(row[i]) for i in places.values()]
     # Everything is text up to here, so that 007 is an identifier and 1.0 is the code 1.
-    content = content.map(_label)
+    content = pd.DataFrame.from_dict(table, orient="index", columns=list(places), dtype=object)
     missing = content.isin(cohort.missing) | content.map(str.lower).isin(MISSING_WORDS)
-    return content.mask(missing, "")
+    return content.mask(missing, ""), notes
 
 
 def _key(value: str) -> str:
-    """An identifier to match by: no ``sub-`` or ``ses-``, no punctuation, no leading zeros."""
-    text = re.sub(r"^(sub|ses)-|[^A-Za-z0-9]", "", _label(value))
-    return str(int(text)) if text.isdecimal() else text
+    """An identifier to match by: no ``sub-`` or ``ses-`` and no punctuation."""
+    return re.sub(r"^(sub|ses)-|[^A-Za-z0-9]", "", _label(value))
 
 
-def _raw_values(
-    cohort: Cohort, folder: Path, named: list[Entities]
-) -> tuple[pd.DataFrame, Reasons]:
-    """The phenotype table's cells of each scan, "" where it has none, and why."""
+def _identifier(parts: Iterable[str]) -> str:
+    """What rows and scans are matched by, without ``sub-`` or ``ses-``; "" if a part is missing."""
+    words = [re.sub(r"^(sub|ses)-", "", _label(part)) for part in parts]
+    return "/".join(words) if all(words) else ""
+
+
+def _number(identifier: str) -> str:
+    """An identifier without punctuation and leading zeros, as other tables may have it: A_1 is A1, 007 is 7."""
+    return re.sub(r"\b0+(?=[0-9]+\b)", "", re.sub(r"[^A-Za-z0-9/]", "", identifier))
+
+
+class Raw(NamedTuple):
+    """What the phenotype table has of every scan: cells ("" for none), their line, and why there are none."""
+
+    cells: pd.DataFrame
+    lines: pd.Series
+    unlabelled: Reasons
+    notes: list[str]
+
+
+def _raw_values(cohort: Cohort, folder: Path, named: list[Entities]) -> Raw:
+    """The phenotype table's cells of each scan."""
     needed = list(dict.fromkeys(column.column for column in cohort.variables.values()))
     table = cohort.phenotype
-    if not (folder / table.file).is_file():
+    file = folder / table.file
+    if not present(file):
         remedy = "put it there, or give its place in a cohort's YAML: phenotype: {file: ...}"
         reason = ("no-phenotype", f": there is no {table.file} in the folder; {remedy}")
-        raw = pd.DataFrame("", index=range(len(named)), columns=needed)
-        return raw, dict.fromkeys(raw.index, reason)
+        cells = pd.DataFrame("", index=range(len(named)), columns=needed)
+        return Raw(cells, cells.index.to_series(), dict.fromkeys(cells.index, reason), [])
 
-    content = _read_table(cohort, folder / table.file)
-    # A row and a scan belong together if they have the same key.
-    keys = content[list(table.match)].map(_key)
-    content = content.reindex(columns=needed, fill_value="")
-    content["key"] = keys.agg(" ".join, axis=1)
-    content = content[keys.ne("").all(axis=1)].drop_duplicates()  # repeated rows do no harm
-    raw = content.drop_duplicates("key", keep=False).set_index("key")
-    wanted = []
-    for entity in named:
-        wanted.append(" ".join(_key(form.format_map(entity)) for form in table.match.values()))
+    content, notes = _read_table(cohort, file)
+    parts = content[list(table.match)].itertuples(index=False)
+    content = content[needed].assign(**{KEY: list(map(_identifier, parts))})
+    nameless = content.index[content[KEY] == ""]
+    if len(nameless):
+        notes.append(f"{file.name}: {len(nameless)} rows name nobody, such as line {nameless[0]}")
+    content = content.drop(index=nameless)
+    wanted = [
+        _identifier(form.format_map(entity) for form in table.match.values()) for entity in named
+    ]
+    keys = _same_spelling(wanted, content, notes)
+    content = content.drop_duplicates()  # repeated rows do no harm
+    raw = content.assign(**{LINE: content.index}).drop_duplicates(KEY, keep=False).set_index(KEY)
     unlabelled = {}
-    for i in np.flatnonzero(~pd.Index(wanted).isin(raw.index)).tolist():
-        rows = content[content.key == wanted[i]]
-        if len(rows):
-            differ = ", ".join(rows.columns[rows.nunique() > 1])
-            message = f": its rows of {table.file} differ in {differ}"
-            unlabelled[i] = ("contradictory-phenotype", message)
-        else:
-            unlabelled[i] = ("no-phenotype", f": no row of {table.file} for {wanted[i]}")
-    return raw.reindex(wanted, fill_value="").reset_index(drop=True), unlabelled
+    lines = content.index.groupby(content[KEY].map(_number))
+    for i in np.flatnonzero(~pd.Index(keys).isin(raw.index)).tolist():
+        problem, message = "no-phenotype", f"no row of {keys[i]!r}"
+        alike = lines.get(_number(keys[i]))
+        if alike is not None:
+            problem, message = _why_none(content.loc[alike], keys[i])
+        unlabelled[i] = (problem, f": {file.name} has {message}")
+    raw = raw.reindex(keys).reset_index(drop=True)
+    return Raw(raw[needed].fillna(""), raw[LINE], unlabelled, notes)
 
 
-def _values(name: str, column: Column, text: pd.Series, cohort: str) -> pd.Series:
+def _same_spelling(wanted: list[str], content: pd.DataFrame, notes: list[str]) -> list[str]:
+    """Give scans and rows (in place) one key where identifiers differ in punctuation and leading zeros only."""
+    spellings = defaultdict(set)
+    for name in wanted:
+        spellings[_number(name)].add(name)
+
+    def key(name: str) -> str:
+        # 007 is 7, unless there are scans of both.
+        number = _number(name)
+        return name if len(spellings[number]) > 1 else number
+
+    names = set(content[KEY])
+    content[KEY] = content[KEY].map(key)
+    keys = set(content[KEY])
+    respelled = sorted({name for name in wanted if name not in names and key(name) in keys})
+    if respelled:
+        notes.append(
+            f"{len(respelled)} identifiers are matched without zeros and punctuation, such as {respelled[0]}"
+        )
+    return [key(name) for name in wanted]
+
+
+def _why_none(alike: pd.DataFrame, key: str) -> tuple[str, str]:
+    """Why a scan has no row, by the rows of this number: its problem and a message."""
+    rows = alike[alike[KEY] == key]
+    lines = ", ".join(map(str, alike.index))
+    if rows.empty:
+        message = f"no row of {key!r}; line {lines} differs in zeros or punctuation, and may be another person's"
+        return "ambiguous-identifier", message
+    differ = ", ".join(rows.columns[rows.nunique() > 1])
+    return "contradictory-phenotype", f"rows of {key!r}, lines {lines}, that differ in {differ}"
+
+
+def _values(name: str, column: Column, raw: Raw, cohort: Cohort) -> pd.Series:
     """Labels, or numbers with ages in years; missing where the cell is empty or excluded."""
+    text = raw.cells[column.column]
     text = text.mask(text.isin(column.exclude), "")
     given = text != ""
     if column.kind == "regression":
-        numbers = pd.to_numeric(text.where(given, None), errors="coerce")
-        values = numbers.where(np.isfinite(numbers)) / PER_YEAR.get(column.unit, 1.0)
-        allowed = "numbers"
-        if name == "age":
-            # Months that are taken for years would otherwise go unnoticed.
-            values = values.where((values >= 0) & (values <= 120))
-            allowed = f"numbers of {column.unit}, 0 to 120 years of age"
+        values, allowed = _numbers(name, column, text.where(given, None))
+        remedy = "write decimals with a point"
     else:
-        values = text.map(column.mapping) if column.mapping else text
+        values = text.map(column.mapping) if column.mapping else text.mask(text.str.fullmatch(CODE))
         values = values.astype(object).where(given, None)
-        allowed = f"one of {[*column.mapping, *column.exclude]}"
+        allowed = f"one of {[*column.mapping, *column.exclude]}" if column.mapping else "labels"
+        remedy = "map them"
     unknown = text[given & values.isna()]
     if len(unknown):
-        shown = ", ".join(f"{value!r} ({n})" for value, n in unknown.value_counts().items())
-        message = f"{name} of {cohort}: column {column.column!r} must hold {allowed}, found {shown}"
-        refuse(f"{message}; map them, or list them under exclude or missing", "unexpected-label")
+        counts = unknown.value_counts().head(10).items()
+        shown = ", ".join(f"{value!r} ({n})" for value, n in counts)
+        place = f"line {raw.lines[unknown.index[0]]:.0f} of {cohort.phenotype.file}"
+        found = f"column {column.column!r} must hold {allowed}, found {shown}, first in {place}"
+        remedy = f"{remedy}, or list them under exclude or missing"
+        refuse(f"{name} of {cohort.name}: {found}; {remedy}", "unexpected-label")
     return values
+
+
+def _numbers(name: str, column: Column, text: pd.Series) -> tuple[pd.Series, str]:
+    """The numbers of a column, missing where there is none that can be right; and what is right, in words."""
+    numbers = pd.to_numeric(text, errors="coerce")
+    values = numbers.where(np.isfinite(numbers)) / PER_YEAR.get(column.unit, 1.0)
+    if name == "age":
+        # Months that are taken for years would otherwise go unnoticed.
+        allowed = f"numbers of {column.unit}, 0 to 120 years of age"
+        return values.where((values >= 0) & (values <= 120)), allowed
+    # The same number is a score where others are negative as well.
+    code = text.astype(str).str.fullmatch(CODE)
+    if name == "mean_fd" or (values[~code].dropna() >= 0).all():
+        return values.where(values >= 0), "numbers, none negative"
+    return values, "numbers"
 
 
 def _sites(column: Column | None, raw: pd.DataFrame, named: list[Entities]) -> pd.Series:
@@ -690,7 +979,13 @@ def _drop_contradictory_sexes(cohort: Cohort, found: pd.DataFrame, unlabelled: R
 
 def _families(cohort: Cohort, found: pd.DataFrame) -> list[str]:
     """A label per scan, equal for participants who are joined directly or through others."""
-    links = [list(group) for group in cohort.families]
+    # Zeros are spelled as freely here as in tables, and a family too many does no harm.
+    spelled = defaultdict(list)
+    for who in found.participant_id.unique():
+        spelled[_number(_identifier([who]))].append(who)
+    links = []
+    for group in cohort.families:
+        links.append([who for name in group for who in spelled[_number(_identifier([name]))]])
     if cohort.family:
         for name, members in found.groupby("family"):
             links.append([f"family-{name}", *members.participant_id])
@@ -714,6 +1009,7 @@ READ = (
     "parcels",
     "series",
     "measured_fd",
+    "content",
 )
 
 
@@ -733,6 +1029,7 @@ def _inspect(reader: Reader, path: Path, participant_id: str, t_r: float | None)
         "parcels": digest(scan.parcels),
         "series": digest(scan.values),
         "measured_fd": scan.mean_fd,
+        "content": fingerprint([scan]),
     }
 
 

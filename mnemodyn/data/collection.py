@@ -3,15 +3,18 @@
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
+
 from mnemodyn.data.cohorts import SIMULATED, index
-from mnemodyn.data.formats import naming, refuse
+from mnemodyn.data.formats import naming, natural, refuse
 from mnemodyn.data.scans import (
     Collection,
+    Found,
     Scan,
     check_parcels,
+    find_scans,
     load_hcp7,
     load_scan,
-    scan_files,
 )
 from mnemodyn.data.store import Store, is_store
 from mnemodyn.files import digest, resolve
@@ -37,11 +40,13 @@ def open_scans(
     ----------
     source : str or Path
         ``"hcp7"`` for the seven embedded scans; a store; a scan's file; or a folder that is searched for the formats
-        of :func:`~mnemodyn.data.scans.load_scan`. The scans of a folder are sorted by participant and file name, and
-        held in memory.
+        of :func:`~mnemodyn.data.scans.load_scan`. The scans of a folder are in the natural order of participants and
+        files (``sub-2`` before ``sub-10``), and held in memory. ``table`` has a row a scan, in the same order: join
+        other tables to its ``participant_id``, and never by their order.
     cohort : str or Path
         The cohort whose folder `source` is: a name, or a YAML file. The table then has its phenotypes, and scans that
-        cannot be used are in ``excluded``, while they are an error without it.
+        cannot be used are in ``excluded``, while they are an error without it. Folders and links that lead to no
+        content, further copies of a scan, and runs put together beside the runs, are in ``excluded`` either way.
     t_r : float
         Repetition time in seconds, for files that do not state it.
     workers : int
@@ -69,12 +74,16 @@ def open_scans(
         return Store(path)
     if cohort is not None:
         return _open_cohort(path, cohort, t_r, workers)
-    paths = [path] if path.is_file() else scan_files(path, pattern)
+    found = Found([path], [])
+    if not path.is_file():
+        found = find_scans(path, pattern)
     # Without a cohort, one scan that cannot be used stops everything: nobody has said what may be left out.
-    scans = [load_scan(each, **settings) for each in paths]
-    scans.sort(key=lambda scan: (scan.participant_id, scan.source))
-    _check_agreement(scans)
-    return Collection(scans, name=path.name, simulated=(path / SIMULATED).is_file())
+    scans = [load_scan(each, **settings) for each in found.files]
+    scans.sort(key=lambda scan: (natural(scan.participant_id), natural(scan.source)))
+    scans = _without_copies(scans, found.left_out)
+    excluded = pd.DataFrame(found.left_out, columns=["file", "problem", "message"])
+    simulated = (path / SIMULATED).is_file()
+    return Collection(scans, excluded=excluded, name=path.name, simulated=simulated)
 
 
 def _place(path: str | Path) -> Path:
@@ -103,8 +112,8 @@ def _open_cohort(folder: Path, cohort: str | Path, t_r: float | None, workers: i
     return found
 
 
-def _check_agreement(scans: list[Scan]) -> None:
-    """Raise a DataError if scans differ in parcels or t_r, or two participants have one series."""
+def _without_copies(scans: list[Scan], left_out: list[dict[str, str]]) -> list[Scan]:
+    """Leave out further copies of a scan; a DataError if scans differ in form, or two people have one series."""
     first = scans[0]
     same: dict[str, Scan] = {}
     for scan in scans:
@@ -119,3 +128,9 @@ def _check_agreement(scans: list[Scan]) -> None:
             one = f"{twin.source} of {twin.participant_id}"
             other = f"{scan.source} of {scan.participant_id}"
             refuse(f"the same series under two participants: {one}, {other}", "duplicate-series")
+        if twin is not scan:
+            message = f"{scan.source}: the same series as {twin.source}"
+            left_out.append(
+                {"file": scan.source, "problem": "duplicate-series", "message": message}
+            )
+    return list(same.values())

@@ -11,6 +11,7 @@ import json
 import os
 import re
 import warnings
+import zipfile
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -21,7 +22,7 @@ import nibabel
 import numpy as np
 import pandas as pd
 from nibabel.cifti2 import BrainModelAxis, Cifti2Image, ParcelsAxis, ScalarAxis, SeriesAxis
-from scipy.io import loadmat
+from scipy.io import loadmat, whosmat
 
 from mnemodyn import files
 
@@ -39,9 +40,22 @@ __all__ = [
 # A CIFTI-2 series with more brain models than this never has one column a parcel.
 DENSE = 10_000
 PREPROCESS = "volumes and dense series are made into parcels by 'mnemodyn preprocess'"
+# Bytes of the largest table of parcels, text, and dense series; a small file can ask for any amount of memory.
+LARGEST = 2**30
+LARGEST_DENSE = 2**35
 # The BIDS entities that name a recording. All others name what was made of it.
 SOURCE = ("sub", "ses", "task", "acq", "ce", "rec", "dir", "run", "echo")
-PARTICIPANT = re.compile(r"sub-[A-Za-z0-9]+")
+# BIDS has letters and digits only. Letters and a number that are joined are one identifier too, as in NYU_00501,
+# A-01, NDAR_INV00BD7VDC or ADNI's 002_S_0413.
+LABEL = r"(?:[0-9]{3}_S_[0-9]{4,5}|[A-Za-z]+[_-](?:[0-9]|INV)[A-Za-z0-9]*|[A-Za-z0-9]+)"
+PARTICIPANT = re.compile(rf"(?<![A-Za-z0-9])sub-{LABEL}(?![A-Za-z0-9])")
+# What follows an identifier that may not have ended: anything but "_", a number, or a name or code after letters.
+UNCLEAR = re.compile(r"[^_]|_[0-9]+(_|$)")
+UNCLEAR_AFTER_LETTERS = re.compile(r"_([A-Z][A-Za-z]*_|[A-Za-z]+[0-9][A-Za-z0-9]*(_|$))")
+# The Human Connectome Project's folders name the participant and not sub-.
+HCP = re.compile(r".*/([A-Z]*[0-9]+)(?:_V[0-9]+)?(?:_MR)?/MNINonLinear/")
+# What a folder holds beside the data: hidden, trash of several systems, resource forks, checkpoints.
+HIDDEN = (".", "$", "@", "#", "~", "__")
 
 
 class DataError(ValueError):
@@ -122,11 +136,40 @@ class Raw(NamedTuple):
 
 def real(values: np.ndarray) -> np.ndarray:
     """A table of real numbers as float32 in memory."""
-    if values.dtype.kind not in "iuf" or values.ndim != 2:
+    if values.dtype.kind not in "iuf" or values.ndim != 2 or not values.size:
         found = f"shape {values.shape} of {values.dtype}"
         refuse(f"expected a table of real numbers, got {found}", "not-a-table")
     with np.errstate(all="ignore"):
         return np.array(values, dtype=np.float32, order="C")
+
+
+def check_size(n_bytes: float, most: int = LARGEST) -> None:
+    """Raise a DataError for more than a scan can have, before memory is asked for it."""
+    if n_bytes > most:
+        limit = f"{most / 2**30:g} GB that a scan may have"
+        refuse(f"{n_bytes / 2**30:.3g} GB, more than the {limit}", "too-large")
+
+
+def present(path: Path) -> bool:
+    """Whether a file is there; a DataError for a link to nothing, or a file whose content was not fetched."""
+    fetch = "fetch its content first (datalad get, git annex get, git lfs pull), or remove it"
+    if os.path.isfile(path):
+        # Where there are no links, git-annex and Git LFS leave a short text in place of the content.
+        try:
+            with open(path, "rb") as stream:
+                start = stream.read(30)
+        except OSError as error:
+            refuse(f"{path.name}: cannot be read ({error.strerror})", "unreadable")
+        if start.startswith((b"/annex/objects/", b"version https://git-lfs")):
+            refuse(
+                f"{path.name}: only a pointer to content that is not here; {fetch}", "not-fetched"
+            )
+        return True
+    if os.path.exists(path):
+        refuse(f"{path.name}: no plain file", "no-file")
+    if os.path.islink(path):
+        refuse(f"{path.name}: a link to nothing; {fetch}", "not-fetched")
+    return False
 
 
 def numbered(n: int) -> tuple[str, ...]:
@@ -167,6 +210,7 @@ def read_cifti(path: str | Path) -> tuple[np.ndarray, tuple, float | None]:
             refuse(f"expected two axes, got shape {image.shape}", "not-a-table")
         rows = image.header.get_axis(0)
         columns = image.header.get_axis(1)
+        check_size(4.0 * image.shape[0] * image.shape[1], LARGEST_DENSE)
         values = real(np.asarray(image.dataobj))
     if isinstance(columns, SeriesAxis) and not isinstance(rows, SeriesAxis):
         values = np.ascontiguousarray(values.T)
@@ -189,8 +233,8 @@ def volume_t_r(header) -> float | None:
 def _cifti(path: Path, key: str | None) -> Raw:
     """A CIFTI-2 series with one column a parcel."""
     values, (rows, columns), t_r = read_cifti(path)
-    # Connectivity matrices have parcels in rows as well.
-    if isinstance(rows, BrainModelAxis | ParcelsAxis):
+    # Connectivity matrices have parcels in rows as well, and maps such as .pscalar.nii have names.
+    if not isinstance(rows, SeriesAxis):
         kinds = f"({type(rows).__name__}, {type(columns).__name__})"
         refuse(f"expected a series by parcels, got axes {kinds}", "not-a-series")
     if isinstance(columns, ParcelsAxis | ScalarAxis):
@@ -208,6 +252,7 @@ def _cifti(path: Path, key: str | None) -> Raw:
 
 def _text(path: Path, key: str | None) -> Raw:
     """A TSV, CSV or 1D file; a header of names says that columns are parcels."""
+    check_size(path.stat().st_size)
     text = path.read_text(encoding="utf-8-sig")
     first = text.partition("\n")[0].rstrip("\r")
     if not first.strip():
@@ -223,30 +268,91 @@ def _text(path: Path, key: str | None) -> Raw:
         separator = "," if name.endswith(".csv") else "\t"
         header = next(csv.reader([first], delimiter=separator))
         numbers = all(_is_number(word) for word in header)
-        if numbers and not all(word.strip().isdecimal() for word in header):
+        whole = all(word.strip().isdecimal() for word in header)
+        if numbers and not whole:
             return Raw(_table(text, separator, None))
-        # BIDS gives every TSV a header. A CSV may or may not have one.
-        if numbers and separator == ",":
+        # BIDS gives every TSV a header, a CSV may have none. The codes of an atlas ascend, values do not.
+        if numbers and (separator == "," or (np.diff(np.array(header, float)) <= 0).any()):
             asked = f"the first line holds whole numbers, {header[:3]}: a header or a frame?"
             refuse(f"{asked} Name the columns in the first line", "header")
     values = _table(text, separator, header)
-    # pandas writes an index as a first column without a name.
-    if header[0] == "" and np.array_equal(values[:, 0], np.arange(len(values))):
-        header = header[1:]
-        values = values[:, 1:]
-        if header == [str(i) for i in range(len(header))]:
-            return Raw(values)  # rows and columns are both numbered: neither says which is time
-    if not all(word.strip() for word in header):
-        refuse(f"the first line must name every column, got {header[:3]}, ...", "header")
+    # pandas numbers rows, and columns without a name: neither then says which is time.
+    if header[0] == "" and header[1:] == [str(i) for i in range(len(header) - 1)]:
+        return Raw(values[:, 1:])
     return Raw(values, tuple(header))
 
 
 def _is_number(word: str) -> bool:
+    if word.strip().lower() in ("n/a", "na"):
+        return True
     try:
         float(word)
     except ValueError:
         return False
     return True
+
+
+# Columns of a table that are no parcels.
+INDEX = re.compile(
+    r"(?i)|unnamed: ?\d+.*|index|idx|(frame|volume|vol|tr|time)s?([ _.]?(index|idx|number|no|nr|id|point|s|sec|ms)s?)?"
+    r"|time ?[\[(]\w+[\])]|timestamp|row|onset|sec|seconds"
+    r"|(subject|participant|session|run|site|group)([ _.]?(id|no|nr|number))?"
+)
+# Names that no part of a brain has, and tissues, which an atlas has beside others only.
+NUISANCE = re.compile(
+    r"(framewise_displacement|(std_)?dvars|rmsd|(trans|rot)_[xyz]|[actwe]_comp_cor_\d+|cosine\d+"
+    r"|aroma_motion_\d+|(motion|non_steady_state)_outlier_?\d+).*"
+)
+TISSUES = {"csf", "white_matter", "global_signal", "csf_wm", "wm", "gm", "gs", "gsr"}
+
+
+def only_parcels(
+    values: np.ndarray, names: tuple[str, ...] | None
+) -> tuple[np.ndarray, tuple[str, ...] | None]:
+    """Values (time, parcel) and names without columns that number frames or tell their time.
+
+    Raises
+    ------
+    DataError
+        ``header`` for a column without a name, or with that of such a column and other values; ``not-a-series`` for a
+        table of confounds or of connectivity.
+    """
+    kept = []
+    for i, column in enumerate(values.T):
+        name = "a parcel" if names is None else names[i].strip()
+        index = INDEX.fullmatch(name) is not None
+        steps = np.diff(column)
+        counts = i == 0 and len(column) > 2 and column[0] in (0, 1) and (steps == 1).all()
+        if counts or (index and (steps > 0).all()):
+            continue
+        if index or not name:
+            remedy = "give it the name of its parcel, or remove it"
+            refuse(f"the first line must name every column, got {name!r}; {remedy}", "header")
+        kept.append(i)
+    if names is not None:
+        names = tuple(names[i] for i in kept)
+        lower = [name.strip().lower() for name in names]
+        found = [name for name in lower if NUISANCE.fullmatch(name)]
+        if found or TISSUES.issuperset(lower):
+            columns = ", ".join((found or lower)[:3])
+            refuse(f"a table of confounds ({columns}), no scan", "not-a-series")
+    if len(kept) < values.shape[1]:
+        values = np.ascontiguousarray(values[:, kept])
+    if is_matrix(values):
+        shape = " by ".join(map(str, values.shape))
+        refuse(f"{shape} values, a matrix between parcels and no series", "not-a-series")
+    return values, names
+
+
+def is_matrix(values: np.ndarray) -> bool:
+    """Whether a table is one between parcels: no series is symmetric or has a constant diagonal."""
+    n = len(values)
+    if values.shape != (n, n) or n < 3:
+        return False
+    # Of Fisher's z the diagonal is infinite or cut at a large number; some tools leave it empty.
+    diagonal = np.diag(values)
+    constant = np.allclose(diagonal, diagonal[0], rtol=1e-5, atol=1e-6, equal_nan=True)
+    return constant or np.allclose(values, values.T, rtol=1e-4, atol=1e-7, equal_nan=True)
 
 
 def _table(text: str, separator: str, header: list[str] | None) -> np.ndarray:
@@ -271,33 +377,39 @@ def _table(text: str, separator: str, header: list[str] | None) -> np.ndarray:
 # Arrays
 
 
-def _choose(key: str | None, found: Mapping[str, np.ndarray]) -> Raw:
-    """The one two-dimensional array, or the one that `key` names."""
-    tables = [name for name, array in found.items() if array.ndim == 2 and min(array.shape) > 1]
+def _choose(key: str | None, shapes: Mapping[str, tuple[int, ...]]) -> str:
+    """The name of the one table, or `key`; a DataError if that cannot be told, or it is too large."""
+    tables = [name for name, shape in shapes.items() if len(shape) == 2 and min(shape) > 1]
     if key is None and len(tables) == 1:
         key = tables[0]
-    if key is None or key not in found:
-        listed = ", ".join(f"{name} {array.shape}" for name, array in found.items())
-        refuse(f"key must say which array is the scan, got {key!r}; there are: {listed}", "key")
-    return Raw(found[key])
+    if key is None or key not in shapes:
+        listed = ", ".join(f"{name} {shapes[name]}" for name in tables[:10])
+        refuse(
+            f"key (--key) must say which array is the scan, got {key!r}; there are: {listed}", "key"
+        )
+    check_size(8.0 * np.prod(shapes[key], dtype=float))
+    return key
 
 
 def _npy(path: Path, key: str | None) -> Raw:
-    return Raw(np.load(path, mmap_mode="r", allow_pickle=False))
+    values = np.load(path, mmap_mode="r", allow_pickle=False)
+    check_size(values.nbytes)
+    return Raw(values)
 
 
 def _npz(path: Path, key: str | None) -> Raw:
+    shapes = {}
+    with zipfile.ZipFile(path) as archive:
+        for name in archive.namelist():
+            with archive.open(name) as stream:
+                # The first version of the format is that of every table of numbers.
+                if np.lib.format.read_magic(stream) == (1, 0):
+                    shape, _, kind = np.lib.format.read_array_header_1_0(stream)
+                    # Objects are never read: they could run code.
+                    shapes[name.removesuffix(".npy")] = () if kind.hasobject else shape
     # numpy leaves a damaged file open that it has opened itself.
     with open(path, "rb") as stream, np.load(stream, allow_pickle=False) as arrays:
-        if key in arrays.files:
-            return Raw(arrays[key])
-        found = {}
-        for name in arrays.files:
-            try:
-                found[name] = np.asarray(arrays[name])
-            except ValueError:
-                continue  # an array of objects beside the scan
-    return _choose(key, found)
+        return Raw(arrays[_choose(key, shapes)])
 
 
 def _mat(path: Path, key: str | None) -> Raw:
@@ -305,11 +417,10 @@ def _mat(path: Path, key: str | None) -> Raw:
         start = stream.read(10)
     if start == b"MATLAB 7.3":
         refuse("MATLAB's 7.3 format is not read; save it with: save -v7", "mat-7.3")
-    found = {}
-    for name, array in loadmat(path).items():
-        if isinstance(array, np.ndarray) and array.dtype.kind in "iuf":
-            found[name] = array
-    return _choose(key, found)
+    numbers = ("double", "single", "int", "uint", "logical")
+    shapes = {name: shape for name, shape, kind in whosmat(path) if kind.startswith(numbers)}
+    key = _choose(key, shapes)
+    return Raw(loadmat(path, variable_names=[key])[key])
 
 
 # By the end of the name.
@@ -330,7 +441,7 @@ def read(path: Path, key: str | None = None) -> Raw:
     endings = [ending for ending in READERS if path.name.lower().endswith(ending)]
     if not endings:
         refuse(f"{path.name}: the name must end in one of {', '.join(READERS)}", "format")
-    if not path.is_file():
+    if not present(path):
         refuse(f"{path}: no such file", "no-file")
     with reading(path, f"{endings[0]} file"):
         raw = READERS[endings[0]](path, key)
@@ -340,12 +451,86 @@ def read(path: Path, key: str | None = None) -> Raw:
 # Names
 
 
-def files_below(folder: Path) -> list[Path]:
-    """All files of a folder and its subfolders, links followed, sorted; none whose name begins with a dot."""
-    found = []
-    for root, _, names in os.walk(folder, followlinks=True):
-        found += [Path(root, name) for name in names if not name.startswith(".")]
-    return sorted(found)
+class Walk(NamedTuple):
+    """What a folder holds: its files, and folders that could not be read, with the reason."""
+
+    files: list[Path]
+    unread: dict[Path, str]
+
+
+def walk(folder: Path) -> Walk:
+    """Find all files of a folder and its subfolders, in natural order: the one walk of every command.
+
+    What is hidden is left out. A link is followed once, after what is there itself, so that neither one that leads back
+    nor one to what has been found finds anything twice. A link to nothing is among the files if its name has an ending.
+    """
+    files = []
+    unread = {}
+    # A link to a folder that holds this one would search what nobody asked for.
+    seen = {str(parent) for parent in folder.resolve().parents}
+    folders = [folder]
+    links: list[Path] = []
+    while folders or links:
+        place = folders.pop() if folders else links.pop(0)
+        real_place = os.path.realpath(place)
+        if real_place in seen:
+            continue
+        seen.add(real_place)
+        try:
+            names = sorted(os.listdir(place))
+            os.stat(f"{place}/.")  # needs the right to open what is in it
+        except OSError as error:
+            unread[place] = f"the folder could not be read ({error.strerror})"
+            continue
+        for name in names:
+            path = place / name
+            link = os.path.islink(path)
+            plain_name = name.encode("utf-8", "replace").decode()
+            if name.startswith(HIDDEN):
+                continue
+            if name != plain_name:
+                unread[place / plain_name] = "the name is not UTF-8"
+                continue
+            if os.path.isdir(path):
+                following = links if link else folders
+                following.append(path)
+            elif link and not path.suffix and not os.path.exists(path):
+                unread[path] = "a link to nothing"
+            else:
+                files.append(path)
+    return Walk(sorted(files, key=natural), unread)
+
+
+def natural(text: str | Path) -> list[Any]:
+    """A key to sort by in which sub-2 comes before sub-10."""
+    words: list[Any] = re.split(r"([0-9]+)", str(text))
+    words[1::2] = map(int, words[1::2])
+    return words
+
+
+def participant(path: Path) -> str:
+    """Who a scan is of, as ``sub-...``, by its name or else that of a folder; "" for nobody.
+
+    This is the one rule of all commands. A DataError, ``participant``, if it cannot be told where the identifier ends,
+    so that two people might become one.
+    """
+    folders = [folder.name for folder in path.absolute().parents]
+    for depth, name in enumerate([stem(path.name), *folders]):
+        found = PARTICIPANT.search(name)
+        if not found:
+            continue
+        label, rest = found[0], name[found.end() :]
+        letters_only = not re.search("[0-9]", label)
+        # A folder such as sub-projects is nobody's.
+        if depth and (found.start() > 0 or letters_only):
+            continue
+        if rest and (UNCLEAR.match(rest) or (letters_only and UNCLEAR_AFTER_LETTERS.match(rest))):
+            asked = f"it is not clear where the participant's identifier ends in {name!r}"
+            remedy = "rename it to sub- and letters and digits only, or give {participant:REGEX} in a cohort's scans"
+            refuse(f"{asked}; {remedy}", "participant")
+        return label
+    found = HCP.match(path.absolute().as_posix())
+    return f"sub-{found[1]}" if found else ""
 
 
 def stem(name: str) -> str:
@@ -355,7 +540,18 @@ def stem(name: str) -> str:
 
 def entities(name: str) -> dict[str, str]:
     """BIDS entities of a file's name, in order: ``sub-01_task-rest_bold.tsv`` has sub and task."""
-    return dict(part.split("-", 1) for part in stem(name).split("_") if "-" in part)
+    name = stem(name)
+    found = {}
+    # An identifier may hold what separates others.
+    who = PARTICIPANT.match(name)
+    if who:
+        found["sub"] = who[0].removeprefix("sub-")
+        name = name[who.end() :]
+    for part in name.split("_"):
+        if "-" in part:
+            key, value = part.split("-", 1)
+            found[key] = value
+    return found
 
 
 def recording(name: str) -> str:
@@ -371,8 +567,8 @@ def sidecar_t_r(path: Path, *, inherited: bool = True) -> float | None:
 
     The sidecar of the file's own name comes first. Next, where `inherited`, are those that BIDS's inheritance gives to
     it, from the file's folder up to the data set's root: the one with the most of the name's entities and no other, of
-    the same suffix or ``bold``. Last are the files that the sidecar names as ``Sources`` in its folder: XCP-D states
-    the time for the dense series only.
+    the same suffix or ``bold``. Last are the files that the sidecar names as ``Sources`` in its folder, and the images
+    of the same recording: XCP-D states the time for the dense series only.
 
     Raises
     ------
@@ -388,7 +584,22 @@ def sidecar_t_r(path: Path, *, inherited: bool = True) -> float | None:
         t_r = _agreed(path, group, "its sidecars")
         if t_r is not None:
             return t_r
-    return _agreed(path, _sources(own), "the sidecars of its Sources")
+    t_r = _agreed(path, _sources(own), "the sidecars of its Sources")
+    if t_r is not None:
+        return t_r
+    return _agreed(path, _images(path), "the images of its recording")
+
+
+def _images(path: Path) -> list[Path]:
+    """Sidecars of the images of a scan's recording, or of the runs that one was put together from."""
+    found = []
+    named = entities(path.name)
+    of_recording = {(key, named[key]) for key in SOURCE if key in named}
+    if "sub" in named:
+        for file in path.parent.glob("*_bold.json"):
+            if of_recording <= set(entities(file.name).items()):
+                found.append(file)
+    return found
 
 
 def _inherited(path: Path) -> Iterator[list[Path]]:
@@ -432,20 +643,20 @@ def _agreed(path: Path, sidecars: list[Path], what: str) -> float | None:
 
 def _json(file: Path) -> dict[str, Any]:
     """A JSON object's content; empty where there is no file."""
-    if not file.is_file():
+    if not present(file):
         return {}
     try:
         return dict(json.loads(file.read_text(encoding="utf-8")))
-    except (ValueError, TypeError, RecursionError) as error:
+    except (OSError, ValueError, TypeError, RecursionError) as error:
         refuse(f"{file.name}: not a JSON object ({error})", "sidecar")
 
 
 def _stated(file: Path) -> float | None:
     """``RepetitionTime`` of a JSON file, if there is one."""
     stated = _json(file).get("RepetitionTime")
-    if stated is None or type(stated) in (int, float):
+    if stated is None or (type(stated) in (int, float) and abs(stated) < 1e9):
         return stated
-    found = f"must be a number of seconds, got {stated!r}"
+    found = f"must be a number of seconds, got {str(stated)[:40]!r}"
     refuse(f"{file.name}: RepetitionTime {found}", "sidecar")
 
 
@@ -460,37 +671,56 @@ def beside(path: Path, *endings: str) -> tuple[str, pd.DataFrame]:
     places = [path.with_name(f"{recording(path.name)}_{ending}.tsv") for ending in endings]
     for place in places:
         # fMRIPrep's table of confounds has the ending of a scan.
-        if place.is_file() and place != path:
+        if place != path and present(place):
             with reading(place, "table of confounds"):
                 table = pd.read_csv(place, sep="\t", na_values=["n/a"]).apply(pd.to_numeric)
+                # pandas adds .1 to a name that is there twice.
+                if all(_is_number(str(name).partition(".")[0] or "0") for name in table):
+                    refuse("the first line must name the columns", "header")
                 return place.name, table
     return places[0].name, pd.DataFrame()
 
 
-def motion(path: Path) -> tuple[np.ndarray | None, float | None]:
-    """Censored frames, (time of the recording,), and mean FD in mm, from tables beside a scan; None where unknown.
+class Motion(NamedTuple):
+    """Censored frames, (time of the recording,), and mean FD in mm; None where unknown.
+
+    `may_be_cut` says whether their pipeline writes series without the censored frames.
+    """
+
+    censored: np.ndarray | None = None
+    mean_fd: float | None = None
+    may_be_cut: bool = True
+
+
+def motion(path: Path) -> Motion:
+    """What tables beside a scan tell of motion.
 
     XCP-D: ``*_outliers.tsv`` (column framewise_displacement, 1 for a censored frame) and ``*_motion.tsv``.
     fMRIPrep: ``*_desc-confounds_timeseries.tsv``, its columns ``motion_outlier*`` and ``non_steady_state_outlier*``.
-    A DataError, ``truncated``, if such a table cannot be read.
+    A DataError, ``truncated`` or ``not-fetched``, if such a table cannot be read; ``header`` if it does not name its
+    columns; ``censoring`` if outliers are not marked by 0 and 1.
     """
     # Without a BIDS name, nothing tells which table is the scan's.
     if not recording(path.name):
-        return None, None
+        return Motion()
     fd = "framewise_displacement"
-    outliers = beside(path, "outliers", "desc-filtered_outliers")[1]
+    name, outliers = beside(path, "outliers", "desc-filtered_outliers")
     moved = beside(path, "motion", "desc-filtered_motion")[1]
     confounds = beside(path, *CONFOUNDS)[1]
     censored = None
-    if fd in outliers:
+    if len(outliers.columns):
+        # Anything else than marks, such as millimetres, would censor other frames than was meant.
+        if fd not in outliers or not outliers[fd].isin([0, 1]).all():
+            refuse(f"{name}: must have a column {fd} of 0 and 1", "censoring")
         censored = outliers[fd].to_numpy(float) > 0
     elif len(confounds.columns):
         flags = confounds.filter(regex=r"^(motion|non_steady_state)_outlier")
         censored = (flags.to_numpy(float) > 0).any(axis=1)
-    for table in (moved, confounds):
+    mean_fd = None
+    for table in (confounds, moved):
         if fd in table and table[fd].notna().any():
-            return censored, float(table[fd].mean())
-    return censored, None
+            mean_fd = float(table[fd].mean())
+    return Motion(censored, mean_fd, len(outliers) > 0)
 
 
 # Writing
@@ -506,8 +736,18 @@ def parcels_axis(parcels: tuple[str, ...]) -> ParcelsAxis:
     return ParcelsAxis(list(parcels), voxels, [{}] * len(parcels), np.eye(4), (len(parcels), 1, 1))
 
 
-def write(path: Path, values: np.ndarray, parcels: tuple[str, ...], t_r: float, axis=None) -> None:
-    """Write ``.ptseries.nii``, or ``.tsv`` and its JSON; `values` (time, parcel), `t_r` in seconds."""
+def write(
+    path: Path,
+    values: np.ndarray,
+    parcels: tuple[str, ...],
+    t_r: float,
+    axis=None,
+    about: Mapping[str, Any] | None = None,
+) -> None:
+    """Write ``.ptseries.nii``, or ``.tsv`` and its JSON; `values` (time, parcel), `t_r` in seconds.
+
+    `about` is what the JSON says besides; a ``.ptseries.nii`` has one only with it.
+    """
     values = np.asarray(values, np.float32)
     if path.name.endswith(".ptseries.nii"):
         rows = SeriesAxis(0, float(t_r), len(values), unit="SECOND")
@@ -523,6 +763,8 @@ def write(path: Path, values: np.ndarray, parcels: tuple[str, ...], t_r: float, 
         table = pd.DataFrame(values, columns=list(parcels))
         text = table.to_csv(sep="\t", na_rep="n/a", index=False, lineterminator="\n")
         files.write_text(path, text)
-        files.write_json(path.with_suffix(".json"), {"RepetitionTime": float(t_r)})
+        about = {"RepetitionTime": float(t_r), **(about or {})}
     else:
         refuse(f"{path.name}: the name must end in .ptseries.nii or .tsv", "format")
+    if about is not None:
+        files.write_json(path.with_name(f"{stem(path.name)}.json"), about)

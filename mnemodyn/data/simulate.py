@@ -1,5 +1,6 @@
 """SIMULATED cohorts: the files and tables of a real one, with planted effects of known size."""
 
+import json
 from collections.abc import Iterator
 from itertools import product
 from pathlib import Path
@@ -14,7 +15,7 @@ from mnemodyn.data import formats
 from mnemodyn.data.cohorts import PER_YEAR, SIMULATED, Cohort, Column, Layout, load_cohort
 from mnemodyn.data.formats import refuse
 from mnemodyn.data.scans import load_hcp7
-from mnemodyn.files import write_bytes, write_json, write_text
+from mnemodyn.files import locked, write_bytes, write_json, write_text
 
 __all__ = ["linear_process", "simulate_cohort"]
 
@@ -22,6 +23,7 @@ EDGE_SD = 0.06  # standard deviation of a planted edge between persons, in units
 REACH = 4.0  # scores are cut off at +-REACH, so that every covariance is positive definite
 MISSING = 0.05  # share of labels that are missing
 CHUNK = 64  # participants simulated at a time
+UNFINISHED = "unfinished"  # in simulated.json until everything is written
 # What is wrong with the participants that are added: a word each.
 FAULTS = (
     "truncated",
@@ -165,7 +167,7 @@ def simulate_cohort(
     cohort : str or Path
         Name or YAML of a cohort whose description has a ``layout``.
     folder : str or Path
-        Must be empty or absent.
+        Must be empty or absent, or what a killed call with the same arguments has left.
     n_participants, seed : int
         People with usable scans and a row of phenotypes.
     n_frames : int
@@ -188,13 +190,11 @@ def simulate_cohort(
         For an unknown cohort or effect, a folder that is not empty, too few frames, or a missing
         package (see :func:`linear_process`).
     """
-    folder = Path(folder)
+    folder = Path(folder).expanduser()
     described = load_cohort(cohort)
     layout = described.layout
     if layout is None:
         refuse(f"the cohort {described.name} cannot be simulated: it has no layout", "setting")
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        refuse(f"{folder} is not empty; simulated scans are never mixed with others", "setting")
     n_frames = n_frames or layout.n_frames
     if n_frames < described.reader.min_frames:
         least = described.reader.min_frames
@@ -226,19 +226,43 @@ def simulate_cohort(
         who = layout.participant.format(i + 1)
         people.append({"participant": who, "site": layout.sites[site]})
     series = _simulate_scans(described, layout, people, process, sigma, n_frames, rng)
-    scans, broken_files = _write_scans(folder, described, layout, series, process[2], faults)
-    _write_phenotype(folder, described, scans, columns, variables, rng)
-    truth = {
+    truth: dict[str, Any] = {
         "simulated": True,
         "cohort": described.name,
         "seed": seed,
         "n_participants": n_participants,
         "edge_sd": EDGE_SD,
         "effects": _described(sizes, variables, blocks),
-        "broken": broken_files,
     }
-    write_json(folder / SIMULATED, truth)
+    folder.mkdir(parents=True, exist_ok=True)
+    with locked(folder, "mnemodyn simulate"):
+        unfinished = {**truth, UNFINISHED: {"n_frames": n_frames, "broken": broken}}
+        _check_folder(folder, unfinished)
+        # First, so that what a killed call leaves is never taken for a real cohort.
+        write_json(folder / SIMULATED, unfinished)
+        scans, broken_files = _write_scans(folder, described, layout, series, process[2], faults)
+        _write_phenotype(folder, described, scans, columns, variables, rng)
+        truth["broken"] = broken_files
+        write_json(folder / SIMULATED, truth)
     return truth
+
+
+def _check_folder(folder: Path, unfinished: dict[str, Any]) -> None:
+    """Raise a DataError unless a folder is empty, or holds what a killed call was writing with the same arguments."""
+    if {path.name for path in folder.iterdir()} <= {".lock"}:
+        return
+    path = folder / SIMULATED
+    if path.is_file():
+        with formats.reading(path, "description of a simulation"):
+            found = json.loads(path.read_text(encoding="utf-8"))
+        if found == unfinished:
+            return
+        if UNFINISHED in found:
+            what = (
+                "holds a simulation of other arguments that was stopped; remove it, or name another"
+            )
+            refuse(f"{folder} {what}", "setting")
+    refuse(f"{folder} is not empty; simulated scans are never mixed with others", "setting")
 
 
 def _sizes(names: list[str], effects: dict[str, float]) -> dict[str, float]:

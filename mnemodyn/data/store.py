@@ -1,12 +1,13 @@
 """A store: every usable scan of a cohort in one directory that many processes read at once.
 
-==================  ===================================================================================================
-``scans/*.bin``     a file a scan: mean, SD, smallest and largest value of each parcel, (4, parcel), float64; then the
-                    values, (frame, parcel), float16 or float32; little-endian without a header
-``scans/*.json``    what is known of each of these files, so that an interrupted conversion goes on
-``store.json``      dtype, cohort, whether simulated, atlas, parcels, and the tables of scans and of what was left
-                    out; written last
-==================  ===================================================================================================
+================  =====================================================================================================
+``scans/*.bin``   a file a scan: mean, SD, smallest and largest value of each parcel, (4, parcel), float64; then the
+                  values, (frame, parcel), float16 or float32; little-endian without a header
+``scans/*.npz``   what is known of each of these files, so that an interrupted conversion goes on
+``source.json``   the folder and the cohort's description that the scans came from
+``store.json``    dtype, cohort, whether simulated, atlas, parcels, and the tables of scans and of what was left out;
+                  written last
+================  =====================================================================================================
 
 Every file is written whole. While scans are added, a reader sees the store as it was before.
 
@@ -16,6 +17,9 @@ the source's own, and come back exactly.
 """
 
 import json
+import re
+import warnings
+from collections import Counter
 from collections.abc import Callable, Sequence
 from functools import cached_property, lru_cache, partial
 from pathlib import Path
@@ -24,7 +28,8 @@ from typing import Any, TypeAlias
 import numpy as np
 import pandas as pd
 
-from mnemodyn.data.formats import reading, refuse
+from mnemodyn.data.cohorts import Cohort, Index, index
+from mnemodyn.data.formats import naming, reading, refuse
 from mnemodyn.data.scaling import Scaling
 from mnemodyn.data.scans import (
     MEAN,
@@ -34,9 +39,10 @@ from mnemodyn.data.scans import (
     Scan,
     check_parcels,
     data_name,
+    fingerprint,
     with_known_columns,
 )
-from mnemodyn.files import Kept, digest, sha256, write_bytes, write_json
+from mnemodyn.files import Kept, digest, locked, sha256, write_bytes, write_json
 
 __all__ = ["Store", "convert", "is_store"]
 
@@ -44,6 +50,9 @@ FORMAT = 3
 DTYPES = {"float16": "<f2", "float32": "<f4"}
 # What a scan is known by.
 ENTITIES = ("participant_id", "session", "run", "path")
+# Names of the scans' files: the digest of what they hold, and of what `Kept` knows of them that of the settings.
+NAME = re.compile(r"[0-9a-f]{24}")
+FILE = re.compile(r"([0-9a-f]{24})(\.bin|-[0-9a-f]{16}\.\w+)")
 # The largest float16. Only a censored frame can lie further out.
 LIMIT = 65504.0
 Row: TypeAlias = dict[str, Any]
@@ -64,18 +73,17 @@ def convert(
     dtype: str = "float16",
     progress: Callable[[int, int], None] | None = None,
 ) -> "Store":
-    """Write scans into a store, or add those that it does not have yet.
+    """Write scans into a store, or make one that is there like them.
 
     The conversion may be killed at any moment and started again: it goes on after the last whole scan and ends in the
     same bytes. One scan is held in memory at a time. A scan that cannot be read, or has other parcels than the first,
-    is listed in ``Store.excluded``. The store has the rows of `scans`, in their order. Two conversions into one folder
-    at a time may stop each other, but damage nothing.
+    is listed in ``Store.excluded``. The store has the rows of `scans`, in their order and as they are now.
 
     Parameters
     ----------
     scans : Collection or sequence of Scan
-        A scan is known by its participant, session, run and path; one that is in the store is not read again unless
-        its file has another size.
+        A scan is known by its participant, session, run and path. It is written again only where what is read of it
+        has changed; a warning says so.
     folder : str or Path
     dtype : {"float16", "float32"}
     progress : callable
@@ -86,23 +94,64 @@ def convert(
     DataError
         ``dtype``, ``cohort`` or ``simulated`` if the store has another; ``not-a-store`` if the folder holds something
         else; ``duplicate-scan`` if two scans share participant, session, run and path; ``no-scan`` if none is usable.
+    RuntimeError
+        If another conversion writes the store.
     """
     if dtype not in DTYPES:
         refuse(f"dtype must be one of {tuple(DTYPES)}, got {dtype!r}", "dtype")
     if not isinstance(scans, Collection):
         scans = Collection(scans)
-    folder = Path(folder)
-    about: Row = {"dtype": dtype, "cohort": scans.cohort, "simulated": scans.simulated}
-    _check_folder(folder, about)
+    folder = Path(folder).expanduser()
+    folder.mkdir(parents=True, exist_ok=True)
+    with locked(folder, "mnemodyn convert"):
+        about: Row = {"dtype": dtype, "cohort": scans.cohort, "simulated": scans.simulated}
+        before = _check_folder(folder, scans.folder, about)
+        usable, left_out = _write_scans(scans, folder, about, progress)
+        source = folder / "source.json"
+        source.unlink(missing_ok=True)
+        if isinstance(scans, Index):
+            description = scans.description.model_dump(mode="json")
+            write_json(source, {"folder": scans.folder.resolve(), "cohort": description})
+        content = {"format": FORMAT, **about, "scans": usable, "excluded": left_out}
+        write_json(folder / "store.json", {**content, "sha256": _checksum(content)})
+        _remove_replaced(folder, before, usable)
+    return Store(folder)
+
+
+def _check_folder(folder: Path, source: Path | None, about: Row) -> list[Row]:
+    """The rows of a store that is there; a DataError if the folder holds something else than a store like this one."""
+    if source is not None and source.exists() and folder.samefile(source):
+        refuse(f"{folder} is the folder that is read; name another", "output")
+    names = {path.name for path in folder.glob("*")} - {"scans", "store.json", "source.json"}
+    names |= {path.name for path in folder.glob("scans/*") if not FILE.fullmatch(path.name)}
+    others = sorted(name for name in names if not name.startswith("."))
+    if others:
+        refuse(f"{folder}: not a store, it holds {others[:3]}; name a new folder", "not-a-store")
+    if not is_store(folder):
+        return []
+    there = Store(folder)
+    for name, value in about.items():
+        old = getattr(there, name)
+        if old != value:
+            found = f"a store with {name} {old!r}, but {name} is {value!r} here"
+            refuse(f"{folder}: {found}; name a new folder", name)
+    return there._scan_rows
+
+
+def _write_scans(
+    scans: Collection, folder: Path, about: Row, progress: Callable[[int, int], None] | None
+) -> tuple[list[Row], list[Row]]:
+    """Write every scan that is not there yet; rows of the usable ones and of the others. Completes `about`."""
     rows = _plain_rows(scans.table)
-    names = _file_names(rows, scans.folder)
-    kept = Kept(folder / "scans")
+    keys = [_key(row) for row in rows]
+    for key, n in Counter(keys).items():
+        if n > 1:
+            refuse(f"two scans share {', '.join(ENTITIES)} = {key}", "duplicate-scan")
     usable: list[Row] = []
     left_out = _plain_rows(scans.excluded)
     for i, row in enumerate(rows):
-        write = partial(_write_scan, scans, i, folder / "scans" / f"{names[i]}.bin", dtype)
         try:
-            facts = kept(names[i], dtype, write)
+            facts = _kept_scan(scans, i, keys[i], folder, about["dtype"])
             form = {name: facts.pop(name) for name in ("atlas", "parcels")}
             if not usable:
                 about.update(form)
@@ -110,48 +159,46 @@ def convert(
         except DataError as error:
             left_out.append({**row, "problem": error.problem, "message": str(error)})
         else:
-            usable.append({**row, **facts, "file": names[i]})
+            usable.append({**row, **facts})
         if progress is not None:
             progress(i + 1, len(rows))
     if not usable:
         refuse(f"none of the {len(rows)} scans for {folder} is usable", "no-scan")
-    content = {"format": FORMAT, **about, "scans": usable, "excluded": left_out}
-    write_json(folder / "store.json", {**content, "sha256": digest(content)})
-    return Store(folder)
+    return usable, left_out
 
 
-def _check_folder(folder: Path, about: Row) -> None:
-    """Raise a DataError if a folder holds something else than a store like this one."""
-    # What a killed conversion was writing.
-    for left_over in folder.rglob(".*.tmp"):
-        left_over.unlink()
-    names = {path.name for path in folder.glob("*")}
-    others = sorted(names - {"scans", "store.json"})
-    if others:
-        refuse(f"{folder}: not a store, it holds {others[:3]}; name a new folder", "not-a-store")
-    if is_store(folder):
-        there = Store(folder)
-        for name, value in about.items():
-            old = getattr(there, name)
-            if old != value:
-                found = f"a store with {name} {old!r}, but {name} is {value!r} here"
-                refuse(f"{folder}: {found}; name a new folder", name)
+def _key(row: Row) -> tuple[str, ...]:
+    return tuple(str(row.get(name) or "") for name in ENTITIES)
 
 
-def _file_names(rows: list[Row], folder: Path | None) -> list[str]:
-    """Names of the scans' files, which depend on all that a scan is known by."""
-    names = []
-    for row in rows:
-        size = None
-        # The size is the cheapest sign that a file has changed since it was converted.
-        if folder is not None:
-            size = (folder / row["path"]).stat().st_size
-        key = [str(row.get(name) or "") for name in ENTITIES]
-        name = digest(key, size, row.get("t_r"))[:24]
-        if name in names:
-            refuse(f"two scans share {', '.join(ENTITIES)} = {key}", "duplicate-scan")
-        names.append(name)
-    return names
+def _kept_scan(scans: Collection, i: int, key: tuple[str, ...], folder: Path, dtype: str) -> Row:
+    """Write scan `i`, unless it is there as it is now; what the store has to say of it."""
+    content = scans.content(i)
+    # The content is in the name, so that the values of an earlier store stay until the new one stands.
+    name = _file_name(key, content, dtype)
+    path = folder / "scans" / f"{name}.bin"
+    write = partial(_write_scan, partial(scans.__getitem__, i), content, path, dtype)
+    facts = Kept(path.parent)(name, FORMAT, write)
+    if not path.is_file() or sha256(path) != facts["sha256"]:
+        facts = write()  # the file was damaged
+    return {**facts, "file": name}
+
+
+def _file_name(key: tuple[str, ...], content: str, dtype: str) -> str:
+    return digest(key, content, dtype)[:24]
+
+
+def _remove_replaced(folder: Path, before: list[Row], now: list[Row]) -> None:
+    """Remove the files of scans that were converted again because they have changed, and warn of it."""
+    names = {_key(row): row["file"] for row in now}
+    changed = [row for row in before if names.get(_key(row), row["file"]) != row["file"]]
+    for row in changed:
+        for path in (folder / "scans").glob(f"{row['file']}*"):
+            path.unlink()
+    if changed:
+        what = f"{len(changed)} scans are not as they were, and were converted again"
+        named = [row["path"] for row in changed[:3]]
+        warnings.warn(f"{folder}: {what}, among them {named}", stacklevel=1)
 
 
 def _plain_rows(table: pd.DataFrame) -> list[Row]:
@@ -160,9 +207,11 @@ def _plain_rows(table: pd.DataFrame) -> list[Row]:
     return table.where(table.notna(), None).to_dict("records")
 
 
-def _write_scan(scans: Sequence[Scan], i: int, path: Path, dtype: str) -> Row:
-    """Write scan `i` to its file; return what the store has to say of it."""
-    scan = scans[i]
+def _write_scan(read: Callable[[], Scan], content: str, path: Path, dtype: str) -> Row:
+    """Write a scan to its file; return what the store has to say of it."""
+    scan = read()
+    if fingerprint([scan]) != content:
+        refuse(f"{scan.source}: has changed since it was first read; convert again", "changed")
     # Moments are kept from the values themselves, not from what comes back of them.
     m = scan.moments
     sd = np.where(m[SD] > 0, m[SD], np.inf)
@@ -203,7 +252,7 @@ def _open_file(path: Path, dtype: str, shape: tuple[int, int]) -> tuple[np.ndarr
     found = path.stat().st_size if path.is_file() else 0
     if found != expected:
         sizes = f"expected {expected} bytes, found {found}"
-        refuse(f"{path}: {sizes}; convert into a new folder", "truncated")
+        refuse(f"{path}: {sizes}; convert again", "truncated")
     # A plain array is sliced more quickly than a map.
     content = np.asarray(np.memmap(path, np.uint8, mode="r"))
     moments = content[:start].view("<f8").reshape(4, shape[1])
@@ -237,6 +286,32 @@ class _StoredScan(Scan):
         return _open_file(*self._file)[0] if self._file else super().moments
 
 
+def _checksum(content: Row) -> str:
+    return digest(json.dumps(content, sort_keys=True))
+
+
+def _listed(path: Path) -> Row:
+    """Content of ``store.json``, checked; a DataError if it is damaged, or names a file that is not the store's."""
+    listed = json.loads(path.read_text(encoding="utf-8"))
+    if listed.get("format") != FORMAT:
+        found = f"format {listed.get('format')}, this version reads {FORMAT}"
+        refuse(f"{found}; convert into a new folder", "format")
+    # The second is that of earlier versions, which is slow to make.
+    stated = listed.pop("sha256", None)
+    if stated != _checksum(listed) and stated != digest(listed):
+        refuse("not what was converted (checksum); remove it, and convert again", "checksum")
+    if listed["dtype"] not in DTYPES:
+        refuse(f"dtype {listed['dtype']!r} is none of {tuple(DTYPES)}", "dtype")
+    for row in listed["scans"]:
+        # The checksum tells damage. It does not tell who wrote the file.
+        if not NAME.fullmatch(row["file"]):
+            refuse(f"{row['file']!r} is no file of the store", "not-a-store")
+        frames = [0, *row["censored"]]
+        if min(frames) < 0 or max(frames) >= row["n_frames"]:
+            refuse(f"frames of {row['path']} that it does not have", "not-a-store")
+    return listed
+
+
 class Store(Collection):
     """The scans of a store. A scan's values are read when they are asked for.
 
@@ -262,30 +337,21 @@ class Store(Collection):
             if (folder / "scans").is_dir():
                 refuse(f"{folder}: its conversion has not ended; run it again", "unfinished")
             refuse(f"{folder}: no store (there is no store.json)", "not-a-store")
-        listed = self._listed(folder)
-        self._scan_rows = listed["scans"]
-        self.dtype = listed["dtype"]
-        self.atlas = listed["atlas"]
-        self.parcels = tuple(listed["parcels"])
-        table = pd.DataFrame(self._scan_rows).drop(columns=["file", "censored"])
-        self.table = with_known_columns(table)
-        self.excluded = pd.DataFrame(listed["excluded"])
-        self._rows = np.arange(len(table))
-        self.name = data_name(listed["cohort"]) or folder.name
-        self.cohort = listed["cohort"]
-        self.simulated = listed["simulated"]
         self.folder = folder
-
-    @staticmethod
-    def _listed(folder: Path) -> Row:
-        """Content of ``store.json``."""
-        path = folder / "store.json"
-        with reading(path, "store"):
-            listed = json.loads(path.read_text(encoding="utf-8"))
-        if listed.get("format") != FORMAT:
-            found = f"format {listed.get('format')}, this version reads {FORMAT}"
-            refuse(f"{path}: {found}; convert into a new folder", "format")
-        return listed
+        remedy = "remove it, and convert again"
+        with naming(str(folder)), reading(folder / "store.json", f"store; {remedy}"):
+            listed = _listed(folder / "store.json")
+            self._scan_rows = listed["scans"]
+            self.dtype = listed["dtype"]
+            self.atlas = listed["atlas"]
+            self.parcels = tuple(listed["parcels"])
+            table = pd.DataFrame(self._scan_rows).drop(columns=["file", "censored"])
+            self.table = with_known_columns(table)
+            self.excluded = pd.DataFrame(listed["excluded"])
+            self._rows = np.arange(len(table))
+            self.name = data_name(listed["cohort"]) or folder.name
+            self.cohort = listed["cohort"]
+            self.simulated = listed["simulated"]
 
     def _row(self, i: int) -> Row:
         return self._scan_rows[self._rows[i]]
@@ -316,7 +382,8 @@ class Store(Collection):
         row = self._row(i)
         if not row["censored"]:
             return None
-        censored = np.zeros(row["n_frames"], dtype=bool)
+        n_frames = len(_open_file(*self._file(i))[1])
+        censored = np.zeros(n_frames, dtype=bool)
         censored[row["censored"]] = True
         return censored[start:stop]
 
@@ -386,14 +453,39 @@ class Store(Collection):
         told = self.table[["participant_id", "t_r", "sha256"]]
         return digest(self.dtype, self.parcels, told.to_numpy().tolist())
 
-    def verify(self) -> int:
-        """Compare everything with its checksum and return the number of scans; a DataError for what differs."""
-        listed = self._listed(self.folder)
-        remedy = "not what was converted (checksum); convert into a new folder"
-        if listed.pop("sha256", None) != digest(listed):
-            refuse(f"{self.folder}/store.json: {remedy}", "checksum")
+    def verify(self, workers: int = 1) -> int:
+        """Compare everything with its checksum, and with the files that it came from where these are still there.
+
+        Returns the number of scans; a DataError, ``checksum`` or ``stale``, names the first that differs. `workers`
+        are the processes that read the files.
+        """
         for i in range(len(self)):
             path = self._file(i)[0]
             if not path.is_file() or sha256(path) != self._row(i)["sha256"]:
+                remedy = "not what was converted (checksum); convert again"
                 refuse(f"{path} of {self._row(i)['source']}: {remedy}", "checksum")
+        self._check_source(workers)
         return len(self)
+
+    def _check_source(self, workers: int) -> None:
+        """Raise a DataError if a file that was converted, or what is known of it, is no longer as it was."""
+        path = self.folder / "source.json"
+        if not path.is_file():
+            return
+        with reading(path, "source of a store"):
+            source = json.loads(path.read_text(encoding="utf-8"))
+            folder = Path(source["folder"])
+            cohort = Cohort(**source["cohort"])
+        rows = [row for row in map(self._row, range(len(self))) if (folder / row["path"]).is_file()]
+        if not rows:
+            return
+        found = index(cohort, folder, workers=workers)
+        now = {}
+        for i, row in enumerate(_plain_rows(found.table)):
+            now[row["path"]] = {**row, "file": _file_name(_key(row), found.content(i), self.dtype)}
+        for row in rows:
+            new = now.get(row["path"], {"path": None})
+            changed = [name for name in new if new[name] != row.get(name)]
+            if changed:
+                what = f"{row['path']} in {folder} has changed since ({', '.join(changed)})"
+                refuse(f"{self.folder}: {what}; convert again", "stale")

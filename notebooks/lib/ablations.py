@@ -20,7 +20,7 @@ from mnemodyn.data.scaling import Scaling
 from mnemodyn.data.scans import Collection, DataError
 from mnemodyn.evaluate.reconstruction import HiddenScan, Network, fill, hide, sums
 from mnemodyn.evaluate.scores import t_interval
-from mnemodyn.files import Kept, digest, read_yaml
+from mnemodyn.files import Kept, digest, load_yaml
 from mnemodyn.pretrain.training import pretrain
 from mnemodyn.settings import Settings
 
@@ -85,7 +85,7 @@ def read_grid(path: str | Path, size: str) -> Grid:
     ValueError
         If the size or a cell is unknown, or a setting is refused.
     """
-    content = read_yaml(Path(path).read_text(encoding="utf-8"))
+    content = load_yaml(path)
     if size not in content["sizes"]:
         raise ValueError(f"{path}: no size {size!r}; known are {', '.join(content['sizes'])}")
     chosen = content["sizes"][size]

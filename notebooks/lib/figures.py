@@ -104,7 +104,9 @@ def table(frame: pd.DataFrame, *, precision: int = 3) -> "HTML":
     # The style sheet tells columns of words from columns of numbers by a class.
     words = [name for name in texts if frame[name].astype(str).str.match("[A-Za-z]").any()]
     style = frame.style.hide(axis="index")
-    style = style.format(dict.fromkeys(numbers, number))
+    # Names of parcels, people and columns may be anything: they are text on the page too.
+    style = style.format(dict.fromkeys(numbers, number), escape="html")
+    style = style.format_index(escape="html", axis="columns")
     style = style.set_td_classes(pd.DataFrame("text", frame.index, words))
     style = style.set_uuid("table")
     return HTML(style.to_html())

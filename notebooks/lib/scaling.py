@@ -120,6 +120,12 @@ def _with_operators(name: str, source: MnemoDyn, config: ModelConfig) -> MnemoDy
     for key, value in network.named_parameters():
         operator = not any(part in key for part in MAPS)
         if operator and name == "transferred":
+            if weights[key].shape != value.shape:
+                raise ValueError(
+                    f"{key} has shape {tuple(weights[key].shape)} in the first cohort's network and "
+                    f"{tuple(value.shape)} here; give transfer_timepoints the length of its windows, "
+                    f"{source.config.n_timepoints} frames"
+                )
             value.data.copy_(weights[key].data)
         value.requires_grad_(not operator or name == "from_scratch")
     return network
