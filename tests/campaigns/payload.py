@@ -514,7 +514,7 @@ def rendered(text: str) -> str:
 
 def markup_in(page: str) -> Iterator[str]:
     """Whether an HTML page has something of MARKUP that a browser would obey."""
-    obeyed = r"<(script|img src=x|svg|iframe)|href=.?javascript"
+    obeyed = "<(script|img src=x|svg|iframe|a [^>]*javascript)"
     if re.search(obeyed, page, re.IGNORECASE):
         yield "text from data is obeyed as markup"
 
