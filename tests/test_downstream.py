@@ -1,5 +1,7 @@
 """Scores against scikit-learn, heads against the models they stand for, evaluations of planted effects."""
 
+import subprocess
+import sys
 from dataclasses import replace
 
 import numpy as np
@@ -519,3 +521,17 @@ def test_scans_without_the_target_are_left_out():
     )
     assert len(task.y) == 75
     assert task.rows.tolist() == list(range(5, 80))
+
+
+def test_features_are_known_in_another_process():
+    made = (
+        "import numpy as np; from mnemodyn.evaluate.methods import Features, _standardised; "
+        "print(Features(np.arange(6.0).reshape(3, 2), _standardised()).digest)"
+    )
+    # A function stands among the steps, and its address is another in every process.
+    found = {
+        subprocess.run([sys.executable, "-c", made], capture_output=True, text=True).stdout
+        for _ in range(2)
+    }
+    assert len(found) == 1
+    assert len(found.pop()) == 65

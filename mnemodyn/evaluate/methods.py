@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import joblib
 import numpy as np
 import pandas as pd
 import sklearn
@@ -213,7 +214,8 @@ class Features:
             values = (values - values[:1]).astype(np.float32)
             values = np.asarray(values @ values.T, float)
         self.values = values
-        self.digest = digest(self.values, repr(transformer))
+        # Not its repr, in which a function has an address that is another in every process.
+        self.digest = digest(self.values, joblib.hash(transformer))
 
     def kernel(self, train: np.ndarray) -> np.ndarray:
         """Products of all scans' features, (scan, scan), scaled to variance 1 over the training scans."""
