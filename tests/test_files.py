@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from mnemodyn.files import Kept, digest, locked, read_yaml, write_bytes
+from mnemodyn.files import Kept, digest, locked, read_yaml, remove, write_bytes
 
 
 def test_a_digest_is_of_content():
@@ -196,3 +196,15 @@ def test_a_file_system_without_locks_is_said(tmp_path, monkeypatch):
     monkeypatch.setattr(fcntl, "lockf", refuse)
     with pytest.warns(UserWarning, match="no locks"), locked(tmp_path / "o", "this"):
         (tmp_path / "o").write_text("x")
+
+
+def test_what_is_removed_is_never_what_a_link_names(tmp_path):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "file").write_text("precious")
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "inside").symlink_to(tmp_path / "mine")
+    (tmp_path / "link").symlink_to("mine")
+    (tmp_path / "lost").symlink_to("nowhere")
+    for name in ("folder", "link", "lost", "absent"):
+        remove(tmp_path / name)
+    assert [path.name for path in tmp_path.rglob("*")] == ["mine", "file"]
