@@ -60,7 +60,7 @@ def locked(output: str | os.PathLike, what: str) -> Iterator[None]:
         owner = f"{what} (process {os.getpid()} on {socket.gethostname()})"
         os.ftruncate(descriptor, 0)
         os.write(descriptor, owner.encode())
-        _remove_left_over(path)
+        remove_left_over(path)
         yield
     finally:
         # While it is still held: whoever has opened this file already sees that it is gone.
@@ -103,7 +103,7 @@ def _hold(place: Path, output: str | os.PathLike) -> int:
     raise RuntimeError(f"{output} is being written by {owner}; {remedy}")
 
 
-def _remove_left_over(path: Path) -> None:
+def remove_left_over(path: Path) -> None:
     """Remove what processes that are no more were writing into a folder, or in place of a file."""
     if path.is_dir():
         found = path.rglob(".*.tmp")
@@ -257,7 +257,9 @@ def write_text(path: str | os.PathLike, text: str) -> Path:
 def write_table(path: str | os.PathLike, table: "pd.DataFrame") -> Path:
     """Write a table of results or people, whole: separated by tabs where the name ends in ``.tsv``, else by commas."""
     separator = "\t" if os.fspath(path).endswith(".tsv") else ","
-    return write_text(path, table_text(table, separator))
+    # The lock also removes what a killed call has left beside it.
+    with locked(path, "mnemodyn"):
+        return write_text(path, table_text(table, separator))
 
 
 def table_text(table: "pd.DataFrame", separator: str, header: bool = True) -> str:

@@ -8,10 +8,11 @@ import subprocess
 import sys
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 
-from mnemodyn.files import Kept, digest, locked, read_yaml, remove, write_bytes
+from mnemodyn.files import Kept, digest, locked, read_yaml, remove, write_bytes, write_table
 
 
 def test_a_digest_is_of_content():
@@ -179,6 +180,10 @@ def test_only_what_the_dead_have_left_is_removed(tmp_path):
     with locked(tmp_path / "o", "this"):
         left = {path.name for path in tmp_path.iterdir()}
     assert left == {*names[1:], f".p.{dead.pid}-0123abcd.tmp", ".o.lock"}
+    # So does the next table that is written there.
+    write_table(tmp_path / "p", pd.DataFrame({"a": [1]}))
+    left = {path.name for path in tmp_path.iterdir()}
+    assert left == {*names[1:], "p"}
 
 
 def test_a_lock_that_is_a_link_is_not_followed(tmp_path):
