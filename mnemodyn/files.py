@@ -60,7 +60,7 @@ def locked(output: str | os.PathLike, what: str) -> Iterator[None]:
         owner = f"{what} (process {os.getpid()} on {socket.gethostname()})"
         os.ftruncate(descriptor, 0)
         os.write(descriptor, owner.encode())
-        _remove_left_over(path)
+        remove_left_over(path)
         yield
     finally:
         # While it is still held: whoever has opened this file already sees that it is gone.
@@ -103,7 +103,7 @@ def _hold(place: Path, output: str | os.PathLike) -> int:
     raise RuntimeError(f"{output} is being written by {owner}; {remedy}")
 
 
-def _remove_left_over(path: Path) -> None:
+def remove_left_over(path: Path) -> None:
     """Remove what processes that are no more were writing into a folder, or in place of a file."""
     if path.is_dir():
         found = path.rglob(".*.tmp")
@@ -113,10 +113,15 @@ def _remove_left_over(path: Path) -> None:
         named = TEMPORARY.fullmatch(unfinished.name)
         if named is None or _is_alive(int(named[1])):
             continue
-        if unfinished.is_dir() and not unfinished.is_symlink():
-            shutil.rmtree(unfinished)
-        else:
-            unfinished.unlink()
+        remove(unfinished)
+
+
+def remove(path: Path) -> None:
+    """Remove a file, a folder, or a link but not what it names, where there is one."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def _is_alive(process: int) -> bool:
@@ -137,8 +142,11 @@ def temporary(path: str | os.PathLike) -> Path:
 
 @contextmanager
 def temporary_folder() -> Iterator[str]:
-    """A private folder of the system's, removed at the end; those that killed processes have left go first."""
+    """A private folder of the system's, removed at the end, with those that killed processes have left."""
     prefix = ".mnemodyn-temporary-"
+    with tempfile.TemporaryDirectory(prefix=prefix) as name, locked(name, "mnemodyn"):
+        yield name
+    # Last: what a process killed just before this call has left is by now old enough.
     for folder in Path(tempfile.gettempdir()).glob(f"{prefix}*"):
         # What is somebody else's or in use cannot be held; what is new may not be held yet.
         with suppress(OSError, RuntimeError):
@@ -146,8 +154,6 @@ def temporary_folder() -> Iterator[str]:
             if status.st_uid == os.getuid() and time.time() - status.st_mtime > 1:
                 with locked(folder, "mnemodyn"):
                     shutil.rmtree(folder)
-    with tempfile.TemporaryDirectory(prefix=prefix) as name, locked(name, "mnemodyn"):
-        yield name
 
 
 @contextmanager
@@ -251,7 +257,9 @@ def write_text(path: str | os.PathLike, text: str) -> Path:
 def write_table(path: str | os.PathLike, table: "pd.DataFrame") -> Path:
     """Write a table of results or people, whole: separated by tabs where the name ends in ``.tsv``, else by commas."""
     separator = "\t" if os.fspath(path).endswith(".tsv") else ","
-    return write_text(path, table_text(table, separator))
+    # The lock also removes what a killed call has left beside it.
+    with locked(path, "mnemodyn"):
+        return write_text(path, table_text(table, separator))
 
 
 def table_text(table: "pd.DataFrame", separator: str, header: bool = True) -> str:

@@ -11,7 +11,7 @@ from typing import Any
 
 import pandas as pd
 
-from mnemodyn.files import begins_with, check_output, table_text, write_text
+from mnemodyn.files import begins_with, check_output, write_table
 
 __all__ = [
     "COLUMNS",
@@ -155,7 +155,7 @@ def write_results(path: str | PathLike, rows: Iterable[Mapping[str, Any]]) -> pd
     for name in ("value", "low", "high", "p"):
         table[name] = table[name].astype(float).round(10)
     table["n"] = table["n"].astype("Int64")
-    write_text(path, table_text(table, ","))
+    write_table(path, table)
     return table
 
 

@@ -24,6 +24,7 @@ from mnemodyn.files import (
     locked,
     read_yaml,
     resolve,
+    temporary,
     temporary_folder,
     write_json,
     write_text,
@@ -182,7 +183,7 @@ def _run(notebook: Path, output: Path, defaults: dict, given: dict) -> dict:
     }
     write_json(record, manifest)
     clock = time.monotonic()
-    partial = output.with_name(f".{output.stem}.running.ipynb")
+    partial = temporary(output)
     error = _execute(notebook, partial, given)
     message = f"{manifest['notebook']} failed"
     if partial.is_file():

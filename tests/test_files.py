@@ -8,10 +8,11 @@ import subprocess
 import sys
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 
-from mnemodyn.files import Kept, digest, locked, read_yaml, write_bytes
+from mnemodyn.files import Kept, digest, locked, read_yaml, remove, write_bytes, write_table
 
 
 def test_a_digest_is_of_content():
@@ -179,6 +180,10 @@ def test_only_what_the_dead_have_left_is_removed(tmp_path):
     with locked(tmp_path / "o", "this"):
         left = {path.name for path in tmp_path.iterdir()}
     assert left == {*names[1:], f".p.{dead.pid}-0123abcd.tmp", ".o.lock"}
+    # So does the next table that is written there.
+    write_table(tmp_path / "p", pd.DataFrame({"a": [1]}))
+    left = {path.name for path in tmp_path.iterdir()}
+    assert left == {*names[1:], "p"}
 
 
 def test_a_lock_that_is_a_link_is_not_followed(tmp_path):
@@ -196,3 +201,15 @@ def test_a_file_system_without_locks_is_said(tmp_path, monkeypatch):
     monkeypatch.setattr(fcntl, "lockf", refuse)
     with pytest.warns(UserWarning, match="no locks"), locked(tmp_path / "o", "this"):
         (tmp_path / "o").write_text("x")
+
+
+def test_what_is_removed_is_never_what_a_link_names(tmp_path):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "file").write_text("precious")
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "inside").symlink_to(tmp_path / "mine")
+    (tmp_path / "link").symlink_to("mine")
+    (tmp_path / "lost").symlink_to("nowhere")
+    for name in ("folder", "link", "lost", "absent"):
+        remove(tmp_path / name)
+    assert [path.name for path in tmp_path.rglob("*")] == ["mine", "file"]

@@ -365,6 +365,13 @@ def test_a_cell_that_ends_the_notebook_is_no_success(write, cell, message):
     assert "after" not in text_of("out.ipynb")
 
 
+def test_no_link_is_written_through(write):
+    Path("mine").write_text("precious")
+    Path(".out.running.ipynb").symlink_to("mine")
+    run_notebook(write("1"), "out.ipynb")
+    assert Path("mine").read_text() == "precious"
+
+
 def test_two_runs_never_write_one_output(write):
     path = write("1")
     message = r"out\.ipynb is being written by this process"
@@ -376,12 +383,13 @@ def test_two_runs_never_write_one_output(write):
 def test_folders_of_killed_processes_go_with_the_next(tmp_path, monkeypatch):
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     old = time.time() - 100
-    for name in (".mnemodyn-temporary-dead", "mnemodyn-mine"):
-        (tmp_path / name / "kernel").mkdir(parents=True)
-        os.utime(tmp_path / name, (old, old))
     with files.temporary_folder() as held:
         os.utime(held, (old, old))
         with files.temporary_folder() as other:
-            assert Path(held).is_dir()
-            assert Path(other).is_dir()
+            # Also of one that was killed just before.
+            for name in (".mnemodyn-temporary-dead", "mnemodyn-mine"):
+                (tmp_path / name / "kernel").mkdir(parents=True)
+                os.utime(tmp_path / name, (old, old))
+        assert Path(held).is_dir()
+        assert not Path(other).exists()
     assert [path.name for path in tmp_path.iterdir()] == ["mnemodyn-mine"]

@@ -204,6 +204,35 @@ def test_settings_are_checked(tmp_path, name, settings, message):
     assert not (tmp_path / "x").exists()
 
 
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"path": "../sub-{participant}.tsv"},
+        {"path": "HERE/sub-{participant}.tsv"},
+        {"path": "{site}./sub-{participant}.tsv", "sites": ["."]},
+        {"path": "down/sub-{participant}.tsv", "participant": "../../../../x{:03d}"},
+        {"path": "sub-{participant}_{run}.tsv", "runs": ["1", "x/../../y"]},
+        {"path": "linked/sub-{participant}.tsv"},
+        {"file": "../people.tsv"},
+        {"file": "HERE/people.tsv"},
+    ],
+)
+def test_a_description_writes_nothing_outside_the_folder(tmp_path, changed):
+    here = tmp_path / "here"
+    (here / "in").mkdir(parents=True)
+    (here / "in" / "linked").symlink_to(here)
+    changed = json.loads(json.dumps(changed).replace("HERE", str(here)))
+    phenotype = {"file": changed.pop("file", "people.tsv"), "match": {"id": "{participant}"}}
+    layout = {"path": "sub-{participant}.tsv", "participant": "{:03d}", "t_r": 2.0}
+    layout |= {"n_frames": 120, "years": [20, 40], **changed}
+    described = {"name": "small", "scans": ["**/*.tsv"], "phenotype": phenotype, "layout": layout}
+    described |= {"age": {"column": "age"}, "targets": ["age"]}
+    (tmp_path / "cohort.yaml").write_text(json.dumps(described))
+    with pytest.raises(DataError, match="outside the folder of the cohort; correct layout"):
+        simulate_cohort(tmp_path / "cohort.yaml", here / "in", n_participants=2)
+    assert [path.name for path in here.rglob("*")] == ["in", "linked"]
+
+
 def test_command_and_a_folder_that_is_not_empty(tmp_path, capsys):
     words = [
         "simulate",

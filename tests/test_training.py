@@ -236,6 +236,25 @@ def test_another_run_replaces_one_only_when_it_is_finished(tmp_path, monkeypatch
     assert from_pretrained(tmp_path / "best").fingerprint() != first.fingerprint()
 
 
+def test_links_in_the_folder_of_a_run_are_not_followed(tmp_path):
+    (tmp_path / "mine").mkdir()
+    for name in ("unfinished", "best"):
+        (tmp_path / "run").mkdir(exist_ok=True)
+        (tmp_path / "run" / name).symlink_to(tmp_path / "mine")
+    run(tmp_path / "run")
+    assert not list((tmp_path / "mine").iterdir())
+    assert not (tmp_path / "run" / "best").is_symlink()
+    assert not (tmp_path / "run" / "unfinished").exists()
+    # One to nothing, and one in what a killed run has left.
+    (tmp_path / "other" / "unfinished").mkdir(parents=True)
+    shutil.copy(tmp_path / "run" / "run.json", tmp_path / "other" / "unfinished")
+    (tmp_path / "other" / "unfinished" / "best").symlink_to(tmp_path / "mine")
+    (tmp_path / "other" / "best").symlink_to("nowhere")
+    run(tmp_path / "other")
+    assert not list((tmp_path / "mine").iterdir())
+    assert (tmp_path / "other" / "best" / "config.json").is_file()
+
+
 def test_refuses_scans_that_do_not_fit(tmp_path):
     scans = simulated(2)
     with pytest.raises(DataError, match=r"both training and validation: \['sub-00'\]"):

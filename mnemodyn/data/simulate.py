@@ -225,6 +225,7 @@ def simulate_cohort(
     for i, site in enumerate(sites):
         who = layout.participant.format(i + 1)
         people.append({"participant": who, "site": layout.sites[site]})
+    _check_names(folder, described, layout, people)
     series = _simulate_scans(described, layout, people, process, sigma, n_frames, rng)
     truth: dict[str, Any] = {
         "simulated": True,
@@ -245,6 +246,18 @@ def simulate_cohort(
         truth["broken"] = broken_files
         write_json(folder / SIMULATED, truth)
     return truth
+
+
+def _check_names(folder: Path, cohort: Cohort, layout: Layout, people: list[dict]) -> None:
+    """Raise a DataError where a description would have a file written outside the folder."""
+    names = [cohort.phenotype.file]
+    for person, session, run in product(people, layout.sessions, layout.runs):
+        names.append(layout.path.format(**person, session=session, run=run))
+    inside = folder.resolve()
+    for name in names:
+        if not (folder / name).resolve().is_relative_to(inside):
+            what = f"{cohort.name} names {name}, which lies outside the folder of the cohort"
+            refuse(f"{what}; correct layout or phenotype in its description", "setting")
 
 
 def _check_folder(folder: Path, unfinished: dict[str, Any]) -> None:

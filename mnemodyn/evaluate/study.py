@@ -29,7 +29,7 @@ from mnemodyn.evaluate.scores import (
     measure,
     resamples,
 )
-from mnemodyn.files import Kept
+from mnemodyn.files import Kept, remove_left_over
 from mnemodyn.splits import Folds, families_of, inner_splits, leave_one_site_out, repeated_folds
 
 LOW_MOTION = 0.2  # mm
@@ -199,6 +199,8 @@ def evaluate(
     predictors = _predictors(scans, task, methods, features, checkpoint, cache, seed)
     # A fold is the unit of work and of resumption: it takes seconds to minutes.
     kept = Kept(cache)
+    if cache is not None:
+        remove_left_over(Path(cache))
     work = list(folds.split(task.people))
     run = joblib.delayed(_run_fold)
     results = joblib.Parallel(n_jobs=n_jobs, return_as="generator")(

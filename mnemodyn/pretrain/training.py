@@ -11,7 +11,6 @@ import json
 import logging
 import math
 import os
-import shutil
 import signal
 import sys
 import warnings
@@ -44,7 +43,7 @@ from mnemodyn.checkpoint import (
 )
 from mnemodyn.data.scaling import Scaling
 from mnemodyn.data.scans import DataError, Scan, fingerprint
-from mnemodyn.files import digest, locked, write_bytes, write_json, write_text
+from mnemodyn.files import digest, locked, remove, write_bytes, write_json, write_text
 from mnemodyn.model.front import Front
 from mnemodyn.model.network import MnemoDyn
 from mnemodyn.pretrain.objectives import Objective, make_objective
@@ -459,7 +458,7 @@ class _Run:
         if _is_first():
             # What an unfinished run of the same settings has left is gone on with.
             if different:
-                shutil.rmtree(self.work, ignore_errors=True)
+                remove(self.work)
             write_json(self.work / "run.json", {"identity": self.identity})
         return fit(
             network,
@@ -494,7 +493,7 @@ class _Run:
         if _is_first():
             # What killed runs have left is not part of it.
             for name in ("best", "replaced"):
-                shutil.rmtree(self.work / name, ignore_errors=True)
+                remove(self.work / name)
             save(self.work)
             write_text(self.work / "history.csv", _table(history))
             about = {
@@ -506,11 +505,11 @@ class _Run:
             write_json(self.work / "run.json", about)
             # The record goes first and comes last: it says that the rest is there.
             (self.folder / "run.json").unlink(missing_ok=True)
-            if (self.folder / "best").exists():
+            if os.path.lexists(self.folder / "best"):
                 os.replace(self.folder / "best", self.work / "replaced")
             for name in ("best", "history.csv", "run.json"):
                 os.replace(self.work / name, self.folder / name)
-            shutil.rmtree(self.work)
+            remove(self.work)
         if torch.distributed.is_initialized():
             # The other processes read the files next.
             torch.distributed.barrier()
