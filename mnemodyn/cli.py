@@ -563,16 +563,25 @@ def run_evaluate(
         **settings,
     )
     write_results(output, rows)
+    show(as_json, {"rows": rows, "failed": failed}, scores_listed(rows))
+    say_failed(failed)
+    return int(len(failed) > 0)
+
+
+def scores_listed(rows: list[dict]) -> str:
+    """A line for every score that has an interval and is no difference."""
     lines = []
     for row in rows:
         if "low" in row and not row.get("against"):
             interval = f"{row['value']:.3f} ({row['low']:.3f} to {row['high']:.3f})"
-            lines.append(
-                f"{row['task']}, {row['method']}: {row['score']} {interval}, n = {row['n']}"
-            )
-    show(as_json, {"rows": rows, "failed": failed}, "\n".join(lines))
-    # The folds of a method mostly fail for one reason.
-    first = {}
+            where = f"{row['task']}, {row['method']}"
+            lines.append(f"{where}: {row['score']} {interval}, n = {row['n']}")
+    return "\n".join(lines)
+
+
+def say_failed(failed: list[dict]) -> None:
+    """Say how many folds of each method failed, and why the first one did: the others mostly fail alike."""
+    first: dict[tuple, dict] = {}
     for fold in failed:
         first.setdefault((fold["task"], fold["method"]), fold)
     for (task, method), fold in first.items():
@@ -580,7 +589,6 @@ def run_evaluate(
         where = f"fold {fold['fold']} of repeat {fold['repeat']}"
         counted = f"{task}, {method}: FAILED in {n_failed} folds"
         print(f"mnemodyn: {counted}, first in {where}: {fold['error']}", file=sys.stderr)
-    return int(len(failed) > 0)
 
 
 def add_embed(parser):

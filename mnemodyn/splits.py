@@ -228,13 +228,19 @@ def inner_splits(
     return list(draw.split(np.zeros(len(target)), strata, families))
 
 
+def families_of(table: pd.DataFrame) -> np.ndarray:
+    """Family of every row as text, 1.0 and "1" being the same; the participant where none is known."""
+    people = table["participant_id"].astype(str)
+    if "family" not in table:
+        return people.to_numpy(str)
+    families = table["family"].astype(str).str.replace(r"\.0+$", "", regex=True)
+    known = table["family"].notna() & (families != "")
+    return families.where(known, people).to_numpy(str)
+
+
 def _people(table: pd.DataFrame) -> pd.DataFrame:
     """A row a participant, with one family and one site; without a known family, each is their own."""
-    table = table.filter(["participant_id", "family", "site"])
-    if "family" not in table:
-        table["family"] = ""
-    known = table["family"].notna() & (table["family"] != "")
-    table["family"] = table["family"].where(known, table["participant_id"])
+    table = table.filter(["participant_id", "site"]).assign(family=families_of(table))
     # Somebody with two families or sites could not be kept on one side of a split.
     for column in table.columns.drop("participant_id"):
         n_labels = table.groupby("participant_id")[column].nunique()
@@ -247,6 +253,8 @@ def _people(table: pd.DataFrame) -> pd.DataFrame:
 def _strata(target: Sequence | np.ndarray, n_folds: int) -> np.ndarray:
     """Codes of classes, or of a number's fifths; of fewer parts where a part would not fill the folds."""
     values = pd.Series(np.asarray(target))
+    if not len(values):
+        raise DataError("nobody is left to train on")
     if values.nunique() < 2:
         raise DataError(
             f"the target has one value only ({values.iloc[0]!r}): nothing can be told apart"

@@ -98,7 +98,7 @@ def test_one_second_in_a_header_gives_way(tmp_path):
     state(tmp_path / f"{NAME}.json", RepetitionTime=0.8)
     assert load_scan(path).t_r == 0.8
     # Two times that somebody stated differ: a setting can only say which is right.
-    assert problem(path, "'sidecar': 0.8, 'setting': 2.*RepetitionTime", t_r=2) == "t-r-conflict"
+    assert problem(path, "'sidecar': 0.8, 'setting': 2.*--override-t-r", t_r=2) == "t-r-conflict"
     cifti(path, 0.72)
     assert problem(path, "'header': 0.72.*'sidecar': 0.8.*--t-r") == "t-r-conflict"
     assert load_scan(path, t_r=0.8).t_r == 0.8

@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 
 from mnemodyn.data.scans import DataError
-from mnemodyn.splits import hold_out, inner_splits, leave_one_site_out, repeated_folds
+from mnemodyn.splits import families_of, hold_out, inner_splits, leave_one_site_out, repeated_folds
 
 
 def cohort(n=60, sessions=2, seed=0):
@@ -170,3 +170,19 @@ def test_a_participant_without_a_fold_is_named():
     folds = repeated_folds(table, "sex", n_repeats=1)
     with pytest.raises(DataError, match="without a fold: \\['sub-new'\\]"):
         list(folds.split(["sub-new"]))
+
+
+def test_families_are_text_whatever_their_column_holds():
+    table = pd.DataFrame(
+        {"participant_id": [f"sub-{i}" for i in range(6)], "family": [1, 1.0, "1", np.nan, "", 2]}
+    )
+    expected = ["1", "1", "1", "sub-3", "sub-4", "2"]
+    assert families_of(table).tolist() == expected
+    table = table.assign(family=[1, 1, 2, np.nan, 3, 4], sex=list("fmfmfm"))
+    folds = repeated_folds(table, "sex", n_folds=2, n_repeats=1)
+    assert folds.test_fold[0, 0] == folds.test_fold[0, 1]
+
+
+def test_a_training_set_without_people_is_named():
+    with pytest.raises(DataError, match="nobody is left"):
+        inner_splits(np.zeros(0), np.zeros(0, str), 3, 0)

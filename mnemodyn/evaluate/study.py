@@ -30,7 +30,7 @@ from mnemodyn.evaluate.scores import (
     resamples,
 )
 from mnemodyn.files import Kept
-from mnemodyn.splits import Folds, inner_splits, leave_one_site_out, repeated_folds
+from mnemodyn.splits import Folds, families_of, inner_splits, leave_one_site_out, repeated_folds
 
 LOW_MOTION = 0.2  # mm
 N_INNER = 3  # folds within the training folds, by which everything is chosen
@@ -101,9 +101,7 @@ class Task:
     @property
     def families(self) -> np.ndarray:
         """Family of every scan, the participant where none is known."""
-        if "family" not in self.table:
-            return self.people.to_numpy()
-        return self.table["family"].astype(object).fillna(self.people).to_numpy()
+        return families_of(self.table)
 
     @property
     def sites(self) -> np.ndarray | None:
