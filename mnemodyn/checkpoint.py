@@ -353,8 +353,9 @@ def _float32(path: Path, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Weights as a network computes with them; a CheckpointError where one is no number, or is NaN or infinite."""
     found = {}
     for name, value in weights.items():
-        if not value.is_floating_point():
-            raise CheckpointError(f"{path}: {name} must be floating-point, got {value.dtype}")
+        if not value.is_floating_point() or value.layout != torch.strided:
+            found_kind = f"{value.dtype}, {value.layout}"
+            raise CheckpointError(f"{path}: {name} must be dense floating-point, got {found_kind}")
         found[name] = value.float()
         if not found[name].isfinite().all():
             raise CheckpointError(

@@ -474,8 +474,12 @@ def read_settings(path: str | None, changes: Sequence) -> Any:
 
     content = read_mapping(path)
     try:
+        settings = Settings.from_mapping(content)
+    except ValueError as error:
+        raise UsageError(f"{path}: {error}") from error
+    try:
         values = {name: read_yaml(value) for name, value in changes}
-        return Settings.from_mapping(content).updated(values)
+        return settings.updated(values)
     except ValueError as error:
         raise UsageError(str(error)) from error
 

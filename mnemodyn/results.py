@@ -6,7 +6,6 @@ A row is one number with its interval. What the columns hold stands in `COLUMNS`
 import re
 from collections.abc import Iterable, Mapping
 from os import PathLike
-from pathlib import Path
 from typing import Any
 
 import pandas as pd
@@ -161,12 +160,16 @@ def write_results(path: str | PathLike, rows: Iterable[Mapping[str, Any]]) -> pd
 
 def read_results(path: str | PathLike) -> pd.DataFrame:
     """A table as `write_results` wrote it; a ValueError if it is not one."""
-    table = pd.read_csv(
-        path, keep_default_na=False, na_values={"value": [""], "low": [""], "high": [""], "p": [""]}
-    )
-    if list(table) != list(COLUMNS):
-        raise ValueError(
-            f"{Path(path).name}: expected the columns {list(COLUMNS)}, got {list(table)}"
-        )
-    table["n"] = pd.to_numeric(table["n"]).astype("Int64")
-    return table
+    numbers = ["value", "low", "high", "p"]
+    try:
+        missing = {name: [""] for name in numbers}
+        table = pd.read_csv(path, keep_default_na=False, na_values=missing)
+        if list(table) != list(COLUMNS):
+            raise ValueError(f"expected the columns {list(COLUMNS)}, got {list(table)}")
+        # pandas takes columns that the header does not name for names of the rows.
+        if list(table.index) != list(range(len(table))):
+            raise ValueError(f"there are more than {len(COLUMNS)} columns")
+        table["n"] = pd.to_numeric(table["n"]).astype("Int64")
+        return table.astype(dict.fromkeys(numbers, float))
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{path}: not a table of results, make it again: {error}") from None

@@ -66,8 +66,11 @@ def read_parameters(notebook: str | os.PathLike) -> dict[str, Any]:
     """
     try:
         cells = json.loads(Path(notebook).read_text(encoding="utf-8"))["cells"]
-        tagged = [cell for cell in cells if "parameters" in cell["metadata"].get("tags", [])]
-    except (ValueError, LookupError, TypeError):
+        tagged = []
+        for cell in cells:
+            if "parameters" in cell["metadata"].get("tags", []):
+                tagged.append("".join(cell["source"]))
+    except (AttributeError, ValueError, LookupError, TypeError, RecursionError):
         raise ParameterError(f"{notebook} is not a notebook of nbformat 4") from None
     if len(tagged) != 1:
         raise ParameterError(
@@ -75,9 +78,10 @@ def read_parameters(notebook: str | os.PathLike) -> dict[str, Any]:
         )
     defaults = {}
     try:
-        for line in ast.parse("".join(tagged[0]["source"])).body:
+        for line in ast.parse(tagged[0]).body:
             defaults[line.targets[0].id] = ast.literal_eval(line.value)  # type: ignore[attr-defined]
-    except (AttributeError, ValueError, TypeError, SyntaxError):
+    # Brackets in brackets end Python's parser with the last two.
+    except (AttributeError, ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
         raise ParameterError(
             f"{notebook}: the cell tagged 'parameters' must only give names to literal values"
         ) from None

@@ -52,7 +52,7 @@ class SettingsError(ValueError):
 def nearest(name: str, known: Iterable[str]) -> str:
     """What an error adds for an unknown name: the nearest known one, or all of them."""
     known = list(known)
-    close = difflib.get_close_matches(name, known, n=1)
+    close = difflib.get_close_matches(str(name), known, n=1)
     if close:
         return f"; did you mean {close[0]}?"
     return f"; known are {', '.join(known)}"
@@ -611,7 +611,8 @@ class Settings:
         SettingsError
             For an unknown section or setting, or a value that is not allowed.
         """
-        content = dict(content)
+        # YAML has names that are numbers, which are no setting's.
+        content = {str(name): value for name, value in content.items()}
         if isinstance(content.get("objective"), str):
             content["objective"] = {"name": content["objective"]}
         for section, make in SECTIONS.items():
@@ -620,7 +621,7 @@ class Settings:
             if not isinstance(given, Mapping):
                 raise SettingsError(f"{section} must be a mapping of settings, got {given!r}")
             try:
-                content[section] = make(**given)
+                content[section] = make(**{str(name): value for name, value in given.items()})
             except SettingsError as error:
                 raise SettingsError(f"{section}.{error}") from None
         return cls(**content)

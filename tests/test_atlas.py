@@ -150,6 +150,14 @@ def test_label_file_with_any_keys(tmp_path):
         read_atlas(tmp_path / "twice.dlabel.nii")
 
 
+def test_an_atlas_without_labels_is_named(tmp_path):
+    axes = (LabelAxis(["m"], [{0: ("???", (0, 0, 0, 0))}]), axis())
+    image = nibabel.Cifti2Image(np.ones((1, 10), np.float32), axes)
+    image.to_filename(tmp_path / "empty.dlabel.nii")
+    with pytest.raises(DataError, match=r"empty.dlabel.nii: no grayordinate has"):
+        read_atlas(tmp_path / "empty.dlabel.nii")
+
+
 def test_unusable_atlases_are_named(tmp_path):
     with pytest.raises(DataError, match="no such file"):
         read_atlas(tmp_path / "no.dlabel.nii")

@@ -167,7 +167,8 @@ def test_a_repetition_time_that_the_files_do_not_state(tmp_path, monkeypatch, ca
     [
         (["-s", "objective", "latnet"], "did you mean latent?"),
         (["-s", "epoch", "3"], "did you mean epochs?"),
-        (["--settings", "c.yaml"], "did you mean learning_rate?"),
+        (["--settings", "c.yaml"], "c.yaml: training.learning_rat is not a setting; did you mean"),
+        (["--settings", "number.yaml"], "number.yaml: training.1 is not a setting"),
         (["-s", "training.epochs", "many"], "training.epochs must be"),
         (["-s", "training.epochs", "["], "not valid YAML"),
         (["--settings", "absent.yaml"], "absent.yaml"),
@@ -178,6 +179,7 @@ def test_refused_settings_of_pretrain_are_status_2(
 ):
     monkeypatch.chdir(tmp_path)
     Path("c.yaml").write_text("training: {learning_rat: 1e-3}\n")
+    Path("number.yaml").write_text("training: {1: 1e-3}\n")
     assert main(["pretrain", "absent", "out", *arguments]) == 2
     printed = capsys.readouterr().err
     assert printed.startswith("mnemodyn: ")

@@ -2,8 +2,13 @@
 
 import io
 import json
+import pickle
+import re
 import shutil
+import struct
 import subprocess
+import zlib
+from types import SimpleNamespace
 
 import nibabel
 import numpy as np
@@ -152,7 +157,57 @@ def test_arrays_are_chosen_by_key(tmp_path):
     beside = np.array([{"note": 1}], dtype=object)  # never unpickled
     path = write_npz(tmp_path / "sub-2.npz", bold=VALUES, about=beside)
     np.testing.assert_array_equal(load_scan(path, t_r=1, frames_first=True).values, VALUES)
-    assert problem(path, frames_first=True, key="about") == "truncated"
+    assert problem(path, frames_first=True, key="about") == "key"
+
+
+@pytest.mark.parametrize("name", ["sub-1.npy", "sub-1.npz"])
+@pytest.mark.parametrize("content", [b"\x93NUMPX" + bytes(200), pickle.dumps(VALUES)])
+def test_no_advice_to_load_what_may_be_executed(tmp_path, name, content):
+    path = tmp_path / name
+    path.write_bytes(content)
+    with pytest.raises(DataError, match=f"^{name}") as caught:
+        load_scan(path, t_r=1, frames_first=True)
+    assert not re.search("pickle|unsafe", str(caught.value))
+
+
+def test_an_archive_behind_other_bytes_is_no_pickle(tmp_path):
+    path = write_npz(tmp_path / "sub-1.npz", bold=VALUES)
+    path.write_bytes(b"1" + path.read_bytes())
+    np.testing.assert_array_equal(load_scan(path, t_r=1, frames_first=True).values, VALUES)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("stored", [0, 8, 14, 19, 519])
+def test_numbers_of_no_type_do_not_kill_python(tmp_path, stored, packed):
+    path = write_mat(tmp_path / "sub-1.mat", tc=VALUES)
+    content = bytearray(path.read_bytes())
+    place = content.index(b"tc\0\0") + 4
+    assert content[place] == 7  # float32
+    content[place : place + 4] = stored.to_bytes(4, "little")
+    if packed:
+        array = zlib.compress(content[128:])
+        content[128:] = struct.pack("<II", 15, len(array)) + array
+    path.write_bytes(content)
+    assert problem(path, frames_first=True) == "not-a-table"
+
+
+@pytest.mark.parametrize("name", ["sub-1.ptseries.nii", "sub-1.nii.gz"])
+def test_no_memory_is_asked_for_more_than_a_file_can_have(tmp_path, name):
+    path = tmp_path / name
+    path.write_bytes(bytes(1000))
+    stored = np.zeros(0, np.int16)
+    formats.check_whole(path, SimpleNamespace(dataobj=stored, shape=(50, 10)))
+    with pytest.raises(DataError, match="states 2,000,000 bytes, the file has 1,000") as caught:
+        formats.check_whole(path, SimpleNamespace(dataobj=stored, shape=(1000, 1000)))
+    assert caught.value.problem == "truncated"
+
+
+def test_values_whose_differences_are_beyond_float32(tmp_path):
+    values = VALUES.copy()
+    values[::2, 1] = 3e38
+    values[1::2, 1] = -3e38
+    path = write_npy(tmp_path / "sub-1.npy", values)
+    np.testing.assert_array_equal(load_scan(path, t_r=1, frames_first=True).values, values)
 
 
 KINDS = ["f8", "f4", "i1", "u1", "i2", "u2", "i4", "u4", "i8", "u8"]

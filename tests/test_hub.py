@@ -135,7 +135,7 @@ def test_a_card_without_results(run, tmp_path):
     assert "No results on held-out" in (folder / "README.md").read_text()
     with pytest.raises(FileNotFoundError):
         write_folder(run, tmp_path / "out", results=["absent.csv"])
-    with pytest.raises(ValueError, match=r"history\.csv: expected the columns"):
+    with pytest.raises(ValueError, match=r"history\.csv: not a table.*expected the columns"):
         write_folder(run, tmp_path / "out", results=[run / "history.csv"])
 
 

@@ -53,9 +53,29 @@ def test_what_is_refused(tmp_path, rows, message):
     assert not (tmp_path / "a.csv").exists()
 
 
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        (b"X", b"\xcc"),
+        (b"0.7", b"0.7,1,1"),
+        (b",40,", b",n4,"),
+        (b",40,", b",0.5,"),
+        (b"0.7", b"x"),
+    ],
+)
+def test_a_damaged_table_is_named(tmp_path, old, new):
+    path = tmp_path / "a.csv"
+    write_results(path, [ROW | {"data": "X", "value": 0.7, "n": 40}])
+    content = path.read_bytes()
+    assert content.count(old) == 1
+    path.write_bytes(content.replace(old, new))
+    with pytest.raises(ValueError, match="a.csv: not a table of results, make it again: "):
+        read_results(path)
+
+
 def test_another_table_is_named(tmp_path):
     (tmp_path / "other.csv").write_text("a,b\n1,2\n")
-    with pytest.raises(ValueError, match=r"other.csv: expected the columns"):
+    with pytest.raises(ValueError, match=r"other.csv: not .*: expected the columns"):
         read_results(tmp_path / "other.csv")
 
 

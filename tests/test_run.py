@@ -141,10 +141,30 @@ def test_an_unknown_parameter_is_refused_with_the_nearest(write):
     assert not list(Path().glob("out*"))
 
 
-@pytest.mark.parametrize("source", ["a = b", "import os", "a = 1 + 1", "a =", "a = {[]: 1}"])
+@pytest.mark.parametrize(
+    "source", ["a = b", "import os", "a = 1 + 1", "a =", "a = {[]: 1}", f"a = {'(' * 300}"]
+)
 def test_parameters_are_literals(source, write):
     with pytest.raises(ParameterError, match="literal values"):
         read_parameters(write(parameters=source))
+
+
+@pytest.mark.parametrize(
+    "cell",
+    [
+        '"text"',
+        '{"metadata": []}',
+        '{"metadata": {"tags": 1}}',
+        '{"metadata": {"tags": ["parameters"]}}',
+        '{"metadata": {"tags": ["parameters"]}, "source": [1]}',
+        "[" * 20_000 + "]" * 20_000,
+    ],
+)
+def test_a_damaged_notebook_is_named(tmp_path, cell):
+    path = tmp_path / "notebook.ipynb"
+    path.write_text(f'{{"cells": [{cell}]}}')
+    with pytest.raises(ParameterError, match=r"notebook\.ipynb is not a notebook"):
+        read_parameters(path)
 
 
 def test_no_parameter_is_missed(known):

@@ -493,6 +493,25 @@ def test_a_damaged_file_is_named_with_what_to_do(tmp_path, both, name, content, 
     assert len(run(folder, training=training)[1]) == 3
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda record: record["best"]["weights"].popitem(),
+        lambda record: record["best"].pop("epoch"),
+        lambda record: record["rows"].clear(),
+        lambda record: record.update(best=None),
+    ],
+)
+def test_a_checkpoint_that_lacks_something_is_named(tmp_path, both, change):
+    folder = Path(shutil.copytree(both, tmp_path / "run"))
+    last = folder / "unfinished" / "last.ckpt"
+    content = torch.load(last, weights_only=True)
+    change(content["record"])
+    torch.save(content, last)
+    with pytest.raises(ResumeError, match=r"last\.ckpt is not of this training.*delete"):
+        run(folder, training=OTHER)
+
+
 def test_half_a_history_is_written_again(tmp_path, both):
     folder = damaged(tmp_path, both, "history.csv", None)
     with pytest.warns(UserWarning, match=r"history\.csv was damaged; it is written again"):

@@ -169,6 +169,8 @@ def read_atlas(source: str | Path) -> Atlas:
             refuse(f"{path.name}: two parcels are called {name!r}", "atlas")
         parcels.append(name)
         labels[keys == key] = len(parcels)
+    if not parcels:
+        refuse(f"{path.name}: no grayordinate has one of the labels that it names", "atlas")
     return Atlas(plain_name(path), labels, tuple(parcels), axis)
 
 

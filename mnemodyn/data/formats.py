@@ -12,6 +12,7 @@ import os
 import re
 import warnings
 import zipfile
+import zlib
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -23,6 +24,7 @@ import numpy as np
 import pandas as pd
 from nibabel.cifti2 import BrainModelAxis, Cifti2Image, ParcelsAxis, ScalarAxis, SeriesAxis
 from scipy.io import loadmat, whosmat
+from scipy.io.matlab import matfile_version, varmats_from_mat
 
 from mnemodyn import files
 
@@ -150,6 +152,16 @@ def check_size(n_bytes: float, most: int = LARGEST) -> None:
         refuse(f"{n_bytes / 2**30:.3g} GB, more than the {limit}", "too-large")
 
 
+def check_whole(path: Path, image: Any) -> None:
+    """Raise a DataError for an image shorter than its header says, before memory is asked for all that it says."""
+    stated = np.prod(image.shape, dtype=float) * image.dataobj.dtype.itemsize
+    # gzip makes at most 1032 bytes of one.
+    growth = 1 if path.suffix.lower() == ".nii" else 1032
+    size = path.stat().st_size
+    if stated > size * growth:
+        refuse(f"its header states {stated:,.0f} bytes, the file has {size:,}", "truncated")
+
+
 def present(path: Path) -> bool:
     """Whether a file is there; a DataError for a link to nothing, or a file whose content was not fetched."""
     fetch = "fetch its content first (datalad get, git annex get, git lfs pull), or remove it"
@@ -211,6 +223,7 @@ def read_cifti(path: str | Path) -> tuple[np.ndarray, tuple, float | None]:
         rows = image.header.get_axis(0)
         columns = image.header.get_axis(1)
         check_size(4.0 * image.shape[0] * image.shape[1], LARGEST_DENSE)
+        check_whole(path, image)
         values = real(np.asarray(image.dataobj))
     if isinstance(columns, SeriesAxis) and not isinstance(rows, SeriesAxis):
         values = np.ascontiguousarray(values.T)
@@ -306,6 +319,8 @@ NUISANCE = re.compile(
 TISSUES = {"csf", "white_matter", "global_signal", "csf_wm", "wm", "gm", "gs", "gsr"}
 
 
+# Values near the largest number may differ by more than that.
+@np.errstate(all="ignore")
 def only_parcels(
     values: np.ndarray, names: tuple[str, ...] | None
 ) -> tuple[np.ndarray, tuple[str, ...] | None]:
@@ -391,7 +406,8 @@ def _choose(key: str | None, shapes: Mapping[str, tuple[int, ...]]) -> str:
 
 
 def _npy(path: Path, key: str | None) -> Raw:
-    values = np.load(path, mmap_mode="r", allow_pickle=False)
+    # Takes nothing for a pickle, and does not advise to load one.
+    values = np.lib.format.open_memmap(path, mode="r")
     check_size(values.nbytes)
     return Raw(values)
 
@@ -399,16 +415,17 @@ def _npy(path: Path, key: str | None) -> Raw:
 def _npz(path: Path, key: str | None) -> Raw:
     shapes = {}
     with zipfile.ZipFile(path) as archive:
-        for name in archive.namelist():
-            with archive.open(name) as stream:
+        for entry in archive.namelist():
+            with archive.open(entry) as stream:
                 # The first version of the format is that of every table of numbers.
                 if np.lib.format.read_magic(stream) == (1, 0):
                     shape, _, kind = np.lib.format.read_array_header_1_0(stream)
+                    name = entry.removesuffix(".npy")
                     # Objects are never read: they could run code.
-                    shapes[name.removesuffix(".npy")] = () if kind.hasobject else shape
-    # numpy leaves a damaged file open that it has opened itself.
-    with open(path, "rb") as stream, np.load(stream, allow_pickle=False) as arrays:
-        return Raw(arrays[_choose(key, shapes)])
+                    if name != entry and not kind.hasobject:
+                        shapes[name] = shape
+        with archive.open(f"{_choose(key, shapes)}.npy") as stream:
+            return Raw(np.lib.format.read_array(stream, allow_pickle=False))
 
 
 def _mat(path: Path, key: str | None) -> Raw:
@@ -419,7 +436,34 @@ def _mat(path: Path, key: str | None) -> Raw:
     numbers = ("double", "single", "int", "uint", "logical")
     shapes = {name: shape for name, shape, kind in whosmat(path) if kind.startswith(numbers)}
     key = _choose(key, shapes)
+    if matfile_version(path)[0] == 1:
+        with open(path, "rb") as stream:
+            # loadmat too reads the first of a name.
+            _check_numbers(next(file for name, file in varmats_from_mat(stream) if name == key))
     return Raw(loadmat(path, variable_names=[key])[key])
+
+
+# What numbers are stored as in MATLAB's version 5: integers of 8 to 32 bits, float32, float64, integers of 64 bits.
+MAT_NUMBERS = (1, 2, 3, 4, 5, 6, 7, 9, 12, 13)
+
+
+def _check_numbers(file: io.BytesIO) -> None:
+    """Refuse an array of MATLAB's version 5 whose numbers are of no type that there is: SciPy crashes on it."""
+    content = file.getvalue()
+    order = "<" if content[126:128] == b"IM" else ">"
+    array = content[128:]
+    # Type 14 is an array, 15 a compressed one. What is asked for stands at the beginning.
+    if 15 in array[:4]:
+        array = zlib.decompressobj().decompress(array[8:], 2**16)
+    words = np.frombuffer(array, f"{order}u4", len(array) // 4)
+    place = 6
+    for _ in ("shape", "name"):
+        # Up to four bytes stand beside their size, more in steps of eight after it.
+        size = 0 if words[place] >> 16 else int(words[place + 1])
+        place += 2 + (size + 7) // 8 * 2
+    is_complex = words[4] & 0x800
+    if is_complex or words[place] & 0xFFFF not in MAT_NUMBERS:
+        refuse("expected an array of real numbers, of a type that MATLAB has", "not-a-table")
 
 
 # By the end of the name.

@@ -158,6 +158,7 @@ def _average_volume(source: Path, settings: Preprocessing) -> Averaged:
 
     with formats.reading(source, "volume"):
         image: Any = nibabel.load(source)
+        formats.check_whole(source, image)
     if len(image.shape) != 4:
         found = f"got shape {image.shape}"
         refuse(f"a series of volumes must have 4 dimensions, {found}", "not-a-series")

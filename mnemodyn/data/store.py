@@ -234,6 +234,7 @@ def _write_scan(read: Callable[[], Scan], content: str, path: Path, dtype: str) 
     }
 
 
+@np.errstate(all="ignore")  # of a damaged file they may be infinite, which a scan refuses
 def _restored(stored: np.ndarray, m: np.ndarray) -> np.ndarray:
     """Values in the units of their source, float32."""
     if stored.dtype == np.float32:

@@ -200,7 +200,7 @@ def pretrain_rival(
             history = run.fit(network, restart, None)
             weights = network.state_dict()
             run.finish(history, lambda work: _save(weights, work / "best" / "weights.pt"))
-    network.load_state_dict(_load(run.folder / "best" / "weights.pt", run.again))
+    _load(run.folder / "best" / "weights.pt", run.again, network.load_state_dict)
     return network.eval(), run.history()
 
 
@@ -616,12 +616,15 @@ def fit(
     return learner.rows
 
 
-def _load(path: Path, remedy: str) -> dict:
-    """Read tensors; a ResumeError where the file is damaged."""
+def _load(path: Path, remedy: str, use: Callable[[dict], Any]) -> None:
+    """Read tensors for `use`; a ResumeError where the file is damaged or another's."""
     try:
-        return read_tensors(path)
+        use(read_tensors(path))
     except CheckpointError as error:
         raise ResumeError(f"{error}. {remedy}") from None
+    except (AttributeError, LookupError, TypeError, RuntimeError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise ResumeError(f"{path} is not of this training: {reason}. {remedy}") from None
 
 
 def _anew(folder: Path) -> str:
@@ -714,14 +717,14 @@ class Learner(lightning.LightningModule):
     def resume(self) -> None:
         """Take rows and best weights from the checkpoint; a ResumeError where it is damaged or another's."""
         path = cast(Path, self.last)
-        remedy = _anew(path.parent)
-        checkpoint = _load(path, remedy)
-        try:
-            self.load_state_dict(checkpoint["state_dict"])
-            self.on_load_checkpoint(checkpoint)
-        except (AttributeError, KeyError, TypeError, RuntimeError) as error:
-            reason = " ".join(str(error).split())[:300]
-            raise ResumeError(f"{path} is not of this training: {reason}. {remedy}") from None
+        _load(path, _anew(path.parent), self._take)
+
+    def _take(self, checkpoint: dict[str, Any]) -> None:
+        self.on_load_checkpoint(checkpoint)
+        # The training needs neither before its end; what is damaged is found now.
+        self.core["network"].load_state_dict(cast(dict, self.best)["weights"])
+        self.is_over()
+        self.load_state_dict(checkpoint["state_dict"])
 
     def is_over(self) -> bool:
         """Whether all epochs are done, or too many without a better score."""

@@ -1,5 +1,6 @@
 """Damage to files: bytes of any file, and the parts that a file of one format is made of."""
 
+import copy
 import io
 import json
 import re
@@ -84,6 +85,11 @@ def pick(rng: np.random.Generator, things):
     return things[int(rng.integers(len(things)))]
 
 
+def odd(rng: np.random.Generator):
+    """A fresh value of ODD, so that what one trial puts into a list of it is not in the next."""
+    return copy.deepcopy(pick(rng, ODD))
+
+
 # Bytes
 
 
@@ -156,13 +162,13 @@ def change_json(rng: np.random.Generator, content: bytes) -> bytes:
             continue
         how = rng.random()
         if how < 0.7 or where is holder:
-            where[key] = pick(rng, ODD)
+            where[key] = odd(rng)
         elif how < 0.85:
             where.pop(key)
         elif isinstance(where, dict):
             where[f"{key}{pick(rng, ('s', ' ', 'é', '.x'))}"] = where.pop(key)
         else:
-            where.insert(key, pick(rng, ODD))
+            where.insert(key, odd(rng))
     text = json.dumps(holder[0]).encode()
     return text.replace(b'"@long@"', LONG).replace(b'"@deep@"', DEEP)
 
@@ -403,7 +409,7 @@ def change_tensors(rng: np.random.Generator, content: bytes) -> bytes:
         elif isinstance(where[key], torch.Tensor) and rng.random() < 0.8:
             where[key] = pick(rng, _tensors(where[key]))
         else:
-            where[key] = pick(rng, ODD)
+            where[key] = odd(rng)
     stream = io.BytesIO()
     torch.save(holder[0], stream)
     return stream.getvalue()
