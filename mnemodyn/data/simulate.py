@@ -221,10 +221,7 @@ def simulate_cohort(
         strength[:, i] += sizes[name] * variables[name].z
     sigma = _covariances(process[1], blocks, np.clip(strength, -REACH, REACH))
 
-    people = []
-    for i, site in enumerate(sites):
-        who = layout.participant.format(i + 1)
-        people.append({"participant": who, "site": layout.sites[site]})
+    people = _people(layout, sites)
     _check_names(folder, described, layout, people)
     series = _simulate_scans(described, layout, people, process, sigma, n_frames, rng)
     truth: dict[str, Any] = {
@@ -246,6 +243,14 @@ def simulate_cohort(
         truth["broken"] = broken_files
         write_json(folder / SIMULATED, truth)
     return truth
+
+
+def _people(layout: Layout, sites: np.ndarray) -> list[dict[str, str]]:
+    """The entities of each person, from the number of each one's site."""
+    return [
+        {"participant": layout.participant.format(i), "site": layout.sites[site]}
+        for i, site in enumerate(sites, 1)
+    ]
 
 
 def _check_names(folder: Path, cohort: Cohort, layout: Layout, people: list[dict]) -> None:
