@@ -319,9 +319,10 @@ def _load(folder: Path) -> Checkpoint:
         raise
     except (TypeError, ValueError, RuntimeError, OverflowError, SafetensorError) as error:
         # PyTorch names each weight that does not fit, with both shapes.
-        remedy = "copy or train it again"
+        # Some of its messages end in a list of its own functions.
+        reason = str(error).partition("Exception raised from")[0].strip()
         raise CheckpointError(
-            f"{path}: not a checkpoint of this version, {remedy}: {error}"
+            f"{path}: not a checkpoint of this version, copy or train it again: {reason}"
         ) from error
 
 

@@ -1,6 +1,5 @@
 """Many scans to one table of vectors, and a scan with its censored frames filled."""
 
-import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
@@ -24,6 +23,7 @@ from mnemodyn.files import (
     OutputError,
     begins_with,
     check_output,
+    digest,
     locked,
     table_text,
     write_table,
@@ -114,7 +114,7 @@ def embed(
         listing.unlink(missing_ok=True)
         if refused:
             write_table(listing, pd.DataFrame(refused))
-        shutil.rmtree(unfinished, ignore_errors=True)
+        remove_kept(unfinished)
     return Embedded(n_scans, n_features, refused)
 
 
@@ -193,11 +193,15 @@ def _rows(
 ) -> Iterator[dict]:
     """A row of the table for each scan that can be used; the others are added to `refused`."""
     network = checkpoint.fingerprint()
+    owners: dict[str, str] = {}
     for i, (file, load) in enumerate(jobs.items()):
         if progress is not None:
             progress(i, len(jobs))
         try:
             scan = load()
+            owner = owners.setdefault(digest(scan.values), scan.participant_id)
+            if owner != scan.participant_id:
+                raise DataError(f"{file}: the same series as one of {owner}", "duplicate-series")
             vectors = kept_readouts(checkpoint, network, scan, names, kept)
             _check_finite(file, vectors)
         except (RuntimeError, ValueError) as error:
@@ -213,6 +217,14 @@ def _rows(
             for i, value in enumerate(vector):
                 row[f"{name}_{i}"] = value
         yield row
+
+
+def remove_kept(folder: Path) -> None:
+    """Remove what `Kept` has written into a folder, and the folder unless somebody else has put something there."""
+    for file in folder.glob("*.npz"):
+        file.unlink()
+    if folder.is_dir() and not any(folder.iterdir()):
+        folder.rmdir()
 
 
 def _check_finite(file: str, vectors: dict) -> None:

@@ -6,6 +6,7 @@ import json
 import os
 import pickle
 import resource
+import shutil
 import subprocess
 import sys
 import time
@@ -406,3 +407,15 @@ def test_an_hour_in_seconds_and_bounded_memory(tmp_path):
     assert embed(path, tmp_path / "e.csv", model) == 0
     assert time.process_time() - start < 60
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 600 * 1024
+
+
+def test_one_series_under_two_people_is_refused(checkpoint, tmp_path):
+    folder = tmp_path / "in"
+    folder.mkdir()
+    path = write_scan(folder)
+    shutil.copy(path, folder / "sub-2_timeseries.tsv")
+    shutil.copy(path.with_suffix(".json"), folder / "sub-2_timeseries.json")
+    assert embed(folder, tmp_path / "e.csv", checkpoint) == 0
+    assert len(pd.read_csv(tmp_path / "e.csv")) == 1
+    refused = pd.read_csv(tmp_path / "e_refused.tsv", sep="\t")
+    assert list(refused["problem"]) == ["duplicate-series"]

@@ -213,3 +213,15 @@ def test_what_is_removed_is_never_what_a_link_names(tmp_path):
     for name in ("folder", "link", "lost", "absent"):
         remove(tmp_path / name)
     assert [path.name for path in tmp_path.rglob("*")] == ["mine", "file"]
+
+
+def test_kept_results_exchanged_are_computed_again(tmp_path):
+    kept = Kept(tmp_path)
+    for i in (1, 2):
+        kept("a", i, lambda i=i: np.full(3, float(i)))
+    first, second = sorted(tmp_path.glob("*.npz"))
+    content = first.read_bytes()
+    first.write_bytes(second.read_bytes())
+    second.write_bytes(content)
+    for i in (1, 2):
+        assert kept("a", i, lambda: np.zeros(3)).tolist() == [0, 0, 0]

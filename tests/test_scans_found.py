@@ -445,3 +445,26 @@ def test_a_session_in_the_folder(tmp_path):
         place = tmp_path / "sub-01" / f"ses-{session}" / "rest.ptseries.nii"
         save_scan(Scan("sub-01", series(int(session)).astype("f4"), 2.0, NAMES), place)
     assert [scan.session for scan in open_scans(tmp_path)] == ["1", "2"]
+
+
+@pytest.mark.parametrize("name", ["t (s)", "acq_time", "volume#", "scan", "X"])
+def test_a_clock_under_any_name_is_no_parcel(tmp_path, name):
+    values = np.random.default_rng(0).normal(size=(20, 3))
+    table = pd.DataFrame(values, columns=["a", "b", "c"])
+    table.insert(0, name, 2.0 * np.arange(20))
+    table.to_csv(tmp_path / "sub-1_timeseries.tsv", sep="\t", index=False)
+    scan = load_scan(tmp_path / "sub-1_timeseries.tsv", t_r=2.0)
+    assert scan.parcels == ("a", "b", "c")
+
+
+@pytest.mark.parametrize("t_r", [5e-324, 0.00072])
+def test_no_scanner_is_that_fast(t_r):
+    values = np.random.default_rng(0).normal(size=(20, 3))
+    with pytest.raises(DataError, match="at least 0.01 seconds"):
+        load_scan(values, t_r=t_r, participant_id="sub-1", parcels=("a", "b", "c"))
+
+
+@pytest.mark.parametrize("name", ["sub-control_john_timeseries", "sub-002_S_04135678_timeseries"])
+def test_an_identifier_is_not_cut(tmp_path, name):
+    with pytest.raises(DataError, match="not clear where"):
+        formats.participant(tmp_path / f"{name}.tsv")

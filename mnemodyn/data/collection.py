@@ -9,6 +9,7 @@ from mnemodyn.data.cohorts import SIMULATED, index
 from mnemodyn.data.formats import naming, natural, refuse
 from mnemodyn.data.scans import (
     Collection,
+    DataError,
     Found,
     Scan,
     check_parcels,
@@ -79,7 +80,15 @@ def open_scans(
     if not path.is_file():
         found = find_scans(path, pattern)
     # Without a cohort, one scan that cannot be used stops everything: nobody has said what may be left out.
-    scans = [load_scan(each, **settings) for each in found.files]
+    scans = []
+    for each in found.files:
+        try:
+            scans.append(load_scan(each, **settings))
+        except DataError as error:
+            if path.is_file():
+                raise
+            remedy = "remove it, or name a cohort (--cohort), which leaves such scans out"
+            raise DataError(f"{error}; {remedy}", error.problem) from error
     scans.sort(key=lambda scan: (natural(scan.participant_id), natural(scan.source)))
     scans = _without_copies(scans, found.left_out)
     excluded = pd.DataFrame(found.left_out, columns=["file", "problem", "message"])

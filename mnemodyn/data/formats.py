@@ -52,8 +52,8 @@ SOURCE = ("sub", "ses", "task", "acq", "ce", "rec", "dir", "run", "echo")
 LABEL = r"(?:[0-9]{3}_S_[0-9]{4,5}|[A-Za-z]+[_-](?:[0-9]|INV)[A-Za-z0-9]*|[A-Za-z0-9]+)"
 PARTICIPANT = re.compile(rf"(?<![A-Za-z0-9])sub-{LABEL}(?![A-Za-z0-9])")
 # What follows an identifier that may not have ended: anything but "_", a number, or a name or code after letters.
-UNCLEAR = re.compile(r"[^_]|_[0-9]+(_|$)")
-UNCLEAR_AFTER_LETTERS = re.compile(r"_([A-Z][A-Za-z]*_|[A-Za-z]+[0-9][A-Za-z0-9]*(_|$))")
+UNCLEAR = re.compile(r"[^_]|_[0-9]+(_|$)|_[A-Z]_[0-9]")
+UNCLEAR_AFTER_LETTERS = re.compile(r"_((?!rest_|task_)[A-Za-z]+_|[A-Za-z]+[0-9][A-Za-z0-9]*(_|$))")
 # The Human Connectome Project's folders name the participant and not sub-.
 HCP = re.compile(r".*/([A-Z]*[0-9]+)(?:_V[0-9]+)?(?:_MR)?/MNINonLinear/")
 # What a folder holds beside the data: hidden, trash of several systems, resource forks, checkpoints.
@@ -313,7 +313,7 @@ INDEX = re.compile(
 )
 # Names that no part of a brain has, and tissues, which an atlas has beside others only.
 NUISANCE = re.compile(
-    r"(framewise_displacement|(std_)?dvars|rmsd|(trans|rot)_[xyz]|[actwe]_comp_cor_\d+|cosine\d+"
+    r"(framewise_displacement|(mean_)?fd|censor|(std_)?dvars|rmsd|(trans|rot)_[xyz]|[actwe]_comp_cor_\d+|cosine\d+"
     r"|aroma_motion_\d+|(motion|non_steady_state)_outlier_?\d+).*"
 )
 TISSUES = {"csf", "white_matter", "global_signal", "csf_wm", "wm", "gm", "gs", "gsr"}
@@ -338,6 +338,9 @@ def only_parcels(
         index = INDEX.fullmatch(name) is not None
         steps = np.diff(column)
         counts = i == 0 and len(column) > 2 and column[0] in (0, 1) and (steps == 1).all()
+        # A clock under any name: no signal grows by the same amount from frame to frame.
+        if names is not None and i == 0 and len(column) > 4 and steps[0] > 0:
+            counts = counts or bool((np.abs(steps / steps[0] - 1) < 0.05).all())
         if counts or (index and (steps > 0).all()):
             continue
         if index or not name:

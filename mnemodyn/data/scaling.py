@@ -101,6 +101,8 @@ class Scaling:
             value = getattr(self, name)
             if value is not None and not np.isfinite(np.asarray(value, dtype=float)).all():
                 raise ValueError(f"scaling {name} must be finite numbers")
+            if value is not None and name != "offset" and not (np.asarray(value) > 0).all():
+                raise ValueError(f"scaling {name} must be above 0")
         # From JSON they come as lists.
         if self.offset is not None:
             object.__setattr__(self, "offset", tuple(map(float, self.offset)))

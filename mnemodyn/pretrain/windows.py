@@ -46,8 +46,8 @@ def _window_frames(scan: Scan, n_timepoints: int, seconds: float | None) -> int:
     if scan.n_frames < least:
         raise DataError(
             f"{scan.source}: expected at least {least} frames of {len(scan.parcels)} parcels, got "
-            f"({scan.n_frames}, {len(scan.parcels)}); leave shorter scans out by a cohort's "
-            "min_frames or Store.select"
+            f"({scan.n_frames}, {len(scan.parcels)}); take shorter windows "
+            "(-s model.n_timepoints N), or leave shorter scans out by a cohort's min_frames"
         )
     return min(frames, scan.n_frames)
 

@@ -239,6 +239,12 @@ def _robust(values: pd.Series) -> pd.Series:
     return (values - values.median()) / (spread if spread > 0 else np.nan)
 
 
+def n_unusable(found: Collection) -> int:
+    """Number of files that could not be used; a scan without a label can be."""
+    where = found.excluded.reindex(columns=["left_out_of"])["left_out_of"]
+    return int((where != "targets").sum())
+
+
 def rows(found: Collection, measured: pd.DataFrame, apart: pd.DataFrame) -> list[dict]:
     """What the page measured, as rows of its table of results: means over scans, and counts."""
     values = {
@@ -249,7 +255,7 @@ def rows(found: Collection, measured: pd.DataFrame, apart: pd.DataFrame) -> list
         "similarity of connectivity to the others": measured["fc_similarity"].mean(),
         "mean framewise displacement (mm)": measured["mean_fd"].mean(),
         "scans that stand out": (apart["reasons"] != "").sum(),
-        "files that could not be used": len(found.excluded),
+        "files that could not be used": n_unusable(found),
     }
     scores = {"scans that stand out": "count", "files that could not be used": "count"}
     about = {
