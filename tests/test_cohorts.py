@@ -609,3 +609,9 @@ def test_abide(tmp_path):
     assert (summary["n_usable"], summary["n_with_phenotype"]) == (883, 816)
     assert summary["targets"]["diagnosis"] == {"autism": 397, "control": 419}
     assert found.table.family.value_counts().head(3).tolist() == [2, 2, 1]
+
+
+def test_relatives_join_through_somebody_without_a_scan(tmp_path, data):
+    joined = [["sub-01", "sub-99"], ["sub-02", "sub-99"]]
+    found = index(describe(tmp_path, families=joined), data).table.set_index("participant_id")
+    assert found.loc["sub-01", "family"] == found.loc["sub-02", "family"]

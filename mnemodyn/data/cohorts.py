@@ -1000,7 +1000,9 @@ def _families(cohort: Cohort, found: pd.DataFrame) -> list[str]:
         spelled[_number(_identifier([who]))].append(who)
     links = []
     for group in cohort.families:
-        links.append([who for name in group for who in spelled[_number(_identifier([name]))]])
+        # Somebody without a scan joins relatives too.
+        numbers = [_number(_identifier([name])) for name in group]
+        links.append([who for n in numbers for who in spelled.get(n, [f"sub-{n}"])])
     if cohort.family:
         for name, members in found.groupby("family"):
             links.append([f"family-{name}", *members.participant_id])
