@@ -51,7 +51,7 @@ def test_a_folder_in_place_of_the_scores_is_refused_before_the_work(folder, tmp_
     [
         (["--target", "iq"], "--target must be one of diagnosis, sex, age", 2),
         (["--target", "sex", "--methods", "magic"], "magic", 1),
-        (["--target", "sex", "--methods", "model"], "need a checkpoint", 1),
+        (["--target", "sex", "--methods", "model"], "need its checkpoint", 1),
     ],
 )
 def test_what_cannot_be_done_is_said(folder, tmp_path, capsys, more, message, status):
