@@ -450,12 +450,16 @@ def run_pretrain(data, output, cohort, t_r, settings, changes, restart, as_json,
     found = read_settings(settings, changes)
     from mnemodyn.data.collection import open_scans
     from mnemodyn.pretrain.training import pretrain
-    from mnemodyn.splits import hold_out
+    from mnemodyn.splits import families_of, hold_out
 
     scans = open_scans(data, cohort=cohort, t_r=found.data.t_r, **reading)
     say_left_out(scans)
-    people = scans.table["participant_id"]
-    sides = hold_out(people, n_test=found.data.n_test, n_validation=found.data.n_validation)
+    sides = hold_out(
+        scans.table["participant_id"],
+        n_test=found.data.n_test,
+        n_validation=found.data.n_validation,
+        families=families_of(scans.table),
+    )
     train = scans.select(sides["train"])
     validation = scans.select(sides["validation"])
     checkpoint, history = pretrain(train, validation, output, found, restart=restart)

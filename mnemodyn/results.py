@@ -3,6 +3,7 @@
 A row is one number with its interval. What the columns hold stands in `COLUMNS`.
 """
 
+import os
 import re
 from collections.abc import Iterable, Mapping
 from os import PathLike
@@ -10,7 +11,7 @@ from typing import Any
 
 import pandas as pd
 
-from mnemodyn.files import begins_with, check_output, write_table
+from mnemodyn.files import OutputError, begins_with, check_output, write_table
 
 __all__ = [
     "COLUMNS",
@@ -105,7 +106,9 @@ def verdict(low: float, high: float) -> str:
 
 
 def check_results(path: str | PathLike) -> None:
-    """Raise an OutputError if a table of results would replace another file than one of these tables."""
+    """Refuse a table of results that would replace another file than one of these tables, or is no .csv."""
+    if not os.fspath(path).endswith(".csv"):
+        raise OutputError(f"{path}: a table of results is a .csv; name such a file")
     check_output(path, "table of results", begins_with(*list(COLUMNS)[:3]))
 
 

@@ -262,6 +262,8 @@ def _execute(notebook: Path, partial: Path, parameters: dict) -> str | None:
                         "--InteractiveShell.colors=NoColor",
                         # IPython's own would end the kernel some cells later, and by chance.
                         "--IPKernelApp.exec_lines=del exit, quit",
+                        # What a cell writes to sys.__stderr__ is progress, for the terminal.
+                        "--IPKernelApp.capture_fd_output=False",
                     ],
                 )
         except KeyboardInterrupt:

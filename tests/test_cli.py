@@ -15,6 +15,7 @@ import pytest
 import mnemodyn.run
 from mnemodyn import files
 from mnemodyn.cli import main, make_parser
+from mnemodyn.data.scans import Collection, Scan
 
 ROOT = Path(__file__).parents[1]
 
@@ -306,3 +307,22 @@ def test_files_that_do_not_say_are_read_as_the_options_say(tmp_path, monkeypatch
         assert message in printed.out + printed.err
     assert main([*words, "--max-constant-parcels", "1", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["n_usable"] == 3
+
+
+def test_pretrain_keeps_relatives_on_one_side(monkeypatch):
+    rng = np.random.default_rng(0)
+    scans = [Scan(f"sub-{i}", rng.normal(size=(20, 2)), 1.0, ("a", "b")) for i in range(6)]
+    related = Collection(scans)
+    related.table["family"] = ["f", "g", "h", "f", "g", "h"]
+    monkeypatch.setattr("mnemodyn.data.collection.open_scans", lambda *_, **__: related)
+    sides = []
+
+    def pretrain(train, validation, *_, **__):
+        sides.extend([set(train.table["family"]), set(validation.table["family"])])
+        raise RuntimeError("seen")
+
+    monkeypatch.setattr("mnemodyn.pretrain.training.pretrain", pretrain)
+    arguments = ["-s", "data.n_test", "1", "-s", "data.n_validation", "1"]
+    assert main(["pretrain", "x", "out", *arguments]) == 1
+    assert all(sides)
+    assert not sides[0] & sides[1]

@@ -6,7 +6,7 @@ import re
 import pandas as pd
 import pytest
 
-from mnemodyn.files import table_text
+from mnemodyn.files import OutputError, table_text
 from mnemodyn.results import COLUMNS, label, literal, read_results, verdict, write_results
 
 ROW = {"data": "HCP-7", "task": "hidden entries", "method": "model", "score": "r2"}
@@ -131,3 +131,8 @@ def test_words():
     assert [verdict(0.1, 0.2), verdict(-0.2, -0.1)] == ["better", "worse"]
     assert verdict(-0.1, 0.1) == "no difference shown"
     assert verdict(-1e-17, 1e-17) == "identical"
+
+
+def test_a_table_of_results_is_a_csv(tmp_path):
+    with pytest.raises(OutputError, match=r"x.tsv: a table of results is a .csv"):
+        write_results(tmp_path / "x.tsv", [])

@@ -108,10 +108,11 @@ def convert(
         before = _check_folder(folder, scans.folder, about)
         usable, left_out = _write_scans(scans, folder, about, progress)
         source = folder / "source.json"
-        source.unlink(missing_ok=True)
         if isinstance(scans, Index):
             description = scans.description.model_dump(mode="json")
             write_json(source, {"folder": scans.folder.resolve(), "cohort": description})
+        else:
+            source.unlink(missing_ok=True)
         content = {"format": FORMAT, **about, "scans": usable, "excluded": left_out}
         write_json(folder / "store.json", {**content, "sha256": _checksum(content)})
         _remove_replaced(folder, before, usable)
@@ -297,9 +298,7 @@ def _listed(path: Path) -> Row:
     if listed.get("format") != FORMAT:
         found = f"format {listed.get('format')}, this version reads {FORMAT}"
         refuse(f"{found}; convert into a new folder", "format")
-    # The second is that of earlier versions, which is slow to make.
-    stated = listed.pop("sha256", None)
-    if stated != _checksum(listed) and stated != digest(listed):
+    if listed.pop("sha256", None) != _checksum(listed):
         refuse("not what was converted (checksum); remove it, and convert again", "checksum")
     if listed["dtype"] not in DTYPES:
         refuse(f"dtype {listed['dtype']!r} is none of {tuple(DTYPES)}", "dtype")

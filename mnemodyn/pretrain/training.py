@@ -458,9 +458,8 @@ class _Run:
         if _is_first():
             if (self.folder / "run.json").is_file():
                 others = "; ".join(self._differences(self.folder, self.again)[:6])
-                print(
-                    f"{self.folder} holds a finished run ({others}); it stays until this one is whole"
-                )
+                what = f"{self.folder} holds a finished run ({others or 'the same settings'})"
+                print(f"{what}; it stays until this one is whole")
             # What an unfinished run of the same settings has left is gone on with.
             if different:
                 remove(self.work)

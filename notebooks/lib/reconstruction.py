@@ -28,7 +28,7 @@ from mnemodyn.model.network import MnemoDyn
 from mnemodyn.pretrain.training import pretrain_several
 from mnemodyn.results import COLUMNS
 from mnemodyn.settings import ModelConfig, Settings
-from mnemodyn.splits import hold_out
+from mnemodyn.splits import families_of, hold_out
 
 # Methods without an adaptation to the scan: linear in what is visible.
 LINEAR = (
@@ -150,7 +150,8 @@ def divide(
         labels = None
         if strata:
             labels = [" ".join(map(str, row)) for row in scans.table[list(strata)].to_numpy()]
-        rows = hold_out(people.tolist(), strata=labels, **division)
+        families = families_of(scans.table)
+        rows = hold_out(people.tolist(), strata=labels, families=families, **division)
         return {side: scans.select(rows[side]) for side in rows}
     sides = {}
     for side in ("train", "validation"):
