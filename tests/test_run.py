@@ -415,7 +415,9 @@ def test_folders_of_killed_processes_go_with_the_next(tmp_path, monkeypatch):
     assert [path.name for path in tmp_path.iterdir()] == ["mnemodyn-mine"]
 
 
-def test_progress_goes_to_the_terminal_and_not_to_the_page(write, capfd):
+def test_progress_goes_to_the_terminal_and_not_to_the_page(write, capfd, monkeypatch):
+    # In tests ipykernel never captures the descriptors, as it does elsewhere.
+    monkeypatch.delenv("PYTEST_CURRENT_TEST")
     notebook = write("import sys\nprint('fold 1 of 2', file=sys.__stderr__, flush=True)")
     run_notebook(notebook, "out.ipynb", {})
     assert "fold 1 of 2" not in text_of("out.ipynb")

@@ -45,9 +45,10 @@ def scans():
 def test_relatives_are_on_one_side(scans):
     table = scans.table.assign(family=["f", "f", "g", "g", None, None, "f", "g"])
     related = Collection([scans[i] for i in range(8)], table)
-    sides = study.divide(related, None, [], {"n_test": 1, "n_validation": 1, "seed": 0})
-    for family in ("f", "g"):
-        assert sum(family in set(side.table["family"]) for side in sides.values()) == 1
+    for seed in range(5):
+        sides = study.divide(related, None, [], {"n_test": 1, "n_validation": 1, "seed": seed})
+        for family in ("f", "g"):
+            assert sum(family in set(side.table["family"]) for side in sides.values()) == 1
 
 
 def test_sides_are_divided_by_strata_or_as_a_checkpoint_knows_them(scans):
