@@ -324,9 +324,11 @@ def test_tables_of_index_and_evaluate_leave_other_files(tmp_path, capsys):
     phenotypes = next(p for p in (tmp_path / "abide").rglob("*.csv"))
     index = ["index", "abide", tmp_path / "abide", "--table"]
     evaluate = ["evaluate", "abide", tmp_path / "abide", "--target", "sex", "-o"]
+    scan = next((tmp_path / "abide").rglob("*.1D"))
+    assert "is there already" in refused(*index, scan)
+    assert "a table of results is a .csv" in refused(*evaluate, scan)
     for command in (index, evaluate):
         assert "is there already" in refused(*command, phenotypes)
-        assert "is there already" in refused(*command, next((tmp_path / "abide").rglob("*.1D")))
         assert "by its name a part of the data" in refused(*command, tmp_path / "abide/sub-all.csv")
     for _ in range(2):
         assert (
