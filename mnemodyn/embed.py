@@ -1,5 +1,6 @@
 """Many scans to one table of vectors, and a scan with its censored frames filled."""
 
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
@@ -25,6 +26,7 @@ from mnemodyn.files import (
     check_output,
     digest,
     locked,
+    sha256,
     table_text,
     write_table,
     writing,
@@ -101,6 +103,7 @@ def embed(
     _check_output(output, sources, jobs)
     listing = refused_listing(output)
     unfinished = output.with_name(f".{output.name}.part")
+    earlier = sha256(output) if output.is_file() and output.stat().st_size else None
     with locked(output, "mnemodyn embed"):
         if unfinished.is_symlink() or unfinished.is_file():
             unfinished.unlink()  # of an earlier version; a link is never followed
@@ -115,6 +118,9 @@ def embed(
         if refused:
             write_table(listing, pd.DataFrame(refused))
         remove_kept(unfinished)
+    if earlier not in (None, sha256(output)):
+        of_what = "another network, other scans or other read-outs"
+        warnings.warn(f"{output}: the earlier table, of {of_what}, is replaced", stacklevel=1)
     return Embedded(n_scans, n_features, refused)
 
 

@@ -172,14 +172,19 @@ def test_a_process_does_not_hold_an_output_twice(tmp_path):
 def test_only_what_the_dead_have_left_is_removed(tmp_path):
     dead = subprocess.Popen(["true"])
     dead.wait()
-    names = [f".o.{dead.pid}-0123abcd.tmp", f".o.{os.getpid()}-0123abcd.tmp", ".o.tmp", ".mine"]
-    for name in [*names, f".p.{dead.pid}-0123abcd.tmp"]:
+    names = [
+        f".o.{dead.pid}-0123abcd-0123abcd.tmp",
+        f".o.{os.getpid()}-0123abcd-0123abcd.tmp",
+        ".o.tmp",
+        ".mine",
+    ]
+    for name in [*names, f".p.{dead.pid}-0123abcd-0123abcd.tmp"]:
         (tmp_path / name).write_text("x")
-    (tmp_path / f".o.{dead.pid}-dddddddd.tmp").mkdir()
-    (tmp_path / f".o.{dead.pid}-eeeeeeee.tmp").symlink_to(tmp_path)
+    (tmp_path / f".o.{dead.pid}-dddddddd-dddddddd.tmp").mkdir()
+    (tmp_path / f".o.{dead.pid}-eeeeeeee-eeeeeeee.tmp").symlink_to(tmp_path)
     with locked(tmp_path / "o", "this"):
         left = {path.name for path in tmp_path.iterdir()}
-    assert left == {*names[1:], f".p.{dead.pid}-0123abcd.tmp", ".o.lock"}
+    assert left == {*names[1:], f".p.{dead.pid}-0123abcd-0123abcd.tmp", ".o.lock"}
     # So does the next table that is written there.
     write_table(tmp_path / "p", pd.DataFrame({"a": [1]}))
     left = {path.name for path in tmp_path.iterdir()}

@@ -213,7 +213,7 @@ def test_what_a_conversion_was_killed_in_the_middle_of_goes(tmp_path):
     convert([scan(i) for i in range(3)], folder)
     dead = subprocess.Popen(["true"])
     dead.wait()
-    (folder / "scans" / f".x.bin.{dead.pid}-0123abcd.tmp").write_bytes(b"half a")
+    (folder / "scans" / f".x.bin.{dead.pid}-0123abcd-0123abcd.tmp").write_bytes(b"half a")
     assert Store(folder).verify() == 3
     assert convert([scan(i) for i in range(4)], folder).verify() == 4
     assert content(folder) == content(tmp_path / "whole")

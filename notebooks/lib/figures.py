@@ -18,6 +18,7 @@ import pandas as pd
 from matplotlib import font_manager
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.text import Text
 
 from mnemodyn.results import label
 
@@ -49,6 +50,9 @@ def use_style() -> None:
 
 def svg(figure: Figure) -> bytes:
     """Close a figure and return it as SVG; the same drawing gives the same bytes."""
+    for text in figure.findobj(Text):
+        # A dollar in the name of a parcel is no formula. Matplotlib's own are the powers of ten on an axis.
+        text.set_parse_math("\\mathdefault" in text.get_text())
     stream = io.BytesIO()
     figure.savefig(stream, format="svg", metadata={"Date": None}, facecolor="white")
     plt.close(figure)
