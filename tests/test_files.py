@@ -12,6 +12,7 @@ import pandas as pd
 import pytest
 import torch
 
+from mnemodyn import files
 from mnemodyn.files import Kept, digest, locked, read_yaml, remove, write_bytes, write_table
 
 
@@ -230,3 +231,33 @@ def test_kept_results_exchanged_are_computed_again(tmp_path):
     second.write_bytes(content)
     for i in (1, 2):
         assert kept("a", i, lambda: np.zeros(3)).tolist() == [0, 0, 0]
+
+
+def test_what_is_no_file_or_folder_is_named(tmp_path):
+    (tmp_path / ".o.lock").mkdir()
+    with pytest.raises(OSError, match=r"cannot lock .*move it away.*o\.lock"):
+        write_table(tmp_path / "o", pd.DataFrame({"a": [1]}))
+    (tmp_path / "file").write_text("precious")
+    for place in ("file", "file/below", "file/further/below"):
+        with pytest.raises(NotADirectoryError, match=r"file is no folder; name another"):
+            Kept(tmp_path / place)
+    Kept(tmp_path / "new" / "folder")
+    Kept(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".o.lock", "file"]
+
+
+def test_what_other_machines_write_into_a_shared_folder_stays(tmp_path, monkeypatch):
+    dead = subprocess.Popen(["true"])
+    dead.wait()
+    monkeypatch.setattr(files.os, "getpid", lambda: dead.pid)
+    mine = files.temporary(tmp_path / "a.npz")
+    monkeypatch.setattr(files, "MACHINE", "0123abcd")
+    others = files.temporary(tmp_path / "a.npz")
+    monkeypatch.undo()
+    for path in (mine, others):
+        path.write_text("half")
+    files.remove_left_over(tmp_path, held=False)
+    assert list(tmp_path.iterdir()) == [others]
+    # Under a lock the folder is this process's alone.
+    with locked(tmp_path, "this"):
+        assert [path.name for path in tmp_path.iterdir()] == [".lock"]

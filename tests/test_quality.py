@@ -179,3 +179,19 @@ def test_figures_draw_few_and_many_scans():
         ):
             picture = figures.show(figure, caption="c", alt="a")
             assert picture.source
+
+
+def test_a_dollar_in_a_name_is_no_formula():
+    names = tuple(rf"$\frac$ {name}$" for name in PARCELS)
+    scan = changed(scans(1)[0], parcels=names)
+    lines = plots.carpet(scan)
+    matrix = plots.matrices({names[0]: np.eye(6) - 0.1}, "r", names=names)
+    for figure in (lines, matrix):
+        drawn = figures.svg(figure).decode()
+        assert "DejaVuSans-24" in drawn  # the dollar itself
+    # The powers of ten on an axis are formulas of matplotlib's own.
+    figure, ax = figures.plt.subplots()
+    ax.set(xscale="log", xlim=(1, 1e4), title="$x$")
+    drawn = figures.svg(figure).decode()
+    assert "mathdefault" in drawn
+    assert drawn.count('"#DejaVuSans-24"') == 2
