@@ -51,8 +51,9 @@ def use_style() -> None:
 def svg(figure: Figure) -> bytes:
     """Close a figure and return it as SVG; the same drawing gives the same bytes."""
     for text in figure.findobj(Text):
-        # A dollar in the name of a parcel is no formula. Matplotlib's own are the powers of ten on an axis.
-        text.set_parse_math("\\mathdefault" in text.get_text())
+        # A dollar in the name of a parcel begins no formula, as it does in matplotlib's own powers of ten.
+        if "$" in text.get_text() and "mathdefault" not in text.get_text():
+            text.set_parse_math(False)
     stream = io.BytesIO()
     figure.savefig(stream, format="svg", metadata={"Date": None}, facecolor="white")
     plt.close(figure)
