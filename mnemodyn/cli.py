@@ -158,9 +158,7 @@ def say_left_out(scans: Any) -> None:
     table = scans.excluded.reindex(columns=["problem", "message", "left_out_of"])
     # Scans without a label are used for training.
     for problem, rows in table[table["left_out_of"] != "targets"].groupby("problem"):
-        example = rows["message"].iloc[0]
-        if len(example) > 300:
-            example = f"{example[:300]} ..."
+        example = rows["message"].iloc[0][:300]
         print(f"mnemodyn: left out {len(rows)}, {problem}: {example}", file=sys.stderr)
 
 

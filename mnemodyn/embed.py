@@ -103,7 +103,7 @@ def embed(
     _check_output(output, sources, jobs)
     listing = refused_listing(output)
     unfinished = output.with_name(f".{output.name}.part")
-    earlier = sha256(output) if output.is_file() and output.stat().st_size else None
+    earlier = output.is_file() and output.stat().st_size and sha256(output)
     with locked(output, "mnemodyn embed"):
         if unfinished.is_symlink() or unfinished.is_file():
             unfinished.unlink()  # of an earlier version; a link is never followed
@@ -118,7 +118,7 @@ def embed(
         if refused:
             write_table(listing, pd.DataFrame(refused))
         remove_kept(unfinished)
-    if earlier not in (None, sha256(output)):
+    if earlier and earlier != sha256(output):
         of_what = "another network, other scans or other read-outs"
         warnings.warn(f"{output}: the earlier table, of {of_what}, is replaced", stacklevel=1)
     return Embedded(n_scans, n_features, refused)

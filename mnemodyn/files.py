@@ -200,13 +200,11 @@ def writing(path: str | os.PathLike) -> Iterator[BinaryIO]:
 
 def check_folder(folder: str | os.PathLike) -> None:
     """Raise an OSError, before any work, for a folder that cannot be made, or written in."""
-    place = Path(folder).expanduser().absolute()
-    while not os.path.lexists(place):
-        place = place.parent
-    if not place.is_dir():
-        raise NotADirectoryError(f"{place} is no folder; name another, or move it away")
-    if not os.access(place, os.W_OK | os.X_OK):
-        raise PermissionError(f"{place}: nothing may be written there; name another folder")
+    path = Path(folder).expanduser().absolute()
+    place = next(place for place in (path, *path.parents) if os.path.lexists(place))
+    if not place.is_dir() or not os.access(place, os.W_OK | os.X_OK):
+        what = "is no folder, or one that may not be written in"
+        raise NotADirectoryError(f"{place} {what}; name another, or move it away")
 
 
 def check_output(

@@ -730,11 +730,11 @@ class Learner(lightning.LightningModule):
         self.core["network"].load_state_dict(cast(dict, self.best)["weights"])
         self.is_over()
         self.load_state_dict(checkpoint["state_dict"])
-        configured = self.configure_optimizers()
-        configured["optimizer"].load_state_dict(checkpoint["optimizer_states"][0])
-        configured["lr_scheduler"]["scheduler"].load_state_dict(checkpoint["lr_schedulers"][0])
+        optimizer = self.configure_optimizers()["optimizer"]
+        optimizer.load_state_dict(checkpoint["optimizer_states"][0])
         # Without these Lightning would begin again at the first epoch, or not at all.
-        itemgetter("loops", "epoch", "global_step", "pytorch-lightning_version")(checkpoint)
+        others = ("lr_schedulers", "loops", "epoch", "global_step", "pytorch-lightning_version")
+        itemgetter(*others)(checkpoint)
 
     def is_over(self) -> bool:
         """Whether all epochs are done, or too many without a better score."""
