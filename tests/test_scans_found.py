@@ -275,6 +275,7 @@ def test_runs_are_not_counted_twice(tmp_path):
             "ses-1/func/sub-01_ses-1_task-rest",
             ["ses-1/func/sub-01_ses-1_task-rest_run-1", "ses-1/func/sub-01_ses-1_task-rest_run-2"],
         ),
+        ("sub-01_task-rest", ["sub-01_task-rest1_dir-AP", "sub-01_task-rest2_dir-AP"]),
         # A name that says so.
         ("sub-01_task-rest_desc-concat", ["sub-01_task-rest_run-1", "sub-01_task-rest_run-2"]),
         ("sub-01_task-rest_desc-concatenated", ["sub-01_task-rest_run-1_desc-denoised"]),

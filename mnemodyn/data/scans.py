@@ -509,6 +509,7 @@ _RUN = (
     # Of sessions the folders too.
     re.compile(r"(?<![A-Za-z0-9])ses-[A-Za-z0-9]+[_/]|_(run|dir)-[A-Za-z0-9]+"),
     re.compile(r"(?<![A-Za-z0-9])ses-[A-Za-z0-9]+(_|/func/|/)|_(run|dir)-[A-Za-z0-9]+"),
+    re.compile(r"(?<=task-rest)[0-9]+|_(run|dir)-[A-Za-z0-9]+", re.IGNORECASE),
 )
 # What says of a file that it was put together.
 _TOGETHER = re.compile(
