@@ -253,7 +253,7 @@ def test_tables_that_may_be_anothers_are_named(tmp_path, names):
     scan = scan_of(tmp_path)
     for name in names:
         (tmp_path / name).write_text(lines(OUT))
-    match = rf"is {min(names)} its table\? Call the right one {RECORDING}_"
+    match = rf"is {min(names)} of this scan, whose tables begin with {RECORDING}_\? Rename it"
     assert problem(scan, match, t_r=2) == "beside"
     outliers(tmp_path, lines(OUT))
     if "outliers" in names[0]:

@@ -776,8 +776,8 @@ def _find_beside(path: Path, endings: Sequence[str]) -> Path | None:
             return path.with_name(found[0])
         unclear += found
     if unclear:
-        asked = f"is {min(unclear)} its table? Call the right one {expected.name}"
-        refuse(f"{asked}, and move others away", "beside")
+        asked = f"is {min(unclear)} of this scan, whose tables begin with {recording(path.name)}_?"
+        refuse(f"{asked} Rename it, or move it away", "beside")
     return None
 
 
