@@ -26,6 +26,7 @@ from mnemodyn.files import (
     check_output,
     digest,
     locked,
+    remove_left_over,
     sha256,
     table_text,
     write_table,
@@ -227,6 +228,7 @@ def _rows(
 
 def remove_kept(folder: Path) -> None:
     """Remove what `Kept` has written into a folder, and the folder unless somebody else has put something there."""
+    remove_left_over(folder)
     for file in folder.glob("*.npz"):
         file.unlink()
     if folder.is_dir() and not any(folder.iterdir()):
