@@ -21,6 +21,7 @@ from mnemodyn import (
     ModelConfig,
     Scaling,
     Scan,
+    files,
     load_scan,
     save_checkpoint,
 )
@@ -459,8 +460,24 @@ def test_what_a_killed_embed_left_goes_with_the_next(folder, checkpoint, tmp_pat
     done = subprocess.run([sys.executable, "-c", KILLED, *words], env=environment)
     assert done.returncode == -signal.SIGKILL
     assert len(list(output.parent.iterdir())) == 3  # the lock, the half table, and what is kept
+    dead = subprocess.Popen(["true"])
+    dead.wait()
+    half = f".x.npz.{dead.pid}-{files.MACHINE}-0123abcd.tmp"
+    (output.parent / ".e.csv.part" / half).write_text("half")
     assert main(words) == 0
     assert os.listdir(output.parent) == ["e.csv"]
+
+
+def test_what_a_killed_reconstruct_left_goes_with_the_next(folder, checkpoint, tmp_path):
+    dead = subprocess.Popen(["true"])
+    dead.wait()
+    out = tmp_path / "out"
+    out.mkdir()
+    for name in (".bidsignore", "dataset_description.json"):
+        (out / f".{name}.{dead.pid}-{files.MACHINE}-0123abcd.tmp").write_text("half")
+    path = folder / "sub-1" / "func" / "sub-1_task-rest_timeseries.tsv"
+    reconstruct(path, checkpoint, out / "sub-1" / "func" / "sub-1_timeseries.tsv")
+    assert sorted(os.listdir(out)) == [".bidsignore", "dataset_description.json", "sub-1"]
 
 
 def test_a_table_of_another_network_is_not_replaced_in_silence(folder, checkpoint, tmp_path):
