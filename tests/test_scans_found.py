@@ -441,7 +441,8 @@ def test_matrices_are_no_series(tmp_path):
         for matrix in (almost, np.vstack([almost, correlations])):
             assert problem(table(tmp_path / "sub-01.csv", matrix)) == "not-a-series"
     for n in (6, 12, 36):  # square, and a multiple
-        assert load_scan(table(tmp_path / "sub-01.csv", series(1, n))).n_frames == n
+        for values in (series(1, n), 10_000 + series(1, n) / 100):  # far from zero
+            assert load_scan(table(tmp_path / "sub-01.csv", values)).n_frames == n
     mixed = np.vstack([correlations, series(1, 6)])
     assert load_scan(table(tmp_path / "sub-01.csv", mixed)).n_frames == 12
     for shape in ((0, 3), (3, 0), (1, 3)):

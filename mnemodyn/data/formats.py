@@ -382,12 +382,12 @@ def is_matrix(values: np.ndarray) -> bool:
 
 def _between_parcels(square: np.ndarray) -> bool:
     """Whether a square is symmetric or has a constant diagonal, which no series is or has."""
-    # Of Fisher's z the diagonal is infinite or cut at a large number; some tools leave it empty.
     diagonal = np.diag(square)
-    if np.allclose(diagonal, diagonal[0], rtol=1e-5, atol=1e-6, equal_nan=True):
+    spread = square[~np.eye(len(square), dtype=bool)].std(dtype=float)
+    # Of Fisher's z the diagonal is infinite or cut at a large number; some tools leave it empty.
+    if np.allclose(diagonal, diagonal[0], rtol=0, atol=1e-3 * spread, equal_nan=True):
         return True
     # Rounding moves the halves apart by much less than the values differ.
-    spread = (square - np.diag(diagonal)).std(dtype=float)
     return np.allclose(square, square.T, rtol=0, atol=0.05 * spread, equal_nan=True)
 
 
