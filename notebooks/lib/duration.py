@@ -1,0 +1,540 @@
+"""How long must a scan be? A person's connectivity from the first frames of one day, tested on another day.
+
+An estimate is a matrix a person, correlation or covariance. Whatever is fitted is fitted on training people: from
+short windows of their scans to what the same people show on their other day.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from typing import Any, Protocol, Self
+
+import numpy as np
+import torch
+from sklearn.covariance import ledoit_wolf, oas
+from sklearn.linear_model import Ridge
+from sklearn.model_selection import GridSearchCV, GroupKFold, cross_val_predict
+
+from mnemodyn.data.scans import Collection
+from mnemodyn.evaluate.scores import interval, resamples
+from mnemodyn.files import Kept, digest
+from mnemodyn.model.front import Front, adapted_covariance
+
+LARGEST_R = 0.999999  # Fisher's z of 1 is infinite
+PENALTIES = (0.3, 1.0, 3.0, 10.0, 30.0, 100.0)  # of ridge, as multiples of the mean square norm
+SPACES = ("edges", "tangent")
+
+# Matrices
+
+
+def standardised(window: np.ndarray) -> np.ndarray:
+    """Frames (..., time, parcel) with mean 0 and SD 1 within the window, as somebody with no more frames has them."""
+    centred = window - window.mean(-2, keepdims=True)
+    return centred / centred.std(-2, keepdims=True)
+
+
+def covariance(window: np.ndarray) -> np.ndarray:
+    """Covariance (..., parcel, parcel) of standardised frames (..., time, parcel): Pearson correlation."""
+    return np.swapaxes(window, -1, -2) @ window / window.shape[-2]
+
+
+def edges(matrix: np.ndarray) -> np.ndarray:
+    """Fisher's z of the correlations in covariances (..., parcel, parcel), (..., edge)."""
+    scale = np.sqrt(np.diagonal(matrix, axis1=-2, axis2=-1))
+    correlation = matrix / scale[..., None, :] / scale[..., :, None]
+    rows, columns = np.triu_indices(matrix.shape[-1], 1)
+    return np.arctanh(correlation[..., rows, columns].clip(-LARGEST_R, LARGEST_R))
+
+
+def from_edges(z: np.ndarray, n_parcels: int) -> np.ndarray:
+    """The correlation matrices (..., parcel, parcel) of Fisher's z (..., edge)."""
+    matrix = np.zeros((*z.shape[:-1], n_parcels, n_parcels))
+    rows, columns = np.triu_indices(n_parcels, 1)
+    matrix[..., rows, columns] = np.tanh(z)
+    return matrix + np.swapaxes(matrix, -1, -2) + np.eye(n_parcels)
+
+
+def _of_eigenvalues(matrix: np.ndarray, function: Callable) -> np.ndarray:
+    values, vectors = np.linalg.eigh(matrix)
+    return (vectors * function(values)[..., None, :]) @ np.swapaxes(vectors, -1, -2)
+
+
+class Tangent:
+    """The tangent space at a mean covariance, where differences between people are straight.
+
+    Source: Varoquaux et al. (2010), MICCAI 6361, 200-208.
+    """
+
+    def __init__(self, mean: np.ndarray):
+        self.root = _of_eigenvalues(mean, np.sqrt)
+        self.whiten = np.linalg.inv(self.root)
+        self.rows, self.columns = np.triu_indices(len(mean), 1)
+
+    def vector(self, matrix: np.ndarray) -> np.ndarray:
+        """Vectors (..., P (P + 1) / 2) of covariances; their distances are those of the matrices."""
+        # A covariance of fewer frames than parcels is singular: its logarithm is cut off here.
+        step = _of_eigenvalues(
+            self.whiten @ matrix @ self.whiten, lambda values: np.log(values.clip(1e-6))
+        )
+        across = step[..., self.rows, self.columns] * np.sqrt(2)
+        return np.concatenate([across, np.diagonal(step, axis1=-2, axis2=-1)], axis=-1)
+
+    def matrix(self, vector: np.ndarray) -> np.ndarray:
+        """The covariances of vectors."""
+        n_edges = len(self.rows)
+        step = np.zeros((*vector.shape[:-1], *self.root.shape))
+        step[..., self.rows, self.columns] = vector[..., :n_edges] / np.sqrt(2)
+        step = step + np.swapaxes(step, -1, -2)
+        parcels = np.arange(len(self.root))
+        step[..., parcels, parcels] = vector[..., n_edges:]
+        return self.root @ _of_eigenvalues(step, np.exp) @ self.root
+
+
+# Estimators
+
+
+@dataclass(frozen=True)
+class Training:
+    """What estimators are fitted on.
+
+    Attributes
+    ----------
+    windows : ndarray, shape (window, time, parcel)
+        Standardised frames of training people, as many as the scan to be estimated from has.
+    people : ndarray, shape (window,)
+        Whose they are.
+    others : ndarray, shape (window, run, parcel, parcel)
+        Covariances of the runs of the same person's other day.
+    runs : list of ndarray, shape (time, parcel)
+        All frames of the training people.
+    mean : ndarray, shape (parcel, parcel)
+        Mean covariance of the runs.
+    """
+
+    windows: np.ndarray
+    people: np.ndarray
+    others: np.ndarray
+    runs: list[np.ndarray] = field(repr=False)
+    mean: np.ndarray = field(repr=False)
+
+    @property
+    def tangent(self) -> Tangent:
+        return Tangent(self.mean)
+
+
+class Estimator(Protocol):
+    """From short windows (person, time, parcel) to matrices (person, parcel, parcel)."""
+
+    def fit(self, training: Training) -> Self: ...
+
+    def estimate(self, windows: np.ndarray) -> np.ndarray: ...
+
+
+class Plain:
+    """A covariance of each window by itself, such as Pearson's or a shrunk one."""
+
+    def __init__(self, function: Callable[[np.ndarray], np.ndarray]):
+        self.function = function
+
+    def fit(self, training: Training) -> Self:
+        return self
+
+    def estimate(self, windows: np.ndarray) -> np.ndarray:
+        return np.array([self.function(window) for window in windows])
+
+
+class Mixed:
+    """Pearson FC mixed with the group's mean: one weight, least squares to the other day of training people."""
+
+    def fit(self, training: Training) -> Self:
+        self.mean = edges(training.mean)
+        own = edges(covariance(training.windows)) - self.mean
+        other = edges(training.others).mean(1) - self.mean
+        self.weight = (own * other).sum() / np.square(own).sum()
+        return self
+
+    def estimate(self, windows: np.ndarray) -> np.ndarray:
+        z = edges(covariance(windows))
+        return from_edges(self.mean + self.weight * (z - self.mean), windows.shape[-1])
+
+
+class EdgeWeights(Mixed):
+    """Pearson FC shrunk to the mean edge by edge, by the variance within people over that of everybody.
+
+    Source: Mejia et al. (2018), NeuroImage 172, 478-491.
+    """
+
+    def fit(self, training: Training) -> Self:
+        z = edges(covariance(training.windows))
+        self.mean = z.mean(0)
+        within = within_people(z, training.people)
+        self.weight = (1 - within / z.var(0)).clip(0, 1)
+        return self
+
+
+def within_people(values: np.ndarray, people: np.ndarray) -> np.ndarray:
+    """Variance within people of values (window, feature), (feature,)."""
+    names, index = np.unique(people, return_inverse=True)
+    means = np.array([values[people == name].mean(0) for name in names])
+    return np.square(values - means[index]).sum(0) / (len(values) - len(names))
+
+
+class Posterior:
+    """PoSCE: the mean of a Gaussian posterior in tangent space, its prior the training people's mean and dispersion.
+
+    Source: Rahim, Thirion and Varoquaux (2019), Medical Image Analysis 54, 138-148.
+    """
+
+    def fit(self, training: Training) -> Self:
+        self.space = training.tangent
+        vectors = self.space.vector(Plain(_ledoit_wolf).estimate(training.windows))
+        noise = within_people(vectors, training.people).mean()
+        names = np.unique(training.people)
+        means = np.array([vectors[training.people == name].mean(0) for name in names])
+        self.mean = means.mean(0)
+        prior, _ = ledoit_wolf(means - self.mean, assume_centered=True)
+        self.gain = np.linalg.solve(prior + noise * np.eye(len(prior)), prior)
+        return self
+
+    def estimate(self, windows: np.ndarray) -> np.ndarray:
+        vectors = self.space.vector(Plain(_ledoit_wolf).estimate(windows))
+        return self.space.matrix(self.mean + (vectors - self.mean) @ self.gain)
+
+
+class Adapted:
+    """The covariance to which the network's front end adapts: the group's counts as 200 frames."""
+
+    def __init__(self, n_modes: int = 0):
+        self.n_modes = n_modes
+
+    def fit(self, training: Training) -> Self:
+        n_parcels = training.windows.shape[-1]
+        front = Front(n_parcels, lags=0, shrinkage=0.05, weight=200.0, steps=1, modes=self.n_modes)
+        self.front = front.fit(training.runs)
+        return self
+
+    def estimate(self, windows: np.ndarray) -> np.ndarray:
+        front = self.front
+        modes = (front.modes, front.signal, front.noise) if self.n_modes else None
+        x = torch.as_tensor(windows, dtype=torch.float32)
+        found = adapted_covariance(
+            x,
+            torch.zeros_like(x, dtype=torch.bool),
+            front.lags[0],
+            weight=front.weight,
+            steps=front.steps,
+            modes=modes,
+        )
+        return found.double().numpy()
+
+
+class Learned:
+    """From the front end's covariance to the other day's, in tangent space, as training people show it.
+
+    With `ridge`, by ridge regression, which sees nobody but through the training people's differences; with `own`, by
+    the deviation itself. Weights of both are least squares in inner folds of people.
+    """
+
+    def __init__(self, *, ridge: bool, own: bool):
+        self.with_ridge = ridge
+        self.own = own
+
+    def fit(self, training: Training) -> Self:
+        self.space = training.tangent
+        self.adapted = Adapted().fit(training)
+        x = self.space.vector(self.adapted.estimate(training.windows))
+        y = self.space.vector(training.others).mean(1)
+        # The mean of such windows stands for the mean of the other day.
+        self.x_mean = x.mean(0)
+        self.y_mean = y.mean(0)
+        x = x - self.x_mean
+        y = y - self.y_mean
+        parts = [x] if self.own else []
+        if self.with_ridge:
+            inner = GroupKFold(3)
+            unit = np.square(x).sum(1).mean()
+            search = GridSearchCV(
+                Ridge(solver="cholesky", fit_intercept=False),
+                {"alpha": [unit * penalty for penalty in PENALTIES]},
+                cv=inner,
+                scoring="neg_mean_squared_error",
+            )
+            self.ridge = search.fit(x, y, groups=training.people).best_estimator_
+            parts.append(cross_val_predict(self.ridge, x, y, groups=training.people, cv=inner))
+        columns = np.stack([part.ravel() for part in parts], axis=1)
+        self.weights = np.linalg.lstsq(columns, y.ravel(), rcond=None)[0]
+        return self
+
+    def estimate(self, windows: np.ndarray) -> np.ndarray:
+        x = self.space.vector(self.adapted.estimate(windows)) - self.x_mean
+        parts = [x] if self.own else []
+        if self.with_ridge:
+            parts.append(self.ridge.predict(x))
+        found = sum(weight * part for weight, part in zip(self.weights, parts, strict=True))
+        return self.space.matrix(self.y_mean + found)
+
+
+def _ledoit_wolf(window: np.ndarray) -> np.ndarray:
+    return ledoit_wolf(window, assume_centered=True)[0]
+
+
+def _oas(window: np.ndarray) -> np.ndarray:
+    return oas(window, assume_centered=True)[0]
+
+
+#: Name of a method, what makes its estimator, and in which space its people are told apart.
+ESTIMATORS: dict[str, tuple[Callable[[], Estimator], str]] = {
+    "fc": (partial(Plain, covariance), "edges"),
+    "Ledoit-Wolf": (partial(Plain, _ledoit_wolf), "tangent"),
+    "oracle-approximating shrinkage": (partial(Plain, _oas), "tangent"),
+    "FC mixed with the group's mean": (Mixed, "edges"),
+    "FC, weights by edge": (EdgeWeights, "edges"),
+    "PoSCE": (Posterior, "tangent"),
+    "adapted": (Adapted, "tangent"),
+    "front end's covariance, 60 modes": (partial(Adapted, 60), "tangent"),
+    "front end's covariance, scaled": (partial(Learned, ridge=False, own=True), "tangent"),
+    "ridge to the other day": (partial(Learned, ridge=True, own=False), "tangent"),
+    "ridge and the front end's covariance": (partial(Learned, ridge=True, own=True), "tangent"),
+}
+
+# The study
+
+
+@dataclass(frozen=True)
+class People:
+    """Runs of people who were scanned on two days.
+
+    Attributes
+    ----------
+    names : list of str
+    runs : ndarray, shape (person, day, run, time, parcel)
+        Standardised; runs are those that everybody has, in the order of their files, cut to one length.
+    t_r : float
+        Seconds.
+    """
+
+    names: list[str]
+    runs: np.ndarray = field(repr=False)
+    t_r: float
+
+    @classmethod
+    def of(cls, scans: Collection) -> "People":
+        """Everybody who has as many runs on each of two days as most have. ValueError if there are not ten."""
+        rows: dict[str, dict[str, list[np.ndarray]]] = {}
+        for scan in scans:
+            days = rows.setdefault(scan.participant_id, {})
+            days.setdefault(scan.session, []).append(scan.values)
+        shapes = [tuple(len(runs) for runs in days.values()) for days in rows.values()]
+        usual = max(sorted(set(shapes)), key=shapes.count)
+        names = [name for name, shape in zip(rows, shapes, strict=True) if shape == usual]
+        if len(usual) != 2 or len(set(usual)) != 1 or len(names) < 10:
+            raise ValueError(
+                "at least ten people with equally many runs on each of two days (ses-) are needed, "
+                f"got {len(names)} with {usual} runs a day"
+            )
+        length = min(len(run) for name in names for day in rows[name].values() for run in day)
+        runs = [[[run[:length] for run in day] for day in rows[name].values()] for name in names]
+        return cls(names, standardised(np.array(runs, np.float32)), scans[0].t_r)
+
+    def minutes(self, n_frames: int) -> float:
+        return n_frames * self.t_r / 60
+
+
+@dataclass(frozen=True)
+class Test:
+    """Which run is estimated from, which one is tested on, and what is done to them.
+
+    ``query`` and ``truth`` are (day, run). ``noise`` replaces the query's frames by white noise, ``shuffled`` the
+    truth by that of somebody else.
+    """
+
+    query: tuple[int, int] = (0, 0)
+    truth: tuple[int, int] = (1, 0)
+    noise: bool = False
+    shuffled: bool = False
+
+
+#: Conditions under which the study is made, besides the plain one.
+CONTROLS = {
+    "people shuffled": Test(shuffled=True),
+    "white noise": Test(noise=True),
+    "same day, other direction": Test(truth=(0, 1)),
+    "other day, other direction": Test(truth=(1, 1)),
+}
+
+
+def folds_of(n_people: int, n_folds: int, seed: int) -> np.ndarray:
+    """The fold in which each person is tested, (person,)."""
+    folds = np.empty(n_people, int)
+    folds[np.random.default_rng(seed).permutation(n_people)] = np.arange(n_people) % n_folds
+    return folds
+
+
+def training_of(people: People, rows: np.ndarray, length: int, n_windows: int) -> Training:
+    """Windows of the people in `rows`: `n_windows` of each run, evenly spread."""
+    runs = people.runs[rows]
+    n_people, n_days, n_runs, time, n_parcels = runs.shape
+    starts = np.unique(np.linspace(0, time - length, n_windows).round().astype(int))
+    windows = np.stack([runs[..., start : start + length, :] for start in starts], axis=3)
+    of_runs = covariance(runs)
+    # The other day of (first, second) is (second, first), whatever the window.
+    others = np.broadcast_to(
+        of_runs[:, ::-1, None, None],
+        (*windows.shape[:4], n_runs, n_parcels, n_parcels),
+    )
+    whose = np.broadcast_to(
+        np.arange(n_people)[:, None, None, None], (n_people, n_days, n_runs, len(starts))
+    )
+    return Training(
+        windows=standardised(windows.reshape(-1, length, n_parcels)),
+        people=whose.ravel(),
+        others=others.reshape(-1, n_runs, n_parcels, n_parcels),
+        runs=list(runs.reshape(-1, time, n_parcels)),
+        mean=of_runs.mean((0, 1, 2)).astype(float),
+    )
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """How well estimates agree with the other day, a value a person.
+
+    Attributes
+    ----------
+    residual, total : dict of str to ndarray, shape (person,)
+        Sums of squares about the other day, of the estimate and of the training people's mean, by space.
+    r : dict of str to ndarray, shape (person,)
+        Correlation of both deviations from that mean.
+    hit : ndarray, shape (person,)
+        1 where the most similar other day is the person's own.
+    """
+
+    residual: dict[str, np.ndarray]
+    total: dict[str, np.ndarray]
+    r: dict[str, np.ndarray]
+    hit: np.ndarray
+
+    def scores(self, weights: np.ndarray) -> dict[str, np.ndarray]:
+        """Scores by name for weights (resample, person), each (resample,)."""
+        found = {"identified": weights @ self.hit / weights.sum(1)}
+        for space in SPACES:
+            error = weights @ self.residual[space]
+            found[f"r2_{space}"] = 1 - error / (weights @ self.total[space])
+            found[f"r_{space}"] = weights @ self.r[space] / weights.sum(1)
+        return found
+
+
+def agreement(
+    people: People,
+    length: int,
+    method: str,
+    folds: np.ndarray,
+    test: Test,
+    *,
+    n_windows: int = 2,
+    seed: int = 0,
+) -> dict[str, Any]:
+    """Everybody estimated by what was fitted on the other folds, as the fields of :class:`Agreement`."""
+    query = people.runs[:, *test.query][:, :length]
+    if test.noise:
+        query = np.random.default_rng(seed).standard_normal(query.shape).astype(np.float32)
+    query = standardised(query)
+    truth = covariance(people.runs[:, *test.truth]).astype(float)
+    if test.shuffled:
+        truth = np.roll(truth, 1, axis=0)
+    make, space = ESTIMATORS[method]
+    n = len(query)
+    # People of different folds are told apart in one space.
+    common = {"edges": edges, "tangent": Tangent(truth.mean(0)).vector}[space]
+    looked_for = common(truth)
+    looked_for = looked_for - looked_for.mean(0)
+    shown = np.empty_like(looked_for)
+    found: dict[str, Any] = {
+        name: {space: np.empty(n) for space in SPACES} for name in ("residual", "total", "r")
+    }
+    for fold in np.unique(folds):
+        inside = folds == fold
+        training = training_of(people, np.flatnonzero(~inside), length, n_windows)
+        estimator = make().fit(training)
+        estimates = estimator.estimate(query[inside]).astype(float)
+        # What an estimator makes of everybody says nothing about anybody.
+        of_training = estimator.estimate(training.windows).astype(float)
+        shown[inside] = common(estimates) - common(of_training).mean(0)
+        views = {"edges": edges, "tangent": training.tangent.vector}
+        for name, view in views.items():
+            # The mean of views, which of a curved view is not the view of the mean.
+            group = view(covariance(np.array(training.runs)).astype(float)).mean(0)
+            own = view(estimates) - group
+            other = view(truth[inside]) - group
+            found["residual"][name][inside] = np.square(other - own).sum(1)
+            found["total"][name][inside] = np.square(other).sum(1)
+            found["r"][name][inside] = _row_correlation(own, other)
+    similarity = np.corrcoef(shown, looked_for)[:n, n:]
+    found["hit"] = (similarity.argmax(1) == np.arange(n)).astype(float)
+    return found
+
+
+def _row_correlation(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """Pearson correlation of each row of `a` with that of `b`."""
+    a = a - a.mean(1, keepdims=True)
+    b = b - b.mean(1, keepdims=True)
+    return (a * b).sum(1) / np.sqrt(np.square(a).sum(1) * np.square(b).sum(1))
+
+
+def curves(
+    people: People,
+    lengths: Sequence[int],
+    methods: Sequence[str],
+    folds: np.ndarray,
+    *,
+    test: Test | None = None,
+    kept: Kept | None = None,
+    n_boot: int = 1000,
+    **settings: Any,
+) -> dict[str, dict[str, np.ndarray]]:
+    """By method and score, (length, 1 + n_boot): the score, then that of each resample of people.
+
+    `kept` keeps what is computed for a method and a length; `settings` are those of `agreement`.
+    """
+    test = test or Test()
+    kept = kept or Kept(None)
+    weights = resamples(people.names, n_boot, 0)
+    data = digest(people.runs)
+    found: dict[str, dict[str, list[np.ndarray]]] = {method: {} for method in methods}
+    for length in lengths:
+        for method in methods:
+            make = partial(agreement, people, length, method, folds, test, **settings)
+            depends_on = [method, data, length, folds, asdict(test), settings]
+            compared = Agreement(**kept("agreement", depends_on, make))
+            for score, values in compared.scores(weights).items():
+                found[method].setdefault(score, []).append(values)
+    return {
+        method: {score: np.array(values) for score, values in scores.items()}
+        for method, scores in found.items()
+    }
+
+
+def minutes_needed(
+    curve: np.ndarray, threshold: np.ndarray, minutes: Sequence[float]
+) -> np.ndarray:
+    """Minutes at which a curve (length, resample) first reaches a threshold (resample,); infinite where it never does.
+
+    Between two lengths the score is taken to grow linearly with the logarithm of time.
+    """
+    log = np.log(minutes)
+    found = np.full(curve.shape[1], np.inf)
+    for column, (scores, least) in enumerate(zip(curve.T, threshold, strict=True)):
+        reached = np.flatnonzero(scores >= least)
+        if not len(reached):
+            continue
+        i = reached[0]
+        at = log[i]
+        if i > 0:
+            step = (least - scores[i - 1]) / (scores[i] - scores[i - 1])
+            at = log[i - 1] + step * (log[i] - log[i - 1])
+        found[column] = np.exp(at)
+    return found
+
+
+def capped(values: np.ndarray, longest: float) -> Mapping[str, float | None]:
+    """Value and interval of minutes; an end at `longest` means that it was not reached within a run."""
+    return interval(np.minimum(values, longest))
