@@ -6,13 +6,13 @@ short windows of their scans to what the same people show on their other day.
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from functools import partial
+from functools import cached_property, lru_cache, partial
 from typing import Any, Protocol, Self
 
 import numpy as np
 import torch
 from sklearn.covariance import ledoit_wolf, oas
-from sklearn.linear_model import Ridge
+from sklearn.kernel_ridge import KernelRidge
 from sklearn.model_selection import GridSearchCV, GroupKFold, cross_val_predict
 
 from mnemodyn.data.scans import Collection
@@ -21,8 +21,12 @@ from mnemodyn.files import Kept, digest
 from mnemodyn.model.front import Front, adapted_covariance
 
 LARGEST_R = 0.999999  # Fisher's z of 1 is infinite
+LEAST = 1e-6  # of an eigenvalue: a covariance of fewer frames than parcels is singular
 PENALTIES = (0.3, 1.0, 3.0, 10.0, 30.0, 100.0)  # of ridge, as multiples of the mean square norm
 SPACES = ("edges", "tangent")
+View = Callable[
+    [np.ndarray], np.ndarray
+]  # matrices (..., parcel, parcel) to vectors (..., feature)
 
 # Matrices
 
@@ -59,6 +63,25 @@ def _of_eigenvalues(matrix: np.ndarray, function: Callable) -> np.ndarray:
     return (vectors * function(values)[..., None, :]) @ np.swapaxes(vectors, -1, -2)
 
 
+def _log(values: np.ndarray) -> np.ndarray:
+    return np.log(values.clip(LEAST))
+
+
+def geometric_mean(
+    matrices: np.ndarray, *, n_steps: int = 30, tolerance: float = 1e-6
+) -> np.ndarray:
+    """The covariance at which tangent vectors of `matrices` (matrix, parcel, parcel) have mean zero."""
+    mean = matrices.mean(0)
+    for _ in range(n_steps):
+        root = _of_eigenvalues(mean, np.sqrt)
+        whiten = np.linalg.inv(root)
+        step = _of_eigenvalues(whiten @ matrices @ whiten, _log).mean(0)
+        mean = root @ _of_eigenvalues(step, np.exp) @ root
+        if np.linalg.norm(step) < tolerance:
+            break
+    return mean
+
+
 class Tangent:
     """The tangent space at a mean covariance, where differences between people are straight.
 
@@ -72,10 +95,7 @@ class Tangent:
 
     def vector(self, matrix: np.ndarray) -> np.ndarray:
         """Vectors (..., P (P + 1) / 2) of covariances; their distances are those of the matrices."""
-        # A covariance of fewer frames than parcels is singular: its logarithm is cut off here.
-        step = _of_eigenvalues(
-            self.whiten @ matrix @ self.whiten, lambda values: np.log(values.clip(1e-6))
-        )
+        step = _of_eigenvalues(self.whiten @ matrix @ self.whiten, _log)
         across = step[..., self.rows, self.columns] * np.sqrt(2)
         return np.concatenate([across, np.diagonal(step, axis1=-2, axis2=-1)], axis=-1)
 
@@ -95,31 +115,40 @@ class Tangent:
 
 @dataclass(frozen=True)
 class Training:
-    """What estimators are fitted on.
+    """What estimators are fitted on: people who came on two days.
 
     Attributes
     ----------
     windows : ndarray, shape (window, time, parcel)
-        Standardised frames of training people, as many as the scan to be estimated from has.
-    people : ndarray, shape (window,)
-        Whose they are.
-    others : ndarray, shape (window, run, parcel, parcel)
-        Covariances of the runs of the same person's other day.
-    runs : list of ndarray, shape (time, parcel)
-        All frames of the training people.
-    mean : ndarray, shape (parcel, parcel)
-        Mean covariance of the runs.
+        Standardised frames, as many as the scan to be estimated from has.
+    people, days : ndarray, shape (window,)
+        Whose they are, and of which day.
+    runs : ndarray, shape (person, day, run, time, parcel)
+        All frames of these people.
+    of_runs : ndarray, shape (person, day, run, parcel, parcel)
+        Covariances of all frames of each run.
     """
 
-    windows: np.ndarray
+    windows: np.ndarray = field(repr=False)
     people: np.ndarray
-    others: np.ndarray
-    runs: list[np.ndarray] = field(repr=False)
-    mean: np.ndarray = field(repr=False)
+    days: np.ndarray
+    runs: np.ndarray = field(repr=False)
+    of_runs: np.ndarray = field(repr=False)
 
-    @property
+    @cached_property
     def tangent(self) -> Tangent:
-        return Tangent(self.mean)
+        """At the runs' geometric mean, so that the mean of their vectors is zero."""
+        n_parcels = self.of_runs.shape[-1]
+        return Tangent(geometric_mean(self.of_runs.reshape(-1, n_parcels, n_parcels)))
+
+    def mean(self, view: View) -> np.ndarray:
+        """Mean of the runs in a view: the estimate that knows nothing of the person."""
+        return view(self.of_runs).mean((0, 1, 2))
+
+    def other_day(self, view: View) -> np.ndarray:
+        """For each window the other day of its person, mean over runs."""
+        by_day = view(self.of_runs).mean(2)
+        return by_day[self.people, 1 - self.days]
 
 
 class Estimator(Protocol):
@@ -147,9 +176,9 @@ class Mixed:
     """Pearson FC mixed with the group's mean: one weight, least squares to the other day of training people."""
 
     def fit(self, training: Training) -> Self:
-        self.mean = edges(training.mean)
+        self.mean = training.mean(edges)
         own = edges(covariance(training.windows)) - self.mean
-        other = edges(training.others).mean(1) - self.mean
+        other = training.other_day(edges) - self.mean
         self.weight = (own * other).sum() / np.square(own).sum()
         return self
 
@@ -167,9 +196,13 @@ class EdgeWeights(Mixed):
     def fit(self, training: Training) -> Self:
         z = edges(covariance(training.windows))
         self.mean = z.mean(0)
-        within = within_people(z, training.people)
-        self.weight = (1 - within / z.var(0)).clip(0, 1)
+        self.weight = edge_weights(z, training.people)
         return self
+
+
+def edge_weights(z: np.ndarray, people: np.ndarray) -> np.ndarray:
+    """Share of the variance of edges (window, edge) that lies between people, (edge,), in 0 to 1."""
+    return (1 - within_people(z, people) / z.var(0)).clip(0, 1)
 
 
 def within_people(values: np.ndarray, people: np.ndarray) -> np.ndarray:
@@ -182,40 +215,54 @@ def within_people(values: np.ndarray, people: np.ndarray) -> np.ndarray:
 class Posterior:
     """PoSCE: the mean of a Gaussian posterior in tangent space, its prior the training people's mean and dispersion.
 
+    The prior is that of whole runs. The noise, alike in all directions, is what windows differ by from the person's
+    other day. The mean of such windows stands for the mean of the runs.
     Source: Rahim, Thirion and Varoquaux (2019), Medical Image Analysis 54, 138-148.
     """
 
     def fit(self, training: Training) -> Self:
         self.space = training.tangent
-        vectors = self.space.vector(Plain(_ledoit_wolf).estimate(training.windows))
-        noise = within_people(vectors, training.people).mean()
-        names = np.unique(training.people)
-        means = np.array([vectors[training.people == name].mean(0) for name in names])
-        self.mean = means.mean(0)
-        prior, _ = ledoit_wolf(means - self.mean, assume_centered=True)
-        self.gain = np.linalg.solve(prior + noise * np.eye(len(prior)), prior)
+        short = self.space.vector(Plain(_ledoit_wolf).estimate(training.windows))
+        long = training.other_day(self.space.vector)
+        self.short_mean = short.mean(0)
+        self.mean = training.mean(self.space.vector)
+        noise = np.square((short - self.short_mean) - (long - self.mean)).mean()
+        people = self.space.vector(training.of_runs).mean((1, 2))
+        prior, _ = ledoit_wolf(people - self.mean, assume_centered=True)
+        self.gain = gain(prior, noise)
         return self
 
     def estimate(self, windows: np.ndarray) -> np.ndarray:
-        vectors = self.space.vector(Plain(_ledoit_wolf).estimate(windows))
-        return self.space.matrix(self.mean + (vectors - self.mean) @ self.gain)
+        short = self.space.vector(Plain(_ledoit_wolf).estimate(windows))
+        return self.space.matrix(self.mean + (short - self.short_mean) @ self.gain)
+
+
+def gain(prior: np.ndarray, noise: float) -> np.ndarray:
+    """What deviations (row, feature) are multiplied by for their posterior means, under white noise of a variance."""
+    return np.linalg.solve(prior + noise * np.eye(len(prior)), prior)
 
 
 class Adapted:
-    """The covariance to which the network's front end adapts: the group's counts as 200 frames."""
+    """The covariance to which the network's front end adapts: the group's counts as 200 frames.
+
+    `n_modes` directions in which people differ are followed further; no more than parcels, or a quarter of the training
+    runs.
+    """
 
     def __init__(self, n_modes: int = 0):
         self.n_modes = n_modes
 
     def fit(self, training: Training) -> Self:
-        n_parcels = training.windows.shape[-1]
-        front = Front(n_parcels, lags=0, shrinkage=0.05, weight=200.0, steps=1, modes=self.n_modes)
-        self.front = front.fit(training.runs)
+        n_frames, n_parcels = training.runs.shape[-2:]
+        runs = list(training.runs.reshape(-1, n_frames, n_parcels))
+        n_modes = min(self.n_modes, len(runs) // 4, n_parcels)
+        front = Front(n_parcels, lags=0, shrinkage=0.05, weight=200.0, steps=1, modes=n_modes)
+        self.front = front.fit(runs)
         return self
 
     def estimate(self, windows: np.ndarray) -> np.ndarray:
         front = self.front
-        modes = (front.modes, front.signal, front.noise) if self.n_modes else None
+        modes = (front.modes, front.signal, front.noise) if len(front.modes) else None
         x = torch.as_tensor(windows, dtype=torch.float32)
         found = adapted_covariance(
             x,
@@ -243,7 +290,7 @@ class Learned:
         self.space = training.tangent
         self.adapted = Adapted().fit(training)
         x = self.space.vector(self.adapted.estimate(training.windows))
-        y = self.space.vector(training.others).mean(1)
+        y = training.other_day(self.space.vector)
         # The mean of such windows stands for the mean of the other day.
         self.x_mean = x.mean(0)
         self.y_mean = y.mean(0)
@@ -254,7 +301,7 @@ class Learned:
             inner = GroupKFold(3)
             unit = np.square(x).sum(1).mean()
             search = GridSearchCV(
-                Ridge(solver="cholesky", fit_intercept=False),
+                KernelRidge(),
                 {"alpha": [unit * penalty for penalty in PENALTIES]},
                 cv=inner,
                 scoring="neg_mean_squared_error",
@@ -300,7 +347,7 @@ ESTIMATORS: dict[str, tuple[Callable[[], Estimator], str]] = {
 # The study
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class People:
     """Runs of people who were scanned on two days.
 
@@ -336,6 +383,11 @@ class People:
         runs = [[[run[:length] for run in day] for day in rows[name].values()] for name in names]
         return cls(names, standardised(np.array(runs, np.float32)), scans[0].t_r)
 
+    @cached_property
+    def of_runs(self) -> np.ndarray:
+        """Covariances of whole runs, (person, day, run, parcel, parcel)."""
+        return covariance(self.runs).astype(float)
+
     def minutes(self, n_frames: int) -> float:
         return n_frames * self.t_r / 60
 
@@ -344,22 +396,24 @@ class People:
 class Test:
     """Which run is estimated from, which one is tested on, and what is done to them.
 
-    ``query`` and ``truth`` are (day, run). ``noise`` replaces the query's frames by white noise, ``shuffled`` the
-    truth by that of somebody else.
+    ``query`` and ``truth`` are (day, run); without a run the truth is the mean of the day's runs. ``noise`` replaces
+    the query's frames by white noise, ``shuffled`` the truth by that of somebody else.
     """
 
     query: tuple[int, int] = (0, 0)
-    truth: tuple[int, int] = (1, 0)
+    truth: tuple[int, int | None] = (1, 0)
     noise: bool = False
     shuffled: bool = False
 
 
-#: Conditions under which the study is made, besides the plain one.
+#: Conditions under which the study is made, besides the plain one. A day's second run has the other phase encoding.
 CONTROLS = {
     "people shuffled": Test(shuffled=True),
     "white noise": Test(noise=True),
     "same day, other direction": Test(truth=(0, 1)),
     "other day, other direction": Test(truth=(1, 1)),
+    "other day, second direction both times": Test(query=(0, 1), truth=(1, 1)),
+    "other day, mean of its runs": Test(truth=(1, None)),
 }
 
 
@@ -370,27 +424,21 @@ def folds_of(n_people: int, n_folds: int, seed: int) -> np.ndarray:
     return folds
 
 
-def training_of(people: People, rows: np.ndarray, length: int, n_windows: int) -> Training:
+@lru_cache(maxsize=5)  # the folds of one length: all methods share them
+def training_of(people: People, rows: tuple[int, ...], length: int, n_windows: int) -> Training:
     """Windows of the people in `rows`: `n_windows` of each run, evenly spread."""
-    runs = people.runs[rows]
+    chosen = list(rows)
+    runs = people.runs[chosen]
     n_people, n_days, n_runs, time, n_parcels = runs.shape
     starts = np.unique(np.linspace(0, time - length, n_windows).round().astype(int))
     windows = np.stack([runs[..., start : start + length, :] for start in starts], axis=3)
-    of_runs = covariance(runs)
-    # The other day of (first, second) is (second, first), whatever the window.
-    others = np.broadcast_to(
-        of_runs[:, ::-1, None, None],
-        (*windows.shape[:4], n_runs, n_parcels, n_parcels),
-    )
-    whose = np.broadcast_to(
-        np.arange(n_people)[:, None, None, None], (n_people, n_days, n_runs, len(starts))
-    )
+    of_people, of_days, _, _ = np.indices((n_people, n_days, n_runs, len(starts)))
     return Training(
         windows=standardised(windows.reshape(-1, length, n_parcels)),
-        people=whose.ravel(),
-        others=others.reshape(-1, n_runs, n_parcels, n_parcels),
-        runs=list(runs.reshape(-1, time, n_parcels)),
-        mean=of_runs.mean((0, 1, 2)).astype(float),
+        people=of_people.ravel(),
+        days=of_days.ravel(),
+        runs=runs,
+        of_runs=people.of_runs[chosen],
     )
 
 
@@ -423,6 +471,18 @@ class Agreement:
         return found
 
 
+def scans_of(people: People, length: int, test: Test, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """What everybody is estimated from, (person, time, parcel), and tested on, (person, parcel, parcel)."""
+    query = people.runs[:, *test.query][:, :length]
+    if test.noise:
+        query = np.random.default_rng(seed).standard_normal(query.shape).astype(np.float32)
+    day, run = test.truth
+    truth = people.of_runs[:, day].mean(1) if run is None else people.of_runs[:, day, run]
+    if test.shuffled:
+        truth = np.roll(truth, 1, axis=0)
+    return standardised(query), truth
+
+
 def agreement(
     people: People,
     length: int,
@@ -434,43 +494,66 @@ def agreement(
     seed: int = 0,
 ) -> dict[str, Any]:
     """Everybody estimated by what was fitted on the other folds, as the fields of :class:`Agreement`."""
-    query = people.runs[:, *test.query][:, :length]
-    if test.noise:
-        query = np.random.default_rng(seed).standard_normal(query.shape).astype(np.float32)
-    query = standardised(query)
-    truth = covariance(people.runs[:, *test.truth]).astype(float)
-    if test.shuffled:
-        truth = np.roll(truth, 1, axis=0)
+    query, truth = scans_of(people, length, test, seed)
     make, space = ESTIMATORS[method]
-    n = len(query)
     # People of different folds are told apart in one space.
-    common = {"edges": edges, "tangent": Tangent(truth.mean(0)).vector}[space]
+    common = {"edges": edges, "tangent": Tangent(geometric_mean(truth)).vector}[space]
     looked_for = common(truth)
-    looked_for = looked_for - looked_for.mean(0)
     shown = np.empty_like(looked_for)
     found: dict[str, Any] = {
-        name: {space: np.empty(n) for space in SPACES} for name in ("residual", "total", "r")
+        key: {name: np.empty(len(query)) for name in SPACES} for key in ("residual", "total", "r")
     }
     for fold in np.unique(folds):
         inside = folds == fold
-        training = training_of(people, np.flatnonzero(~inside), length, n_windows)
+        training = training_of(people, tuple(np.flatnonzero(~inside)), length, n_windows)
         estimator = make().fit(training)
         estimates = estimator.estimate(query[inside]).astype(float)
-        # What an estimator makes of everybody says nothing about anybody.
+        # What an estimator makes of training people on average is its bias, and says nothing of a person.
         of_training = estimator.estimate(training.windows).astype(float)
         shown[inside] = common(estimates) - common(of_training).mean(0)
         views = {"edges": edges, "tangent": training.tangent.vector}
         for name, view in views.items():
-            # The mean of views, which of a curved view is not the view of the mean.
-            group = view(covariance(np.array(training.runs)).astype(float)).mean(0)
-            own = view(estimates) - group
-            other = view(truth[inside]) - group
+            own = view(estimates) - view(of_training).mean(0)
+            other = view(truth[inside]) - training.mean(view)
             found["residual"][name][inside] = np.square(other - own).sum(1)
             found["total"][name][inside] = np.square(other).sum(1)
             found["r"][name][inside] = _row_correlation(own, other)
-    similarity = np.corrcoef(shown, looked_for)[:n, n:]
-    found["hit"] = (similarity.argmax(1) == np.arange(n)).astype(float)
+    found["hit"] = hits(shown, looked_for - looked_for.mean(0))
     return found
+
+
+def hits(shown: np.ndarray, looked_for: np.ndarray) -> np.ndarray:
+    """1 where a row's most similar row of `looked_for` is the one at its own place, else 0."""
+    n = len(shown)
+    similarity = np.corrcoef(shown, looked_for)[:n, n:]
+    return (similarity.argmax(1) == np.arange(n)).astype(float)
+
+
+def with_and_without_centring(
+    people: People, length: int, n_trained: int, n_windows: int
+) -> list[dict[str, Any]]:
+    """Identification in one division, the first `n_trained` people trained on, of vectors as they are and less a mean.
+
+    The tangent space is that at the front end's covariance of the group.
+    """
+    training = training_of(people, tuple(range(n_trained)), length, n_windows)
+    query, truth = scans_of(people, length, Test(), 0)
+    query = query[n_trained:]
+    truth = truth[n_trained:]
+    group = Adapted().fit(training).front.lags[0].double().numpy()
+    views = {"edges": edges, "tangent": Tangent(group).vector}
+    rows = []
+    for method in ("fc", "Ledoit-Wolf", "adapted"):
+        make, space = ESTIMATORS[method]
+        estimator = make().fit(training)
+        view = views[space]
+        shown = view(estimator.estimate(query).astype(float))
+        looked_for = view(truth)
+        bias = view(estimator.estimate(training.windows).astype(float)).mean(0)
+        plain = hits(shown, looked_for).mean()
+        centred = hits(shown - bias, looked_for - training.mean(view)).mean()
+        rows.append({"method": method, "as they are": plain, "less the mean": centred})
+    return rows
 
 
 def _row_correlation(a: np.ndarray, b: np.ndarray) -> np.ndarray:
@@ -489,11 +572,13 @@ def curves(
     test: Test | None = None,
     kept: Kept | None = None,
     n_boot: int = 1000,
+    say: Callable[[str], None] | None = None,
     **settings: Any,
 ) -> dict[str, dict[str, np.ndarray]]:
     """By method and score, (length, 1 + n_boot): the score, then that of each resample of people.
 
-    `kept` keeps what is computed for a method and a length; `settings` are those of `agreement`.
+    `kept` keeps what is computed for a method and a length, `say` is told of each; `settings` are those of
+    `agreement`.
     """
     test = test or Test()
     kept = kept or Kept(None)
@@ -507,9 +592,20 @@ def curves(
             compared = Agreement(**kept("agreement", depends_on, make))
             for score, values in compared.scores(weights).items():
                 found[method].setdefault(score, []).append(values)
+            if say is not None:
+                say(f"{length} frames: {method}")
     return {
         method: {score: np.array(values) for score, values in scores.items()}
         for method, scores in found.items()
+    }
+
+
+def controls_of(n_runs: int) -> dict[str, Test]:
+    """Those of `CONTROLS` whose runs there are."""
+    return {
+        name: test
+        for name, test in CONTROLS.items()
+        if max(test.query[1], test.truth[1] or 0) < n_runs
     }
 
 
@@ -538,3 +634,25 @@ def minutes_needed(
 def capped(values: np.ndarray, longest: float) -> Mapping[str, float | None]:
     """Value and interval of minutes; an end at `longest` means that it was not reached within a run."""
     return interval(np.minimum(values, longest))
+
+
+def words(row: Mapping[str, Any], shortest: float, longest: float) -> str:
+    """Minutes and their interval in words; nothing was tried outside of `shortest` to `longest`."""
+
+    def bound(value: float) -> str:
+        if value >= longest:
+            return f"{longest:.1f} or more"
+        if value <= shortest:
+            return f"{shortest:.1f} or less"
+        return f"{value:.1f}"
+
+    return f"{bound(row['value'])} ({bound(row['low'])} to {bound(row['high'])})"
+
+
+def first(
+    rows: Sequence[Mapping[str, Any]], method: str, score: str, length: int
+) -> Mapping[str, Any]:
+    """The row of a method, score and length without a control."""
+    task = f"the other day from {length} frames"
+    asked = (task, method, score)
+    return next(row for row in rows if (row["task"], row["method"], row["score"]) == asked)
