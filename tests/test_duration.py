@@ -206,7 +206,7 @@ def test_a_held_out_person_teaches_nobody_of_the_same_fold(method):
     changed = runs.copy()
     changed[2] = duration.standardised(changed[2][..., ::-1] ** 3)
     found = [
-        duration.agreement(people_of(data), 20, method, folds, duration.Test())
+        duration.agreement(people_of(data), 20, method, folds, {"": duration.Test()})[""]
         for data in (runs, changed)
     ]
     same = np.array([0, 1, 3, 4])
@@ -221,8 +221,8 @@ def test_a_held_out_person_teaches_nobody_of_the_same_fold(method):
 
 def test_scores_against_loops(people):
     folds = np.arange(12) % 3
-    found = duration.agreement(people, 30, "fc", folds, duration.Test())
-    compared = duration.Agreement(**found)
+    found = duration.agreement(people, 30, "fc", folds, {"": duration.Test()})
+    compared = duration.Agreement(**found[""])
     scores = compared.scores(np.ones((1, 12)))
     error = total = 0.0
     correlations = []
@@ -253,11 +253,10 @@ def test_controls_are_at_chance_and_people_are_found():
     people = people_of(two_days(30, n_frames=150, spread=0.8))
     folds = duration.folds_of(30, 3, 0)
     assert sorted(np.bincount(folds)) == [10, 10, 10]
-    found = {}
-    for name, test in {"": duration.Test(), **duration.CONTROLS}.items():
-        curves = duration.curves(people, [60], ["fc", "adapted"], folds, test=test, n_boot=100)
-        found[name] = curves["adapted"]
-        assert curves["fc"]["identified"].shape == (1, 101)
+    tests = {"": duration.Test(), **duration.CONTROLS}
+    curves = duration.curves(people, [60], ["fc", "adapted"], folds, tests=tests, n_boot=100)
+    assert curves[""]["fc"]["identified"].shape == (1, 101)
+    found = {name: by_method["adapted"] for name, by_method in curves.items()}
     assert found[""]["identified"][0, 0] > 0.6
     assert found["same day, other direction"]["identified"][0, 0] > 0.6
     assert found["other day, second direction both times"]["r2_edges"][0, 0] > 0.2
@@ -281,7 +280,7 @@ def test_what_was_kept_is_found_again(people, tmp_path, monkeypatch):
     first = duration.curves(*given, kept=Kept(tmp_path), n_boot=10)
     monkeypatch.setattr(duration, "agreement", lambda *_, **__: pytest.fail("computed again"))
     again = duration.curves(*given, kept=Kept(tmp_path), n_boot=10)
-    np.testing.assert_array_equal(first["fc"]["r2_edges"], again["fc"]["r2_edges"])
+    np.testing.assert_array_equal(first[""]["fc"]["r2_edges"], again[""]["fc"]["r2_edges"])
 
 
 def test_minutes_needed_on_a_curve_made_by_hand():

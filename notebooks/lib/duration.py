@@ -127,6 +127,8 @@ class Training:
         All frames of these people.
     of_runs : ndarray, shape (person, day, run, parcel, parcel)
         Covariances of all frames of each run.
+    tangent : Tangent
+        At their geometric mean, so that the mean of their vectors is zero.
     """
 
     windows: np.ndarray = field(repr=False)
@@ -134,12 +136,7 @@ class Training:
     days: np.ndarray
     runs: np.ndarray = field(repr=False)
     of_runs: np.ndarray = field(repr=False)
-
-    @cached_property
-    def tangent(self) -> Tangent:
-        """At the runs' geometric mean, so that the mean of their vectors is zero."""
-        n_parcels = self.of_runs.shape[-1]
-        return Tangent(geometric_mean(self.of_runs.reshape(-1, n_parcels, n_parcels)))
+    tangent: Tangent = field(repr=False)
 
     def mean(self, view: View) -> np.ndarray:
         """Mean of the runs in a view: the estimate that knows nothing of the person."""
@@ -424,6 +421,13 @@ def folds_of(n_people: int, n_folds: int, seed: int) -> np.ndarray:
     return folds
 
 
+@lru_cache(maxsize=10)
+def tangent_of(people: People, rows: tuple[int, ...]) -> Tangent:
+    """The tangent space at the geometric mean of all runs of some people."""
+    n_parcels = people.runs.shape[-1]
+    return Tangent(geometric_mean(people.of_runs[list(rows)].reshape(-1, n_parcels, n_parcels)))
+
+
 @lru_cache(maxsize=5)  # the folds of one length: all methods share them
 def training_of(people: People, rows: tuple[int, ...], length: int, n_windows: int) -> Training:
     """Windows of the people in `rows`: `n_windows` of each run, evenly spread."""
@@ -439,6 +443,7 @@ def training_of(people: People, rows: tuple[int, ...], length: int, n_windows: i
         days=of_days.ravel(),
         runs=runs,
         of_runs=people.of_runs[chosen],
+        tangent=tangent_of(people, rows),
     )
 
 
@@ -488,38 +493,57 @@ def agreement(
     length: int,
     method: str,
     folds: np.ndarray,
-    test: Test,
+    tests: Mapping[str, Test],
     *,
     n_windows: int = 2,
     seed: int = 0,
 ) -> dict[str, Any]:
-    """Everybody estimated by what was fitted on the other folds, as the fields of :class:`Agreement`."""
-    query, truth = scans_of(people, length, test, seed)
-    make, space = ESTIMATORS[method]
-    # People of different folds are told apart in one space.
-    common = {"edges": edges, "tangent": Tangent(geometric_mean(truth)).vector}[space]
-    looked_for = common(truth)
-    shown = np.empty_like(looked_for)
-    found: dict[str, Any] = {
-        key: {name: np.empty(len(query)) for name in SPACES} for key in ("residual", "total", "r")
+    """Everybody estimated by what was fitted on the other folds: for each test the fields of :class:`Agreement`."""
+    estimated = {
+        name: _Estimated(people, length, method, test, seed) for name, test in tests.items()
     }
     for fold in np.unique(folds):
         inside = folds == fold
         training = training_of(people, tuple(np.flatnonzero(~inside)), length, n_windows)
-        estimator = make().fit(training)
-        estimates = estimator.estimate(query[inside]).astype(float)
+        estimator = ESTIMATORS[method][0]().fit(training)
         # What an estimator makes of training people on average is its bias, and says nothing of a person.
         of_training = estimator.estimate(training.windows).astype(float)
-        shown[inside] = common(estimates) - common(of_training).mean(0)
-        views = {"edges": edges, "tangent": training.tangent.vector}
-        for name, view in views.items():
+        for one in estimated.values():
+            one.add(inside, estimator, training, of_training)
+    return {name: one.fields() for name, one in estimated.items()}
+
+
+class _Estimated:
+    """What is collected over the folds of one test."""
+
+    def __init__(self, people: People, length: int, method: str, test: Test, seed: int):
+        self.query, self.truth = scans_of(people, length, test, seed)
+        n = len(self.query)
+        # People of different folds are told apart in one space.
+        self.view = edges
+        if ESTIMATORS[method][1] == "tangent":
+            self.view = Tangent(geometric_mean(self.truth)).vector
+        self.looked_for = self.view(self.truth)
+        self.shown = np.empty_like(self.looked_for)
+        self.found: dict[str, Any] = {
+            key: {space: np.empty(n) for space in SPACES} for key in ("residual", "total", "r")
+        }
+
+    def add(
+        self, inside: np.ndarray, estimator: Estimator, training: Training, of_training: np.ndarray
+    ) -> None:
+        """Estimate the people of one fold; `of_training` are estimates of its training windows."""
+        estimates = estimator.estimate(self.query[inside]).astype(float)
+        self.shown[inside] = self.view(estimates) - self.view(of_training).mean(0)
+        for space, view in {"edges": edges, "tangent": training.tangent.vector}.items():
             own = view(estimates) - view(of_training).mean(0)
-            other = view(truth[inside]) - training.mean(view)
-            found["residual"][name][inside] = np.square(other - own).sum(1)
-            found["total"][name][inside] = np.square(other).sum(1)
-            found["r"][name][inside] = _row_correlation(own, other)
-    found["hit"] = hits(shown, looked_for - looked_for.mean(0))
-    return found
+            other = view(self.truth[inside]) - training.mean(view)
+            self.found["residual"][space][inside] = np.square(other - own).sum(1)
+            self.found["total"][space][inside] = np.square(other).sum(1)
+            self.found["r"][space][inside] = _row_correlation(own, other)
+
+    def fields(self) -> dict[str, Any]:
+        return {**self.found, "hit": hits(self.shown, self.looked_for - self.looked_for.mean(0))}
 
 
 def hits(shown: np.ndarray, looked_for: np.ndarray) -> np.ndarray:
@@ -569,34 +593,40 @@ def curves(
     methods: Sequence[str],
     folds: np.ndarray,
     *,
-    test: Test | None = None,
+    tests: Mapping[str, Test] | None = None,
     kept: Kept | None = None,
     n_boot: int = 1000,
     say: Callable[[str], None] | None = None,
     **settings: Any,
-) -> dict[str, dict[str, np.ndarray]]:
-    """By method and score, (length, 1 + n_boot): the score, then that of each resample of people.
+) -> dict[str, dict[str, dict[str, np.ndarray]]]:
+    """By test, method and score, (length, 1 + n_boot): the score, then that of each resample of people.
 
-    `kept` keeps what is computed for a method and a length, `say` is told of each; `settings` are those of
-    `agreement`.
+    Without `tests` there is one, named "". `kept` keeps what is computed for a method and a length, `say` is told of
+    each; `settings` are those of `agreement`.
     """
-    test = test or Test()
+    tests = tests or {"": Test()}
     kept = kept or Kept(None)
     weights = resamples(people.names, n_boot, 0)
     data = digest(people.runs)
-    found: dict[str, dict[str, list[np.ndarray]]] = {method: {} for method in methods}
+    asked = {name: asdict(test) for name, test in tests.items()}
+    found: dict[str, dict[str, dict[str, list[np.ndarray]]]] = {
+        name: {method: {} for method in methods} for name in tests
+    }
     for length in lengths:
         for method in methods:
-            make = partial(agreement, people, length, method, folds, test, **settings)
-            depends_on = [method, data, length, folds, asdict(test), settings]
-            compared = Agreement(**kept("agreement", depends_on, make))
-            for score, values in compared.scores(weights).items():
-                found[method].setdefault(score, []).append(values)
+            make = partial(agreement, people, length, method, folds, tests, **settings)
+            depends_on = [method, data, length, folds, asked, settings]
+            for name, compared in kept("agreement", depends_on, make).items():
+                for score, values in Agreement(**compared).scores(weights).items():
+                    found[name][method].setdefault(score, []).append(values)
             if say is not None:
                 say(f"{length} frames: {method}")
     return {
-        method: {score: np.array(values) for score, values in scores.items()}
-        for method, scores in found.items()
+        name: {
+            method: {score: np.array(values) for score, values in scores.items()}
+            for method, scores in by_method.items()
+        }
+        for name, by_method in found.items()
     }
 
 
