@@ -499,51 +499,61 @@ def agreement(
     seed: int = 0,
 ) -> dict[str, Any]:
     """Everybody estimated by what was fitted on the other folds: for each test the fields of :class:`Agreement`."""
-    estimated = {
-        name: _Estimated(people, length, method, test, seed) for name, test in tests.items()
-    }
+    estimated = {name: _Estimated(people, length, test, seed) for name, test in tests.items()}
+    # People of different folds are told apart in one space.
+    common = edges
+    if ESTIMATORS[method][1] == "tangent":
+        common = tangent_of(people, tuple(range(len(folds)))).vector
     for fold in np.unique(folds):
         inside = folds == fold
         training = training_of(people, tuple(np.flatnonzero(~inside)), length, n_windows)
         estimator = ESTIMATORS[method][0]().fit(training)
+        views = {"edges": edges, "tangent": training.tangent.vector, "common": common}
+        group = {name: training.mean(view) for name, view in views.items()}
         # What an estimator makes of training people on average is its bias, and says nothing of a person.
         of_training = estimator.estimate(training.windows).astype(float)
+        bias = {name: view(of_training).mean(0) for name, view in views.items()}
         for one in estimated.values():
-            one.add(inside, estimator, training, of_training)
-    return {name: one.fields() for name, one in estimated.items()}
+            one.add(inside, estimator, views, group, bias)
+    return {name: one.fields(common) for name, one in estimated.items()}
 
 
 class _Estimated:
     """What is collected over the folds of one test."""
 
-    def __init__(self, people: People, length: int, method: str, test: Test, seed: int):
+    def __init__(self, people: People, length: int, test: Test, seed: int):
         self.query, self.truth = scans_of(people, length, test, seed)
         n = len(self.query)
-        # People of different folds are told apart in one space.
-        self.view = edges
-        if ESTIMATORS[method][1] == "tangent":
-            self.view = Tangent(geometric_mean(self.truth)).vector
-        self.looked_for = self.view(self.truth)
-        self.shown = np.empty_like(self.looked_for)
+        self.shown: list[np.ndarray] = [np.empty(0)] * n
         self.found: dict[str, Any] = {
             key: {space: np.empty(n) for space in SPACES} for key in ("residual", "total", "r")
         }
 
     def add(
-        self, inside: np.ndarray, estimator: Estimator, training: Training, of_training: np.ndarray
+        self,
+        inside: np.ndarray,
+        estimator: Estimator,
+        views: Mapping[str, View],
+        group: Mapping[str, np.ndarray],
+        bias: Mapping[str, np.ndarray],
     ) -> None:
-        """Estimate the people of one fold; `of_training` are estimates of its training windows."""
+        """Estimate the people of one fold; `group` and `bias` are means of training people in each view."""
         estimates = estimator.estimate(self.query[inside]).astype(float)
-        self.shown[inside] = self.view(estimates) - self.view(of_training).mean(0)
-        for space, view in {"edges": edges, "tangent": training.tangent.vector}.items():
-            own = view(estimates) - view(of_training).mean(0)
-            other = view(self.truth[inside]) - training.mean(view)
+        shown = views["common"](estimates) - bias["common"]
+        for row, person in enumerate(np.flatnonzero(inside)):
+            self.shown[person] = shown[row]
+        for space in SPACES:
+            own = views[space](estimates) - bias[space]
+            other = views[space](self.truth[inside]) - group[space]
             self.found["residual"][space][inside] = np.square(other - own).sum(1)
             self.found["total"][space][inside] = np.square(other).sum(1)
             self.found["r"][space][inside] = _row_correlation(own, other)
 
-    def fields(self) -> dict[str, Any]:
-        return {**self.found, "hit": hits(self.shown, self.looked_for - self.looked_for.mean(0))}
+    def fields(self, common: View) -> dict[str, Any]:
+        """The fields of :class:`Agreement`."""
+        looked_for = common(self.truth)
+        hit = hits(np.array(self.shown), looked_for - looked_for.mean(0))
+        return {**self.found, "hit": hit}
 
 
 def hits(shown: np.ndarray, looked_for: np.ndarray) -> np.ndarray:
