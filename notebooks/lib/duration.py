@@ -18,10 +18,10 @@ from sklearn.model_selection import GridSearchCV, GroupKFold, cross_val_predict
 from mnemodyn.data.scans import Collection
 from mnemodyn.evaluate.scores import interval, resamples
 from mnemodyn.files import Kept, digest
+from mnemodyn.model.connectome import Connectome, from_tangent, to_matrix, to_tangent, to_vector
 from mnemodyn.model.front import Front, adapted_covariance
 
 LARGEST_R = 0.999999  # Fisher's z of 1 is infinite
-LEAST = 1e-6  # of an eigenvalue: a covariance of fewer frames than parcels is singular
 PENALTIES = (0.3, 1.0, 3.0, 10.0, 30.0, 100.0)  # of ridge, as multiples of the mean square norm
 SPACES = ("edges", "tangent")
 View = Callable[
@@ -58,28 +58,18 @@ def from_edges(z: np.ndarray, n_parcels: int) -> np.ndarray:
     return matrix + np.swapaxes(matrix, -1, -2) + np.eye(n_parcels)
 
 
-def _of_eigenvalues(matrix: np.ndarray, function: Callable) -> np.ndarray:
-    values, vectors = np.linalg.eigh(matrix)
-    return (vectors * function(values)[..., None, :]) @ np.swapaxes(vectors, -1, -2)
-
-
-def _log(values: np.ndarray) -> np.ndarray:
-    return np.log(values.clip(LEAST))
-
-
 def geometric_mean(
     matrices: np.ndarray, *, n_steps: int = 30, tolerance: float = 1e-6
 ) -> np.ndarray:
     """The covariance at which tangent vectors of `matrices` (matrix, parcel, parcel) have mean zero."""
-    mean = matrices.mean(0)
+    found = torch.from_numpy(matrices)
+    mean = found.mean(0)
     for _ in range(n_steps):
-        root = _of_eigenvalues(mean, np.sqrt)
-        whiten = np.linalg.inv(root)
-        step = _of_eigenvalues(whiten @ matrices @ whiten, _log).mean(0)
-        mean = root @ _of_eigenvalues(step, np.exp) @ root
-        if np.linalg.norm(step) < tolerance:
+        step = to_tangent(found, mean).mean(0)
+        mean = from_tangent(step, mean)
+        if torch.linalg.norm(step) < tolerance:
             break
-    return mean
+    return mean.numpy()
 
 
 class Tangent:
@@ -89,25 +79,15 @@ class Tangent:
     """
 
     def __init__(self, mean: np.ndarray):
-        self.root = _of_eigenvalues(mean, np.sqrt)
-        self.whiten = np.linalg.inv(self.root)
-        self.rows, self.columns = np.triu_indices(len(mean), 1)
+        self.mean = torch.from_numpy(mean)
 
     def vector(self, matrix: np.ndarray) -> np.ndarray:
         """Vectors (..., P (P + 1) / 2) of covariances; their distances are those of the matrices."""
-        step = _of_eigenvalues(self.whiten @ matrix @ self.whiten, _log)
-        across = step[..., self.rows, self.columns] * np.sqrt(2)
-        return np.concatenate([across, np.diagonal(step, axis1=-2, axis2=-1)], axis=-1)
+        return to_vector(to_tangent(torch.from_numpy(matrix).double(), self.mean)).numpy()
 
     def matrix(self, vector: np.ndarray) -> np.ndarray:
         """The covariances of vectors."""
-        n_edges = len(self.rows)
-        step = np.zeros((*vector.shape[:-1], *self.root.shape))
-        step[..., self.rows, self.columns] = vector[..., :n_edges] / np.sqrt(2)
-        step = step + np.swapaxes(step, -1, -2)
-        parcels = np.arange(len(self.root))
-        step[..., parcels, parcels] = vector[..., n_edges:]
-        return self.root @ _of_eigenvalues(step, np.exp) @ self.root
+        return from_tangent(to_matrix(torch.from_numpy(vector)), self.mean).numpy()
 
 
 # Estimators
@@ -272,6 +252,31 @@ class Adapted:
         return found.double().numpy()
 
 
+class Directions:
+    """The closed form of the objective `connectome`: entries shrunk in the directions of parcels that scans share.
+
+    This is what a network of that objective is before it is trained, see :mod:`mnemodyn.model.connectome`.
+    """
+
+    def fit(self, training: Training) -> Self:
+        self.adapted = Adapted().fit(training)
+        self.space = Tangent(self.adapted.front.lags[0].double().numpy())
+        x = self._short(training.windows)
+        y = to_matrix(torch.from_numpy(training.other_day(self.space.vector)))
+        self.connectome = Connectome(x.shape[-1], n_maps=0).double()
+        # Windows have one length only, the one that is asked for.
+        self.connectome.fit(lambda n_frames: (x, y))
+        return self
+
+    def _short(self, windows: np.ndarray) -> torch.Tensor:
+        return to_matrix(torch.from_numpy(self.space.vector(self.adapted.estimate(windows))))
+
+    @torch.no_grad()
+    def estimate(self, windows: np.ndarray) -> np.ndarray:
+        found = self.connectome(self._short(windows), windows.shape[1])
+        return self.space.matrix(to_vector(found).numpy())
+
+
 class Learned:
     """From the front end's covariance to the other day's, in tangent space, as training people show it.
 
@@ -337,6 +342,7 @@ ESTIMATORS: dict[str, tuple[Callable[[], Estimator], str]] = {
     "adapted": (Adapted, "tangent"),
     "front end's covariance, 60 modes": (partial(Adapted, 60), "tangent"),
     "front end's covariance, scaled": (partial(Learned, ridge=False, own=True), "tangent"),
+    "shrunk in shared directions": (Directions, "tangent"),
     "ridge to the other day": (partial(Learned, ridge=True, own=False), "tangent"),
     "ridge and the front end's covariance": (partial(Learned, ridge=True, own=True), "tangent"),
 }
