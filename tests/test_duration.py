@@ -341,15 +341,26 @@ def test_the_page_runs(folder, capsys):
         "n_folds": 3,
         "n_trained": 6,
         "n_boot": 20,
+        "network": {
+            "n_timepoints": 40,
+            "n_blocks": 1,
+            "n_channels": 4,
+            "input_width": 4,
+            "n_levels": 2,
+            "epochs": 1,
+            "windows_per_epoch": 8,
+            "fit_scans": 32,
+        },
         "output": str(folder / "kept"),
         "results": str(folder / "page.csv"),
     }
     found = run_cells("notebooks/duration.ipynb", given)
     table = read_results(folder / "page.csv")
     assert set(table["kind"]) == {"SIMULATED"}
-    assert set(table["method"]) == {*given["methods"], "Ledoit-Wolf"}
+    networks = {"network", "network with the operator's latents"}
+    assert set(table["method"]) == {*given["methods"], *networks, "Ledoit-Wolf"}
     plain = table[table["task"] == "the other day from 80 frames"]
-    assert len(plain) == 2 * 5
+    assert len(plain) == 4 * 5
     minutes = table[table["score"] == "minutes"]
     assert minutes["value"].between(0.3, 2.0).all()
     assert "12 SIMULATED people" in "\n".join(found["lines"])

@@ -1,7 +1,6 @@
 """The network trained for connectivity from short scans, as estimators of the chapter "How long must a scan be?"."""
 
 from collections.abc import Callable, Mapping
-from copy import deepcopy
 from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, Self
@@ -43,28 +42,21 @@ class Network:
         Where trainings are kept, each by the content of its runs and settings.
     t_r : float
         Seconds.
-    changed : bool
-        False for the network before its first step: the closed form.
     """
 
     # One training serves all lengths and controls.
     trained: ClassVar[dict[str, Checkpoint]] = {}
 
-    def __init__(self, settings: Settings, folder: Path, t_r: float, *, changed: bool = True):
+    def __init__(self, settings: Settings, folder: Path, t_r: float):
         self.settings = settings
         self.folder = folder
         self.t_r = t_r
-        self.changed = changed
 
     def fit(self, training: Training) -> Self:
         name = digest(training.runs, self.settings.to_dict(), self.t_r)[:12]
         if name not in self.trained:
             self.trained[name] = self._train(training, self.folder / name)
         self.model: Any = self.trained[name].model
-        if not self.changed:
-            self.model = deepcopy(self.model)
-            for parameter in self.model.connectome.parameters():
-                parameter.data.zero_()
         return self
 
     def _train(self, training: Training, folder: Path) -> Checkpoint:
@@ -96,7 +88,6 @@ def estimators(
     base = Settings().updated({**needed, "model.connectome": "covariance"}).updated(settings)
     operator = base.updated({"model.connectome": "operator"})
     return {
-        "shared directions": (partial(Network, base, folder, t_r, changed=False), "tangent"),
         "network": (partial(Network, base, folder, t_r), "tangent"),
         "network with the operator's latents": (partial(Network, operator, folder, t_r), "tangent"),
     }
