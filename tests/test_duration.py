@@ -6,12 +6,15 @@ from dataclasses import replace
 import nbformat
 import numpy as np
 import pytest
+import torch
 from scipy.linalg import logm, sqrtm
 from sklearn.covariance import LedoitWolf, ledoit_wolf
 
 from lib import duration
+from mnemodyn import estimate_connectivity
 from mnemodyn.data.scans import Collection, Scan
 from mnemodyn.files import Kept
+from mnemodyn.model.connectome import to_tangent, to_vector
 from mnemodyn.results import read_results
 
 N_PARCELS = 5
@@ -332,6 +335,18 @@ def run_cells(path, given):
     return found
 
 
+NETWORK = {
+    "n_timepoints": 40,
+    "n_blocks": 1,
+    "n_channels": 4,
+    "input_width": 4,
+    "n_levels": 2,
+    "epochs": 1,
+    "windows_per_epoch": 8,
+    "fit_scans": 32,
+}
+
+
 def test_the_page_runs(folder, capsys):
     given = {
         "data": str(folder / "data"),
@@ -341,16 +356,7 @@ def test_the_page_runs(folder, capsys):
         "n_folds": 3,
         "n_trained": 6,
         "n_boot": 20,
-        "network": {
-            "n_timepoints": 40,
-            "n_blocks": 1,
-            "n_channels": 4,
-            "input_width": 4,
-            "n_levels": 2,
-            "epochs": 1,
-            "windows_per_epoch": 8,
-            "fit_scans": 32,
-        },
+        "network": NETWORK,
         "output": str(folder / "kept"),
         "results": str(folder / "page.csv"),
     }
@@ -365,3 +371,39 @@ def test_the_page_runs(folder, capsys):
     assert minutes["value"].between(0.3, 2.0).all()
     assert "12 SIMULATED people" in "\n".join(found["lines"])
     assert "folds" in capsys.readouterr().out
+
+
+def test_the_page_of_the_network_runs(folder):
+    given = {
+        "data": str(folder / "data"),
+        "n_validation": 2,
+        "lengths": [30, 60],
+        "settings": NETWORK,
+        "output": str(folder / "network"),
+        "results": str(folder / "page.csv"),
+    }
+    found = run_cells("notebooks/connectome.ipynb", given)
+    table = read_results(folder / "page.csv")
+    assert set(table["kind"]) == {"SIMULATED"}
+    assert list(table["method"]) == ["adapted", "network"] * 2
+    # The rest of a person is the other session, both runs.
+    checkpoint = found["checkpoint"]
+    scans = found["validation"]
+    mean = checkpoint.model.front.lags[0].double()
+    target = to_vector(checkpoint.model.connectome.target).numpy()
+    error = 0
+    total = 0
+    for scan in scans:
+        others = [
+            s
+            for s in scans
+            if s.participant_id == scan.participant_id and s.session != scan.session
+        ]
+        rest = np.mean([np.corrcoef(s.values.T) for s in others], axis=0)
+        truth = to_vector(to_tangent(torch.from_numpy(rest), mean)).numpy()
+        short = replace(scan, values=scan.values[:30])
+        estimate = estimate_connectivity(short, checkpoint, "connectome")[0]
+        error += np.square(estimate - truth).sum()
+        total += np.square(truth - target).sum()
+    value = table[table["method"] == "network"]["value"].iloc[0]
+    assert value == pytest.approx(1 - error / total, abs=1e-3)

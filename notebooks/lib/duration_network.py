@@ -1,6 +1,7 @@
 """The network trained for connectivity from short scans, as estimators of the chapter "How long must a scan be?"."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, Self
@@ -10,10 +11,13 @@ import torch
 
 from lib.duration import Estimator, Training
 from mnemodyn.checkpoint import Checkpoint
+from mnemodyn.connectivity import estimate_connectivity
 from mnemodyn.data.scans import Scan
 from mnemodyn.files import digest
-from mnemodyn.model.connectome import from_tangent
+from mnemodyn.model.connectome import from_tangent, to_tangent, to_vector
+from mnemodyn.pretrain.objectives import Connectome
 from mnemodyn.pretrain.training import pretrain
+from mnemodyn.pretrain.windows import FixedWindows
 from mnemodyn.settings import Settings
 
 # Of training people, every eighth chooses the epoch.
@@ -77,15 +81,39 @@ class Network:
         return torch.cat(found).numpy()
 
 
+def first_frames(scan: Scan, length: int) -> Scan:
+    """The first `length` frames of a scan."""
+    censored = None if scan.censored is None else scan.censored[:length]
+    return replace(scan, values=scan.values[:length], censored=censored)
+
+
+def agreement(checkpoint: Checkpoint, scans: Sequence[Scan], length: int) -> dict[str, float]:
+    """R2 by kind of estimate, from the first `length` frames of scans, of the rest of the people's data.
+
+    In tangent space at the group's covariance, about the mean of the training people.
+    """
+    model: Any = checkpoint.model
+    windows = FixedWindows(scans, checkpoint.require_scaling(), Connectome(), length, 0)
+    rest = np.stack([windows.rest(which, 0, length) for which in range(len(scans))])
+    truth = to_vector(to_tangent(torch.from_numpy(rest).float(), model.front.lags[0])).numpy()
+    mean = to_vector(model.connectome.target).numpy()
+    short = [first_frames(scan, length) for scan in scans]
+    found = {}
+    for name in ("adapted", "connectome"):
+        estimate = estimate_connectivity(short, checkpoint, name)
+        error = np.square(estimate - truth).sum() / np.square(truth - mean).sum()
+        found["network" if name == "connectome" else name] = float(1 - error)
+    return found
+
+
 def estimators(
     settings: Mapping[str, Any], folder: Path, t_r: float
 ) -> dict[str, tuple[Callable[[], Estimator], str]]:
     """Entries for ``lib.duration.ESTIMATORS``, with the folder where trainings are kept.
 
-    `settings` are those of :class:`~mnemodyn.settings.Settings`, beside what the objective connectome needs.
+    `settings` are those of :class:`~mnemodyn.settings.Settings`, of the objective connectome.
     """
-    needed = {"objective.name": "connectome", "model.front": "gaussian"}
-    base = Settings().updated({**needed, "model.connectome": "covariance"}).updated(settings)
+    base = Settings().updated({"objective": "connectome"}).updated(settings)
     operator = base.updated({"model.connectome": "operator"})
     return {
         "network": (partial(Network, base, folder, t_r), "tangent"),
