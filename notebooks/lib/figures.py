@@ -118,6 +118,8 @@ def result_table(rows: pd.DataFrame, *, precision: int = 3) -> "HTML":
     for name in ("data", "task", "score"):
         if rows[name].nunique() > 1:
             shown[name] = rows[name]
+    if (rows["kind"] == "SIMULATED").any():
+        shown["kind"] = rows["kind"]
     shown["method"] = [label(method) for method in rows["method"]]
     if (rows["against"] != "").any():
         shown["against"] = [label(method) for method in rows["against"]]
