@@ -67,6 +67,8 @@ def find(env, page, key, data):
 def said(row, field, form):
     """The text of a row's field."""
     form = form or ("+.3f" if row.against else ".3f")
+    if row.against and verdict(row.low, row.high) == "identical":
+        form = ".0f"
     if field == "interval":
         return between(row, form) or "no interval"
     if field == "n":
