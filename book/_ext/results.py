@@ -145,11 +145,13 @@ class Status(SphinxDirective):
             cells = [study["data"], study["kind"], "no"]
             if found is not None:
                 # What the rows say of themselves wins: the data may be somebody's own.
-                cells = [
-                    literal(", ".join(found["data"].unique())),
-                    literal(", ".join(found["kind"].unique())),
-                    "yes",
-                ]
+                whose = {
+                    kind: ", ".join(part["data"].unique()) for kind, part in found.groupby("kind")
+                }
+                kinds = ", ".join(whose)
+                if len(whose) > 1:
+                    kinds = "; ".join(f"{data}: {kind}" for kind, data in whose.items())
+                cells = [literal(", ".join(found["data"].unique())), literal(kinds), "yes"]
             title = f"[{study['title']}](/{document})"
             rows.append([title, *cells, study.get("needs", ""), f"`{command(study)}`"])
         return [show(self, ["Page", "Data", "Kind", "Here", "Needs", "Command"], rows, "status")]
