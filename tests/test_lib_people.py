@@ -135,13 +135,18 @@ def test_the_plan_of_a_cohort_has_its_targets_classes_sites_and_confounds():
     assert plan["age"]["tested on"] == "five folds of people; each site left out"
     one_site = {row["target"]: row for row in planned(abide, table.assign(site="NYU"))}
     assert one_site["age"]["tested on"] == "five folds of people"
+    assert one_site["age"]["confounds"] == "sex, length"
+    in_months = load_cohort("hcp_aging")
+    in_months = in_months.model_copy(update={"targets": in_months.targets[:1]})
+    (months,) = planned(in_months, table)
+    assert months["kind"] == "a number, years", "the index has converted them"
 
 
 def test_the_files_of_a_cohort_are_its_patterns_its_table_and_the_command():
     adni = load_cohort("adni")
     said = files_of(adni)
     assert said.startswith("**ADNI.** ADNI, several scans a participant.")
-    assert "`adni.csv` is matched by `subjectIdentifier` and `imageUID`" in said
+    assert "The table `adni.csv` is matched by `subjectIdentifier` and `imageUID`" in said
     block = said.split("```text\n")[1].split("\n```")[0].split("\n")
     assert block == [*adni.scans, "adni.csv"]
     assert "make book DATA=FOLDER COHORT=adni" in said

@@ -36,6 +36,7 @@ CONDITIONS = {
     "noise_equal": "white noise of equal length",
 }
 
+PUBLISHED = ("abide", "adhd200", "adni", "hbn", "nkir", "ukb", "hcp_aging")  # in the publication
 IN_WORDS = {"mean_fd": "motion", "n_frames": "length"}  # of confounds
 
 
@@ -44,9 +45,9 @@ def files_of(cohort: Cohort) -> str:
     table = cohort.phenotype
     matched = " and ".join(f"`{column}`" for column in table.match)
     lines = [f"**{data_name(cohort.name)}.** {cohort.description}"]
-    lines += [f"`{table.file}` is matched by {matched}.", "", "```text"]
-    lines += [*cohort.scans, table.file, "```", "", "```bash"]
-    lines += [f"make book DATA=FOLDER COHORT={cohort.name}", "```"]
+    lines += [f"The table `{table.file}` is matched by {matched}."]
+    lines += [f"Command: `make book DATA=FOLDER COHORT={cohort.name}`", ""]
+    lines += ["```text", *cohort.scans, table.file, "```"]
     return "\n".join(lines)
 
 
@@ -55,16 +56,20 @@ def planned(cohort: Cohort, table: pd.DataFrame) -> list[dict]:
 
     Confounds and sites are those that `table`, a row a scan, knows.
     """
-    known = [name for name in CONFOUNDS if name in table and table[name].notna().any()]
     rows = []
     for target in cohort.targets:
-        what = f"a number, {target.unit}"
+        unit = "years" if target.unit == "months" else target.unit  # as the index converts them
+        what = f"a number, {unit}"
         if target.kind == "classification":
             what = " or ".join(sorted(set(target.mapping.values())))
         tested = "five folds of people"
-        if Task.of(table, target.name, target.kind).sites is not None:
+        unknown = {target.name}
+        if Task.of(table, target.name, target.kind).sites is None:
+            unknown.add("site")
+        else:
             tested += "; each site left out"
-        names = [IN_WORDS.get(name, name) for name in known if name != target.name]
+        known = [name for name in CONFOUNDS if name in table and table[name].notna().any()]
+        names = [IN_WORDS.get(name, name) for name in known if name not in unknown]
         row = {"cohort": data_name(cohort.name), "target": target.name, "kind": what}
         rows.append({**row, "tested on": tested, "confounds": ", ".join(names)})
     return rows
