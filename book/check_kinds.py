@@ -5,13 +5,12 @@ A page of a run is compared with its table of results. On a written page a numbe
 sentence, a row of a table (its head counts too) or a caption.
 """
 
+import csv
 import re
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import NamedTuple
 from urllib.parse import urldefrag
-
-from mnemodyn.results import read_results
 
 WORD = "SIMULATED"
 BLOCKS = ("p", "li", "dt", "dd", "figcaption", "caption", "tr")
@@ -91,14 +90,15 @@ class Values(NamedTuple):
 
 def values_of(path: Path) -> Values:
     """The numbers of a table of results, with two and three decimals."""
-    table = read_results(path)
+    with path.open(encoding="utf-8", newline="") as file:
+        rows = list(csv.DictReader(file))
     found: dict[bool, set[str]] = {True: set(), False: set()}
-    for row in table.itertuples():
-        for value in (row.value, row.low, row.high):
-            written = {f"{value:.{digits}f}" for digits in (2, 3)}
-            found[row.kind == WORD] |= written - {"nan", "0.00", "0.000"}
+    for row in rows:
+        for value in filter(None, (row["value"], row["low"], row["high"])):
+            written = {f"{float(value):.{digits}f}" for digits in (2, 3)}
+            found[row["kind"] == WORD] |= written - {"0.00", "0.000"}
     both = found[True] & found[False]
-    kinds = frozenset(table["kind"])
+    kinds = frozenset(row["kind"] for row in rows)
     return Values(frozenset(found[True] - both), frozenset(found[False] - both), kinds)
 
 
