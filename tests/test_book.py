@@ -30,7 +30,7 @@ import runs  # noqa: E402
 from lib import figures  # noqa: E402
 from mnemodyn import settings  # noqa: E402
 from mnemodyn.files import read_yaml  # noqa: E402
-from mnemodyn.results import write_results  # noqa: E402
+from mnemodyn.results import COLUMNS, write_results  # noqa: E402
 from mnemodyn.run import check_parameters, read_parameters  # noqa: E402
 
 STUDIES = """\
@@ -219,6 +219,29 @@ def test_a_table_on_a_page_shows_text_from_data_as_text():
     assert "<img" not in shown
     assert shown.count("&lt;img/src=x/onerror=alert(1)&gt;") == 2
     assert "\N{MINUS SIGN}1.500" in shown
+
+
+def test_a_table_of_results_marks_simulated_rows_in_the_first_column():
+    rows = pd.DataFrame([ROW | {"method": "fc", "value": 0.5}]).reindex(columns=list(COLUMNS))
+    rows["against"] = ""
+    made_up = rows.assign(kind="SIMULATED")
+    assert "SIMULATED" not in figures.result_table(rows).data
+    assert ">SIMULATED D</td>" in figures.result_table(made_up).data
+    both = figures.result_table(pd.concat([rows, made_up], ignore_index=True)).data
+    assert both.count("SIMULATED") == 1
+
+
+def test_the_front_page_begins_with_the_network_and_names_what_was_kept():
+    lines = (ROOT / "book/index.md").read_text().split("\n")
+    rows = [line for line in lines if line.startswith("| [")]
+    keys = [re.findall(r"{verdict}`([^`]*)`", row)[0].split(":") for row in rows]
+    methods = [method for _, _, method, *_ in keys]
+    assert methods[0] in ("blocks_alone", "model")
+    ours = [method in ("blocks_alone", "model") for method in methods]
+    assert ours == sorted(ours, reverse=True), "the closed form comes after the network"
+    for row, (page, task, method, *_) in zip(rows, keys, strict=True):
+        if page.startswith("reconstruction") and method == "model":
+            assert f"{{method}}`{page}:{task}:model:r2`" in row
 
 
 README_ROWS = {
