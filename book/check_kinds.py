@@ -15,7 +15,8 @@ from urllib.parse import urldefrag
 WORD = "SIMULATED"
 BLOCKS = ("p", "li", "dt", "dd", "figcaption", "caption", "tr")
 SILENT = ("pre", "script", "style", "svg")
-NUMBER = re.compile("[-\N{MINUS SIGN}]?[0-9]+\\.[0-9]{2,}")
+# With a unit it is no score, such as the 0.735 s of a frame.
+NUMBER = re.compile("[-\N{MINUS SIGN}]?[0-9]+\\.[0-9]{2,}(?![0-9]| (?:s|mm|Hz)\\b)")
 # In a row, two decimals would too often be another number that is the same by chance.
 IN_ROW = re.compile("[-\N{MINUS SIGN}]?[0-9]+\\.[0-9]{3,}")
 SENTENCE = re.compile(r"(?<=[.!?])\s+(?=[A-Z])")

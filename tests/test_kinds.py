@@ -55,6 +55,7 @@ ABBR = '<abbr class="result {}" title="x">{}</abbr>'
         ("runs/made_up", "<p>FC has 0.71.</p>", [LACKS]),
         ("runs/made_up", "<p>SIMULATED people. FC has 0.71.</p>", []),
         ("runs/made_up", "<p>All people are SIMULATED. FC has 0.71.</p>", [LACKS]),
+        ("runs/made_up", "<p>A frame takes 0.575 s.</p><p>It moves 0.575 so.</p>", [LACKS]),
         ("runs/made_up", "<p>Another number, 0.333, and version 1.0.</p>", []),
         ("runs/made_up", table("HBN 0.713", "SIMULATED HBN 0.713"), [LACKS]),
         ("runs/made_up", table("HBN 0.713", head="SIMULATED cohorts"), []),
