@@ -16,6 +16,7 @@ _MODULES = {
     "Scan": "mnemodyn.data.scans",
     "Settings": "mnemodyn.settings",
     "Store": "mnemodyn.data.store",
+    "estimate_connectivity": "mnemodyn.connectivity",
     "from_pretrained": "mnemodyn.checkpoint",
     "load_scan": "mnemodyn.data.scans",
     "open_scans": "mnemodyn.data.collection",

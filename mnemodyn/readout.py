@@ -12,6 +12,7 @@ from sklearn.base import BaseEstimator, TransformerMixin
 from mnemodyn.checkpoint import Checkpoint, from_pretrained
 from mnemodyn.data.scans import DataError, Scan, load_scan
 from mnemodyn.files import Kept, digest
+from mnemodyn.model.connectome import to_vector
 from mnemodyn.model.front import Front
 from mnemodyn.model.network import MnemoDyn, Output
 from mnemodyn.model.wavelet import wavedec
@@ -53,14 +54,20 @@ READOUTS: dict[str, Callable] = {
 
 
 def _adapted(front: Front, x: torch.Tensor, censored: torch.Tensor | None) -> torch.Tensor:
-    """The covariance of a scan as the front end adapts it, upper triangle and diagonal."""
+    """The covariance of a scan as the front end adapts it, as a vector in tangent space."""
     hidden = torch.zeros_like(x, dtype=torch.bool)
     if censored is not None:
         hidden = censored[..., None].expand_as(x)
-    covariance = front.connectivity(torch.where(hidden, 0, x), hidden)[0].double()
-    rows, columns = torch.triu_indices(len(covariance), len(covariance), 1)
-    # With this factor distances between vectors are those between the matrices.
-    return torch.cat([covariance[rows, columns] * 2**0.5, covariance.diagonal()])
+    return to_vector(front.connectivity(torch.where(hidden, 0, x), hidden)[0].double())
+
+
+def _connectome(
+    model: MnemoDyn, x: torch.Tensor, t_r: float, censored: torch.Tensor | None
+) -> torch.Tensor:
+    """The estimate of a person's connectivity, as a vector in tangent space."""
+    if censored is not None:
+        x = x[:, ~censored[0]]
+    return to_vector(model.estimate_connectivity(x, t_r, "connectome")[0].double())
 
 
 def check_names(model: MnemoDyn, names: Sequence[str]) -> None:
@@ -68,6 +75,8 @@ def check_names(model: MnemoDyn, names: Sequence[str]) -> None:
     known = list(READOUTS)
     if model.front is not None:
         known.append("adapted")
+    if model.connectome is not None:
+        known.append("connectome")
     for name in names:
         if name not in known:
             raise ValueError(
@@ -103,7 +112,9 @@ def readouts(
         - ``response``: Fisher-z correlations between parcels of the network's reconstruction;
         - ``last_frame``: the last frame of the reconstruction, which the published draft's heads read;
         - ``adapted``: the scan's covariance as the front end adapts it, see
-          :meth:`mnemodyn.model.front.Front.connectivity`; only for a network with a front end.
+          :meth:`mnemodyn.model.front.Front.connectivity`; only for a network with a front end;
+        - ``connectome``: what the rest of the person's data would show, see
+          :func:`~mnemodyn.connectivity.estimate_connectivity`; only for a network trained for it.
     censored : ndarray of bool, shape (time,), optional
         Frames that the network must not read.
 
@@ -129,6 +140,8 @@ def readouts(
     found = {name: READOUTS[name](output, model) for name in names if name in READOUTS}
     if "adapted" in names and model.front is not None:
         found["adapted"] = _adapted(model.front, values, missing)
+    if "connectome" in names:
+        found["connectome"] = _connectome(model, values, t_r, missing)
     return {name: found[name].cpu().numpy() for name in names}
 
 

@@ -17,6 +17,7 @@ from pydantic.dataclasses import dataclass
 __all__ = [
     "OBJECTIVE_SETTINGS",
     "AutoencodeSettings",
+    "ConnectomeSettings",
     "DataConfig",
     "DenoiseSettings",
     "ForecastSettings",
@@ -158,6 +159,12 @@ class ModelSettings:
     front_modes : int
         Directions in which people's covariances differ, learned from at least twice as many
         training scans.
+    connectome : str
+        ``none``; ``covariance``: the network also estimates a person's connectivity from a short scan
+        (:class:`~mnemodyn.model.connectome.Connectome`), starting from the front end's; ``operator``:
+        the blocks' latents too. Not in the published network.
+    connectome_maps : int
+        Pairs of matrices by which that estimate is changed.
     compat : str
         ``none``, or ``reference``: compute as the published draft does, for weights that it has
         trained; see ``mnemodyn.model.reference``. The settings below belong to it.
@@ -193,6 +200,8 @@ class ModelSettings:
     front_weight: Positive = 200.0
     front_steps: AtLeastZero = 4
     front_modes: AtLeastZero = 0
+    connectome: Literal["none", "covariance", "operator"] = "none"
+    connectome_maps: AtLeastOne = 16
     compat: Literal["none", "reference"] = "none"
     interpolation: Literal["none", "spline", "linear"] = "none"
     linear_bias: bool = True
@@ -210,6 +219,8 @@ class ModelSettings:
         # Without a residual the first block would throw away what the front end has filled in.
         if self.front != "none" and not self.residual:
             raise ValueError("front needs residual=True: the blocks change what it filled in")
+        if self.connectome != "none" and self.front == "none":
+            raise ValueError("connectome needs front='gaussian', from whose estimate it starts")
         if self.compat == "reference":
             self._check_reference()
             return
@@ -499,6 +510,23 @@ class GroupsSettings(ObjectiveSettings):
 
 
 @checked
+class ConnectomeSettings(ObjectiveSettings):
+    """Estimate from a short scan what the rest of the person's data show.
+
+    Attributes
+    ----------
+    shortest : int
+        Frames. Each window is cut to this number, or twice, four times it and so on, drawn anew each time.
+    fit_scans : int
+        Short scans of each length from which the closed form is fitted.
+    """
+
+    shortest: Annotated[int, Field(ge=2)] = 30
+    fit_scans: AtLeastOne = 2048
+    name: ClassVar[str] = "connectome"
+
+
+@checked
 class MixedSettings(ObjectiveSettings):
     """Several objectives at once, on the same windows.
 
@@ -533,6 +561,9 @@ class MixedSettings(ObjectiveSettings):
         names = [one["name"] for one in self.mix]
         if len(set(names)) < max(2, len(names)) or self.name in names:
             raise ValueError(f"mix must list two or more different objectives, got {names}")
+        if ConnectomeSettings.name in names:
+            # It hides nothing, and its front end is fitted to everybody.
+            raise ValueError("mix cannot hold connectome; train it by itself")
 
 
 OBJECTIVE_SETTINGS: dict[str, type[ObjectiveSettings]] = {
@@ -544,6 +575,7 @@ OBJECTIVE_SETTINGS: dict[str, type[ObjectiveSettings]] = {
         LatentSettings,
         ForecastSettings,
         GroupsSettings,
+        ConnectomeSettings,
         MixedSettings,
     )
 }
@@ -582,7 +614,7 @@ class Settings:
         A method of :class:`~mnemodyn.data.scaling.Scaling`.
     model : ModelSettings
     objective : ObjectiveSettings
-        One of the seven, told apart by ``name``.
+        One of the eight, told apart by ``name``.
     training : TrainingConfig
     machine : Machine
 

@@ -34,6 +34,7 @@ from mnemodyn.settings import Settings, TrainingConfig
 
 SETTINGS = {
     "masked": {"hidden_share": 0.5, "mask_window": 4, "share_spread": 0.2},
+    "connectome": {"shortest": 8, "fit_scans": 16},
     "groups": {"pattern": r"parcel-([0-2]|[3-5])"},
     "mixed": {
         "mix": [
@@ -45,6 +46,9 @@ SETTINGS = {
 ALL = {name: cls(**SETTINGS.get(name, {})) for name, cls in OBJECTIVES.items()}
 EVERY = pytest.mark.parametrize("objective", ALL.values(), ids=ALL)
 PARCELS = tuple(f"area-{i // 2}_{'LR'[i % 2]}" for i in range(8))
+WITH_CONNECTOME = replace(
+    MODEL, front="gaussian", front_lags=0, connectome="operator", connectome_maps=2
+)
 SHORT = replace(TRAINING, epochs=2, windows_per_epoch=20)
 
 
@@ -347,7 +351,8 @@ def train(folder, objective, config=SHORT, machine=CPU, **scans):
         "train": simulated(3, n_frames=64),
         "validation": simulated(1, seed=9, n_frames=64),
     }
-    return run(folder, objective=objective, training=config, machine=machine, **scans)
+    model = WITH_CONNECTOME if objective.name == "connectome" else MODEL
+    return run(folder, model=model, objective=objective, training=config, machine=machine, **scans)
 
 
 def weights(folder):

@@ -41,6 +41,7 @@ __all__ = [
     "lag_covariances",
     "moments",
     "power",
+    "to_tangent",
 ]
 
 # Entries of the largest tensor held while covariances are adapted.
@@ -328,6 +329,13 @@ def power(covariance: Tensor, exponent: float, *, least: float = 1e-6) -> Tensor
     return (vectors * values[..., None, :] ** exponent) @ vectors.mT
 
 
+def to_tangent(covariance: Tensor, mean: Tensor) -> Tensor:
+    """Logarithm of covariances (..., parcel, parcel) after whitening by `mean`, which itself becomes zero."""
+    whiten = power(mean, -0.5)
+    values, vectors = torch.linalg.eigh(whiten @ covariance @ whiten)
+    return (vectors * values.clamp_min(1e-6).log()[..., None, :]) @ vectors.mT
+
+
 class Front(nn.Module):
     """Conditional mean of hidden entries under the group's Gaussian process, adapted to each scan.
 
@@ -391,10 +399,8 @@ class Front(nn.Module):
         x, hidden (batch, time, parcel), scaled, to (batch, parcel, parcel). In these coordinates, the tangent space at
         the group's covariance, differences between scans are straight (Varoquaux et al. 2010, MICCAI).
         """
-        whiten = power(self.lags[0], -0.5)
         adapted = self._adapted(x.float() - self.mean, hidden, max(1, self.steps))
-        values, vectors = torch.linalg.eigh(whiten @ adapted @ whiten)
-        return (vectors * values.clamp_min(1e-6).log()[..., None, :]) @ vectors.mT
+        return to_tangent(adapted, self.lags[0])
 
     @torch.no_grad()
     def forward(self, x: Tensor, hidden: Tensor) -> Tensor:

@@ -1,20 +1,25 @@
 """The stack of operator blocks."""
 
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from mnemodyn.model.connectome import Connectome, standardised
 from mnemodyn.model.control import path_through_gaps
 from mnemodyn.model.front import Front
 from mnemodyn.model.operator import OperatorBlock
 from mnemodyn.model.reference import ReferenceBlock, prediction_head, read_settings, read_weights
+from mnemodyn.model.wavelet import wavedec
 from mnemodyn.settings import ModelConfig
 
-__all__ = ["MnemoDyn", "Output"]
+__all__ = ["KINDS", "MnemoDyn", "Output"]
+
+# Kinds of connectivity that a network estimates, and the setting that each needs.
+KINDS = {"adapted": "a front end (model.front)", "connectome": "model.connectome"}
 
 
 class Output(NamedTuple):
@@ -83,6 +88,15 @@ class MnemoDyn(nn.Module):
                 weight=config.front_weight,
                 steps=config.front_steps,
                 modes=config.front_modes,
+            )
+        self.connectome = None
+        if config.connectome != "none":
+            latents = config.connectome == "operator"
+            self.connectome = Connectome(
+                config.n_parcels,
+                config.connectome_maps,
+                config.n_channels if latents else 0,
+                config.n_levels + 1,
             )
         self.head = prediction_head(config) if config.n_classes else None
 
@@ -204,6 +218,45 @@ class MnemoDyn(nn.Module):
                 total = total + loss
         prediction = self.head(x[:, -1]) if self.head is not None else None
         return Output(x, latents, total, prediction)
+
+    def estimate_connectivity(self, x: Tensor, t_r: float | Tensor, kind: str) -> Tensor:
+        """The connectivity of people, estimated from complete scans of one length.
+
+        Parameters
+        ----------
+        x : Tensor, shape (batch, time, parcel)
+            In any units.
+        t_r : float or Tensor of shape (batch,)
+            Repetition time in seconds.
+        kind : str
+            ``adapted``: the covariance to which the front end adapts; ``connectome``: what the rest of the person's
+            data would show.
+
+        Returns
+        -------
+        Tensor, shape (batch, parcel, parcel)
+            In the tangent space at the group's covariance, ``front.lags[0]``.
+
+        Raises
+        ------
+        ValueError
+            If the network has not what it needs.
+        """
+        if self.front is None or (kind == "connectome" and self.connectome is None):
+            raise ValueError(
+                f"a network without {KINDS[kind]} cannot estimate connectivity of kind {kind!r}"
+            )
+        x = standardised(x)
+        adapted = self.front.connectivity(x, torch.zeros_like(x, dtype=torch.bool))
+        if kind == "adapted" or self.connectome is None:
+            return adapted
+        products = []
+        if self.connectome.of_latents:
+            latents = standardised(self(x, t_r).latents.float())
+            last = cast(OperatorBlock, self.blocks[-1])
+            for level in wavedec(latents.mT, last.wavelet, self.config.n_levels):
+                products.append(level @ level.mT / level.shape[-1])
+        return self.connectome(adapted, x.shape[1], products)
 
     def _check(
         self, x: Tensor, hidden: Tensor | None, censored: Tensor | None, filled: Tensor | None

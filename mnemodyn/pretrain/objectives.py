@@ -6,8 +6,9 @@ parts of a batch can be joined.
 """
 
 import copy
+import math
 from collections.abc import Iterator, Mapping, Sequence
-from functools import cached_property, lru_cache
+from functools import cached_property, lru_cache, partial
 from typing import Any, ClassVar
 
 import numpy as np
@@ -17,8 +18,10 @@ import torch.distributed
 from torch import Tensor, nn
 from torch.nn import functional
 
+from mnemodyn.model.connectome import to_tangent
 from mnemodyn.settings import (
     AutoencodeSettings,
+    ConnectomeSettings,
     DenoiseSettings,
     ForecastSettings,
     GroupsSettings,
@@ -31,6 +34,7 @@ from mnemodyn.settings import (
 __all__ = [
     "OBJECTIVES",
     "Autoencode",
+    "Connectome",
     "Denoise",
     "Forecast",
     "Groups",
@@ -44,6 +48,9 @@ __all__ = [
 ]
 
 Batch = Mapping[str, Any]
+
+# Entries of matrices from which the objective connectome fits its closed form.
+LARGEST_FIT = 2**25
 Sums = dict[str, tuple[Tensor, Tensor]]
 
 
@@ -56,6 +63,11 @@ class Objective:
     beside: ClassVar[Mapping[str, tuple[str, str]]] = {
         "r2_visible": ("visible_error", "visible_power")
     }
+
+    # Whether a window comes with what else there is of its person.
+    needs_rest: ClassVar[bool] = False
+    # Whether the front end fills hidden entries, so that it must be another one for each fold of people.
+    fills: ClassVar[bool] = True
 
     @property
     def monitor(self) -> str:
@@ -89,6 +101,9 @@ class Objective:
     def parts(self, network: nn.Module) -> nn.ModuleDict:
         """Modules trained beside the network; they are left out of its checkpoint."""
         return nn.ModuleDict()
+
+    def prepare(self, network: nn.Module, windows: Any) -> None:
+        """What is fitted in closed form to training windows before the first step."""
 
     def after_step(self, network: nn.Module, parts: nn.ModuleDict) -> None:
         """What follows each step of the optimiser."""
@@ -477,6 +492,109 @@ def effective_rank(covariance: Tensor) -> float:
     return float(torch.special.entr(values / values.sum()).sum().exp())
 
 
+class Connectome(ConnectomeSettings, Objective):
+    """Estimate from a short window what the rest of the person's data show, in tangent space.
+
+    The rest is another session of the person; another run where there is no other session; the frames outside the
+    window where there is no other scan. No label is used.
+
+    Scores: ``r2_connectome``, R2 about the mean of the training people's connectivity; that of the front end's
+    estimate as ``r2_adapted``; and R2 of the estimate by number of frames.
+    """
+
+    metric = "r2_connectome"
+    needs_rest = True
+    fills = False
+
+    def view(self, x, *, t_r, parcels, seed, training=False):
+        longest = int(math.log2(max(1, len(x) / self.shortest)))
+        generator = torch.Generator().manual_seed(seed)
+        doubled = torch.randint(longest + 1, (), generator=generator)
+        return {"n_used": torch.clamp(self.shortest * 2**doubled, max=len(x))}
+
+    def prepare(self, network, windows):
+        if network.connectome is None:
+            raise ValueError(
+                "the objective connectome needs model.connectome covariance or operator"
+            )
+        if windows.scaling.method != "zscore_per_parcel":
+            raise ValueError(
+                f"the objective connectome needs scaling zscore_per_parcel, got {windows.scaling.method}"
+            )
+        network.connectome.fit(partial(self._pairs, network, windows))
+        if not network.connectome.of_latents:
+            # Nothing of the loss passes through the blocks.
+            network.blocks.requires_grad_(False)
+        network.blocks[-1].output.requires_grad_(False)
+
+    def _pairs(self, network: Any, windows: Any, n_frames: int) -> tuple[Tensor, Tensor]:
+        """Estimates from training scans of `n_frames`, and what the rest of the people's data show."""
+        mean = network.front.lags[0]
+        rng = np.random.default_rng(n_frames)
+        short = []
+        rest = []
+        for which in rng.integers(len(windows.scans), size=self._n_scans(mean)):
+            frames = np.flatnonzero(~windows.censored[which])
+            alone = len(windows.people[windows.scans[which].participant_id]) == 1
+            # Of a person's only scan at least as much must be left.
+            if len(frames) < n_frames * (1 + alone):
+                continue
+            first = int(rng.integers(len(frames) - n_frames + 1))
+            frames = frames[first : first + n_frames]
+            short.append(torch.from_numpy(windows.scaled(which)[frames]))
+            rest.append(torch.from_numpy(windows.rest(which, frames[0], frames[-1] + 1)).float())
+        if not rest:
+            return mean.new_zeros(0), mean.new_zeros(0)
+        adapted = []
+        for some in torch.stack(short).split(64):
+            adapted.append(network.estimate_connectivity(some, 1.0, "adapted"))
+        return torch.cat(adapted), to_tangent(torch.stack(rest), mean)
+
+    def _n_scans(self, mean: Tensor) -> int:
+        """Scans of each length: as many as are asked for and fit into memory."""
+        return min(self.fit_scans, max(1, LARGEST_FIT // mean.numel()))
+
+    def _estimates(self, network: Any, batch: Batch, kind: str) -> Tensor:
+        """What the network makes of the first frames of each window, (batch, parcel, parcel)."""
+        x = batch["x"]
+        n_used = batch["n_used"]
+        if "censored" in batch:
+            # The usable frames come first, in their order.
+            censored = batch["censored"]
+            order = censored.to(torch.uint8).argsort(dim=1, stable=True)
+            x = x.gather(1, order[..., None].expand_as(x))
+            n_frames = batch.get("lengths", torch.tensor(x.shape[1], device=x.device))
+            n_used = n_used.minimum(n_frames - censored.sum(1))
+        found = x.new_zeros(len(x), x.shape[2], x.shape[2])
+        for n in n_used.unique().tolist():
+            rows = n_used == n
+            estimate = network.estimate_connectivity(x[rows, :n], batch["t_r"][rows], kind)
+            found[rows] = estimate.float()
+        return found
+
+    def loss(self, network, batch, parts):
+        target = to_tangent(batch["rest"], network.front.lags[0])
+        error = (self._estimates(network, batch, "connectome") - target).square().sum()
+        # Per parcel: a whole matrix would have an error far from 1.
+        return {"error": (error, torch.tensor(target[..., 0].numel(), device=error.device))}
+
+    def sums(self, network, batch, parts):
+        target = to_tangent(batch["rest"], network.front.lags[0])
+        mean = network.connectome.target
+        found = {"power": (target - mean).square().sum().double()}
+        for kind in ("connectome", "adapted"):
+            error = (self._estimates(network, batch, kind) - target).square().sum((1, 2)).double()
+            found[kind] = error.sum()
+        return found
+
+    def scores(self, sums):
+        power = sums["power"]
+        return {
+            self.metric: _r2(sums["connectome"], power),
+            "r2_adapted": _r2(sums["adapted"], power),
+        }
+
+
 class Mixed(MixedSettings, Objective):
     """Several objectives at once: the weighted sum of their losses on the same windows.
 
@@ -551,7 +669,8 @@ class Mixed(MixedSettings, Objective):
 
 
 OBJECTIVES: dict[str, type[Objective]] = {
-    cls.name: cls for cls in (Masked, Denoise, Autoencode, Latent, Forecast, Groups, Mixed)
+    cls.name: cls
+    for cls in (Masked, Denoise, Autoencode, Latent, Forecast, Groups, Connectome, Mixed)
 }
 
 

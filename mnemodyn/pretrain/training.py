@@ -150,9 +150,12 @@ def _pretrain(run: "_Run", restart: bool, fronts: "Fronts | None") -> None:
     network = MnemoDyn(run.config())
     if network.front is None:
         fronts = None
-    else:
+    elif run.objective.fills:
         fronts = fronts or Fronts(run.train, run.scaling, run.settings.training)
         fronts.fit(network.front)
+    else:
+        fronts = None
+        network.fit_front(_Scaled(run.train, run.scaling, range(len(run.train))))
     history = run.fit(network, restart, fronts)
     record = {
         "objective": run.settings.objective.to_dict(),
@@ -464,10 +467,13 @@ class _Run:
             if different:
                 remove(self.work)
             write_json(self.work / "run.json", {"identity": self.identity})
+        windows, validation = self.windows(fronts)
+        self.objective.prepare(network, windows)
         return fit(
             network,
             self.objective,
-            *self.windows(fronts),
+            windows,
+            validation,
             self.settings.training,
             self.settings.machine,
             folder=self.work,

@@ -57,7 +57,8 @@ class Windows(Dataset):
 
     An item is a dict: ``x`` (time, parcel), ``t_r`` (seconds), ``scan`` (where it is from), the
     objective's view of it, ``censored`` (time,) where any scan has censored frames, whose values are set
-    to zero, and ``folds`` where the scans have them.
+    to zero, ``folds`` where the scans have them, and ``rest`` (parcel, parcel) where the objective asks
+    for it: see :meth:`rest`.
 
     Parameters
     ----------
@@ -99,13 +100,46 @@ class Windows(Dataset):
             lengths.append((scan.n_frames, _window_frames(scan, n_timepoints, seconds)))
             self.censored.append(censored_frames(scan))
         self.n_frames, self.frames = np.array(lengths).T
+        self.people: dict[str, list[int]] = {}
+        for which, scan in enumerate(scans):
+            self.people.setdefault(scan.participant_id, []).append(which)
         # If any has censored frames, all windows say which: they must agree to be a batch.
         self.any_censored = any(censored.any() for censored in self.censored)
-        self._scaled = lru_cache(SCANS_KEPT)(self._read)
+        self.scaled = lru_cache(SCANS_KEPT)(self._read)
+        self._whole = lru_cache(SCANS_KEPT)(self._covariance)
 
     def _read(self, which: int) -> np.ndarray:
         """A scaled scan."""
         return self.scaling(self.scans[which])
+
+    def _covariance(self, which: int, left_out: slice = slice(0)) -> tuple[int, np.ndarray]:
+        """Number of a scan's frames that are neither censored nor `left_out`, and their covariance."""
+        kept = ~self.censored[which]
+        kept[left_out] = False
+        x = self.scaled(which)[kept]
+        x = x - x.mean(0)
+        return len(x), x.T @ x / len(x)
+
+    def rest(self, which: int, start: int, stop: int) -> np.ndarray:
+        """Covariance (parcel, parcel) of what else there is of the person of a window.
+
+        That is their other sessions; where there is none, their other runs; where there is no other scan, the frames
+        outside the window. A DataError where these are fewer than the window's.
+        """
+        scan = self.scans[which]
+        others = [i for i in self.people[scan.participant_id] if i != which]
+        elsewhere = [i for i in others if self.scans[i].session != scan.session]
+        found = [self._whole(i) for i in elsewhere or others]
+        if not found:
+            found = [self._covariance(which, slice(start, stop))]
+            n_inside = np.sum(~self.censored[which][start:stop])
+            if found[0][0] < n_inside:
+                raise DataError(
+                    f"{scan.source}: a window of {n_inside} frames leaves {found[0][0]} of the only scan of "
+                    f"{scan.participant_id}; take windows of at most half a scan (-s model.n_timepoints N)"
+                )
+        n_frames, covariances = zip(*found, strict=True)
+        return np.average(covariances, axis=0, weights=n_frames)
 
     def usable(self, which: int, start: int) -> bool:
         """Whether at least two frames of a window are not censored: a path needs as many."""
@@ -119,7 +153,7 @@ class Windows(Dataset):
         if isinstance(self.scans, Store):
             values = self.scans.read(which, start, stop, self.scaling)
         else:
-            values = self._scaled(which)[start:stop]
+            values = self.scaled(which)[start:stop]
         censored = self.censored[which][start:stop]
         x = torch.from_numpy(np.where(censored[:, None], np.float32(0), values))
         view = self.objective.view(
@@ -129,6 +163,8 @@ class Windows(Dataset):
         item = {"x": x, "t_r": torch.tensor(scan.t_r), "scan": name, **view}
         if self.any_censored:
             item["censored"] = torch.from_numpy(censored.copy())
+        if self.objective.needs_rest:
+            item["rest"] = torch.from_numpy(self.rest(which, start, stop)).float()
         if self.folds is not None:
             item["folds"] = torch.tensor(self.folds[which])
         return item

@@ -31,7 +31,7 @@ NAMES = {
 def as_results(rows: Iterable[dict]) -> pd.DataFrame:
     """Rows as a table with all columns of the tidy table."""
     table = pd.DataFrame(list(rows)).reindex(columns=list(COLUMNS))
-    table["against"] = table["against"].fillna("")
+    table["against"] = table["against"].astype(object).fillna("")
     return table
 
 

@@ -1,0 +1,93 @@
+"""The network trained for connectivity from short scans, as estimators of the chapter "How long must a scan be?"."""
+
+from collections.abc import Callable, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any, ClassVar, Self
+
+import numpy as np
+import torch
+
+from lib.duration import Estimator, Training
+from mnemodyn.checkpoint import Checkpoint
+from mnemodyn.data.scans import Scan
+from mnemodyn.files import digest
+from mnemodyn.model.connectome import from_tangent
+from mnemodyn.pretrain.training import pretrain
+from mnemodyn.settings import Settings
+
+# Of training people, every eighth chooses the epoch.
+CHOOSES = 8
+
+
+def scans_of(training: Training, t_r: float) -> list[Scan]:
+    """The training people's runs as scans; `t_r` in seconds."""
+    parcels = tuple(f"parcel {i}" for i in range(training.runs.shape[-1]))
+    scans = []
+    for person, day, run in np.ndindex(training.runs.shape[:3]):
+        values = training.runs[person, day, run]
+        name = f"sub-{person:03d}"
+        named = {"session": str(day), "run": str(run), "source": f"{name}_ses-{day}_run-{run}"}
+        scans.append(Scan(name, values, t_r, parcels, **named))
+    return scans
+
+
+class Network:
+    """Trained by the objective ``connectome`` on training people.
+
+    Parameters
+    ----------
+    settings : Settings
+    folder : Path
+        Where trainings are kept, each by the content of its runs and settings.
+    t_r : float
+        Seconds.
+    """
+
+    # One training serves all lengths and controls.
+    trained: ClassVar[dict[str, Checkpoint]] = {}
+
+    def __init__(self, settings: Settings, folder: Path, t_r: float):
+        self.settings = settings
+        self.folder = folder
+        self.t_r = t_r
+
+    def fit(self, training: Training) -> Self:
+        name = digest(training.runs, self.settings.to_dict(), self.t_r)[:12]
+        if name not in self.trained:
+            self.trained[name] = self._train(training, self.folder / name)
+        self.model: Any = self.trained[name].model
+        return self
+
+    def _train(self, training: Training, folder: Path) -> Checkpoint:
+        scans = scans_of(training, self.t_r)
+        names = sorted({scan.participant_id for scan in scans})
+        choosing = names[::CHOOSES]
+        train = [scan for scan in scans if scan.participant_id not in choosing]
+        validation = [scan for scan in scans if scan.participant_id in choosing]
+        return pretrain(train, validation, folder, self.settings)[0]
+
+    @torch.no_grad()
+    def estimate(self, windows: np.ndarray) -> np.ndarray:
+        group = self.model.front.lags[0].double()
+        found = []
+        for some in torch.as_tensor(windows, dtype=torch.float32).split(64):
+            tangent = self.model.estimate_connectivity(some, self.t_r, "connectome")
+            found.append(from_tangent(tangent.double(), group))
+        return torch.cat(found).numpy()
+
+
+def estimators(
+    settings: Mapping[str, Any], folder: Path, t_r: float
+) -> dict[str, tuple[Callable[[], Estimator], str]]:
+    """Entries for ``lib.duration.ESTIMATORS``, with the folder where trainings are kept.
+
+    `settings` are those of :class:`~mnemodyn.settings.Settings`, beside what the objective connectome needs.
+    """
+    needed = {"objective.name": "connectome", "model.front": "gaussian"}
+    base = Settings().updated({**needed, "model.connectome": "covariance"}).updated(settings)
+    operator = base.updated({"model.connectome": "operator"})
+    return {
+        "network": (partial(Network, base, folder, t_r), "tangent"),
+        "network with the operator's latents": (partial(Network, operator, folder, t_r), "tangent"),
+    }
