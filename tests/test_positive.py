@@ -172,9 +172,19 @@ def test_power_by_hand(committed):
     assert worse["excluded"] == 0
     assert np.isnan([nothing["excluded"], nothing["seen"], nothing["seen_with_most"]]).all()
     rows = positive.power_rows(positive.power(committed, whats, 10_000), 10_000)
-    assert len(rows) == 6
-    assert rows[2]["n"] == 10_000
+    assert [row["score"] for row in rows] == ["r2"] * 3 + ["auc"] * 3
+    assert rows[2]["value"] == pytest.approx(0.0028)
     write_results(committed / "power.csv", rows)
+
+
+def test_what_is_excluded_and_what_is_too_few():
+    better = pd.Series({"low": 0.01, "high": 0.03})
+    assert np.isnan(positive.excluded(better)), "a gain that is shown is not excluded"
+    nulls = positive.power(ROOT / "book/committed", positive.NULLS + positive.PRECISION, 40_000)
+    few = nulls["n"] < 20
+    assert few.any()
+    assert nulls.loc[few, "seen_with_most"].isna().all()
+    assert nulls.loc[~few & nulls["seen"].notna(), "seen_with_most"].notna().all()
 
 
 def test_80_percent_of_studies_see_a_gain_of_that_size():

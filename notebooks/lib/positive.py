@@ -330,6 +330,8 @@ PRECISION = (
 )
 # A difference of this many standard errors is seen in 80 % of studies, at a two-sided level of 5 %.
 SEEN = 1.96 + 0.84
+# An interval over fewer people than these says too little of its own width to be extrapolated.
+FEWEST = 20
 
 
 def find_row(folder: Path, what: Comparison) -> pd.Series:
@@ -359,6 +361,13 @@ def seen(row: pd.Series, n: float) -> float:
     return float(SEEN * standard_error * np.sqrt(row["n"] / n))
 
 
+def excluded(row: pd.Series) -> float:
+    """The gain above which a row's interval excludes all; NaN where it has no width, or shows a gain."""
+    if row["high"] - row["low"] < 1e-12 or row["low"] > 0:
+        return float("nan")
+    return max(float(row["high"]), 0.0)
+
+
 def power(folder: Path, comparisons: Sequence[Comparison], n_most: int) -> pd.DataFrame:
     """A row a comparison, with what its interval excludes and what would be seen with more people."""
     rows = []
@@ -368,11 +377,12 @@ def power(folder: Path, comparisons: Sequence[Comparison], n_most: int) -> pd.Da
         rows.append(
             {
                 **asdict(what),
-                **row[["value", "low", "high", "n", "kind"]],
-                # Of a network that has changed nothing, the interval excludes nothing.
-                "excluded": np.nan if np.isnan(now) else max(row["high"], 0.0),
+                **row[["n", "kind"]],
+                # No zero is shown as negative.
+                **(row[["value", "low", "high"]] + 0.0),
+                "excluded": excluded(row),
                 "seen": now,
-                "seen_with_most": seen(row, n_most),
+                "seen_with_most": seen(row, n_most) if row["n"] >= FEWEST else np.nan,
             }
         )
     return pd.DataFrame(rows)
@@ -394,19 +404,19 @@ def power_table(found: pd.DataFrame, n_most: int) -> pd.DataFrame:
 
 
 def power_rows(found: pd.DataFrame, n_most: int) -> list[dict[str, Any]]:
-    """The numbers of `power` as rows of results."""
+    """The numbers of `power` that are known, as rows of results."""
+    words = {
+        "excluded": "gains above this are excluded",
+        "seen": "gain seen with 80 % power",
+        "seen_with_most": f"gain seen with 80 % power by {n_most:,} people, extrapolated",
+    }
     rows = []
     for one in found.to_dict("records"):
-        if np.isnan(one["seen"]):
-            continue
-        place = {name: one[name] for name in ("data", "method", "score", "kind")}
-        compared = f"{one['task']}, against {one['against']}"
-        for said, n, name in (
-            ("gains above this are excluded", one["n"], "excluded"),
-            ("gain seen with 80 % power", one["n"], "seen"),
-            ("gain seen with 80 % power, by extrapolation", n_most, "seen_with_most"),
-        ):
-            rows.append({**place, "task": f"{compared}, {said}", "value": one[name], "n": n})
+        place = {name: one[name] for name in ("data", "method", "score", "n", "kind")}
+        for name, said in words.items():
+            task = f"{one['task']}, against {one['against']}, {said}"
+            if not np.isnan(one[name]):
+                rows.append({**place, "task": task, "value": one[name]})
     return rows
 
 
@@ -433,13 +443,12 @@ def extrapolate(rows: pd.DataFrame, n: float) -> tuple[float, float]:
 def power_figure(found: pd.DataFrame, by_people: Mapping[str, pd.DataFrame], n_most: int) -> Figure:
     """Left, the gain that is seen against people tested; right, gaps against training people."""
     figure, (left, right) = panels(2, 3.6)
-    drawn = found[found["seen"].notna()].reset_index(drop=True)
-    for i, one in drawn.iterrows():
-        n = np.geomspace(one["n"], n_most, 50)
-        colour = COLOURS[i % len(COLOURS)]
-        left.plot(n, one["seen"] * np.sqrt(one["n"] / n), color=colour, lw=1.2)
-        marker = {"marker": MARKERS[i % len(MARKERS)], "ms": 5, "ls": ""}
-        left.plot(one["n"], one["seen"], color=colour, label=one["label"], **marker)
+    drawn = found[found["seen"].notna()].to_dict("records")
+    for one, colour, marker in zip(drawn, COLOURS, MARKERS, strict=False):
+        style = {"color": colour, "marker": marker, "ms": 5, "lw": 1.2}
+        # No line where nothing is extrapolated.
+        ends = {one["n"]: one["seen"], n_most: one["seen_with_most"]}
+        left.plot(list(ends), list(ends.values()), label=one["label"], markevery=[0], **style)
     left.set(xscale="log", yscale="log", xlabel="people tested", ylabel="gain seen with 80 % power")
     for (name, rows), marker in zip(by_people.items(), MARKERS, strict=False):
         bars = right.errorbar(
@@ -450,8 +459,13 @@ def power_figure(found: pd.DataFrame, by_people: Mapping[str, pd.DataFrame], n_m
             ends = ([last["x"], n_most], [last["value"], end])
             right.plot(*ends, color=bars[0].get_color(), lw=0.8, ls="--")
     right.axhline(0, color="black", lw=0.8, ls=":")
-    right.set(xscale="log", xlabel="training people", ylabel="blocks alone minus it, R²")
-    right.legend(loc="lower right")
+    right.set(
+        xscale="log",
+        xlabel="training people",
+        ylabel="gain of the blocks alone in R²",
+        ylim=(None, 0.02),
+    )
+    right.legend(loc="upper right", bbox_to_anchor=(1, 0.96), title="compared with", fontsize=8)
     legend_above(figure, left, ncols=1)
     plt.close(figure)
     return figure
