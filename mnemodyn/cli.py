@@ -17,7 +17,14 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from mnemodyn.files import begins_with, check_output, load_yaml, read_yaml, write_table
+from mnemodyn.files import (
+    begins_with,
+    check_folder,
+    check_output,
+    load_yaml,
+    read_yaml,
+    write_table,
+)
 from mnemodyn.provenance import installed_version
 
 __all__ = ["main"]
@@ -151,7 +158,7 @@ def say_left_out(scans: Any) -> None:
     table = scans.excluded.reindex(columns=["problem", "message", "left_out_of"])
     # Scans without a label are used for training.
     for problem, rows in table[table["left_out_of"] != "targets"].groupby("problem"):
-        example = rows["message"].iloc[0]
+        example = rows["message"].iloc[0][:300]
         print(f"mnemodyn: left out {len(rows)}, {problem}: {example}", file=sys.stderr)
 
 
@@ -336,8 +343,11 @@ def run_convert(cohort, folder, workers, store, dtype, as_json, **reading):
     converted again, and labels are those of the table as it is. What could not be used is listed in
     the store with the reason.
     """
-    from mnemodyn.data.store import convert
+    from mnemodyn.data.store import check_store, convert
 
+    # Before the scans are read, which may take minutes.
+    about = {"dtype": dtype, "cohort": find_cohort(cohort).name}
+    check_store(Path(store), Path(folder), about)
     found = find_scans(cohort, folder, workers, **reading)
     made = convert(found, store, dtype=dtype, progress=show_progress)
     content = {"store": store, "n_scans": len(made), "n_excluded": len(made.excluded)}
@@ -444,6 +454,7 @@ def run_pretrain(data, output, cohort, t_r, settings, changes, restart, as_json,
     """
     if Path(output).is_dir() and Path(data).exists() and Path(output).samefile(data):
         raise UsageError(f"{output} is the folder that is read; name another output")
+    check_folder(output)
     if t_r is not None:
         changes = [("data.t_r", str(t_r)), *changes]
     # Before torch is imported: a mistyped setting is refused at once.
@@ -534,9 +545,11 @@ def run_evaluate(
 
     if Path(output).is_dir():
         raise UsageError(f"{output} is a folder; name the file to write")
+    # Before the scans are read, which may take minutes.
     check_results(output)
     check_no_scan(output, [folder])
-    # Before the scans are read, which may take minutes.
+    if settings["cache"] is not None:
+        check_folder(settings["cache"])
     kinds = {known.name: known.kind for known in find_cohort(cohort).targets}
     if target not in kinds:
         raise UsageError(

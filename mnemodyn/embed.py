@@ -1,5 +1,6 @@
 """Many scans to one table of vectors, and a scan with its censored frames filled."""
 
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
@@ -25,6 +26,8 @@ from mnemodyn.files import (
     check_output,
     digest,
     locked,
+    remove_left_over,
+    sha256,
     table_text,
     write_table,
     writing,
@@ -101,6 +104,7 @@ def embed(
     _check_output(output, sources, jobs)
     listing = refused_listing(output)
     unfinished = output.with_name(f".{output.name}.part")
+    earlier = output.is_file() and output.stat().st_size and sha256(output)
     with locked(output, "mnemodyn embed"):
         if unfinished.is_symlink() or unfinished.is_file():
             unfinished.unlink()  # of an earlier version; a link is never followed
@@ -115,6 +119,9 @@ def embed(
         if refused:
             write_table(listing, pd.DataFrame(refused))
         remove_kept(unfinished)
+    if earlier and earlier != sha256(output):
+        of_what = "another network, other scans or other read-outs"
+        warnings.warn(f"{output}: the earlier table, of {of_what}, is replaced", stacklevel=1)
     return Embedded(n_scans, n_features, refused)
 
 
@@ -221,6 +228,7 @@ def _rows(
 
 def remove_kept(folder: Path) -> None:
     """Remove what `Kept` has written into a folder, and the folder unless somebody else has put something there."""
+    remove_left_over(folder)
     for file in folder.glob("*.npz"):
         file.unlink()
     if folder.is_dir() and not any(folder.iterdir()):

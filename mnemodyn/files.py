@@ -12,6 +12,7 @@ import socket
 import tempfile
 import time
 import warnings
+import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -20,8 +21,9 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 if TYPE_CHECKING:
     import pandas as pd
 
-# What a file or folder is called until it is whole: .NAME.PROCESS-RANDOM.tmp.
-TEMPORARY = re.compile(r"\..+\.(\d+)-[0-9a-f]{8}\.tmp")
+# What a file or folder is called until it is whole: .NAME.PROCESS-MACHINE-RANDOM.tmp.
+TEMPORARY = re.compile(r"\..+\.(\d+)-([0-9a-f]{8})-[0-9a-f]{8}\.tmp")
+MACHINE = f"{zlib.crc32(socket.gethostname().encode()):08x}"
 # What this process holds; the system's lock keeps other processes off only.
 _held: set[Path] = set()
 
@@ -76,7 +78,11 @@ def _hold(place: Path, output: str | os.PathLike) -> int:
     # To open the file again would give up this process's own lock.
     while place not in _held:
         # A link is not followed: what it names is not ours.
-        descriptor = os.open(place, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
+        try:
+            descriptor = os.open(place, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
+        except OSError as error:
+            reason = f"{error.strerror}; where there is something else than a file, move it away"
+            raise OSError(error.errno, f"cannot lock {output}: {reason}", str(place)) from None
         try:
             # This kind of lock is not handed on to child processes, which may outlive their parent.
             fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -103,8 +109,11 @@ def _hold(place: Path, output: str | os.PathLike) -> int:
     raise RuntimeError(f"{output} is being written by {owner}; {remedy}")
 
 
-def remove_left_over(path: Path) -> None:
-    """Remove what processes that are no more were writing into a folder, or in place of a file."""
+def remove_left_over(path: Path, *, held: bool = True) -> None:
+    """Remove what processes that are no more were writing into a folder, or in place of a file.
+
+    Where the place is not `held` by a lock, what other machines have left may be in use, and stays.
+    """
     if path.is_dir():
         found = path.rglob(".*.tmp")
     else:
@@ -113,7 +122,8 @@ def remove_left_over(path: Path) -> None:
         named = TEMPORARY.fullmatch(unfinished.name)
         if named is None or _is_alive(int(named[1])):
             continue
-        remove(unfinished)
+        if held or named[2] == MACHINE:
+            remove(unfinished)
 
 
 def remove(path: Path) -> None:
@@ -137,7 +147,7 @@ def _is_alive(process: int) -> bool:
 def temporary(path: str | os.PathLike) -> Path:
     """A fresh name beside ``path`` for what becomes it; `locked` removes it if this process is killed."""
     path = Path(path)
-    return path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
+    return path.with_name(f".{path.name}.{os.getpid()}-{MACHINE}-{secrets.token_hex(4)}.tmp")
 
 
 @contextmanager
@@ -188,6 +198,15 @@ def writing(path: str | os.PathLike) -> Iterator[BinaryIO]:
             partial.unlink(missing_ok=True)
 
 
+def check_folder(folder: str | os.PathLike) -> None:
+    """Raise an OSError, before any work, for a folder that cannot be made, or written in."""
+    path = Path(folder).expanduser().absolute()
+    place = next(place for place in (path, *path.parents) if os.path.lexists(place))
+    if not place.is_dir() or not os.access(place, os.W_OK | os.X_OK):
+        what = "is no folder, or one that may not be written in"
+        raise NotADirectoryError(f"{place} {what}; name another, or move it away")
+
+
 def check_output(
     output: str | os.PathLike,
     what: str,
@@ -213,10 +232,13 @@ def check_output(
         If the output is one of the inputs, by whatever name, or is no earlier result.
     IsADirectoryError
         If it is a folder.
+    OSError
+        If its folder cannot be made, or written in.
     """
     output = Path(output)
     if output.is_dir():
         raise IsADirectoryError(f"{output} is a folder; name the file to write")
+    check_folder(output.parent)
     if not os.path.lexists(output) or (output.is_file() and output.stat().st_size == 0):
         return
     for file in inputs:
@@ -431,6 +453,8 @@ class Kept:
     def __init__(self, folder: str | os.PathLike | None):
         """`folder` is made when something is kept; nothing is kept where it is None."""
         self.folder = None if folder is None else Path(folder)
+        if folder is not None:
+            check_folder(folder)
 
     def __call__(self, name: str, depends_on: Any, make: Callable[[], Any]) -> Any:
         """The result of ``make()``, made only if none is kept for `name` and `depends_on`.

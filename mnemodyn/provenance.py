@@ -6,7 +6,7 @@ import subprocess
 from importlib import metadata
 from pathlib import Path
 
-from mnemodyn.files import find_root, write_json, write_text
+from mnemodyn.files import find_root, remove_left_over, write_json, write_text
 
 __all__ = ["describe_derivative", "generated_by", "installed_version", "provenance", "surroundings"]
 
@@ -79,6 +79,8 @@ def generated_by() -> list[dict]:
 def describe_derivative(folder: str | os.PathLike, name: str) -> None:
     """Make a folder a BIDS derivative, unless it is one: ``dataset_description.json``, ``.bidsignore``."""
     folder = Path(folder)
+    for name in (".bidsignore", "dataset_description.json"):
+        remove_left_over(folder / name, held=False)
     if (folder / "dataset_description.json").exists():
         return
     if not (folder / ".bidsignore").exists():

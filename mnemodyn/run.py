@@ -10,6 +10,7 @@ import logging
 import os
 import resource
 import signal
+import tempfile
 import threading
 import time
 import warnings
@@ -245,7 +246,9 @@ def _execute(notebook: Path, partial: Path, parameters: dict) -> str | None:
             config.KernelManager.transport = "ipc"
             config.KernelManager.ip = f"{folder}/kernel"
         try:
-            with patch.dict(os.environ, _environment(notebook, folder)):
+            # Jupyter's temporary files go with the folder, even where this process is killed.
+            private = patch.object(tempfile, "tempdir", folder)
+            with private, patch.dict(os.environ, _environment(notebook, folder)):
                 papermill.execute_notebook(
                     nbformat.read(notebook, as_version=4),
                     # papermill formats its paths, so that braces must be doubled.

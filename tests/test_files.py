@@ -12,6 +12,7 @@ import pandas as pd
 import pytest
 import torch
 
+from mnemodyn import files
 from mnemodyn.files import Kept, digest, locked, read_yaml, remove, write_bytes, write_table
 
 
@@ -172,14 +173,19 @@ def test_a_process_does_not_hold_an_output_twice(tmp_path):
 def test_only_what_the_dead_have_left_is_removed(tmp_path):
     dead = subprocess.Popen(["true"])
     dead.wait()
-    names = [f".o.{dead.pid}-0123abcd.tmp", f".o.{os.getpid()}-0123abcd.tmp", ".o.tmp", ".mine"]
-    for name in [*names, f".p.{dead.pid}-0123abcd.tmp"]:
+    names = [
+        f".o.{dead.pid}-0123abcd-0123abcd.tmp",
+        f".o.{os.getpid()}-0123abcd-0123abcd.tmp",
+        ".o.tmp",
+        ".mine",
+    ]
+    for name in [*names, f".p.{dead.pid}-0123abcd-0123abcd.tmp"]:
         (tmp_path / name).write_text("x")
-    (tmp_path / f".o.{dead.pid}-dddddddd.tmp").mkdir()
-    (tmp_path / f".o.{dead.pid}-eeeeeeee.tmp").symlink_to(tmp_path)
+    (tmp_path / f".o.{dead.pid}-dddddddd-dddddddd.tmp").mkdir()
+    (tmp_path / f".o.{dead.pid}-eeeeeeee-eeeeeeee.tmp").symlink_to(tmp_path)
     with locked(tmp_path / "o", "this"):
         left = {path.name for path in tmp_path.iterdir()}
-    assert left == {*names[1:], f".p.{dead.pid}-0123abcd.tmp", ".o.lock"}
+    assert left == {*names[1:], f".p.{dead.pid}-0123abcd-0123abcd.tmp", ".o.lock"}
     # So does the next table that is written there.
     write_table(tmp_path / "p", pd.DataFrame({"a": [1]}))
     left = {path.name for path in tmp_path.iterdir()}
@@ -225,3 +231,33 @@ def test_kept_results_exchanged_are_computed_again(tmp_path):
     second.write_bytes(content)
     for i in (1, 2):
         assert kept("a", i, lambda: np.zeros(3)).tolist() == [0, 0, 0]
+
+
+def test_what_is_no_file_or_folder_is_named(tmp_path):
+    (tmp_path / ".o.lock").mkdir()
+    with pytest.raises(OSError, match=r"cannot lock .*move it away.*o\.lock"):
+        write_table(tmp_path / "o", pd.DataFrame({"a": [1]}))
+    (tmp_path / "file").write_text("precious")
+    for place in ("file", "file/below", "file/further/below"):
+        with pytest.raises(NotADirectoryError, match=r"file is no folder, .*name another"):
+            Kept(tmp_path / place)
+    Kept(tmp_path / "new" / "folder")
+    Kept(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".o.lock", "file"]
+
+
+def test_what_other_machines_write_into_a_shared_folder_stays(tmp_path, monkeypatch):
+    dead = subprocess.Popen(["true"])
+    dead.wait()
+    monkeypatch.setattr(files.os, "getpid", lambda: dead.pid)
+    mine = files.temporary(tmp_path / "a.npz")
+    monkeypatch.setattr(files, "MACHINE", "0123abcd")
+    others = files.temporary(tmp_path / "a.npz")
+    monkeypatch.undo()
+    for path in (mine, others):
+        path.write_text("half")
+    files.remove_left_over(tmp_path, held=False)
+    assert list(tmp_path.iterdir()) == [others]
+    # Under a lock the folder is this process's alone.
+    with locked(tmp_path, "this"):
+        assert [path.name for path in tmp_path.iterdir()] == [".lock"]

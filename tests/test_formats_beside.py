@@ -205,6 +205,85 @@ def test_frames_that_were_removed_before_the_signal_was_steady(tmp_path):
         assert problem(scan_of(tmp_path, VALUES[n_cut:]), "rows", t_r=2) == "censoring"
 
 
+@pytest.mark.parametrize(
+    "name",
+    [
+        "sub-01_run-1_task-rest_outliers.tsv",
+        "run-1_sub-01_task-rest_outliers.tsv",
+        "sub-01_task-rest_run-01_outliers.tsv",
+        "sub-01_task-rest_run-001_desc-filtered_outliers.tsv",
+        "desc-filtered_sub-01_task-rest_run-1_outliers.tsv",
+        f"{RECORDING}_space-fsLR_outliers.tsv",
+        f"{RECORDING}_outliers.csv",
+        f"{RECORDING}_outliers.TSV",
+        f"{RECORDING}_outliers.tsv.gz",
+        "sub-01_run-01_task-rest_desc-filtered_outliers.csv.gz",
+        "desc-confounds_sub-01_task-rest_run-01_timeseries.tsv.gz",
+    ],
+)
+def test_tables_are_found_by_their_entities(tmp_path, name):
+    scan = scan_of(tmp_path)
+    separator = "," if ".csv" in name else "\t"
+    marks = pd.DataFrame({"framewise_displacement": OUT.astype(int), "motion_outlier00": OUT * 1})
+    marks.to_csv(tmp_path / name, sep=separator, index=False)
+    np.testing.assert_array_equal(load_scan(scan, t_r=2).censored, OUT)
+    # Of another person, task or run.
+    for other in ("sub-02_task-rest_run-1", "sub-01_task-nback_run-1", "sub-01_task-rest_run-2"):
+        path = table(tmp_path / f"{other}_{NAME.removeprefix(RECORDING + '_')}.tsv")
+        assert load_scan(path, t_r=2).censored is None
+    (tmp_path / name).unlink()
+    (tmp_path / name).symlink_to("nothing")
+    assert problem(scan, "fetch", t_r=2) == "not-fetched"
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ["sub-01_task-rest_outliers.tsv"],
+        ["sub-01_run-1_outliers.csv"],
+        ["sub-01_ses-1_task-rest_run-1_outliers.tsv"],
+        ["sub-01_task-rest_run-1_dir-AP_motion.tsv"],
+        ["sub-01_task-rest_desc-confounds_timeseries.tsv"],
+        [f"{RECORDING}_desc-mine_outliers.tsv"],
+        [f"{RECORDING}_outliers.csv", f"{RECORDING}_outliers.tsv.gz"],
+        ["sub-01_run-1_task-rest_outliers.tsv", "sub-01_task-rest_run-01_outliers.tsv"],
+    ],
+)
+def test_tables_that_may_be_anothers_are_named(tmp_path, names):
+    scan = scan_of(tmp_path)
+    for name in names:
+        (tmp_path / name).write_text(lines(OUT))
+    match = rf"is {min(names)} of this scan, whose tables begin with {RECORDING}_\? Rename it"
+    assert problem(scan, match, t_r=2) == "beside"
+    outliers(tmp_path, lines(OUT))
+    if "outliers" in names[0]:
+        np.testing.assert_array_equal(load_scan(scan, t_r=2).censored, OUT)
+
+
+def test_a_header_is_compared_with_every_sidecar(tmp_path):
+    path = cifti(tmp_path / f"{NAME}.ptseries.nii", 3.0)
+    for name in ("task-rest_bold.json", "run-01_task-rest_sub-01_bold.json"):
+        state(tmp_path / name, RepetitionTime=2)
+        assert problem(path, "'header': 3.0, 'sidecar': 2.*--t-r") == "t-r-conflict"
+        assert load_scan(path, t_r=2).t_r == 2
+        state(tmp_path / name, RepetitionTime=3.0002)
+        assert load_scan(path).t_r_source == "header"
+        (tmp_path / name).unlink()
+
+
+def test_names_that_are_there_twice(tmp_path):
+    scan = table(tmp_path / f"{NAME}.tsv", names=("a", "b", "a"))
+    assert problem(scan, "'a' is there 2 times", t_r=2) == "header"
+    frame = pd.DataFrame(VALUES, columns=["a", "b", "a"])
+    with pytest.raises(DataError, match="'a' is there 2 times"):
+        load_scan(frame, t_r=2, participant_id="sub-01")
+    with pytest.raises(DataError, match="'a' is there 2 times"):
+        formats.write(tmp_path / "x.tsv", VALUES, ("a", "b", "a"), 2.0)
+    scan_of(tmp_path)
+    scan.with_suffix(".json").write_text('{"RepetitionTime": 2, "RepetitionTime": 3}')
+    assert problem(scan, "'RepetitionTime' is there 2 times") == "sidecar"
+
+
 # Files that ask for more memory than a scan has
 
 

@@ -461,3 +461,55 @@ def test_what_a_killed_embed_left_goes_with_the_next(folder, checkpoint, tmp_pat
     assert len(list(output.parent.iterdir())) == 3  # the lock, the half table, and what is kept
     assert main(words) == 0
     assert os.listdir(output.parent) == ["e.csv"]
+
+
+def test_a_table_of_another_network_is_not_replaced_in_silence(folder, checkpoint, tmp_path):
+    output = tmp_path / "e.csv"
+    output.touch()
+    embed([folder], checkpoint, output)
+    embed([folder], checkpoint, output)  # the same again says nothing
+    torch.manual_seed(1)
+    other = replace(checkpoint, model=MnemoDyn(checkpoint.model.config).eval())
+    for network in (other, checkpoint):
+        with pytest.warns(
+            UserWarning, match=r"e\.csv: the earlier table.*another network.*replaced"
+        ):
+            embed([folder], network, output)
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["convert", "bids", "IN", "file"],
+        ["convert", "bids", "IN", "file/store"],
+        ["convert", "bids", "IN", "full"],
+        ["convert", "bids", "IN", "store"],
+        ["convert", "bids", "IN", "IN"],
+        ["evaluate", "bids", "IN", "--target", "sex", "-o", "file/x.csv"],
+        ["evaluate", "bids", "IN", "--target", "sex", "-o", "x.csv", "--cache", "file"],
+        ["index", "bids", "IN", "--table", "file/x.csv"],
+        ["pretrain", "IN", "file"],
+        ["pretrain", "IN", "file/run"],
+    ],
+)
+def test_outputs_are_checked_before_the_scans_are_read(
+    folder, tmp_path, monkeypatch, capsys, command
+):
+    monkeypatch.chdir(tmp_path)
+    convert([scan(0)], "store", dtype="float32")
+    Path("file").write_text("precious")
+    Path("full").mkdir()
+    Path("full/mine").write_text("precious")
+    before = contents(tmp_path)
+
+    def read(*_, **__):
+        raise AssertionError("a scan was read")
+
+    monkeypatch.setattr("mnemodyn.data.scans.load_scan", read)
+    monkeypatch.setattr("mnemodyn.data.cohorts.load_scan", read)
+    monkeypatch.setattr("mnemodyn.data.collection.load_scan", read)
+    assert main([str(folder) if word == "IN" else word for word in command]) in (1, 2)
+    said = capsys.readouterr().err
+    assert "a scan was read" not in said
+    assert "name a" in said
+    assert contents(tmp_path) == before

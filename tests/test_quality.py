@@ -179,3 +179,20 @@ def test_figures_draw_few_and_many_scans():
         ):
             picture = figures.show(figure, caption="c", alt="a")
             assert picture.source
+
+
+def test_a_dollar_in_a_name_is_no_formula():
+    names = tuple(rf"$\frac$ {name}$" for name in PARCELS)
+    scan = changed(scans(1)[0], parcels=names)
+    lines = plots.carpet(scan)
+    matrix = plots.matrices({names[0]: np.eye(6) - 0.1}, "r", names=names)
+    for figure in (lines, matrix):
+        assert rf"<!-- {names[0]} -->" in figures.svg(figure).decode()
+    # The powers of ten on an axis are formulas of matplotlib's own.
+    figure, ax = figures.plt.subplots()
+    ax.set(xscale="log", xlim=(1, 1e4), title="$x$")
+    drawn = figures.svg(figure).decode()
+    assert r"$\mathdefault{10^{4}}$" in drawn
+    shown = {text.get_text(): text.get_parse_math() for text in (ax.title, *ax.get_xticklabels())}
+    assert shown["$x$"] is False
+    assert shown[r"$\mathdefault{10^{4}}$"] is True

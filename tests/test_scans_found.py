@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -250,6 +251,92 @@ def test_runs_are_not_counted_twice(tmp_path):
     assert found.excluded["problem"].tolist() == ["concatenation"]
 
 
+@pytest.mark.parametrize(
+    ("whole", "runs"),
+    [
+        # Without a number, beside runs in sessions.
+        (
+            "sub-01_task-rest",
+            ["ses-1/sub-01_ses-1_task-rest_run-1", "ses-1/sub-01_ses-1_task-rest_run-2"],
+        ),
+        (
+            "func/sub-01_task-rest",
+            ["ses-1/func/sub-01_ses-1_task-rest_run-1", "ses-2/func/sub-01_ses-2_task-rest_run-1"],
+        ),
+        (
+            "sub-01_task-rest",
+            ["ses-1/func/sub-01_ses-1_task-rest", "ses-2/func/sub-01_ses-2_task-rest"],
+        ),
+        (
+            "sub-01_task-rest",
+            ["sub-01_ses-1_task-rest_dir-AP_run-1", "sub-01_ses-2_task-rest_dir-PA_run-1"],
+        ),
+        (
+            "ses-1/func/sub-01_ses-1_task-rest",
+            ["ses-1/func/sub-01_ses-1_task-rest_run-1", "ses-1/func/sub-01_ses-1_task-rest_run-2"],
+        ),
+        ("sub-01_task-rest", ["sub-01_task-rest1_dir-AP", "sub-01_task-rest2_dir-AP"]),
+        # A name that says so.
+        ("sub-01_task-rest_desc-concat", ["sub-01_task-rest_run-1", "sub-01_task-rest_run-2"]),
+        ("sub-01_task-rest_desc-concatenated", ["sub-01_task-rest_run-1_desc-denoised"]),
+        ("sub-01_task-rest_run-all", ["sub-01_task-rest_run-1", "sub-01_task-rest_run-2"]),
+        ("sub-01_task-rest_run-concat_desc-denoised", ["sub-01_task-rest_run-1_desc-denoised"]),
+        ("sub-01_task-rest_run-1to2", ["sub-01_task-rest_run-1", "sub-01_task-rest_run-2"]),
+        (
+            "sub-01_task-rest_concat",
+            ["sub-01_task-rest_dir-AP_run-1", "sub-01_task-rest_dir-PA_run-1"],
+        ),
+        (
+            "ses-all/func/sub-01_ses-all_task-rest",
+            ["ses-1/func/sub-01_ses-1_task-rest", "ses-2/func/sub-01_ses-2_task-rest"],
+        ),
+    ],
+)
+def test_whatever_was_put_together_is_left_out(tmp_path, whole, runs):
+    for i, name in enumerate([whole, *runs]):
+        table(tmp_path / "all_runs" / "sub-01" / f"{name}_seg-X_timeseries.tsv", series(i))
+    found = open_scans(tmp_path)
+    assert len(found) == len(runs)
+    assert found.excluded["problem"].tolist() == ["concatenation"]
+    assert Path(found.excluded["file"][0]).name == f"{Path(whole).name}_seg-X_timeseries.tsv"
+
+
+def test_what_only_looks_like_put_together_is_read(tmp_path):
+    names = [
+        "sub-01_task-rest_run-all_seg-X",  # no runs beside it
+        "sub-02_task-rest_seg-X",
+        "sub-02_task-rest_run-2_seg-X",
+        "sub-03_ses-1_task-rest_run-1_seg-X",
+        "sub-03_task-rest_seg-X",
+        "sub-04_task-all_seg-X",
+        "sub-04_task-rest_run-1_seg-X",
+        "sub-05_task-rest_desc-concat_seg-X",
+        "sub-05_task-rest_run-1_seg-Y",
+    ]
+    for i, name in enumerate(names):
+        table(tmp_path / f"{name}_timeseries.tsv", series(i))
+    assert len(open_scans(tmp_path)) == len(names)
+
+
+def test_a_link_to_a_hidden_folder_is_not_followed(tmp_path):
+    folder = tmp_path / "study"
+    rest(folder, "01", 1)
+    for place in (folder / ".old", folder / ".snapshot" / "daily", tmp_path / ".trash"):
+        rest(place, "02", 2)
+        (folder / f"link_{place.name.strip('.')}").symlink_to(place)
+    rest(tmp_path / "elsewhere", "03", 3)
+    (folder / "sub-03").symlink_to(tmp_path / "elsewhere" / "sub-03")
+    (folder / "again").symlink_to(folder)
+    found = open_scans(folder)
+    assert people(found) == ["sub-01", "sub-03"]
+    assert (
+        found.excluded["message"].str.endswith("a link to a hidden folder").tolist() == [True] * 3
+    )
+    # The folder that is named may be hidden, or such a link.
+    assert people(open_scans(folder / ".old")) == ["sub-02"]
+    assert people(open_scans(folder / "link_daily")) == ["sub-02"]
+
+
 def test_copies_of_ones_own_scan_are_left_out(tmp_path):
     table(tmp_path / "sub-01_task-rest_timeseries.tsv", series(1))
     table(tmp_path / "old" / "sub-01_task-rest_timeseries.tsv", series(1))
@@ -340,7 +427,23 @@ def test_matrices_are_no_series(tmp_path):
         assert problem(table(tmp_path / "sub-01.csv", rows, ("", *NAMES))) == "not-a-series"
         np.save(tmp_path / "sub-01.npy", matrix)
         assert problem(tmp_path / "sub-01.npy", t_r=2, frames_first=True) == "not-a-series"
-    assert load_scan(table(tmp_path / "sub-01.csv", series(1, 6))).n_frames == 6  # square
+        stacked = np.vstack([matrix, matrix * 0.9, np.roll(matrix, 1, (0, 1))])
+        assert problem(table(tmp_path / "sub-01.csv", stacked)) == "not-a-series"
+        for stack in (stacked, stacked.T):
+            np.save(tmp_path / "sub-01.npy", stack)
+            assert problem(tmp_path / "sub-01.npy", t_r=2, frames_first=True) == "not-a-series"
+    noise = np.random.default_rng(5).normal(size=(6, 6))
+    for almost in (
+        correlations + 1e-3 * noise,
+        correlations.astype(np.float16) * (1 + 1e-3 * noise),
+        np.where(noise > 0, np.cov(values.T).round(1), np.cov(values.T)),
+    ):
+        for matrix in (almost, np.vstack([almost, correlations])):
+            assert problem(table(tmp_path / "sub-01.csv", matrix)) == "not-a-series"
+    for n in (6, 12, 36):  # square, and a multiple
+        assert load_scan(table(tmp_path / "sub-01.csv", series(1, n))).n_frames == n
+    mixed = np.vstack([correlations, series(1, 6)])
+    assert load_scan(table(tmp_path / "sub-01.csv", mixed)).n_frames == 12
     for shape in ((0, 3), (3, 0), (1, 3)):
         np.save(tmp_path / "sub-01.npy", np.ones(shape))
         assert problem(tmp_path / "sub-01.npy", t_r=2, frames_first=True)

@@ -139,8 +139,7 @@ run({folder!r})
 """
 
 
-@pytest.mark.parametrize("after", [1, 2])
-def test_killed_run_resumes_to_the_same_weights(finished, tmp_path, after):
+def test_killed_run_resumes_to_the_same_weights(finished, tmp_path):
     _, checkpoint, history = finished
     tests = str(Path(__file__).parent)
     process = subprocess.Popen(
@@ -153,7 +152,7 @@ def test_killed_run_resumes_to_the_same_weights(finished, tmp_path, after):
     deadline = time.monotonic() + 300  # of a busy machine
     while not (
         rows.is_file()
-        and len(rows.read_text().splitlines()) > after + 1
+        and len(rows.read_text().splitlines()) > 2
         and rows.with_name("last.ckpt").exists()
     ):
         assert process.poll() is None, process.stderr.read().decode()
@@ -496,17 +495,24 @@ def test_a_damaged_file_is_named_with_what_to_do(tmp_path, both, name, content, 
 @pytest.mark.parametrize(
     "change",
     [
-        lambda record: record["best"]["weights"].popitem(),
-        lambda record: record["best"].pop("epoch"),
-        lambda record: record["rows"].clear(),
-        lambda record: record.update(best=None),
+        lambda content: content["record"]["best"]["weights"].popitem(),
+        lambda content: content["record"]["best"].pop("epoch"),
+        lambda content: content["record"]["rows"].clear(),
+        lambda content: content["record"].update(best=None),
+        lambda content: content.pop("optimizer_states"),
+        lambda content: content["optimizer_states"].clear(),
+        lambda content: content["optimizer_states"][0]["param_groups"].pop(),
+        lambda content: content.pop("lr_schedulers"),
+        lambda content: content.pop("loops"),
+        lambda content: content.pop("global_step"),
+        lambda content: content.pop("pytorch-lightning_version"),
     ],
 )
 def test_a_checkpoint_that_lacks_something_is_named(tmp_path, both, change):
     folder = Path(shutil.copytree(both, tmp_path / "run"))
     last = folder / "unfinished" / "last.ckpt"
     content = torch.load(last, weights_only=True)
-    change(content["record"])
+    change(content)
     torch.save(content, last)
     with pytest.raises(ResumeError, match=r"last\.ckpt is not of this training.*delete"):
         run(folder, training=OTHER)
@@ -542,7 +548,7 @@ def test_two_trainings_never_write_one_folder(tmp_path):
 
 
 def test_what_a_killed_training_was_writing_goes(tmp_path):
-    left = tmp_path / "unfinished" / "best" / ".model.safetensors.999999999-0123abcd.tmp"
+    left = tmp_path / "unfinished" / "best" / ".model.safetensors.999999999-0123abcd-0123abcd.tmp"
     left.parent.mkdir(parents=True)
     left.write_text("half")
     run(tmp_path, training=SHORT)

@@ -13,8 +13,8 @@ import re
 import warnings
 import zipfile
 import zlib
-from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
@@ -57,7 +57,7 @@ UNCLEAR_AFTER_LETTERS = re.compile(r"_((?!rest_|task_)[A-Za-z]+_|[A-Za-z]+[0-9][
 # The Human Connectome Project's folders name the participant and not sub-.
 HCP = re.compile(r".*/([A-Z]*[0-9]+)(?:_V[0-9]+)?(?:_MR)?/MNINonLinear/")
 # What a folder holds beside the data: hidden, trash of several systems, resource forks, checkpoints.
-HIDDEN = (".", "$", "@", "#", "~", "__")
+HIDDEN = re.compile(r"(^|/)(?!\.\.?(/|$))([.$@#~]|__)")
 
 
 class DataError(ValueError):
@@ -289,10 +289,18 @@ def _text(path: Path, key: str | None) -> Raw:
             asked = f"the first line holds whole numbers, {header[:3]}: a header or a frame?"
             refuse(f"{asked} Name the columns in the first line", "header")
     values = _table(text, separator, header)
+    check_once(header)
     # pandas numbers rows, and columns without a name: neither then says which is time.
     if header[0] == "" and header[1:] == [str(i) for i in range(len(header) - 1)]:
         return Raw(values[:, 1:])
     return Raw(values, tuple(header))
+
+
+def check_once(names: Iterable[str]) -> None:
+    """Raise a DataError if two columns of a table, or two keys, have one name."""
+    for name, n in Counter(names).items():
+        if n > 1:
+            refuse(f"the name {name!r} is there {n} times; give each its own", "header")
 
 
 def _is_number(word: str) -> bool:
@@ -363,14 +371,24 @@ def only_parcels(
 
 
 def is_matrix(values: np.ndarray) -> bool:
-    """Whether a table is one between parcels: no series is symmetric or has a constant diagonal."""
-    n = len(values)
-    if values.shape != (n, n) or n < 3:
+    """Whether a table is one between parcels, or several below or beside each other."""
+    n = min(values.shape)
+    if len(values) == n:
+        values = values.T
+    if n < 3 or len(values) % n:
         return False
+    return all(map(_between_parcels, values.reshape(-1, n, n)))
+
+
+def _between_parcels(square: np.ndarray) -> bool:
+    """Whether a square is symmetric or has a constant diagonal, which no series is or has."""
     # Of Fisher's z the diagonal is infinite or cut at a large number; some tools leave it empty.
-    diagonal = np.diag(values)
-    constant = np.allclose(diagonal, diagonal[0], rtol=1e-5, atol=1e-6, equal_nan=True)
-    return constant or np.allclose(values, values.T, rtol=1e-4, atol=1e-7, equal_nan=True)
+    diagonal = np.diag(square)
+    if np.allclose(diagonal, diagonal[0], rtol=1e-5, atol=1e-6, equal_nan=True):
+        return True
+    # Rounding moves the halves apart by much less than the values differ.
+    spread = (square - np.diag(diagonal)).std(dtype=float)
+    return np.allclose(square, square.T, rtol=0, atol=0.05 * spread, equal_nan=True)
 
 
 def _table(text: str, separator: str, header: list[str] | None) -> np.ndarray:
@@ -512,14 +530,18 @@ def walk(folder: Path) -> Walk:
     """
     files = []
     unread = {}
+    root = os.path.realpath(folder)
     # A link to a folder that holds this one would search what nobody asked for.
-    seen = {str(parent) for parent in folder.resolve().parents}
+    seen = {str(parent) for parent in Path(root).parents}
     folders = [folder]
     links: list[Path] = []
     while folders or links:
         place = folders.pop() if folders else links.pop(0)
         real_place = os.path.realpath(place)
         if real_place in seen:
+            continue
+        if HIDDEN.search(os.path.relpath(real_place, root)):
+            unread[place] = "a link to a hidden folder"
             continue
         seen.add(real_place)
         try:
@@ -532,7 +554,7 @@ def walk(folder: Path) -> Walk:
             path = place / name
             link = os.path.islink(path)
             plain_name = name.encode("utf-8", "replace").decode()
-            if name.startswith(HIDDEN):
+            if HIDDEN.match(name):
                 continue
             if name != plain_name:
                 unread[place / plain_name] = "the name is not UTF-8"
@@ -580,8 +602,9 @@ def participant(path: Path) -> str:
 
 
 def stem(name: str) -> str:
-    """A file's name without its ending: ``.nii`` with what CIFTI and gzip add, or what follows the last dot."""
-    return re.sub(r"(?i)(\.[dp](tseries|label|scalar|conn))?\.nii(\.gz)?$|\.[a-z0-9]+$", "", name)
+    """A file's name without its ending: ``.nii`` with what CIFTI adds, or what follows the last dot; and ``.gz``."""
+    ending = r"(?i)(\.[dp](tseries|label|scalar|conn))?\.nii(\.gz)?$|\.[a-z0-9]+(\.gz)?$"
+    return re.sub(ending, "", name)
 
 
 def entities(name: str) -> dict[str, str]:
@@ -605,15 +628,25 @@ def recording(name: str) -> str:
     return "_".join(f"{k}-{v}" for k, v in entities(name).items() if k in SOURCE)
 
 
+def plain_numbers(name: str) -> str:
+    """A BIDS name as it is compared with others: ``run-01`` is ``run-1``."""
+    return re.sub(r"-0+(?=[0-9]+(?![A-Za-z0-9]))", "-", name)
+
+
+def _identity(name: str, keys: Sequence[str] = (*SOURCE, "desc")) -> dict[str, str]:
+    """Some entities of a name, by default those that tell tables beside scans apart; with plain numbers."""
+    return {k: value for k, value in entities(plain_numbers(name)).items() if k in keys}
+
+
 # Sidecars
 
 
-def sidecar_t_r(path: Path, *, inherited: bool = True) -> float | None:
+def sidecar_t_r(path: Path) -> float | None:
     """``RepetitionTime`` in seconds from the JSON sidecars of a file; None where there is none.
 
-    The sidecar of the file's own name comes first. Next, where `inherited`, are those that BIDS's inheritance gives to
-    it, from the file's folder up to the data set's root: the one with the most of the name's entities and no other, of
-    the same suffix or ``bold``. Last are the files that the sidecar names as ``Sources`` in its folder, and the images
+    The sidecar of the file's own name comes first. Next are those that BIDS's inheritance gives to it, from the file's
+    folder up to the data set's root: the one with the most of the name's entities and no other, in any order, of the
+    same suffix or ``bold``. Last are the files that the sidecar names as ``Sources`` in its folder, and the images
     of the same recording: XCP-D states the time for the dense series only.
 
     Raises
@@ -624,7 +657,7 @@ def sidecar_t_r(path: Path, *, inherited: bool = True) -> float | None:
     """
     own = path.with_name(f"{stem(path.name)}.json")
     t_r = _stated(own)
-    if t_r is not None or not inherited:
+    if t_r is not None:
         return t_r
     for group in _inherited(path):
         t_r = _agreed(path, group, "its sidecars")
@@ -639,25 +672,24 @@ def sidecar_t_r(path: Path, *, inherited: bool = True) -> float | None:
 def _images(path: Path) -> list[Path]:
     """Sidecars of the images of a scan's recording, or of the runs that one was put together from."""
     found = []
-    named = entities(path.name)
-    of_recording = {(key, named[key]) for key in SOURCE if key in named}
-    if "sub" in named:
+    of_recording = _identity(path.name, SOURCE)
+    if "sub" in of_recording:
         for file in path.parent.glob("*_bold.json"):
-            if of_recording <= set(entities(file.name).items()):
+            if of_recording.items() <= _identity(file.name, SOURCE).items():
                 found.append(file)
     return found
 
 
 def _inherited(path: Path) -> Iterator[list[Path]]:
     """Groups of JSON files that may describe a scan, the nearest first; those of a group are equally near."""
-    *described, own_suffix = stem(path.name).split("_")
+    *described, own_suffix = plain_numbers(stem(path.name)).split("_")
     folders = [path.parent]
     while folders[-1].name.startswith(("sub-", "ses-", "func")):
         folders.append(folders[-1].parent)
     for folder in folders:
         groups = defaultdict(list)
         for file in folder.glob("*.json"):
-            *parts, suffix = stem(file.name).split("_")
+            *parts, suffix = plain_numbers(stem(file.name)).split("_")
             of_a_series = suffix in (own_suffix, "timeseries", "bold")
             if of_a_series and set(parts) <= set(described):
                 nearness = (len(parts), suffix == own_suffix, suffix == "timeseries")
@@ -692,9 +724,16 @@ def _json(file: Path) -> dict[str, Any]:
     if not present(file):
         return {}
     try:
-        return dict(json.loads(file.read_text(encoding="utf-8")))
+        text = file.read_text(encoding="utf-8")
+        return dict(json.loads(text, object_pairs_hook=_object))
     except (OSError, ValueError, TypeError, RecursionError) as error:
         refuse(f"{file.name}: not a JSON object ({error})", "sidecar")
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object; of two values under one key Python would take the last."""
+    check_once([key for key, _ in pairs])
+    return dict(pairs)
 
 
 def _stated(file: Path) -> float | None:
@@ -712,19 +751,48 @@ def _stated(file: Path) -> float | None:
 CONFOUNDS = ("desc-confounds_timeseries", "desc-confounds_regressors")
 
 
-def beside(path: Path, *endings: str) -> tuple[str, pd.DataFrame]:
-    """Name and numbers of the first table ``RECORDING_ENDING.tsv`` beside a scan; an empty one where there is none."""
-    places = [path.with_name(f"{recording(path.name)}_{ending}.tsv") for ending in endings]
-    for place in places:
+def _find_beside(path: Path, endings: Sequence[str]) -> Path | None:
+    """The first table ``RECORDING_ENDING`` beside a scan, .tsv or .csv, compressed or not, entities in any order.
+
+    A DataError, ``beside``, if it is not clear whether a table is the scan's.
+    """
+    unclear: list[str] = []
+    for ending in endings:
+        expected = path.with_name(f"{recording(path.name)}_{ending}.tsv")
         # fMRIPrep's table of confounds has the ending of a scan.
-        if place != path and present(place):
-            with reading(place, "table of confounds"):
-                table = pd.read_csv(place, sep="\t", na_values=["n/a"]).apply(pd.to_numeric)
-                # pandas adds .1 to a name that is there twice.
-                if all(_is_number(str(name).partition(".")[0] or "0") for name in table):
-                    refuse("the first line must name the columns", "header")
-                return place.name, table
-    return places[0].name, pd.DataFrame()
+        if expected != path and present(expected):
+            return expected
+        own = _identity(expected.name)
+        table = re.compile(rf".*_{ending.rpartition('_')[2]}\.(?i:[ct]sv(\.gz)?)")
+        found = []
+        for name in filter(table.fullmatch, {*os.listdir(path.parent)} - {path.name}):
+            theirs = _identity(name)
+            if theirs == own:
+                found.append(name)
+            # An entity more or less: it may be the table of another run, or of several together.
+            elif own.keys() & {"sub", "desc"} <= theirs.keys() and theirs | own == own | theirs:
+                unclear.append(name)
+        if len(found) == 1 and present(path.with_name(found[0])):
+            return path.with_name(found[0])
+        unclear += found
+    if unclear:
+        asked = f"is {min(unclear)} of this scan, whose tables begin with {recording(path.name)}_?"
+        refuse(f"{asked} Rename it, or move it away", "beside")
+    return None
+
+
+def beside(path: Path, *endings: str) -> tuple[str, pd.DataFrame]:
+    """Name and numbers of the first table ``RECORDING_ENDING`` beside a scan; an empty one where there is none."""
+    place = _find_beside(path, endings)
+    if place is None:
+        return f"{recording(path.name)}_{endings[0]}.tsv", pd.DataFrame()
+    separator = "," if ".csv" in place.name.lower() else "\t"
+    with reading(place, "table of confounds"):
+        table = pd.read_csv(place, sep=separator, na_values=["n/a"]).apply(pd.to_numeric)
+        # pandas adds .1 to a name that is there twice.
+        if all(_is_number(str(name).partition(".")[0] or "0") for name in table):
+            refuse("the first line must name the columns", "header")
+        return place.name, table
 
 
 class Motion(NamedTuple):
@@ -806,6 +874,7 @@ def write(
         if any(re.search(r'[\t\r\n"]', name) for name in parcels):
             wrong = "names of parcels must be free of tabs, quotes and line ends"
             refuse(f"{path.name}: {wrong}", "header")
+        check_once(parcels)
         table = pd.DataFrame(values, columns=list(parcels))
         text = table.to_csv(sep="\t", na_rep="n/a", index=False, lineterminator="\n")
         files.write_text(path, text)

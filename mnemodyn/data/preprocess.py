@@ -21,7 +21,15 @@ from mnemodyn.data import formats
 from mnemodyn.data.atlas import SCHAEFER400_TIAN3, Atlas, plain_name, read_atlas
 from mnemodyn.data.formats import DataError, entities, read_cifti, refuse, stem
 from mnemodyn.data.scans import Scan, agree_on_t_r, save_scan
-from mnemodyn.files import OutputError, check_output, digest, locked, sha256, temporary
+from mnemodyn.files import (
+    OutputError,
+    check_folder,
+    check_output,
+    digest,
+    locked,
+    sha256,
+    temporary,
+)
 from mnemodyn.provenance import describe_derivative, generated_by
 
 __all__ = ["Preprocessing", "align", "parcellate", "preprocess", "save_derived"]
@@ -444,6 +452,7 @@ def preprocess(
     names = _label_table(Path(settings.atlas))
     if settings.label_volume and names.is_file():
         facts["AtlasTableSHA256"] = sha256(names)
+    check_folder(folder)
     folder.mkdir(parents=True, exist_ok=True)
     with locked(folder, "mnemodyn preprocess"):
         describe_derivative(folder, f"Scans in parcels ({atlas})")

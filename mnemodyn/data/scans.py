@@ -296,8 +296,8 @@ def load_scan(
     DataError
         With the file's name and, in ``problem``, one of: format, no-file, not-fetched, too-large, not-cifti, dense,
         truncated, text, header, key, mat-7.3, not-a-table, not-a-series, orientation, parcel-names, parcel-count,
-        parcel-order, participant, no-t-r, t-r-unit, t-r-conflict, sidecar, censoring, too-short, nan, infinite,
-        constant-parcels.
+        parcel-order, participant, no-t-r, t-r-unit, t-r-conflict, sidecar, beside, censoring, too-short, nan,
+        infinite, constant-parcels.
     """
     name = participant_id or "array"
     if isinstance(path, str | Path):
@@ -309,8 +309,7 @@ def load_scan(
         if isinstance(path, str | Path):
             path = Path(path)
             raw = formats.read(path, key)
-            # A CIFTI header with a time needs no sidecar but its own; 1 s may be no more than a default.
-            sidecar = formats.sidecar_t_r(path, inherited=raw.t_r in (None, 0, 1))
+            sidecar = formats.sidecar_t_r(path)
             moved = formats.motion(path)
             # The session may be in the folder's name alone.
             named = formats.entities(path.absolute().parent.name) | formats.entities(name)
@@ -357,6 +356,7 @@ def _of_array(array: np.ndarray | pd.DataFrame, parcels: Sequence[str] | int | N
     names = None
     if isinstance(array, pd.DataFrame) and parcels is None:
         names = tuple(map(str, array.columns))
+        formats.check_once(names)
     elif parcels is None:
         refuse("an array does not name its columns; give parcels in order", "parcel-names")
     return formats.Raw(formats.real(np.asarray(array)), names)
@@ -506,6 +506,16 @@ _NO_SCAN = re.compile(
 _RUN = (
     re.compile(r"_run-[A-Za-z0-9]+"),
     re.compile(r"_(run|dir)-[A-Za-z0-9]+|(?<=REST)[0-9]*_(AP|PA|LR|RL)(?![A-Za-z0-9])"),
+    # Of sessions the folders too.
+    re.compile(r"(?<![A-Za-z0-9])ses-[A-Za-z0-9]+[_/]|_(run|dir)-[A-Za-z0-9]+"),
+    re.compile(r"(?<![A-Za-z0-9])ses-[A-Za-z0-9]+(_|/func/|/)|_(run|dir)-[A-Za-z0-9]+"),
+    re.compile(r"(?<=task-rest)[0-9]+|_(run|dir)-[A-Za-z0-9]+", re.IGNORECASE),
+)
+# What says of a file that it was put together.
+_TOGETHER = re.compile(
+    r"(/ses-|_((run|ses|dir|desc|acq|rec)-)?(?=[^/]*$))"
+    r"([a-z]*concat[a-z]*|all(runs)?|both|combined|merged|joined|[0-9]+(\+|to|and)[0-9]+)(?![A-Za-z0-9])",
+    re.IGNORECASE,
 )
 
 
@@ -563,7 +573,7 @@ def find_scans(folder: str | Path, pattern: str = "*") -> Found:
 
 def choose_files(paths: list[Path], unread: dict[Path, str]) -> Found:
     """Of files that are scans by their names those to read: each scan once; `unread` is from :func:`formats.walk`."""
-    named: dict[Path, Path] = {}
+    named: dict[str, Path] = {}
     left_out = []
     for path, reason in unread.items():
         left_out.append(
@@ -577,24 +587,34 @@ def choose_files(paths: list[Path], unread: dict[Path, str]) -> Found:
             left_out.append(row)
             continue
         # Of the two files that XCP-D leaves of a scan, only the CIFTI has a density in its name.
-        key = path.with_name(re.sub("_den-[A-Za-z0-9]+", "", formats.stem(path.name)))
+        key = str(path.with_name(re.sub("_den-[A-Za-z0-9]+", "", formats.stem(path.name))))
         # The CIFTI is preferred to the table, because its header has the repetition time.
         other = named.get(key)
         if other is None or (path.suffix, other.suffix) == (".nii", ".tsv"):
             named[key] = path
-    runs: Counter[str] = Counter()
-    for name in map(str, named):
-        runs.update({of_run.sub("", name) for of_run in _RUN} - {name})
+    together = _put_together(named)
     files = []
     for key, path in named.items():
-        # XCP-D puts runs together where there are several, and every frame would count twice.
-        n_runs = runs[str(key)]
-        if n_runs > 1:
-            message = f"{path.name}: put together from the {n_runs} runs beside it, which are read"
+        if key in together:
+            message = f"{path.name}: put together from the runs beside it, which are read"
             left_out.append({"file": str(path), "problem": "concatenation", "message": message})
         else:
             files.append(path)
     return Found(files, left_out)
+
+
+def _put_together(names: Iterable[str]) -> set[str]:
+    """Scans that were put together from others, as XCP-D does: every frame would count twice."""
+    n_runs: Counter[str] = Counter()
+    parts = set()
+    for name in names:
+        if not _TOGETHER.search(name):
+            shorter = {of_run.sub("", name) for of_run in _RUN}
+            n_runs.update(shorter - {name})
+            # The description may say of one that it was put together, and of a run something else.
+            parts |= shorter | {re.sub("_desc-[A-Za-z0-9]+", "", text) for text in shorter}
+    said = {name for name in names if _TOGETHER.search(name) and _TOGETHER.sub("", name) in parts}
+    return said | {name for name in names if n_runs[name] > 1}
 
 
 def fingerprint(scans: Sequence[Scan]) -> str:

@@ -42,7 +42,7 @@ from mnemodyn.data.scans import (
     fingerprint,
     with_known_columns,
 )
-from mnemodyn.files import Kept, digest, locked, sha256, write_bytes, write_json
+from mnemodyn.files import Kept, check_folder, digest, locked, sha256, write_bytes, write_json
 
 __all__ = ["Store", "convert", "is_store"]
 
@@ -105,7 +105,7 @@ def convert(
     folder.mkdir(parents=True, exist_ok=True)
     with locked(folder, "mnemodyn convert"):
         about: Row = {"dtype": dtype, "cohort": scans.cohort, "simulated": scans.simulated}
-        before = _check_folder(folder, scans.folder, about)
+        before = check_store(folder, scans.folder, about)
         usable, left_out = _write_scans(scans, folder, about, progress)
         source = folder / "source.json"
         if isinstance(scans, Index):
@@ -119,9 +119,10 @@ def convert(
     return Store(folder)
 
 
-def _check_folder(folder: Path, source: Path | None, about: Row) -> list[Row]:
+def check_store(folder: Path, source: Path | None, about: Row) -> list[Row]:
     """The rows of a store that is there; a DataError if the folder holds something else than a store like this one."""
-    if source is not None and source.exists() and folder.samefile(source):
+    check_folder(folder)
+    if source is not None and source.exists() and folder.exists() and folder.samefile(source):
         refuse(f"{folder} is the folder that is read; name another", "output")
     names = {path.name for path in folder.glob("*")} - {"scans", "store.json", "source.json"}
     names |= {path.name for path in folder.glob("scans/*") if not FILE.fullmatch(path.name)}

@@ -200,7 +200,8 @@ def evaluate(
     # A fold is the unit of work and of resumption: it takes seconds to minutes.
     kept = Kept(cache)
     if cache is not None:
-        remove_left_over(Path(cache))
+        # Other evaluations, maybe on other machines, keep theirs here at the same time.
+        remove_left_over(Path(cache), held=False)
     work = list(folds.split(task.people))
     run = joblib.delayed(_run_fold)
     results = joblib.Parallel(n_jobs=n_jobs, return_as="generator")(

@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, field
 from functools import cached_property, partial
+from operator import itemgetter
 from pathlib import Path
 from typing import Any, cast
 
@@ -632,7 +633,7 @@ def _load(path: Path, remedy: str, use: Callable[[dict], Any]) -> None:
         use(read_tensors(path))
     except CheckpointError as error:
         raise ResumeError(f"{error}. {remedy}") from None
-    except (AttributeError, LookupError, TypeError, RuntimeError) as error:
+    except (AttributeError, LookupError, TypeError, RuntimeError, ValueError) as error:
         reason = " ".join(str(error).split())[:300]
         raise ResumeError(f"{path} is not of this training: {reason}. {remedy}") from None
 
@@ -735,6 +736,11 @@ class Learner(lightning.LightningModule):
         self.core["network"].load_state_dict(cast(dict, self.best)["weights"])
         self.is_over()
         self.load_state_dict(checkpoint["state_dict"])
+        optimizer = self.configure_optimizers()["optimizer"]
+        optimizer.load_state_dict(checkpoint["optimizer_states"][0])
+        # Without these Lightning would begin again at the first epoch, or not at all.
+        others = ("lr_schedulers", "loops", "epoch", "global_step", "pytorch-lightning_version")
+        itemgetter(*others)(checkpoint)
 
     def is_over(self) -> bool:
         """Whether all epochs are done, or too many without a better score."""

@@ -18,6 +18,7 @@ import pandas as pd
 from matplotlib import font_manager
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.text import Text
 
 from mnemodyn.results import label
 
@@ -49,6 +50,10 @@ def use_style() -> None:
 
 def svg(figure: Figure) -> bytes:
     """Close a figure and return it as SVG; the same drawing gives the same bytes."""
+    for text in figure.findobj(Text):
+        # A dollar in the name of a parcel begins no formula, as it does in matplotlib's own powers of ten.
+        if "$" in text.get_text() and "mathdefault" not in text.get_text():
+            text.set_parse_math(False)
     stream = io.BytesIO()
     figure.savefig(stream, format="svg", metadata={"Date": None}, facecolor="white")
     plt.close(figure)
