@@ -61,7 +61,8 @@ def scheduled(study):
     """Whether this build runs a page: the profile of long studies runs those, every other one the rest."""
     if any(other.get("profile") == NAME for other in STUDIES.values()):
         return study.get("profile") == NAME
-    when = {None: True, "shipped": "data" not in config, "cohort": "cohort" in config}
+    # Scans of one's own, from a profile or from the command line, have other parcels than the shipped ones.
+    when = {None: True, "shipped": PROFILE["data"] == "hcp7", "cohort": bool(PROFILE.get("cohort"))}
     return "profile" not in study and when[study.get("when")]
 
 

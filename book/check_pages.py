@@ -7,10 +7,11 @@ A developer's tool; it needs Playwright (``pip install playwright``) and a Chrom
 Each page is opened once from a loopback server, where it is looked at light and dark, wide and as on a
 phone, and once from the file system.
 Reported are console errors, requests that leave the machine, broken links, pages more than three
-clicks of running text away from the front page, images that are missing, unlabelled, without a
-caption in words or wider than their column, tables and code beyond it, text that the theme makes
-unreadable, pages that scroll sideways, mathematics left unset, a search that finds nothing and a
-table of results that does not sort and filter. Exit status 1 if there is anything to report.
+clicks of running text away from the front page, SIMULATED numbers without the word and real ones with
+it (``check_kinds.py``), images that are missing, unlabelled, without a caption in words or wider than
+their column, tables and code beyond it, text that the theme makes unreadable, pages that scroll
+sideways, mathematics left unset, a search that finds nothing and a table of results that does not sort
+and filter. Exit status 1 if there is anything to report.
 """
 
 import argparse
@@ -23,6 +24,7 @@ from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import unquote, urldefrag, urlsplit
 
+from check_kinds import mismarked
 from playwright.async_api import async_playwright
 
 FLAGS = [
@@ -264,6 +266,7 @@ def main():
     server = ThreadingHTTPServer(("127.0.0.1", 0), partial(handler, directory=folder))
     threading.Thread(target=server.serve_forever, daemon=True).start()
     reports = [*broken_links(folder, pages), *far_away(folder, pages)]
+    reports += mismarked(folder, pages, Path(__file__).resolve().parents[1])
     names = [
         name
         for name in (path.relative_to(folder).as_posix() for path in pages)

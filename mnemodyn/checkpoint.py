@@ -38,6 +38,8 @@ __all__ = [
 
 FORMAT = 1
 FILES = ("config.json", "model.safetensors")
+# Networks that come with the package, a folder each.
+SHIPPED = Path(__file__).parent / "networks"
 LOGIN = "log in with `hf auth login`, or set HF_TOKEN to a token that has access"
 
 # A file of the draft's trainer is named by its validation metric: epoch=07-val_mae=0.4321.ckpt.
@@ -192,7 +194,8 @@ def from_pretrained(
     ----------
     name_or_path : str or Path
         A checkpoint's folder or one of its two files; the folder of a run, whose ``best`` is loaded;
-        or, where there is no such path, ``NAME/MODEL`` on the Hugging Face Hub. With
+        or, where there is no such path, a network that comes with the package, such as ``"dk68"``, or
+        ``NAME/MODEL`` on the Hugging Face Hub. With
         ``compat="reference"`` a Lightning ``.ckpt`` of the published draft, with its settings inside
         or in ``hparams.yaml`` beside it or one folder up; or a version folder of the draft's trainer,
         of which the file with the best validation metric in its name is loaded.
@@ -217,6 +220,8 @@ def from_pretrained(
         raise ValueError(f"compat must be none or reference, got {compat!r}")
     # A path that exists is never looked for on the hub.
     path = Path(name_or_path)
+    if not path.exists() and (SHIPPED / path.name / FILES[0]).is_file() and path.name == str(path):
+        path = SHIPPED / path
     if not path.exists():
         path = _download(str(name_or_path), compat, revision, subfolder, download)
     path = path / subfolder

@@ -13,7 +13,7 @@ import pandas as pd
 
 from mnemodyn.checkpoint import Checkpoint, from_pretrained, hub_errors, save_checkpoint
 from mnemodyn.files import write_table, write_text
-from mnemodyn.results import label, literal, read_results
+from mnemodyn.results import UNTRAINED_BLOCKS, label, literal, name_network, read_results
 
 __all__ = ["publish", "write_folder"]
 
@@ -122,7 +122,7 @@ def write_folder(
     checkpoint = _without_participants(from_pretrained(source, compat=compat))
     if not results:
         results = _beside(source, "results.csv")
-    rows = [row for path in results for row in read_results(path).itertuples()]
+    rows = [row for path in results for row in name_network(read_results(path)).itertuples()]
     save_checkpoint(folder, checkpoint)
     if checkpoint.parcels is not None:
         parcels = pd.DataFrame({"name": checkpoint.parcels})
@@ -217,7 +217,7 @@ def _eval_results(rows: list) -> list | None:
     found = []
     for row in rows:
         # A difference from a baseline is no score that the hub could rank.
-        if row.method == "model" and not row.against:
+        if row.method in ("model", UNTRAINED_BLOCKS) and not row.against:
             found.append(
                 EvalResult(
                     task_type="feature-extraction",

@@ -19,6 +19,7 @@ __all__ = [
     "METHODS",
     "label",
     "literal",
+    "name_network",
     "read_results",
     "verdict",
     "write_results",
@@ -50,7 +51,7 @@ METHODS = {
     "var": "VAR(1) smoother",
     "spatiotemporal_gaussian": "spatio-temporal Gaussian",
     "own_covariance": "spatio-temporal Gaussian, adapted to the scan",
-    "front_end": "MnemoDyn's front end alone",
+    "front_end": "front end alone",
     "blocks_alone": "operator blocks without front end",
     "transformer": "patch transformer",
     "fc": "functional connectivity (FC)",
@@ -79,6 +80,10 @@ METHODS = {
 }
 
 
+# What the network is where training kept the state before its first step.
+UNTRAINED_BLOCKS = "front end alone (the step kept is 0)"
+
+
 def label(method: str) -> str:
     """What a reader sees for a method: its name in METHODS, or the name itself."""
     return METHODS.get(method, method)
@@ -103,6 +108,24 @@ def verdict(low: float, high: float) -> str:
     if high < 0:
         return "worse"
     return "no difference shown"
+
+
+def name_network(table: pd.DataFrame) -> pd.DataFrame:
+    """A table of results for readers, in which the closed form does not go by the network's name.
+
+    Where training kept step 0, network and front end are the same function, and their difference is zero.
+    All rows of this network are then named UNTRAINED_BLOCKS.
+    """
+    compared = table[(table["method"] == "model") & (table["against"] == "front_end")]
+    largest = compared[["low", "high"]].abs().max(axis=1, skipna=False)
+    differs = set(compared.loc[~(largest < 1e-12), "data"])
+    table = table.copy()
+    rows = table["data"].isin(set(compared["data"]) - differs)
+    for column in ("method", "against"):
+        # "model, window by window" is the same network.
+        named = table[column].str.replace(r"^model(?=,|$)", UNTRAINED_BLOCKS, regex=True)
+        table[column] = named.where(rows, table[column])
+    return table
 
 
 def check_results(path: str | PathLike) -> None:

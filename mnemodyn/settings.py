@@ -386,6 +386,8 @@ class ObjectiveSettings:
     """What the settings of all objectives share. Their behaviour is in ``mnemodyn.pretrain.objectives``."""
 
     name: ClassVar[str]
+    # Settings of the network that the objective brings, where no others are given.
+    model: ClassVar[Mapping[str, Any]] = {}
 
     def to_dict(self) -> dict:
         return {"name": self.name, **asdict(self)}
@@ -524,6 +526,7 @@ class ConnectomeSettings(ObjectiveSettings):
     shortest: Annotated[int, Field(ge=2)] = 30
     fit_scans: AtLeastOne = 2048
     name: ClassVar[str] = "connectome"
+    model: ClassVar = {"front": "gaussian", "connectome": "covariance"}
 
 
 @checked
@@ -636,7 +639,8 @@ class Settings:
     def from_mapping(cls, content: Mapping[str, Any]) -> Self:
         """Read a nested mapping, such as a YAML file holds: section, then setting.
 
-        What is not given has its default. ``objective`` may be a name alone.
+        What is not given has its default. ``objective`` may be a name alone, and brings the settings
+        of the network without which it cannot be trained.
 
         Raises
         ------
@@ -647,6 +651,11 @@ class Settings:
         content = {str(name): value for name, value in content.items()}
         if isinstance(content.get("objective"), str):
             content["objective"] = {"name": content["objective"]}
+        given = content.get("objective")
+        name = given.get("name") if isinstance(given, Mapping) else None
+        model = content.get("model") or {}
+        if name in OBJECTIVE_SETTINGS and isinstance(model, Mapping):
+            content["model"] = {**OBJECTIVE_SETTINGS[name].model, **model}
         for section, make in SECTIONS.items():
             # A section of a YAML file that holds comments alone is None.
             given = content.pop(section, None) or {}
@@ -677,7 +686,9 @@ class Settings:
         changes = _by_dotted_name(changes)
         name = changes.get("objective.name", self.objective.name)
         if name != self.objective.name:
-            nested["objective"] = self.from_mapping({"objective": name}).objective.to_dict()
+            brought = self.from_mapping({"objective": name}).objective
+            nested["objective"] = brought.to_dict()
+            nested["model"] |= brought.model
         # No two sections share the name of a setting, so that a name alone is enough.
         sections = {}
         for section, content in nested.items():

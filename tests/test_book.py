@@ -30,7 +30,7 @@ import runs  # noqa: E402
 from lib import figures  # noqa: E402
 from mnemodyn import settings  # noqa: E402
 from mnemodyn.files import read_yaml  # noqa: E402
-from mnemodyn.results import write_results  # noqa: E402
+from mnemodyn.results import COLUMNS, write_results  # noqa: E402
 from mnemodyn.run import check_parameters, read_parameters  # noqa: E402
 
 STUDIES = """\
@@ -44,6 +44,10 @@ ROWS = [
     {**ROW, "method": "model", "against": "fc", "value": -0.01, "low": -0.02, "high": -0.005}
     | {"p": 0.0123},
     {**ROW, "method": "fc", "data": "E", "value": 0.7},
+    {**ROW, "method": "fc", "data": "S", "value": 0.9, "kind": "SIMULATED"},
+    {**ROW, "method": "model", "data": "F", "task": "entries", "value": 0.3},
+    {**ROW, "method": "model", "data": "F", "task": "entries", "against": "front_end"}
+    | {"value": 0.0, "low": -0.0, "high": 1e-16},
     {**ROW, "method": "m|*x*", "data": "<img/src=x onerror=alert(1)>\n|", "value": 0.5},
 ]
 
@@ -114,6 +118,8 @@ def say(env, text):
         ("a:diagnosis:model:balanced_accuracy:against=fc:interval", "m0.020 to m0.005"),
         ("a:diagnosis:model:balanced_accuracy:against=fc:p", "0.012"),
         ("a:diagnosis:fc:balanced_accuracy:data=E", "0.700"),
+        ("a:entries:model:balanced_accuracy:against=front_end", "0"),
+        ("a:entries:model:balanced_accuracy:against=front_end:interval", "0 to 0"),
         ("a:diagnosis:fc:balanced_accuracy:data=E:interval", "no interval"),
     ],
 )
@@ -125,7 +131,7 @@ def test_a_role_says_a_field_of_a_row(env, text, expected):
 def test_a_row_that_is_missing_or_not_unique_is_an_error(env):
     with pytest.raises(LookupError, match=r"no row diagnosis:modle.*nearest.*diagnosis:model"):
         say(env, "a:diagnosis:modle:balanced_accuracy")
-    with pytest.raises(LookupError, match=r"several rows .*; say data= of \['D', 'E'\]"):
+    with pytest.raises(LookupError, match=r"several rows .*; say data= of \['D', 'E', 'S'\]"):
         say(env, "a:diagnosis:fc:balanced_accuracy")
     with pytest.raises(LookupError, match="no page absent"):
         results.find(env, "absent", "x", None)
@@ -163,10 +169,11 @@ def build(book, **pages):
 def test_a_book_is_built_of_pages_that_are_here_and_says_which_are_not(book):
     good = "{result}`a:diagnosis:model:balanced_accuracy:.2f` is **{verdict}`a:diagnosis:model:"
     good += "balanced_accuracy:against=fc`**, {result}`b:x:y:z`"
+    names = "{method}`a:entries:model:balanced_accuracy` and {method}`a:diagnosis:fc:balanced_accuracy:data=S`"
     tables = "```{all-results}\n```\n\n```{status}\n```\n\n```{provenance}\n```"
     scores = "```{scores} a b\nmodel The network\nfc FC\n```"
     warnings, pages = build(
-        book, status="```{status}\n```", good=good, tables=tables, scores=scores,
+        book, status="```{status}\n```", good=good, tables=tables, names=names, scores=scores,
         bad="{result}`a:diagnosis:modle:balanced_accuracy`",
     )  # fmt: skip
     assert "bad.md" in warnings
@@ -185,12 +192,23 @@ def test_a_book_is_built_of_pages_that_are_here_and_says_which_are_not(book):
     assert "silent" not in page
 
     assert "MnemoDyn \N{MINUS SIGN} functional connectivity (FC)" in pages["tables"]
+    closed_form = "front end alone (the step kept is 0)"
+    assert f"{closed_form} and functional connectivity (FC)" in pages["names"]
+    # Training kept step 0: what fills entries is not listed as the network, and the page says so first.
+    assert f"F entries {closed_form} balanced_accuracy 0.300" in pages["tables"]
+    assert f"{closed_form} \N{MINUS SIGN} front end alone balanced_accuracy" in pages["tables"]
+    assert page.index("The step kept is 0") < page.index("Why.")
     assert "published" in pages["tables"]
     # Text from data is text on the page.
     assert (
         "<img/src=x onerror=alert(1)> | diagnosis m|*x* balanced_accuracy 0.500" in pages["tables"]
     )
-    assert "D, E, <img/src=x onerror=alert(1)> |" in pages["status"]
+    assert "D, E, S, F, <img/src=x onerror=alert(1)> |" in pages["status"]
+    assert "S: SIMULATED; D, E, F, <img/src=x onerror=alert(1)> |: real" in pages["status"]
+    assert "SIMULATED S, diagnosisn 1234" in pages["scores"]
+    assert "SIMULATED D" not in pages["scores"]
+    kinds = re.findall('abbr class="(result.*?)"', (book / "out/names.html").read_text())
+    assert kinds == ["result real", "result SIMULATED"]
     assert "versions and seeds" in pages["tables"]
     assert "0.600 to 0.700" in pages["scores"]
 
@@ -201,6 +219,63 @@ def test_a_table_on_a_page_shows_text_from_data_as_text():
     assert "<img" not in shown
     assert shown.count("&lt;img/src=x/onerror=alert(1)&gt;") == 2
     assert "\N{MINUS SIGN}1.500" in shown
+
+
+def test_a_table_of_results_marks_simulated_rows_in_the_first_column():
+    rows = pd.DataFrame([ROW | {"method": "fc", "value": 0.5}]).reindex(columns=list(COLUMNS))
+    rows["against"] = ""
+    made_up = rows.assign(kind="SIMULATED")
+    assert "SIMULATED" not in figures.result_table(rows).data
+    assert ">SIMULATED D</td>" in figures.result_table(made_up).data
+    both = figures.result_table(pd.concat([rows, made_up], ignore_index=True)).data
+    assert both.count("SIMULATED") == 1
+
+
+def test_the_front_page_begins_with_the_network_and_names_what_was_kept():
+    lines = (ROOT / "book/index.md").read_text().split("\n")
+    rows = [line for line in lines if line.startswith("| [")]
+    keys = [re.findall(r"{verdict}`([^`]*)`", row)[0].split(":") for row in rows]
+    methods = [method for _, _, method, *_ in keys]
+    assert methods[0] in ("blocks_alone", "model")
+    ours = [method in ("blocks_alone", "model") for method in methods]
+    assert ours == sorted(ours, reverse=True), "the closed form comes after the network"
+    for row, (page, task, method, *_) in zip(rows, keys, strict=True):
+        if page.startswith("reconstruction") and method == "model":
+            assert f"{{method}}`{page}:{task}:model:r2`" in row
+
+
+README_ROWS = {
+    "blocks alone": (
+        "scaling_abide:hidden entries, 731 training people:{}:r2",
+        "blocks_alone",
+        "spatiotemporal_gaussian",
+    ),
+    "Blocks trained": ("reconstruction_abide:hidden entries:{}:r2", "model", "front_end"),
+    "read-out": ("downstream_abide:diagnosis:{}:balanced_accuracy", "model", "fc"),
+    "The closed form": (
+        "reconstruction_abide:hidden entries:{}:r2",
+        "front_end",
+        "spatiotemporal_gaussian",
+    ),
+}
+
+
+@pytest.mark.parametrize("begins", README_ROWS)
+def test_the_readme_has_the_numbers_of_the_committed_results(begins):
+    env = SimpleNamespace(srcdir=str(ROOT), note_dependency=lambda path: None)
+    key, method, against = README_ROWS[begins]
+    lines = (ROOT / "README.md").read_text().split("\n")
+    (line,) = [line for line in lines if line.startswith("|") and begins in line]
+    cells = [cell.strip() for cell in line.strip("|").split("|")]
+    row, other = key.format(method), key.format(against)
+    difference = f"{row}:against={against}"
+    assert f", {say(env, row + ':n')} people" in cells[0]
+    assert cells[1] == say(env, row)
+    assert cells[2].endswith(f", {say(env, other)}")
+    assert cells[3] == f"{say(env, difference)} ({say(env, difference + ':interval')})"
+    page, name, _, data, _ = results.parse(difference)
+    found = results.find(env, page, name, data)
+    assert cells[4] == results.verdict(found.low, found.high)
 
 
 def test_a_stub_goes_when_its_page_has_been_made(book):
@@ -243,6 +318,21 @@ def test_the_registry_is_sound():
     assert listed.count("book/runs/") + listed.count("book/committed/") == len(studies)
 
 
+def scheduled_pages(folder, *words):
+    command = [sys.executable, "-m", "snakemake", "--cores", "1", "-n", "--nolock", "--forceall"]
+    done = subprocess.run(
+        [*command, "--config", *words],
+        cwd=folder,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    lines = done.stdout.split("\n")
+    return [line.split("page ")[1].split(" ")[0] for line in lines if ", the page " in line]
+
+
 @pytest.mark.parametrize(
     ("words", "here", "absent"),
     [
@@ -257,19 +347,34 @@ def test_the_registry_is_sound():
         (["profile=hcp7"], ["reconstruction_hcp7"], ["reconstruction_abide", "data"]),
     ],
 )
-def test_a_build_schedules_its_pages_with_parameters_that_their_notebooks_have(
-    words, here, absent, tmp_path
-):
+def test_a_build_schedules_its_pages_with_parameters_that_their_notebooks_have(words, here, absent):
     pytest.importorskip("snakemake")
-    command = [sys.executable, "-m", "snakemake", "--cores", "1", "-n", "--nolock", "--forceall"]
-    done = subprocess.run(
-        [*command, "--config", *words], cwd=ROOT, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    scheduled = [line.split("page ")[1].split(" ")[0] for line in done.stdout.split("\n")
-                 if ", the page " in line]  # fmt: skip
+    scheduled = scheduled_pages(ROOT, *words)
     assert set(here) <= set(scheduled)
     assert not set(absent) & set(scheduled)
+
+
+BESIDE = ("_config.yml", "_toc.yml", "CHANGELOG.md")
+
+
+def test_a_profile_that_names_a_cohort_gives_it_a_page_in_place_of_the_simulated_ones(tmp_path):
+    pytest.importorskip("snakemake")
+    for part in (
+        "Snakefile",
+        "studies.yaml",
+        "notebooks",
+        "mnemodyn",
+        "benchmarks",
+        "book",
+        *BESIDE,
+    ):
+        (tmp_path / part).symlink_to(ROOT / part)
+    (tmp_path / "profiles").mkdir()
+    pages = "pages: {downstream_mine: {targets: [sex]}}\n"
+    (tmp_path / "profiles/mine.yaml").write_text(f"data: scans\ncohort: hbn\n{pages}")
+    scheduled = scheduled_pages(tmp_path, "profile=mine")
+    assert {"downstream_mine", "pretrain", "reconstruction"} <= set(scheduled)
+    assert "cohorts" not in scheduled
 
 
 def test_profiles_of_long_studies_name_their_own_pages_only():

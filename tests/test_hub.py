@@ -129,6 +129,19 @@ def test_text_from_data_is_text_on_the_card(run, tmp_path):
         write_folder(run, tmp_path / "out", repo_id='x")\nimport os')
 
 
+def test_a_network_of_step_0_is_named_the_front_end_and_keeps_its_score(run, tmp_path):
+    about = {"data": "D", "task": "hidden entries", "method": "model", "score": "r2"}
+    about |= {"kind": "real", "low": 0.0, "high": 0.0}
+    rows = [about | {"value": 0.5, "low": 0.4, "high": 0.6}]
+    rows.append(about | {"against": "front_end", "value": 0.0})
+    write_results(tmp_path / "r.csv", rows)
+    folder = write_folder(run, tmp_path / "out", results=[tmp_path / "r.csv"])
+    card = huggingface_hub.ModelCard.load(folder / "README.md")
+    assert "| front end alone (the step kept is 0) | r2 | 0.500 |" in card.text.replace("\\", "")
+    assert "| MnemoDyn |" not in card.text
+    assert [found.metric_value for found in card.data.eval_results] == [0.5]
+
+
 def test_a_card_without_results(run, tmp_path):
     shutil.copytree(run / "best", tmp_path / "alone")
     folder = write_folder(tmp_path / "alone", tmp_path / "out")

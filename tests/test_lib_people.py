@@ -1,6 +1,7 @@
 """What the pages about people compute: controls at chance, few labels, other cohorts, planted effects, habits."""
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from sklearn.metrics import roc_auc_score
@@ -12,7 +13,9 @@ from lib.cohorts import (
     control,
     controls,
     few_shot,
+    files_of,
     permuted,
+    planned,
     planted,
     published,
     transfer,
@@ -108,6 +111,45 @@ def test_planted_effects_are_found(name, tmp_path):
         effect = planted(task.select(scans), task, truth)
         width = effect["high"] - effect["low"]
         assert effect["low"] - width / 2 <= effect["planted"] <= effect["high"] + width / 2
+
+
+def test_the_plan_of_a_cohort_has_its_targets_classes_sites_and_confounds():
+    table = pd.DataFrame(
+        {
+            "participant_id": list("abcdefgh"),
+            "site": ["NYU", "KKI"] * 4,
+            "age": np.arange(8.0),
+            "sex": ["male", "female"] * 4,
+            "diagnosis": ["autism", "control"] * 4,
+            "mean_fd": np.nan,
+            "n_frames": 176,
+        }
+    )
+    abide = load_cohort("abide")
+    plan = {row["target"]: row for row in planned(abide, table)}
+    assert list(plan) == ["diagnosis", "sex", "age"]
+    assert plan["diagnosis"]["kind"] == "autism or control"
+    assert plan["age"]["kind"] == "a number, years"
+    assert plan["diagnosis"]["confounds"] == "age, sex, site, length"
+    assert plan["sex"]["confounds"] == "age, site, length"
+    assert plan["age"]["tested on"] == "five folds of people; each site left out"
+    one_site = {row["target"]: row for row in planned(abide, table.assign(site="NYU"))}
+    assert one_site["age"]["tested on"] == "five folds of people"
+    assert one_site["age"]["confounds"] == "sex, length"
+    in_months = load_cohort("hcp_aging")
+    in_months = in_months.model_copy(update={"targets": in_months.targets[:1]})
+    (months,) = planned(in_months, table)
+    assert months["kind"] == "a number, years", "the index has converted them"
+
+
+def test_the_files_of_a_cohort_are_its_patterns_its_table_and_the_command():
+    adni = load_cohort("adni")
+    said = files_of(adni)
+    assert said.startswith("**ADNI.** ADNI, several scans a participant.")
+    assert "The table `adni.csv` is matched by `subjectIdentifier` and `imageUID`" in said
+    block = said.split("```text\n")[1].split("\n```")[0].split("\n")
+    assert block == [*adni.scans, "adni.csv"]
+    assert "make book DATA=FOLDER COHORT=adni" in said
 
 
 def test_published_rows_are_found_by_name(tmp_path):

@@ -7,7 +7,16 @@ import pandas as pd
 import pytest
 
 from mnemodyn.files import OutputError, table_text
-from mnemodyn.results import COLUMNS, label, literal, read_results, verdict, write_results
+from mnemodyn.results import (
+    COLUMNS,
+    UNTRAINED_BLOCKS,
+    label,
+    literal,
+    name_network,
+    read_results,
+    verdict,
+    write_results,
+)
 
 ROW = {"data": "HCP-7", "task": "hidden entries", "method": "model", "score": "r2"}
 ROW.update(value=0.5, kind="real")
@@ -136,3 +145,34 @@ def test_words():
 def test_a_table_of_results_is_a_csv(tmp_path):
     with pytest.raises(OutputError, match=r"x.tsv: a table of results is a .csv"):
         write_results(tmp_path / "x.tsv", [])
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "renamed"),
+    [(-0.0, 0.0, True), (-1e-17, 1e-16, True), (-1e-5, 1e-5, False), (None, None, False)],
+)
+def test_a_network_that_training_left_alone_is_named_its_front_end(tmp_path, low, high, renamed):
+    difference = {"against": "front_end", "value": 0.0, "low": low, "high": high}
+    rows = [
+        ROW,
+        ROW | difference,
+        ROW | {"task": "diagnosis", "method": "model+fc", "against": "model"},
+        ROW | {"method": "model, window by window"},
+        ROW | {"method": "untrained"},
+        ROW | {"data": "ABIDE"},
+    ]
+    written = write_results(tmp_path / "a.csv", rows)
+    named = name_network(written)
+    name = UNTRAINED_BLOCKS if renamed else "model"
+    window = f"{name}, window by window"
+    expected = [name, name, "model+fc", window, "untrained", "model"]
+    assert named["method"].tolist() == expected
+    assert named["against"].tolist() == ["", "front_end", name, "", "", ""]
+    assert written["method"].iloc[0] == "model", "the table itself keeps its names"
+
+
+def test_a_network_that_moved_once_is_no_front_end(tmp_path):
+    same = {"against": "front_end", "low": 0.0, "high": 0.0}
+    moved = {**same, "task": "window by window", "low": 0.001, "high": 0.002}
+    named = name_network(write_results(tmp_path / "a.csv", [ROW | same, ROW | moved]))
+    assert set(named["method"]) == {"model"}

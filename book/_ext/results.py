@@ -3,7 +3,8 @@
 ``{result}`PAGE:TASK:METHOD:SCORE` `` inserts a value of the page's table of results. Further parts,
 in any order: ``low``, ``high``, ``n``, ``p`` or ``interval`` in place of the value,
 ``against=METHOD`` for the difference from another method, ``data=NAME`` where a page has several
-data sets, and a format such as ``.2f``. ``{verdict}`...` `` says what a difference's interval means.
+data sets, and a format such as ``.2f``. ``{verdict}`...` `` says what a difference's interval means,
+``{method}`...` `` what was computed: a network that training left at step 0 is named the front end alone.
 A row that a table lacks ends the build of the book; a table that this copy lacks is said.
 """
 
@@ -16,7 +17,7 @@ from registry import between, command, pages, show, table_of, write
 from sphinx.util import logging
 from sphinx.util.docutils import SphinxDirective, SphinxRole
 
-from mnemodyn.results import label, literal, verdict
+from mnemodyn.results import label, literal, name_network, verdict
 
 logger = logging.getLogger(__name__)
 PUBLISHED = "book/data/published.csv"
@@ -52,7 +53,8 @@ def find(env, page, key, data):
     found = table_of(env, page)
     if found is None:
         return None
-    rows = [row for row in found.itertuples() if data in (None, row.data)]
+    named = found.assign(shown=name_network(found)["method"])
+    rows = [row for row in named.itertuples() if data in (None, row.data)]
     matching = [row for row in rows if key_of(row) == key]
     if len(matching) > 1:
         raise LookupError(f"several rows {key}; say data= of {[row.data for row in matching]}")
@@ -65,6 +67,8 @@ def find(env, page, key, data):
 def said(row, field, form):
     """The text of a row's field."""
     form = form or ("+.3f" if row.against else ".3f")
+    if row.against and verdict(row.low, row.high) == "identical":
+        form = ".0f"
     if field == "interval":
         return between(row, form) or "no interval"
     if field == "n":
@@ -84,7 +88,9 @@ class Result(SphinxRole):
             logger.warning(f"{self.text}: {error}", location=self.get_location())
             return [], []
         source = f"{page}.csv: {key}"
-        return [nodes.abbreviation("", text, explanation=source, classes=["result"])], []
+        # check_pages.py reads the kind: a SIMULATED number must be called so where it stands.
+        classes = ["result"] if row is None else ["result", row.kind]
+        return [nodes.abbreviation("", text, explanation=source, classes=classes)], []
 
     def say(self, row, field, form):
         return said(row, field, form)
@@ -97,13 +103,20 @@ class Verdict(Result):
         return verdict(row.low, row.high)
 
 
+class MethodName(Result):
+    """What was computed, by the name that tables give it."""
+
+    def say(self, row, field, form):
+        return label(row.shown)
+
+
 class AllResults(SphinxDirective):
     """A row a number of every page; searching and sorting need a script, on this page only."""
 
     def run(self):
         rows = []
         for _, _, document, found in pages(self.env):
-            for row in [] if found is None else found.itertuples():
+            for row in [] if found is None else name_network(found).itertuples():
                 method = label(row.method)
                 if row.against:
                     method += f" \N{MINUS SIGN} {label(row.against)}"
@@ -132,11 +145,13 @@ class Status(SphinxDirective):
             cells = [study["data"], study["kind"], "no"]
             if found is not None:
                 # What the rows say of themselves wins: the data may be somebody's own.
-                cells = [
-                    literal(", ".join(found["data"].unique())),
-                    literal(", ".join(found["kind"].unique())),
-                    "yes",
-                ]
+                whose = {
+                    kind: ", ".join(part["data"].unique()) for kind, part in found.groupby("kind")
+                }
+                kinds = ", ".join(whose)
+                if len(whose) > 1:
+                    kinds = "; ".join(f"{data}: {kind}" for kind, data in whose.items())
+                cells = [literal(", ".join(found["data"].unique())), literal(kinds), "yes"]
             title = f"[{study['title']}](/{document})"
             rows.append([title, *cells, study.get("needs", ""), f"`{command(study)}`"])
         return [show(self, ["Page", "Data", "Kind", "Here", "Needs", "Command"], rows, "status")]
@@ -164,9 +179,10 @@ class Scores(SphinxDirective):
                 for row in group.itertuples():
                     value = ("r " if row.score == "r" else "") + write(row.value, ".3f")
                     cells[row.method] = BELOW.format(value, between(row))
-                first = BELOW.format(
-                    f"[{literal(data)}, {literal(task)}](/{document})", f"n {row.n}"
-                )
+                whose = f"[{literal(data)}, {literal(task)}](/{document})"
+                if row.kind == "SIMULATED":
+                    whose = f"SIMULATED {whose}"
+                first = BELOW.format(whose, f"n {row.n}")
                 rows.append([first, *cells.values()])
         head = ["Cohort and target", *methods.values()]
         return [show(self, head, rows, "people", numeric=range(1, len(head)))]
@@ -176,6 +192,7 @@ def setup(app):
     """Register the roles and directives with Sphinx."""
     app.add_role("result", Result())
     app.add_role("verdict", Verdict())
+    app.add_role("method", MethodName())
     app.add_directive("all-results", AllResults)
     app.add_directive("status", Status)
     app.add_directive("scores", Scores)

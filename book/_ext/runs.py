@@ -1,6 +1,7 @@
 """What each run was: how it went, what it used, and the command that repeats it.
 
-A run's page begins with what its cell tagged ``finding`` says. Code, parameters and the command are
+A run's page begins with what its cell tagged ``finding`` says; where training kept step 0, a line adds that
+the network is its front end. Code, parameters and the command are
 folded away, and so is the output of a cell whose metadata have ``fold``, a line that says what it is.
 """
 
@@ -11,11 +12,16 @@ from pathlib import Path
 
 import nbformat
 from docutils import nodes
-from registry import pages, read_studies, show
+from registry import pages, read_studies, read_table, show
 from sphinx.util.docutils import SphinxDirective
 
+from mnemodyn.results import UNTRAINED_BLOCKS, name_network
 from mnemodyn.run import read_parameters
 
+STEP_0 = (
+    "The step kept is 0: training did not improve the score of validation people. What this page calls MnemoDyn or the "
+    "network is the front end alone, a closed form."
+)
 LONGEST_PRINTED = 14  # lines of a cell's printed output that a page shows unfolded
 
 
@@ -64,9 +70,19 @@ def dress(app, doctree):
             continue
         dress_cell(cell, found)
     section = title.parent
+    if (
+        is_front_end(Path(app.srcdir, f"{app.env.docname}.csv"))
+        and "step kept is 0" not in found.astext()
+    ):
+        found += nodes.paragraph("", STEP_0)
     section.insert(1, folded("Parameters, and the command for this page", *again, classes="rerun"))
     if found.children:
         section.insert(1, found)
+
+
+def is_front_end(path):
+    """Whether the network of a page's table is its front end, since training kept step 0."""
+    return path.is_file() and UNTRAINED_BLOCKS in set(name_network(read_table(path))["method"])
 
 
 def dress_cell(cell, found):

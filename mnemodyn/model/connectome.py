@@ -38,7 +38,7 @@ def standardised(x: Tensor) -> Tensor:
 
 
 def from_tangent(matrix: Tensor, mean: Tensor) -> Tensor:
-    """The covariances of which `matrix` is what :func:`to_tangent` returns."""
+    """The covariances of which `matrix` is what ``to_tangent`` returns."""
     root = power(mean, 0.5)
     return root @ torch.linalg.matrix_exp(matrix) @ root
 

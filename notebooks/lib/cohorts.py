@@ -1,4 +1,4 @@
-"""What the pages about people show beside the evaluation: controls, few labels, other cohorts, planted effects."""
+"""What the pages about people show beside the evaluation: plans, controls, few labels, planted effects."""
 
 import re
 from collections import Counter
@@ -14,8 +14,10 @@ from sklearn.decomposition import KernelPCA
 from sklearn.linear_model import LogisticRegression, Ridge
 
 from mnemodyn.checkpoint import Checkpoint
-from mnemodyn.data.scans import Scan
+from mnemodyn.data.cohorts import Cohort
+from mnemodyn.data.scans import Scan, data_name
 from mnemodyn.evaluate.methods import (
+    CONFOUNDS,
     METHODS,
     Features,
     KernelMethod,
@@ -33,6 +35,44 @@ CONDITIONS = {
     "noise": "white noise",
     "noise_equal": "white noise of equal length",
 }
+
+PUBLISHED = ("abide", "adhd200", "adni", "hbn", "nkir", "ukb", "hcp_aging")  # in the publication
+IN_WORDS = {"mean_fd": "motion", "n_frames": "length"}  # of confounds
+
+
+def files_of(cohort: Cohort) -> str:
+    """Markdown: where the files of a cohort are looked for in its folder, and the command for them."""
+    table = cohort.phenotype
+    matched = " and ".join(f"`{column}`" for column in table.match)
+    lines = [f"**{data_name(cohort.name)}.** {cohort.description}"]
+    lines += [f"The table `{table.file}` is matched by {matched}."]
+    lines += [f"Command: `make book DATA=FOLDER COHORT={cohort.name}`", ""]
+    lines += ["```text", *cohort.scans, table.file, "```"]
+    return "\n".join(lines)
+
+
+def planned(cohort: Cohort, table: pd.DataFrame) -> list[dict]:
+    """What the page of a cohort computes, a row a target.
+
+    Confounds and sites are those that `table`, a row a scan, knows.
+    """
+    rows = []
+    for target in cohort.targets:
+        unit = "years" if target.unit == "months" else target.unit  # as the index converts them
+        what = f"a number, {unit}"
+        if target.kind == "classification":
+            what = " or ".join(sorted(set(target.mapping.values())))
+        tested = "five folds of people"
+        unknown = {target.name}
+        if Task.of(table, target.name, target.kind).sites is None:
+            unknown.add("site")
+        else:
+            tested += "; each site left out"
+        known = [name for name in CONFOUNDS if name in table and table[name].notna().any()]
+        names = [IN_WORDS.get(name, name) for name in known if name not in unknown]
+        row = {"cohort": data_name(cohort.name), "target": target.name, "kind": what}
+        rows.append({**row, "tested on": tested, "confounds": ", ".join(names)})
+    return rows
 
 
 def permuted(task: Task, seed: int) -> Task:

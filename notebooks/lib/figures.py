@@ -120,9 +120,12 @@ def table(frame: pd.DataFrame, *, precision: int = 3) -> "HTML":
 def result_table(rows: pd.DataFrame, *, precision: int = 3) -> "HTML":
     """Put rows of a table of results on the page: what differs between them, value, interval, p and n."""
     shown = pd.DataFrame(index=rows.index)
+    made_up = rows["kind"] == "SIMULATED"
     for name in ("data", "task", "score"):
-        if rows[name].nunique() > 1:
+        if rows[name].nunique() > 1 or (name == "data" and made_up.any()):
             shown[name] = rows[name]
+    if made_up.any():
+        shown["data"] = rows["data"].where(~made_up, "SIMULATED " + rows["data"])
     shown["method"] = [label(method) for method in rows["method"]]
     if (rows["against"] != "").any():
         shown["against"] = [label(method) for method in rows["against"]]

@@ -12,6 +12,7 @@ from matplotlib.figure import Figure
 
 from lib.figures import (
     COLOURS,
+    MARKERS,
     legend_above,
     lines,
     log_ticks,
@@ -199,6 +200,58 @@ def identification(rows: pd.DataFrame, chance: float) -> Figure:
     ax.set(xlabel="length of the window (s)", ylabel="identified", ylim=(0, 1.05))
     log_ticks(ax, rows["seconds"], "{:.0f}")
     legend_above(figure, ax, loc="outside right upper", ncols=1)
+    return figure
+
+
+def duration(
+    curves: dict[str, dict[str, np.ndarray]], minutes: Sequence[float], chance: float
+) -> Figure:
+    """Scores against minutes of scan, a panel a score; each curve is (length, 1 + resample). FC has a band."""
+    names = {"r2_edges": "R², edges", "r2_tangent": "R², tangent space", "identified": "identified"}
+    figure, axes = panels(len(names), 4.2)
+    for ax, (score, words) in zip(axes, names.items(), strict=True):
+        for number, (method, scores) in enumerate(curves.items()):
+            colour = COLOURS[number % len(COLOURS)]
+            style = "-" if number < len(COLOURS) else "--"
+            marker = MARKERS[number % len(MARKERS)]
+            values = scores[score]
+            line = {"color": colour, "ls": style, "marker": marker, "ms": 3, "lw": 1}
+            ax.plot(minutes, values[:, 0], label=label(method), **line)
+            # Eleven bands would hide one another.
+            if method == "fc":
+                low, high = np.quantile(values[:, 1:], [0.025, 0.975], axis=1)
+                ax.fill_between(minutes, low, high, color=colour, alpha=0.15, lw=0)
+        log_ticks(ax, minutes, "{:.2g}")
+        ax.set(xlabel="minutes of scan", ylabel=words)
+    # A covariance of fewer frames than parcels is far below the mean; it would flatten the rest.
+    for ax in axes[:2]:
+        ax.axhline(0, color="black", lw=0.8, ls=":")
+        ax.set_ylim(-0.3, None)
+    axes[2].axhline(chance, color="black", lw=0.8, ls=":")
+    axes[2].set_ylim(0, 1.02)
+    legend_above(figure, axes[0], ncols=2)
+    return figure
+
+
+def minutes_needed(rows: pd.DataFrame, shortest: float, longest: float) -> Figure:
+    """Minutes by method, a row a method and a panel a task; hollow where `longest` minutes are not enough."""
+    tasks = list(dict.fromkeys(rows["task"]))
+    methods = list(dict.fromkeys(rows["method"]))[::-1]
+    figure, axes = panels(len(tasks), 1.2 + 0.3 * len(methods), sharey=True)
+    for ax, task in zip(axes, tasks, strict=True):
+        part = rows[rows["task"] == task]
+        for _, row in part.iterrows():
+            place = methods.index(row["method"])
+            enough = row["value"] < longest
+            ax.plot([row["low"], row["high"]], [place, place], color=COLOURS[0], lw=1.5)
+            inside = COLOURS[0] if enough else "white"
+            ax.plot(row["value"], place, "o", ms=6, color=COLOURS[0], markerfacecolor=inside)
+        for end in (shortest, longest):
+            ax.axvline(end, color="black", lw=0.8, ls=":")
+        ax.set(xlim=(0, longest * 1.05), xlabel="minutes of scan")
+        ax.set_title(task.partition(": ")[2], fontsize=9)
+        ax.grid(axis="y", lw=0.4)
+    axes[0].set_yticks(range(len(methods)), [label(method) for method in methods])
     return figure
 
 

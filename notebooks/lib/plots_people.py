@@ -31,7 +31,7 @@ NAMES = {
 def as_results(rows: Iterable[dict]) -> pd.DataFrame:
     """Rows as a table with all columns of the tidy table."""
     table = pd.DataFrame(list(rows)).reindex(columns=list(COLUMNS))
-    table["against"] = table["against"].fillna("")
+    table["against"] = table["against"].astype(object).fillna("")
     return table
 
 
@@ -105,8 +105,11 @@ def scores(table: pd.DataFrame, target: str, kind: str) -> Figure:
 
 def by_cohort(table: pd.DataFrame) -> Figure:
     """The first score of every cohort's targets, a panel a kind of target, a colour a method."""
-    figure, axes = figures.panels(2, 4.2)
     plain = table[(table["against"] == "") & ~table["task"].str.contains(",")]
+    n_places = plain.groupby("score")[["data", "task"]].apply(
+        lambda rows: len(rows.drop_duplicates())
+    )
+    figure, axes = figures.panels(2, 1.2 + 0.36 * n_places.max())
     for ax, metric in zip(axes, FIRST.values(), strict=True):
         rows = plain[plain["score"] == metric]
         places = {

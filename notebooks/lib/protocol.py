@@ -31,6 +31,12 @@ class Habit:
 
 
 OURS = "this book's protocol"
+COLUMNS = {
+    "balanced_accuracy": "balanced",
+    "sd": "SD",
+    "known": "known people",
+    "n_test": "test scans",
+}
 HABITS = {
     OURS: Habit(),
     "best epoch on the test set": Habit(best_epoch=True),
@@ -92,6 +98,13 @@ def habits(
         row = {"protocol": protocol, "accuracy": mean[0], "balanced_accuracy": mean[1]}
         rows.append({**row, "sd": sd[0], "known": mean[2], "n_test": round(mean[3])})
     return pd.DataFrame(rows)
+
+
+def as_shown(table: pd.DataFrame, whose: str) -> pd.DataFrame:
+    """What `habits` found, as a page shows it: `whose` scans, and columns in words."""
+    shown = table.rename(columns=COLUMNS)
+    shown.insert(0, "data", whose)
+    return shown
 
 
 def _once(
