@@ -516,11 +516,8 @@ def agreement(
         estimator = ESTIMATORS[method][0]().fit(training)
         views = {"edges": edges, "tangent": training.tangent.vector, "common": common}
         group = {name: training.mean(view) for name, view in views.items()}
-        # What an estimator makes of training people on average is its bias, and says nothing of a person.
-        of_training = estimator.estimate(training.windows).astype(float)
-        bias = {name: view(of_training).mean(0) for name, view in views.items()}
         for one in estimated.values():
-            one.add(inside, estimator, views, group, bias)
+            one.add(inside, estimator, views, group)
     return {name: one.fields(common) for name, one in estimated.items()}
 
 
@@ -541,15 +538,14 @@ class _Estimated:
         estimator: Estimator,
         views: Mapping[str, View],
         group: Mapping[str, np.ndarray],
-        bias: Mapping[str, np.ndarray],
     ) -> None:
-        """Estimate the people of one fold; `group` and `bias` are means of training people in each view."""
-        estimates = estimator.estimate(self.query[inside]).astype(float)
-        shown = views["common"](estimates) - bias["common"]
+        """Estimate the people of one fold; `group` is the mean of training people's runs in each view."""
+        estimates = estimator.estimate(self.query).astype(float)
+        shown = deviations(views["common"](estimates), inside)
         for row, person in enumerate(np.flatnonzero(inside)):
             self.shown[person] = shown[row]
         for space in SPACES:
-            own = views[space](estimates) - bias[space]
+            own = deviations(views[space](estimates), inside)
             other = views[space](self.truth[inside]) - group[space]
             self.found["residual"][space][inside] = np.square(other - own).sum(1)
             self.found["total"][space][inside] = np.square(other).sum(1)
@@ -560,6 +556,15 @@ class _Estimated:
         looked_for = common(self.truth)
         hit = hits(np.array(self.shown), looked_for - looked_for.mean(0))
         return {**self.found, "hit": hit}
+
+
+def deviations(vectors: np.ndarray, inside: np.ndarray) -> np.ndarray:
+    """Vectors of the people `inside`, less the mean of the others, who are those trained on.
+
+    What an estimator makes of the same frames of training people on average is its bias, and that of these frames. It
+    says nothing of a person.
+    """
+    return vectors[inside] - vectors[~inside].mean(0)
 
 
 def hits(shown: np.ndarray, looked_for: np.ndarray) -> np.ndarray:
@@ -578,8 +583,7 @@ def with_and_without_centring(
     """
     training = training_of(people, tuple(range(n_trained)), length, n_windows)
     query, truth = scans_of(people, length, Test(), 0)
-    query = query[n_trained:]
-    truth = truth[n_trained:]
+    inside = np.arange(len(query)) >= n_trained
     group = Adapted().fit(training).front.lags[0].double().numpy()
     views = {"edges": edges, "tangent": Tangent(group).vector}
     rows = []
@@ -589,9 +593,8 @@ def with_and_without_centring(
         view = views[space]
         shown = view(estimator.estimate(query).astype(float))
         looked_for = view(truth)
-        bias = view(estimator.estimate(training.windows).astype(float)).mean(0)
-        plain = hits(shown, looked_for).mean()
-        centred = hits(shown - bias, looked_for - training.mean(view)).mean()
+        plain = hits(shown[inside], looked_for[inside]).mean()
+        centred = hits(deviations(shown, inside), deviations(looked_for, inside)).mean()
         rows.append({"method": method, "as they are": plain, "less the mean": centred})
     return rows
 
