@@ -210,6 +210,7 @@ def test_a_held_out_person_teaches_nobody_of_the_same_fold(method):
     ]
     same = np.array([0, 1, 3, 4])
     for space in duration.SPACES:
+        # Among the candidates there is another one now.
         for key in ("residual", "total", "r"):
             first, second = [one[key][space] for one in found]
             np.testing.assert_allclose(first[same], second[same], rtol=1e-5)
@@ -259,7 +260,7 @@ def test_controls_are_at_chance_and_people_are_found():
     assert found["same day, other direction"]["identified"][0, 0] > 0.6
     assert found["other day, second direction both times"]["r2_edges"][0, 0] > 0.2
     for name in ("people shuffled", "white noise"):
-        assert found[name]["identified"][0, 0] < 0.2
+        assert found[name]["identified"][0, 0] < 0.3
         assert found[name]["r2_edges"][0, 0] < 0.05
         assert abs(found[name]["r_edges"][0, 0]) < 0.2
     # A mean of two runs has less noise.
@@ -295,8 +296,9 @@ def test_minutes_needed_on_a_curve_made_by_hand():
 
 def test_centring_takes_a_common_step_away():
     people = people_of(two_days(24, n_frames=150, spread=0.5))
-    rows = duration.with_and_without_centring(people, 40, 12, 2)
-    assert [row["method"] for row in rows] == ["fc", "Ledoit-Wolf", "adapted"]
+    methods = ["fc", "Ledoit-Wolf", "adapted"]
+    rows = duration.with_and_without_centring(people, 40, methods, 12, 2)
+    assert [row["method"] for row in rows] == methods
     for row in rows:
         assert row["less the mean"] > 3 / 12
 
@@ -346,10 +348,25 @@ def test_the_page_runs(folder, capsys):
     found = run_cells("notebooks/duration.ipynb", given)
     table = read_results(folder / "page.csv")
     assert set(table["kind"]) == {"SIMULATED"}
-    assert set(table["method"]) == {*given["methods"], "Ledoit-Wolf"}
+    assert set(table["method"]) == set(given["methods"])
     plain = table[table["task"] == "the other day from 80 frames"]
     assert len(plain) == 2 * 5
     minutes = table[table["score"] == "minutes"]
     assert minutes["value"].between(0.3, 2.0).all()
     assert "12 SIMULATED people" in "\n".join(found["lines"])
     assert "folds" in capsys.readouterr().out
+
+
+def test_candidates_are_the_unseen_people_of_a_fold(people):
+    """A rule that answers with a training person would otherwise find nobody."""
+    folds = np.arange(12) % 2
+    found = duration.agreement(people, 80, "fc", folds, {"": duration.Test()})[""]
+    for fold in (0, 1):
+        inside = folds == fold
+        shown = [duration.edges(np.corrcoef(run.T)) for run in people.runs[inside, 0, 0]]
+        looked_for = [duration.edges(np.corrcoef(run.T)) for run in people.runs[inside, 1, 0]]
+        rest = people.runs[~inside]
+        bias = np.mean([duration.edges(np.corrcoef(run.T)) for run in rest[:, 0, 0]], axis=0)
+        mean = [duration.edges(np.corrcoef(run.T)) for run in rest.reshape(-1, 80, N_PARCELS)]
+        similarity = np.corrcoef(shown - bias, looked_for - np.mean(mean, axis=0))[:6, 6:]
+        assert found["hit"][inside].tolist() == (similarity.argmax(1) == np.arange(6)).tolist()

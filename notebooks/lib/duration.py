@@ -464,7 +464,7 @@ class Agreement:
     r : dict of str to ndarray, shape (person,)
         Correlation of both deviations from that mean.
     hit : ndarray, shape (person,)
-        1 where the most similar other day is the person's own.
+        1 where the most similar other day among those of the fold's people is the person's own.
     """
 
     residual: dict[str, np.ndarray]
@@ -506,56 +506,39 @@ def agreement(
 ) -> dict[str, Any]:
     """Everybody estimated by what was fitted on the other folds: for each test the fields of :class:`Agreement`."""
     estimated = {name: _Estimated(people, length, test, seed) for name, test in tests.items()}
-    # People of different folds are told apart in one space.
-    common = edges
-    if ESTIMATORS[method][1] == "tangent":
-        common = tangent_of(people, tuple(range(len(folds)))).vector
+    make, space = ESTIMATORS[method]
     for fold in np.unique(folds):
         inside = folds == fold
         training = training_of(people, tuple(np.flatnonzero(~inside)), length, n_windows)
-        estimator = ESTIMATORS[method][0]().fit(training)
-        views = {"edges": edges, "tangent": training.tangent.vector, "common": common}
-        group = {name: training.mean(view) for name, view in views.items()}
+        estimator = make().fit(training)
         for one in estimated.values():
-            one.add(inside, estimator, views, group)
-    return {name: one.fields(common) for name, one in estimated.items()}
+            one.add(inside, estimator, training, space)
+    return {name: one.found for name, one in estimated.items()}
 
 
 class _Estimated:
-    """What is collected over the folds of one test."""
+    """What is collected over the folds of one test, as the fields of :class:`Agreement`."""
 
     def __init__(self, people: People, length: int, test: Test, seed: int):
         self.query, self.truth = scans_of(people, length, test, seed)
         n = len(self.query)
-        self.shown: list[np.ndarray] = [np.empty(0)] * n
         self.found: dict[str, Any] = {
             key: {space: np.empty(n) for space in SPACES} for key in ("residual", "total", "r")
         }
+        self.found["hit"] = np.empty(n)
 
-    def add(
-        self,
-        inside: np.ndarray,
-        estimator: Estimator,
-        views: Mapping[str, View],
-        group: Mapping[str, np.ndarray],
-    ) -> None:
-        """Estimate the people of one fold; `group` is the mean of training people's runs in each view."""
+    def add(self, inside: np.ndarray, estimator: Estimator, training: Training, space: str) -> None:
+        """Estimate the people of one fold, who are told apart in `space`."""
         estimates = estimator.estimate(self.query).astype(float)
-        shown = deviations(views["common"](estimates), inside)
-        for row, person in enumerate(np.flatnonzero(inside)):
-            self.shown[person] = shown[row]
-        for space in SPACES:
-            own = deviations(views[space](estimates), inside)
-            other = views[space](self.truth[inside]) - group[space]
-            self.found["residual"][space][inside] = np.square(other - own).sum(1)
-            self.found["total"][space][inside] = np.square(other).sum(1)
-            self.found["r"][space][inside] = _row_correlation(own, other)
-
-    def fields(self, common: View) -> dict[str, Any]:
-        """The fields of :class:`Agreement`."""
-        looked_for = common(self.truth)
-        hit = hits(np.array(self.shown), looked_for - looked_for.mean(0))
-        return {**self.found, "hit": hit}
+        for name, view in {"edges": edges, "tangent": training.tangent.vector}.items():
+            own = deviations(view(estimates), inside)
+            other = view(self.truth[inside]) - training.mean(view)
+            self.found["residual"][name][inside] = np.square(other - own).sum(1)
+            self.found["total"][name][inside] = np.square(other).sum(1)
+            self.found["r"][name][inside] = _row_correlation(own, other)
+            if name == space:
+                # Only unseen people are candidates: what was fitted resembles those it was fitted on.
+                self.found["hit"][inside] = hits(own, other)
 
 
 def deviations(vectors: np.ndarray, inside: np.ndarray) -> np.ndarray:
@@ -575,7 +558,7 @@ def hits(shown: np.ndarray, looked_for: np.ndarray) -> np.ndarray:
 
 
 def with_and_without_centring(
-    people: People, length: int, n_trained: int, n_windows: int
+    people: People, length: int, methods: Sequence[str], n_trained: int, n_windows: int
 ) -> list[dict[str, Any]]:
     """Identification in one division, the first `n_trained` people trained on, of vectors as they are and less a mean.
 
@@ -587,7 +570,7 @@ def with_and_without_centring(
     group = Adapted().fit(training).front.lags[0].double().numpy()
     views = {"edges": edges, "tangent": Tangent(group).vector}
     rows = []
-    for method in ("fc", "Ledoit-Wolf", "adapted"):
+    for method in methods:
         make, space = ESTIMATORS[method]
         estimator = make().fit(training)
         view = views[space]
