@@ -9,7 +9,7 @@ import torch
 from scipy.linalg import expm, logm
 
 from mnemodyn import estimate_connectivity, open_scans
-from mnemodyn.checkpoint import Checkpoint, CheckpointError, save_checkpoint
+from mnemodyn.checkpoint import Checkpoint, CheckpointError, from_pretrained, save_checkpoint
 from mnemodyn.cli import main
 from mnemodyn.data.scaling import Scaling
 from mnemodyn.data.scans import DataError, Scan, save_scan
@@ -234,6 +234,29 @@ def test_function_and_command_give_the_same(trained, tmp_path):
     assert correlation.shape == (6, 6, 6)
     np.testing.assert_allclose(np.diagonal(correlation, axis1=1, axis2=2), 1, atol=1e-6)
     assert (np.linalg.eigvalsh(correlation) > 0).all()
+
+
+def test_the_shipped_network_loads_by_name(tmp_path, monkeypatch):
+    """Offline, and its parcels are those of FreeSurfer; a path of the same name goes first."""
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.chdir(tmp_path)
+    checkpoint = from_pretrained("dk68")
+    assert checkpoint.parcels[0] == "ctx-lh-bankssts"
+    assert len(checkpoint.parcels) == 68
+    group = checkpoint.model.front.lags[0].double().numpy()
+    noise = np.random.default_rng(0).standard_normal((60, 68))
+    values = (noise @ np.linalg.cholesky(group).T).astype(np.float32)
+    scan = Scan("sub-1", values, 0.72, checkpoint.parcels, source="a")
+    found = estimate_connectivity(scan, "dk68", "connectome", as_correlation=True)[0]
+    rows, columns = np.triu_indices(68, 1)
+    # A short draw of the group's own process: the estimate is nearer to the group than the draw is.
+    error = np.square(found - group)[rows, columns].mean()
+    assert error < 0.3 * np.square(np.corrcoef(values.T) - group)[rows, columns].mean()
+    (tmp_path / "dk68").mkdir()
+    with pytest.raises(CheckpointError, match="dk68 is no checkpoint"):
+        from_pretrained("dk68")
+    with pytest.raises(CheckpointError, match="no NAME/MODEL of the hub"):
+        from_pretrained("dk69")
 
 
 def test_errors_say_what_is_missing(trained):
