@@ -433,8 +433,9 @@ def test_a_simulation_that_was_stopped_goes_on_and_is_never_real(tmp_path, monke
         return {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*.*")}
 
     assert inside(tmp_path / "abide") == inside(tmp_path / "whole")
+    assert simulate_cohort("abide", tmp_path / "abide", **size) == whole
     with pytest.raises(DataError, match="is not empty"):
-        simulate_cohort("abide", tmp_path / "abide", **size)
+        simulate_cohort("abide", tmp_path / "abide", seed=1, **size)
 
 
 KILLED = """

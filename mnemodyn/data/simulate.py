@@ -167,7 +167,7 @@ def simulate_cohort(
     cohort : str or Path
         Name or YAML of a cohort whose description has a ``layout``.
     folder : str or Path
-        Must be empty or absent, or what a killed call with the same arguments has left.
+        Must be empty or absent, or hold what a call with the same arguments has written; a whole one is left as it is.
     n_participants, seed : int
         People with usable scans and a row of phenotypes.
     n_frames : int
@@ -229,13 +229,16 @@ def simulate_cohort(
         "cohort": described.name,
         "seed": seed,
         "n_participants": n_participants,
+        "n_frames": n_frames,
         "edge_sd": EDGE_SD,
         "effects": _described(sizes, variables, blocks),
     }
     folder.mkdir(parents=True, exist_ok=True)
     with locked(folder, "mnemodyn simulate"):
-        unfinished = {**truth, UNFINISHED: {"n_frames": n_frames, "broken": broken}}
-        _check_folder(folder, unfinished)
+        unfinished = {**truth, "broken": broken, UNFINISHED: True}
+        found = _found(folder, unfinished)
+        if found:
+            return found
         # First, so that what a killed call leaves is never taken for a real cohort.
         write_json(folder / SIMULATED, unfinished)
         scans, broken_files = _write_scans(folder, described, layout, series, process[2], faults)
@@ -265,16 +268,22 @@ def _check_names(folder: Path, cohort: Cohort, layout: Layout, people: list[dict
             refuse(f"{what}; correct layout or phenotype in its description", "setting")
 
 
-def _check_folder(folder: Path, unfinished: dict[str, Any]) -> None:
-    """Raise a DataError unless a folder is empty, or holds what a killed call was writing with the same arguments."""
+def _found(folder: Path, unfinished: dict[str, Any]) -> dict[str, Any] | None:
+    """What ``simulated.json`` says of a finished simulation with the same arguments; None where it is still to be made.
+
+    A DataError unless the folder is empty, or holds this simulation.
+    """
     if {path.name for path in folder.iterdir()} <= {".lock"}:
-        return
+        return None
     path = folder / SIMULATED
     if path.is_file():
         with formats.reading(path, "description of a simulation"):
             found = json.loads(path.read_text(encoding="utf-8"))
         if found == unfinished:
-            return
+            return None
+        # When it is finished, the broken files are listed.
+        if {**found, "broken": bool(found.get("broken")), UNFINISHED: True} == unfinished:
+            return found
         if UNFINISHED in found:
             what = (
                 "holds a simulation of other arguments that was stopped; remove it, or name another"
