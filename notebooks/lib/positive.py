@@ -306,7 +306,16 @@ NULLS = (
         "HCP-7, entries: front end with blocks \u2212 front end",
         *("reconstruction_hcp7", "HCP-7", "hidden entries", "model", "front_end"),
     ),
+    Comparison(
+        "HCP, 80 people, entries: front end with blocks \u2212 front end",
+        *("reconstruction_hcp80", "hcp80", "hidden entries", "model", "front_end"),
+    ),
     BLOCKS_ALONE,
+    Comparison(
+        "HCP, 80 people, entries: blocks alone \u2212 spatio-temporal Gaussian",
+        *("reconstruction_hcp80", "hcp80", "hidden entries", "blocks_alone"),
+        "spatiotemporal_gaussian",
+    ),
     Comparison(
         "HCP-7, entries: operators from ABIDE \u2212 random ones",
         *("scaling_abide", "HCP-7", _MOVED, "transferred", "random_operators"),
