@@ -53,7 +53,11 @@ def test_every_window_is_as_likely_as_any_other():
 
 def test_a_draw_does_not_pass_over_all_scans():
     def seconds(n):
-        many = [SimpleNamespace(n_frames=20, censored=None, t_r=1.0, parcels=("a",), source="")] * n
+        many = [
+            SimpleNamespace(
+                participant_id="a", n_frames=20, censored=None, t_r=1.0, parcels=("a",), source=""
+            )
+        ] * n
         windows = Drawn(many, Scaling("raw"), None, 10, 0)
         best = np.inf
         for _ in range(20):

@@ -384,6 +384,9 @@ def _between_parcels(square: np.ndarray) -> bool:
     """Whether a square is symmetric or has a constant diagonal, which no series is or has."""
     diagonal = np.diag(square)
     spread = square[~np.eye(len(square), dtype=bool)].std(dtype=float)
+    # What is constant or has no values is neither, and has problems of its own.
+    if not spread > 0:
+        return False
     # Of Fisher's z the diagonal is infinite or cut at a large number; some tools leave it empty.
     if np.allclose(diagonal, diagonal[0], rtol=0, atol=1e-3 * spread, equal_nan=True):
         return True
