@@ -276,9 +276,11 @@ def _checkpoint_folder(path: Path) -> Path:
             return folder
     if (path / "run.json").is_file():
         raise CheckpointError(f"{path} is a run that has no best/ yet; let its training finish")
+    hint = "a .ckpt of the published draft needs compat='reference', or --compat reference"
+    if (SHIPPED / path.name).is_dir():
+        hint = f"it hides the {path.name} that comes with the package; rename it, or work elsewhere"
     raise CheckpointError(
-        f"{path} is no checkpoint: expected a folder with {' and '.join(FILES)} "
-        "(a .ckpt of the published draft needs compat='reference', or --compat reference)"
+        f"{path} is no checkpoint: expected a folder with {' and '.join(FILES)} ({hint})"
     )
 
 

@@ -52,6 +52,8 @@ def estimate_connectivity(
     ------
     ValueError
         If `kind` is unknown, or the network cannot estimate it.
+    TypeError
+        If an item is no Scan.
     CheckpointError
         If parcels are not the checkpoint's.
     DataError
@@ -75,6 +77,10 @@ def estimate_connectivity(
         )
     found = []
     for scan in scans:
+        if not isinstance(scan, Scan):
+            raise TypeError(
+                f"expected scans, got {type(scan).__name__}; mnemodyn.load_scan makes one of a file or an array"
+            )
         checkpoint.check(scan)
         x = scaling(scan)
         if scan.censored is not None:

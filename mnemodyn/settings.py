@@ -635,6 +635,17 @@ class Settings:
     training: TrainingConfig = TrainingConfig()
     machine: Machine = Machine()
 
+    def __post_init__(self):
+        if self.objective.name == ConnectomeSettings.name:
+            if self.model.connectome == "none":
+                raise ValueError(
+                    "the objective connectome needs model.connectome covariance or operator"
+                )
+            if self.scaling != "zscore_per_parcel":
+                raise ValueError(
+                    f"the objective connectome needs scaling zscore_per_parcel, got {self.scaling}"
+                )
+
     @classmethod
     def from_mapping(cls, content: Mapping[str, Any]) -> Self:
         """Read a nested mapping, such as a YAML file holds: section, then setting.

@@ -176,8 +176,32 @@ def test_the_rest_of_a_person():
     alone = FixedWindows([replace(scans[0], censored=censored)], Scaling(), objective, 120, 0)
     x = Scaling()(alone.scans[0])[120:300]
     np.testing.assert_allclose(alone.rest(0, 0, 120), np.cov(x.T, bias=True), atol=1e-5)
-    with pytest.raises(DataError, match=r"a window of 180 frames leaves 120 of the only scan"):
+    with pytest.raises(DataError, match=r"a window of 180 usable .* has 120 in this scan and 0 in"):
         alone.rest(0, 120, 300)
+
+
+def test_the_rest_has_as_many_frames_as_the_window_and_is_no_copy():
+    scans = two_days(1)
+    # The other day is censored but for 50 frames: the rest is what lies outside the window.
+    censored = np.ones(400, bool)
+    censored[:50] = False
+    people = [scans[0], replace(scans[1], censored=censored)]
+    windows = FixedWindows(people, Scaling(), Objective(), 120, 0)
+    outside = np.cov(Scaling()(scans[0])[120:].T, bias=True)
+    np.testing.assert_allclose(windows.rest(0, 0, 120), outside, atol=1e-5)
+    first = np.cov(Scaling()(scans[0]).T, bias=True)
+    np.testing.assert_allclose(windows.rest(1, 0, 120), first, atol=1e-5)
+    # One recording cleaned in two ways is no other run; another run is, and so are both days together.
+    again = replace(scans[0], values=(scans[0].values + 1.0) @ np.diag(range(1, 7)))
+    run = replace(scans[0], values=scans[1].values)
+    windows = FixedWindows([scans[0], again], Scaling(), Objective(), 120, 0)
+    np.testing.assert_allclose(windows.rest(0, 0, 120), outside, atol=1e-5)
+    windows = FixedWindows([scans[0], again, run], Scaling(), Objective(), 120, 0)
+    other = np.cov(Scaling()(scans[1]).T, bias=True)
+    np.testing.assert_allclose(windows.rest(0, 0, 120), other, atol=1e-5)
+    # Too little is said when windows are made, before any is drawn.
+    with pytest.raises(DataError, match=r"0-1: beside a window of 240 usable .* at most half"):
+        FixedWindows(scans[:1], Scaling(), Objective(), 240, 0)
 
 
 def test_learns_what_days_share(trained):
@@ -253,7 +277,9 @@ def test_the_shipped_network_loads_by_name(tmp_path, monkeypatch):
     error = np.square(found - group)[rows, columns].mean()
     assert error < 0.3 * np.square(np.corrcoef(values.T) - group)[rows, columns].mean()
     (tmp_path / "dk68").mkdir()
-    with pytest.raises(CheckpointError, match="dk68 is no checkpoint"):
+    with pytest.raises(
+        CheckpointError, match="dk68 is no checkpoint.*it hides the dk68 that comes"
+    ):
         from_pretrained("dk68")
     with pytest.raises(CheckpointError, match="no NAME/MODEL of the hub"):
         from_pretrained("dk69")
@@ -264,6 +290,8 @@ def test_errors_say_what_is_missing(trained):
     scans = two_days(1)
     with pytest.raises(ValueError, match="kind 'adaptd' is unknown; did you mean adapted"):
         estimate_connectivity(scans, checkpoint, "adaptd")
+    with pytest.raises(TypeError, match=r"expected scans, got ndarray; mnemodyn\.load_scan makes"):
+        estimate_connectivity([scans[0].values], checkpoint)
     with pytest.raises(DataError, match="6 usable frames, expected at least 10"):
         estimate_connectivity(short(scans, 6), checkpoint)
     plain = Checkpoint(

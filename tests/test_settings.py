@@ -47,7 +47,7 @@ def test_sections_and_settings_find_their_place():
 
 @pytest.mark.parametrize("name", OBJECTIVE_SETTINGS)
 def test_no_two_sections_share_a_name(name):
-    sections = Settings(objective=OBJECTIVE_SETTINGS[name]()).to_dict()
+    sections = Settings.from_mapping({"objective": name}).to_dict()
     names = [leaf for content in sections.values() if isinstance(content, dict) for leaf in content]
     assert len(set(names) - set(sections)) == len(names)
 
@@ -62,9 +62,8 @@ def test_another_objective_brings_its_own_settings():
 
 @pytest.mark.parametrize("name", OBJECTIVE_SETTINGS)
 def test_json_holds_the_whole(name):
-    settings = Settings(
-        objective=OBJECTIVE_SETTINGS[name](), model=ModelConfig(n_parcels=5, front="gaussian")
-    )
+    model = ModelConfig(n_parcels=5, front="gaussian", connectome="covariance")
+    settings = Settings(objective=OBJECTIVE_SETTINGS[name](), model=model)
     text = json.dumps(settings.to_dict())
     assert Settings.from_mapping(json.loads(text)) == settings
     assert json.loads(text) == settings.to_dict()

@@ -8,6 +8,7 @@ import pytest
 
 from mnemodyn.data.scaling import Scaling
 from mnemodyn.data.scans import Scan
+from mnemodyn.pretrain.objectives import Masked
 from mnemodyn.pretrain.windows import RandomWindows
 
 LENGTHS = (10, 64, 11, 200, 10)
@@ -25,7 +26,7 @@ def drawn(lengths=LENGTHS, seed=3):
         Scan(f"sub-{i}", np.zeros((n, 2), np.float32), 1.0, ("a", "b"))
         for i, n in enumerate(lengths)
     ]
-    return Drawn(scans, Scaling("raw"), None, 10, seed)
+    return Drawn(scans, Scaling("raw"), Masked(), 10, seed)
 
 
 def test_a_draw_is_that_of_numpys_choice_by_length():
@@ -55,10 +56,16 @@ def test_a_draw_does_not_pass_over_all_scans():
     def seconds(n):
         many = [
             SimpleNamespace(
-                participant_id="a", n_frames=20, censored=None, t_r=1.0, parcels=("a",), source=""
+                participant_id="a",
+                session="",
+                n_frames=20,
+                censored=None,
+                t_r=1.0,
+                parcels=("a",),
+                source="",
             )
         ] * n
-        windows = Drawn(many, Scaling("raw"), None, 10, 0)
+        windows = Drawn(many, Scaling("raw"), Masked(), 10, 0)
         best = np.inf
         for _ in range(20):
             start = time.perf_counter()

@@ -18,6 +18,7 @@ import torch.distributed
 from torch import Tensor, nn
 from torch.nn import functional
 
+from mnemodyn.data.scans import DataError
 from mnemodyn.model.connectome import to_tangent
 from mnemodyn.settings import (
     AutoencodeSettings,
@@ -495,8 +496,8 @@ def effective_rank(covariance: Tensor) -> float:
 class Connectome(ConnectomeSettings, Objective):
     """Estimate from a short window what the rest of the person's data show, in tangent space.
 
-    The rest is another session of the person; another run where there is no other session; the frames outside the
-    window where there is no other scan. No label is used.
+    The rest is another session of the person, or else another run, or else the frames outside the window: the first
+    that has as many usable frames as the window. No label is used.
 
     Scores: ``r2_connectome``, R2 about the mean of the training people's connectivity; that of the front end's
     estimate as ``r2_adapted``; and R2 of the estimate by number of frames.
@@ -513,14 +514,6 @@ class Connectome(ConnectomeSettings, Objective):
         return {"n_used": torch.clamp(self.shortest * 2**doubled, max=len(x))}
 
     def prepare(self, network, windows):
-        if network.connectome is None:
-            raise ValueError(
-                "the objective connectome needs model.connectome covariance or operator"
-            )
-        if windows.scaling.method != "zscore_per_parcel":
-            raise ValueError(
-                f"the objective connectome needs scaling zscore_per_parcel, got {windows.scaling.method}"
-            )
         network.connectome.fit(partial(self._pairs, network, windows))
         if not network.connectome.of_latents:
             # Nothing of the loss passes through the blocks.
@@ -535,14 +528,16 @@ class Connectome(ConnectomeSettings, Objective):
         rest = []
         for which in rng.integers(len(windows.scans), size=self._n_scans(mean)):
             frames = np.flatnonzero(~windows.censored[which])
-            alone = len(windows.people[windows.scans[which].participant_id]) == 1
-            # Of a person's only scan at least as much must be left.
-            if len(frames) < n_frames * (1 + alone):
+            if len(frames) < n_frames:
                 continue
             first = int(rng.integers(len(frames) - n_frames + 1))
             frames = frames[first : first + n_frames]
+            try:
+                other = windows.rest(which, frames[0], frames[-1] + 1)
+            except DataError:  # too little is left of this person
+                continue
+            rest.append(torch.from_numpy(other).float())
             short.append(torch.from_numpy(windows.scaled(which)[frames]))
-            rest.append(torch.from_numpy(windows.rest(which, frames[0], frames[-1] + 1)).float())
         if not rest:
             return mean.new_zeros(0), mean.new_zeros(0)
         adapted = []

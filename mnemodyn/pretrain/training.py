@@ -149,14 +149,11 @@ def pretrain(
 def _pretrain(run: "_Run", restart: bool, fronts: "Fronts | None") -> None:
     """Train a network, and save it with what it was trained on."""
     network = MnemoDyn(run.config())
-    if network.front is None:
+    if network.front is None or not run.objective.fills:
         fronts = None
-    elif run.objective.fills:
+    else:
         fronts = fronts or Fronts(run.train, run.scaling, run.settings.training)
         fronts.fit(network.front)
-    else:
-        fronts = None
-        network.fit_front(_Scaled(run.train, run.scaling, range(len(run.train))))
     history = run.fit(network, restart, fronts)
     record = {
         "objective": run.settings.objective.to_dict(),
@@ -469,6 +466,9 @@ class _Run:
                 remove(self.work)
             write_json(self.work / "run.json", {"identity": self.identity})
         windows, validation = self.windows(fronts)
+        if not self.objective.fills:
+            scans = _Scaled(self.train, self.scaling, range(len(self.train)))
+            cast(MnemoDyn, network).fit_front(scans)
         self.objective.prepare(network, windows)
         return fit(
             network,

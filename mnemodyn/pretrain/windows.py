@@ -20,6 +20,8 @@ __all__ = ["Draws", "FixedWindows", "RandomWindows", "Windows", "collate", "cut_
 
 # Scaled scans that are kept in memory: 256 of 1,200 frames and 400 parcels are half a gigabyte.
 SCANS_KEPT = 256
+# Series of one recording agree by more than this correlation, however they were cleaned.
+SAME = 0.5
 
 
 def cut_windows(values: np.ndarray, n_timepoints: int) -> np.ndarray:
@@ -95,51 +97,78 @@ class Windows(Dataset):
         self.folds = folds
         lengths = []
         self.censored = []
+        names = []
         # One pass, as a scan of a collection may be read from a file each time it is asked for.
         for scan in scans:
             lengths.append((scan.n_frames, _window_frames(scan, n_timepoints, seconds)))
             self.censored.append(censored_frames(scan))
+            names.append((scan.participant_id, scan.session))
         self.n_frames, self.frames = np.array(lengths).T
-        self.people: dict[str, list[int]] = {}
-        for which, scan in enumerate(scans):
-            self.people.setdefault(scan.participant_id, []).append(which)
+        self.participants, self.sessions = np.array(names).T
+        self.n_usable = np.array([np.sum(~censored) for censored in self.censored])
         # If any has censored frames, all windows say which: they must agree to be a batch.
         self.any_censored = any(censored.any() for censored in self.censored)
         self.scaled = lru_cache(SCANS_KEPT)(self._read)
         self._whole = lru_cache(SCANS_KEPT)(self._covariance)
+        self._same = lru_cache(None)(self._same_recording)
+        if objective.needs_rest:
+            # Now, and not when such a window is drawn.
+            for which, frames in enumerate(self.frames):
+                inside = np.convolve(~self.censored[which], np.ones(frames, int), "valid")
+                self._elsewhere(which, int(inside.max()))
 
     def _read(self, which: int) -> np.ndarray:
         """A scaled scan."""
         return self.scaling(self.scans[which])
 
-    def _covariance(self, which: int, left_out: slice = slice(0)) -> tuple[int, np.ndarray]:
-        """Number of a scan's frames that are neither censored nor `left_out`, and their covariance."""
+    def _covariance(self, which: int, left_out: slice = slice(0)) -> np.ndarray:
+        """Covariance of a scan's frames that are neither censored nor `left_out`."""
         kept = ~self.censored[which]
         kept[left_out] = False
         x = self.scaled(which)[kept]
         x = x - x.mean(0)
-        return len(x), x.T @ x / len(x)
+        return x.T @ x / len(x)
+
+    def _same_recording(self, one: int, other: int) -> bool:
+        """Whether two scans are one recording, cleaned in two ways: between recordings series hardly correlate."""
+        n = min(self.n_frames[one], self.n_frames[other])
+        kept = ~self.censored[one][:n] & ~self.censored[other][:n]
+        products = self.scaled(one)[:n][kept] * self.scaled(other)[:n][kept]
+        return bool(products.sum() > SAME * products.size)
+
+    def _elsewhere(self, which: int, n_frames: int) -> np.ndarray:
+        """Scans with the rest of a person's data; none where it is the rest of scan `which`. See :meth:`rest`."""
+        own = self.participants == self.participants[which]
+        others = np.flatnonzero(own & (self.sessions != self.sessions[which]))
+        if self.n_usable[others].sum() >= n_frames:
+            return others
+        runs = np.flatnonzero(own & (self.sessions == self.sessions[which]))
+        more = [i for i in runs if i != which and not self._same(which, i)]
+        others = np.append(others, more).astype(int)
+        if self.n_usable[others].sum() >= n_frames:
+            return others
+        left = self.n_usable[which] - n_frames
+        if left < n_frames:
+            raise DataError(
+                f"{self.scans[which].source}: beside a window of {n_frames} usable frames its participant has "
+                f"{left} in this scan and {self.n_usable[others].sum()} in others, but as many are needed; "
+                "take shorter windows, at most half of an only scan (-s model.n_timepoints N, or "
+                "training.window_seconds)",
+                "too-short",
+            )
+        return others[:0]
 
     def rest(self, which: int, start: int, stop: int) -> np.ndarray:
         """Covariance (parcel, parcel) of what else there is of the person of a window.
 
-        That is their other sessions; where there is none, their other runs; where there is no other scan, the frames
-        outside the window. A DataError where these are fewer than the window's.
+        That is their other sessions, or else their other runs too, or else the frames outside the window: the first
+        that has as many usable frames as the window. A DataError where none has.
         """
-        scan = self.scans[which]
-        others = [i for i in self.people[scan.participant_id] if i != which]
-        elsewhere = [i for i in others if self.scans[i].session != scan.session]
-        found = [self._whole(i) for i in elsewhere or others]
-        if not found:
-            found = [self._covariance(which, slice(start, stop))]
-            n_inside = np.sum(~self.censored[which][start:stop])
-            if found[0][0] < n_inside:
-                raise DataError(
-                    f"{scan.source}: a window of {n_inside} frames leaves {found[0][0]} of the only scan of "
-                    f"{scan.participant_id}; take windows of at most half a scan (-s model.n_timepoints N)"
-                )
-        n_frames, covariances = zip(*found, strict=True)
-        return np.average(covariances, axis=0, weights=n_frames)
+        others = self._elsewhere(which, int(np.sum(~self.censored[which][start:stop])))
+        if not len(others):
+            return self._covariance(which, slice(start, stop))
+        found = [self._whole(i) for i in others]
+        return np.average(found, axis=0, weights=self.n_usable[others])
 
     def usable(self, which: int, start: int) -> bool:
         """Whether at least two frames of a window are not censored: a path needs as many."""
