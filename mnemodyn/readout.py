@@ -10,6 +10,7 @@ import torch
 from sklearn.base import BaseEstimator, TransformerMixin
 
 from mnemodyn.checkpoint import Checkpoint, from_pretrained
+from mnemodyn.connectivity import LEAST
 from mnemodyn.data.scans import DataError, Scan, load_scan
 from mnemodyn.files import Kept, digest
 from mnemodyn.model.connectome import to_vector
@@ -195,6 +196,9 @@ def _read(checkpoint: Checkpoint, scan: Scan, names: Sequence[str]) -> dict:
         # Weights of the draft belong to one length and know no censored frames.
         length = model.config.n_timepoints
         censored = None
+    if "connectome" in names and scan.n_usable < LEAST:
+        message = f"{scan.source}: {scan.n_usable} usable frames, expected at least {LEAST}"
+        raise DataError(message, "too-short")
     if len(x) < length:
         raise DataError(
             f"{scan.source}: the checkpoint reads {length} frames, got {len(x)}", "too-short"

@@ -254,6 +254,13 @@ def test_function_and_command_give_the_same(trained, tmp_path):
         np.testing.assert_allclose(found, table, atol=1e-4)
         in_memory = estimate_connectivity(open_scans(tmp_path), checkpoint, kind)
         np.testing.assert_allclose(in_memory, found, atol=1e-6)
+    (few := tmp_path / "few").mkdir()
+    for scan in (*short(scans[:1], 9), scans[1]):
+        save_scan(scan, few / f"sub-1_ses-{scan.session}_timeseries.tsv")
+    words[1] = few
+    words[-1] = few / "table.csv"
+    assert main(list(map(str, words))) == 0
+    assert "9 usable frames, expected at least 10" in (few / "table_refused.tsv").read_text()
     correlation = estimate_connectivity(scans, checkpoint, "connectome", as_correlation=True)
     assert correlation.shape == (6, 6, 6)
     np.testing.assert_allclose(np.diagonal(correlation, axis1=1, axis2=2), 1, atol=1e-6)
