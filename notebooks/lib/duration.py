@@ -702,11 +702,13 @@ def words(row: Mapping[str, Any], shortest: float, longest: float) -> str:
 
     def bound(value: float) -> str:
         if value >= longest:
-            return f"{longest:.1f} or more"
+            return f"≥ {longest:.1f}"
         if value <= shortest:
-            return f"{shortest:.1f} or less"
+            return f"≤ {shortest:.1f}"
         return f"{value:.1f}"
 
+    if row["low"] >= longest:
+        return bound(longest)
     return f"{bound(row['value'])} ({bound(row['low'])} to {bound(row['high'])})"
 
 
