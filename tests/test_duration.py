@@ -419,7 +419,7 @@ def test_the_page_of_the_network_runs(folder):
     found = run_cells("notebooks/connectome.ipynb", given)
     table = read_results(folder / "page.csv")
     assert set(table["kind"]) == {"SIMULATED"}
-    assert list(table["method"]) == ["adapted", "network"] * 2
+    assert list(table["method"]) == ["adapted", "shrunk in shared directions", "network"] * 2
     # The rest of a person is the other session, both runs.
     checkpoint = found["checkpoint"]
     scans = found["validation"]

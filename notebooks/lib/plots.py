@@ -32,6 +32,7 @@ SCORES = {
     "val_r2_clean": "R², clean signal",
     "val_r2": "R², what was shown",
     "val_r2_latent": "R², embeddings",
+    "val_r2_connectome": "R², connectivity",
 }
 
 
