@@ -251,6 +251,11 @@ README_ROWS = {
         "network",
         "shrunk in shared directions",
     ),
+    "The same network": (
+        "duration_hcp80:the other day from 60 frames:{}:r2_edges",
+        "network",
+        "shrunk in shared directions",
+    ),
     "blocks alone": (
         "reconstruction_hcp80:hidden entries:{}:r2",
         "blocks_alone",

@@ -311,7 +311,7 @@ def test_minutes_needed_on_a_curve_made_by_hand():
     assert duration.capped(found, 4.0)["value"] == pytest.approx(np.sqrt(8))
     assert duration.capped(found, 4.0)["high"] <= 4
     row = {"value": 4.0, "low": 1.0, "high": 2.04}
-    assert duration.words(row, 1.0, 4.0) == "4.0 or more (1.0 or less to 2.0)"
+    assert duration.words(row, 1.0, 4.0) == "≥ 4.0 (≤ 1.0 to 2.0)"
 
 
 def test_centring_takes_a_common_step_away():
@@ -419,7 +419,7 @@ def test_the_page_of_the_network_runs(folder):
     found = run_cells("notebooks/connectome.ipynb", given)
     table = read_results(folder / "page.csv")
     assert set(table["kind"]) == {"SIMULATED"}
-    assert list(table["method"]) == ["adapted", "network"] * 2
+    assert list(table["method"]) == ["adapted", "shrunk in shared directions", "network"] * 2
     # The rest of a person is the other session, both runs.
     checkpoint = found["checkpoint"]
     scans = found["validation"]

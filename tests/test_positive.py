@@ -261,4 +261,3 @@ def test_the_page_runs(tmp_path, monkeypatch):
     table = read_results(tmp_path / "page.csv")
     assert set(table["kind"]) == {"SIMULATED", "real"}
     assert (table["task"] == "driven parcels, " + Control(scans=3).name).any()
-    assert "at 0 and " in names["ends"]

@@ -24,6 +24,14 @@ from mnemodyn.model.front import Front, adapted_covariance
 LARGEST_R = 0.999999  # Fisher's z of 1 is infinite
 PENALTIES = (0.3, 1.0, 3.0, 10.0, 30.0, 100.0)  # of ridge, as multiples of the mean square norm
 SPACES = ("edges", "tangent")
+#: What a reader is told of a score.
+SCORES = {
+    "identified": "identified",
+    "r2_edges": "R², edges",
+    "r2_tangent": "R², tangent space",
+    "r_edges": "r, edges",
+    "r_tangent": "r, tangent space",
+}
 View = Callable[
     [np.ndarray], np.ndarray
 ]  # matrices (..., parcel, parcel) to vectors (..., feature)
@@ -702,11 +710,15 @@ def words(row: Mapping[str, Any], shortest: float, longest: float) -> str:
 
     def bound(value: float) -> str:
         if value >= longest:
-            return f"{longest:.1f} or more"
+            return f"≥ {longest:.1f}"
         if value <= shortest:
-            return f"{shortest:.1f} or less"
+            return f"≤ {shortest:.1f}"
         return f"{value:.1f}"
 
+    if row["value"] >= longest and row["high"] >= longest:
+        return (
+            bound(longest) if row["low"] >= longest else f"{bound(longest)} (from {row['low']:.1f})"
+        )
     return f"{bound(row['value'])} ({bound(row['low'])} to {bound(row['high'])})"
 
 

@@ -1,6 +1,9 @@
 """The network trained for connectivity from short scans, as estimators of the chapter "How long must a scan be?"."""
 
+import sys
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import redirect_stdout
+from copy import deepcopy
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -69,7 +72,9 @@ class Network:
         choosing = names[::CHOOSES]
         train = [scan for scan in scans if scan.participant_id not in choosing]
         validation = [scan for scan in scans if scan.participant_id in choosing]
-        return pretrain(train, validation, folder, self.settings)[0]
+        # The lines of the epochs go to the terminal, and not to the page.
+        with redirect_stdout(sys.__stderr__):
+            return pretrain(train, validation, folder, self.settings)[0]
 
     @torch.no_grad()
     def estimate(self, windows: np.ndarray) -> np.ndarray:
@@ -98,12 +103,25 @@ def agreement(checkpoint: Checkpoint, scans: Sequence[Scan], length: int) -> dic
     truth = to_vector(to_tangent(torch.from_numpy(rest).float(), model.front.lags[0])).numpy()
     mean = to_vector(model.connectome.target).numpy()
     short = [first_frames(scan, length) for scan in scans]
+    asked = {
+        "adapted": (checkpoint, "adapted"),
+        "shrunk in shared directions": (untrained(checkpoint), "connectome"),
+        "network": (checkpoint, "connectome"),
+    }
     found = {}
-    for name in ("adapted", "connectome"):
-        estimate = estimate_connectivity(short, checkpoint, name)
+    for name, (network, kind) in asked.items():
+        estimate = estimate_connectivity(short, network, kind)
         error = np.square(estimate - truth).sum() / np.square(truth - mean).sum()
-        found["network" if name == "connectome" else name] = float(1 - error)
+        found[name] = float(1 - error)
     return found
+
+
+def untrained(checkpoint: Checkpoint) -> Checkpoint:
+    """The closed form with which a network's training begins."""
+    model: Any = deepcopy(checkpoint.model)
+    for parameter in model.connectome.parameters():
+        parameter.data.zero_()
+    return replace(checkpoint, model=model)
 
 
 def estimators(

@@ -32,6 +32,7 @@ SCORES = {
     "val_r2_clean": "R², clean signal",
     "val_r2": "R², what was shown",
     "val_r2_latent": "R², embeddings",
+    "val_r2_connectome": "R², connectivity",
 }
 
 
@@ -206,27 +207,23 @@ def identification(rows: pd.DataFrame, chance: float) -> Figure:
 def duration(
     curves: dict[str, dict[str, np.ndarray]], minutes: Sequence[float], chance: float
 ) -> Figure:
-    """Scores against minutes of scan, a panel a score; each curve is (length, 1 + resample). FC has a band."""
+    """Scores against minutes of scan, a panel a score, with bands; each curve is (length, 1 + resample)."""
     names = {"r2_edges": "R², edges", "r2_tangent": "R², tangent space", "identified": "identified"}
     figure, axes = panels(len(names), 4.2)
     for ax, (score, words) in zip(axes, names.items(), strict=True):
         for number, (method, scores) in enumerate(curves.items()):
-            colour = COLOURS[number % len(COLOURS)]
-            style = "-" if number < len(COLOURS) else "--"
-            marker = MARKERS[number % len(MARKERS)]
             values = scores[score]
-            line = {"color": colour, "ls": style, "marker": marker, "ms": 3, "lw": 1}
+            low, high = np.quantile(values[:, 1:], [0.025, 0.975], axis=1)
+            colour = COLOURS[number % len(COLOURS)]
+            line = {"color": colour, "marker": MARKERS[number % len(MARKERS)], "ms": 3, "lw": 1.2}
             ax.plot(minutes, values[:, 0], label=label(method), **line)
-            # Eleven bands would hide one another.
-            if method == "fc":
-                low, high = np.quantile(values[:, 1:], [0.025, 0.975], axis=1)
-                ax.fill_between(minutes, low, high, color=colour, alpha=0.15, lw=0)
+            ax.fill_between(minutes, low, high, color=colour, alpha=0.1, lw=0)
         log_ticks(ax, minutes, "{:.2g}")
         ax.set(xlabel="minutes of scan", ylabel=words)
-    # A covariance of fewer frames than parcels is far below the mean; it would flatten the rest.
-    for ax in axes[:2]:
+        # A covariance of fewer frames than parcels is far below the mean; it would flatten the rest.
+        best = max(scores[score][:, 0].max() for scores in curves.values())
+        ax.set_ylim(-0.3, max(0.1, 1.15 * best))
         ax.axhline(0, color="black", lw=0.8, ls=":")
-        ax.set_ylim(-0.3, None)
     axes[2].axhline(chance, color="black", lw=0.8, ls=":")
     axes[2].set_ylim(0, 1.02)
     legend_above(figure, axes[0], ncols=2)

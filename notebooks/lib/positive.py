@@ -228,17 +228,6 @@ def curves(axes: Mapping[str, Mapping[float, pd.Series]], labels: Mapping[str, s
     return figure
 
 
-def ranges(curves: Mapping[str, dict[float, pd.Series]], labels: Mapping[str, str]) -> str:
-    """What the gain is at both ends of every curve, as a sentence."""
-    said = []
-    for name, points in curves.items():
-        first = next(iter(points))
-        last = next(reversed(points))
-        ends = f"{points[first]['value']:+.3f} at {first:g} and {points[last]['value']:+.3f} at {last:g}"
-        said.append(f"{ends} ({labels[name]})")
-    return "The gain is " + ", ".join(said) + "."
-
-
 def against_gaussian(rows: pd.DataFrame, gaussian: pd.Series, real: pd.Series) -> Figure:
     """The blocks' gain against the Gaussian's R2: simulated points, and one of real scans."""
     figure, (pane,) = panels(1, 3.0)
