@@ -197,8 +197,8 @@ def simulate_cohort(
         refuse(f"the cohort {described.name} cannot be simulated: it has no layout", "setting")
     n_frames = n_frames or layout.n_frames
     if n_frames < described.reader.min_frames:
-        least = described.reader.min_frames
-        refuse(f"n_frames must be >= {least} for {described.name}, got {n_frames}", "setting")
+        expected = f"n_frames must be >= {described.reader.min_frames}"
+        refuse(f"{expected} for {described.name}, got {n_frames}", "setting")
     # Sites and families are assigned, everything else is drawn.
     columns = {k: v for k, v in described.variables.items() if k not in ("site", "family")}
     sizes = _sizes([*columns, "site"] if len(layout.sites) > 1 else list(columns), effects or {})
@@ -236,8 +236,7 @@ def simulate_cohort(
     folder.mkdir(parents=True, exist_ok=True)
     with locked(folder, "mnemodyn simulate"):
         unfinished = {**truth, "broken": broken, UNFINISHED: True}
-        found = _found(folder, unfinished)
-        if found:
+        if found := _found(folder, unfinished):
             return found
         # First, so that what a killed call leaves is never taken for a real cohort.
         write_json(folder / SIMULATED, unfinished)
