@@ -7,6 +7,7 @@ import pandas as pd
 import pytest
 import torch
 from scipy.linalg import expm, logm
+from sklearn.covariance import oas
 
 from mnemodyn import estimate_connectivity, open_scans
 from mnemodyn.checkpoint import Checkpoint, CheckpointError, from_pretrained, save_checkpoint
@@ -178,6 +179,22 @@ def test_the_rest_of_a_person():
     np.testing.assert_allclose(alone.rest(0, 0, 120), np.cov(x.T, bias=True), atol=1e-5)
     with pytest.raises(DataError, match=r"a window of 180 usable .* has 120 in this scan and 0 in"):
         alone.rest(0, 120, 300)
+
+
+def test_the_rest_of_few_frames_is_shrunk_as_scikit_learn_does():
+    """Of 21 parcels and 40 frames the covariance is nearly singular; of 42 frames and more it is left as it is."""
+    rng = np.random.default_rng(0)
+    values = (rng.standard_normal((60, 21)) @ rng.standard_normal((21, 21))).astype(np.float32)
+    parcels = tuple(f"parcel-{i}" for i in range(21))
+    scan = Scan("sub-1", values, 1.0, parcels, source="a")
+    for n_inside, is_shrunk in ((20, True), (18, False)):
+        windows = FixedWindows([scan], Scaling(), Objective(), n_inside, 0)
+        outside = Scaling()(scan)[n_inside:].astype(float)
+        outside -= outside.mean(0)
+        expected = outside.T @ outside / len(outside)
+        if is_shrunk:
+            expected = oas(outside, assume_centered=True)[0]
+        np.testing.assert_allclose(windows.rest(0, 0, n_inside), expected, atol=1e-5)
 
 
 def test_the_rest_has_as_many_frames_as_the_window_and_is_no_copy():

@@ -162,13 +162,18 @@ class Windows(Dataset):
         """Covariance (parcel, parcel) of what else there is of the person of a window.
 
         That is their other sessions, or else their other runs too, or else the frames outside the window: the first
-        that has as many usable frames as the window. A DataError where none has.
+        that has as many usable frames as the window. A DataError where none has. Of fewer frames than twice the
+        parcels it is shrunk: see :func:`shrunk`.
         """
-        others = self._elsewhere(which, int(np.sum(~self.censored[which][start:stop])))
+        n_inside = int(np.sum(~self.censored[which][start:stop]))
+        others = self._elsewhere(which, n_inside)
         if not len(others):
-            return self._covariance(which, slice(start, stop))
+            return shrunk(
+                self._covariance(which, slice(start, stop)), self.n_usable[which] - n_inside
+            )
         found = [self._whole(i) for i in others]
-        return np.average(found, axis=0, weights=self.n_usable[others])
+        covariance = np.average(found, axis=0, weights=self.n_usable[others])
+        return shrunk(covariance, self.n_usable[others].sum())
 
     def usable(self, which: int, start: int) -> bool:
         """Whether at least two frames of a window are not censored: a path needs as many."""
@@ -197,6 +202,22 @@ class Windows(Dataset):
         if self.folds is not None:
             item["folds"] = torch.tensor(self.folds[which])
         return item
+
+
+def shrunk(covariance: np.ndarray, n_frames: int) -> np.ndarray:
+    """A covariance whose logarithm says something: that of few frames is singular, or nearly so.
+
+    From fewer frames than twice the parcels it is shrunk by the oracle-approximating weight, which depends on the
+    covariance and the number of frames alone (Chen et al. 2010, IEEE Trans. Signal Process. 58, 5016-5029).
+    """
+    n_parcels = len(covariance)
+    if n_frames >= 2 * n_parcels:
+        return covariance
+    scale = np.trace(covariance) / n_parcels
+    mean_square = np.square(covariance).mean()
+    spread = (n_frames + 1) * (mean_square - scale**2 / n_parcels)
+    weight = min(1.0, (mean_square + scale**2) / spread)
+    return (1 - weight) * covariance + weight * scale * np.eye(n_parcels)
 
 
 def censored_frames(scan: Scan) -> np.ndarray:
