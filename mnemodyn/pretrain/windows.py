@@ -163,7 +163,7 @@ class Windows(Dataset):
 
         That is their other sessions, or else their other runs too, or else the frames outside the window: the first
         that has as many usable frames as the window. A DataError where none has. Of fewer frames than twice the
-        parcels it is shrunk: see :func:`shrunk`.
+        parcels it is shrunk (``shrunk``).
         """
         n_inside = int(np.sum(~self.censored[which][start:stop]))
         others = self._elsewhere(which, n_inside)
