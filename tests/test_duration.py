@@ -381,10 +381,14 @@ def test_the_page_runs(folder, capsys):
     found = run_cells("notebooks/duration.ipynb", given)
     table = read_results(folder / "page.csv")
     assert set(table["kind"]) == {"SIMULATED"}
-    networks = {"network", "network with the operator's latents"}
+    networks = {
+        "network",
+        "network before training",
+        "network with the operator's latents",
+    }
     assert set(table["method"]) == {*given["methods"], *networks}
     plain = table[(table["task"] == "the other day from 80 frames") & (table["against"] == "")]
-    assert len(plain) == 4 * 5
+    assert len(plain) == 5 * 5
     minutes = table[table["score"] == "minutes"]
     assert minutes["value"].between(0.3, 2.0).all()
     assert "12 SIMULATED people" in "\n".join(found["lines"])

@@ -49,21 +49,27 @@ class Network:
         Where trainings are kept, each by the content of its runs and settings.
     t_r : float
         Seconds.
+    begun : bool
+        True for the same network before its first step, which is its closed form.
     """
 
     # One training serves all lengths and controls.
     trained: ClassVar[dict[str, Checkpoint]] = {}
 
-    def __init__(self, settings: Settings, folder: Path, t_r: float):
+    def __init__(self, settings: Settings, folder: Path, t_r: float, *, begun: bool = False):
         self.settings = settings
         self.folder = folder
         self.t_r = t_r
+        self.begun = begun
 
     def fit(self, training: Training) -> Self:
         name = digest(training.runs, self.settings.to_dict(), self.t_r)[:12]
         if name not in self.trained:
             self.trained[name] = self._train(training, self.folder / name)
-        self.model: Any = self.trained[name].model
+        checkpoint = self.trained[name]
+        if self.begun:
+            checkpoint = untrained(checkpoint)
+        self.model: Any = checkpoint.model
         return self
 
     def _train(self, training: Training, folder: Path) -> Checkpoint:
@@ -134,6 +140,7 @@ def estimators(
     base = Settings().updated({"objective": "connectome"}).updated(settings)
     operator = base.updated({"model.connectome": "operator"})
     return {
+        "network before training": (partial(Network, base, folder, t_r, begun=True), "tangent"),
         "network": (partial(Network, base, folder, t_r), "tangent"),
         "network with the operator's latents": (partial(Network, operator, folder, t_r), "tangent"),
     }
