@@ -249,12 +249,12 @@ README_ROWS = {
     "trained for short scans": (
         "duration_hcp80:the other day from 60 frames:{}:r2_tangent",
         "network",
-        "shrunk in shared directions",
+        "network before training",
     ),
     "The same network": (
         "duration_hcp80:the other day from 60 frames:{}:r2_edges",
         "network",
-        "shrunk in shared directions",
+        "network before training",
     ),
     "blocks alone": (
         "reconstruction_hcp80:hidden entries:{}:r2",
