@@ -10,7 +10,7 @@ import torch
 from scipy.linalg import logm, sqrtm
 from sklearn.covariance import LedoitWolf, ledoit_wolf
 
-from lib import duration
+from lib import duration, duration_network
 from mnemodyn import estimate_connectivity
 from mnemodyn.data.scans import Collection, Scan
 from mnemodyn.files import Kept
@@ -445,3 +445,9 @@ def test_the_page_of_the_network_runs(folder):
         total += np.square(truth - target).sum()
     value = table[table["method"] == "network"]["value"].iloc[0]
     assert value == pytest.approx(1 - error / total, abs=1e-3)
+    # Before training, whatever the maps have learned is gone.
+    begun = estimate_connectivity(scans, duration_network.untrained(checkpoint), "connectome")
+    checkpoint.model.connectome.write.data += 1.0
+    after = duration_network.untrained(checkpoint)
+    np.testing.assert_array_equal(estimate_connectivity(scans, after, "connectome"), begun)
+    assert not np.allclose(estimate_connectivity(scans, checkpoint, "connectome"), begun)
